@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 
 class PlanOptions(NamedTuple):
-    """PlanOptions of a plan."""
+    """Options of a plan."""
 
     compile_best: int = 1
     """Compile choices until this many fit; 0 to rank by the model alone."""

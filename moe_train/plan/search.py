@@ -119,7 +119,7 @@ def confirm(
     """Compile the best choices until `count` of them fit, or no choice is left that fits according to the model.
 
     Args:
-        found: modelled choices.
+        candidates: modelled choices.
         topology: the hardware to compile for.
         count: number of choices that have to fit.
         say: receives a line before each compilation.

@@ -73,7 +73,9 @@ def _merge_and_round(
     in_letters = letters[lead : a.ndim - 1]
     out_letters = letters[a.ndim - 1 : weight.ndim]
     weight_letters = out_letters + in_letters if transposed else in_letters + out_letters
-    b *= scales.reshape(*scales.shape, *(1,) * (b.ndim - lead))
+    # Embedding and head are not stacked, so they have no dim for the scales.
+    scale_dims = scales.shape if lead else ()
+    b *= scales.reshape(*scale_dims, *(1,) * (b.ndim - lead))
     equation = f"{lead_letters}{in_letters}J,{lead_letters}J{out_letters}->{lead_letters}{weight_letters}"
     delta = jnp.einsum(equation, a, b, out_sharding=spec_of(weight), precision=jax.lax.Precision.HIGHEST)
     return _round(weight.astype(jnp.float32) + delta, dtype=dtype)

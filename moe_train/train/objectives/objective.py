@@ -22,7 +22,7 @@ from moe_train.model.transformer import Transformer
 
 
 class ObjectiveInputs(NamedTuple):
-    """ObjectiveInputs of an objective for one microbatch."""
+    """Inputs of an objective for one microbatch."""
 
     model: Transformer
     batch: Any

@@ -135,7 +135,7 @@ def test_merged_into_the_weights_before_they_were_quantised(
 ) -> None:
     with caplog.at_level("INFO", "moe_train"):
         export(whole, tmp_path / "merged", merge=True)
-    assert f"trained beside weights in nf4; merged into those of {base / 'hf'}" in caplog.text
+    assert f"(nf4) during training; adapters are merged into the unquantized weights of {base / 'hf'}" in caplog.text
     run = runs.read_run(whole)
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = shapes_of(run)

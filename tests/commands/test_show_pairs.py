@@ -24,7 +24,7 @@ def shown(path: Path, *records: object) -> list[ShownPair]:
 
 def test_a_pair_has_its_answers_side_by_side(tmp_path: Path) -> None:
     pairs = shown(tmp_path / "a.jsonl", PAIR)
-    console = Console(file=io.StringIO(), width=80, force_terminal=False, color_system=None)
+    console = Console(file=io.StringIO(), width=300, force_terminal=False, color_system=None)
     print_pairs(pairs, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     (line,) = [line for line in text.splitlines() if "Cherry" in line]

@@ -25,6 +25,6 @@ def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_pa
     assert source == manifest["sets"][0]["files"][0]["path"]
     rows = open_inputs(resolve(run, 8), next_token()).train.num_rows
     assert epochs == round(4 * 8 / rows, 3)
-    assert f"epochs in 4 steps: {epochs:.2f} of {source}" in capfd.readouterr().err.replace("\n", "")
+    assert f"4 steps = {epochs:.2f} epochs of {source}" in capfd.readouterr().err.replace("\n", "")
     waits = [step["input_wait"] for step in lines(tmp_path / "run")]
     assert len(waits) == 4 and all(0 <= wait < 1 for wait in waits)

@@ -150,7 +150,7 @@ def test_an_adapter_that_is_another(
 
 
 def test_a_trained_router_wants_its_coefficients(small_run: Callable[..., config.Config], base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"state loss.load_balance_loss_coef, loss.router_z_loss_coef where routers are trained"):
+    with pytest.raises(ValueError, match=r"state loss.load_balance_loss_coef, loss.router_z_loss_coef, since routers are trained"):
         train(make(small_run, tmp_path / "run", base, loss={}))
     frozen = LORA | {"train": ["final_norm"]}
     with pytest.raises(ValueError, match=r"evaluation.drift_batches compares"):

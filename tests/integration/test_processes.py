@@ -151,8 +151,8 @@ def test_a_lost_process_ends_the_other_and_both_are_started_again(stopped: tuple
     said = [line for line in job.stderr.splitlines() if not line.startswith(("[process 1]", "[Gloo]"))]
     lost = said.index("moe-train: process 1 of 2 was lost; run the same command again to continue from what was saved")
     assert said[lost - 1].startswith("step ")  # one line, and no more
-    assert said[lost + 1] == "launch/again.sh: exit code 75; starting again"
-    assert "[process 1] launch/again.sh: exit code 137; starting again" in job.stderr
+    assert said[lost + 1] == "launch/again.sh: exit code 75; restarting"
+    assert "[process 1] launch/again.sh: exit code 137; restarting" in job.stderr
     assert run.events()[1]["event"] == "resume" and run.events()[1]["step"] % 4 == 0
 
 
@@ -165,7 +165,7 @@ def test_all_stop_at_one_step_where_one_is_asked_to(stopped: tuple[Run, subproce
     ours, others = (
         [line for line in job.stderr.splitlines() if line.startswith("[process 1]") is other] for other in (False, True)
     )
-    enough = "launch/again.sh: exit code 75; it was started again 1 times, which is enough (RESTARTS)"
+    enough = "launch/again.sh: exit code 75; it was restarted 1 times, the limit (RESTARTS)"
     assert enough in ours and f"[process 1] {enough}" in others
     assert all("launch/again.sh" in line for line in others)  # process 0 alone speaks
     assert job.stdout == ""

@@ -199,21 +199,25 @@ def test_a_tokenizer_of_sentencepieces_kind_is_masked_as_transformers_does(tmp_p
     for byte in range(256):
         content["model"]["vocab"][f"<0x{byte:02X}>"] = len(content["model"]["vocab"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | names))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"}
+
+    def with_template(template: str) -> HuggingFace:
+        # Only the tokenizer's own template may write [INST] as letters.
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": template}))
+        return HuggingFace(tmp_path)
 
     template = (
         WITH_GENERATION.replace("'[INST]'", "' [INST] '")
         .replace("'[/INST]'", "' [/INST]'")
         .replace("{{- message", "{{- ' ' + message")
     )
-    rendered = render(SEVERAL[1:], template, HuggingFace(tmp_path))
+    rendered = render(SEVERAL[1:], template, with_template(template))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     expected = theirs.apply_chat_template(SEVERAL[1:], chat_template=template, return_dict=True, return_assistant_tokens_mask=True)
     assert rendered.tokens == expected["input_ids"]
     assert [int(mask) for mask in rendered.loss_mask] == expected["assistant_masks"]
     unmarked = template.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
-    assert render(SEVERAL[1:], unmarked, HuggingFace(tmp_path)) == rendered
+    assert render(SEVERAL[1:], unmarked, with_template(unmarked)) == rendered
 
 
 JSON = st.recursive(

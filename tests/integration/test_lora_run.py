@@ -153,6 +153,6 @@ def test_a_trained_router_wants_its_coefficients(small_run: Callable[..., config
     with pytest.raises(ValueError, match=r"state loss.load_balance_loss_coef, loss.router_z_loss_coef, since routers are trained"):
         train(make(small_run, tmp_path / "run", base, loss={}))
     frozen = LORA | {"train": ["final_norm"]}
-    with pytest.raises(ValueError, match="evaluation.drift_batches is 2, but only adapters"):
+    with pytest.raises(ValueError, match=r"evaluation\.drift_batches is 2, but only adapters"):
         train(small_run(tmp_path / "run", evaluation={"drift_batches": 2}))
     config.check_model(make(small_run, tmp_path / "run", base, loss={}, lora=frozen), config.Model.model_validate(MIXTRAL))

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # Drawn alike in each run, however busy the machine is; with --slow anew.
-settings.register_profile("alike", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("alike", max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("anew", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("anew" if "--slow" in sys.argv else "alike")
 jax.config.update("jax_num_cpu_devices", 8)

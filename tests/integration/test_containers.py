@@ -126,7 +126,7 @@ def assert_equal(
 def test_every_container_gives_the_same_normal_form(kind: str, request: pytest.FixtureRequest) -> None:
     record, strategy = KINDS[kind]
 
-    @settings(DRAWN, max_examples=400 if request.config.getoption("--slow") else 12)
+    @settings(DRAWN, max_examples=400 if request.config.getoption("--slow") else 6)
     @given(st.lists(strategy, min_size=1, max_size=4))
     def compare(records: list[Record]) -> None:
         expected = [normal_form(fields, record) for fields in records]

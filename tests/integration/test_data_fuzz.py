@@ -364,7 +364,11 @@ def test_hostile_files(tokenizer: HuggingFace, name: str, content: bytes, rules:
     assert answer is not None and answer["problem_counts"] == rules
 
 
-@pytest.mark.parametrize("unit", ["a", "ab ", "東", "\\u0000", "<s>", '\\"', "0"])
+_SLOW_UNITS = ("ab ", "東", "\\u0000", "<s>", "0")
+UNITS = ["a", '\\"', *(pytest.param(unit, marks=pytest.mark.slow) for unit in _SLOW_UNITS)]
+
+
+@pytest.mark.parametrize("unit", UNITS)
 def test_lines_of_ten_megabytes(tokenizer: HuggingFace, unit: str) -> None:
     """Ten for the plainest; a tokenizer takes a while for others, which are a tenth as long."""
     size = 10_000_000 if unit == "ab " else 1_000_000

@@ -100,6 +100,7 @@ def test_it_resumes_bit_for_bit(trained: config.Config, make: Callable[..., conf
     assert all(np.array_equal(found[path], x) for path, x in wanted.items())
 
 
+@pytest.mark.slow
 def test_adapters_reach_both_stacks(trained: config.Config, make: Callable[..., config.Config], tmp_path: Path) -> None:
     frozen = {key: value for key, value in LOSS.items() if key != "bias_update_rate"}
     run = make(tmp_path / "lora", init_from=trained.run_dir, lora=LORA, loss=frozen)
@@ -189,7 +190,7 @@ def draw_like(path: str, like: Any, mesh: jax.sharding.Mesh) -> jax.Array:
     return jax.device_put(jnp.asarray(values), NamedSharding(mesh, like.sharding.spec))
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
 def test_eight_devices_lose_what_one_loses(make: Callable[..., config.Config], tmp_path: Path, lora: Any) -> None:
     loss = LOSS if lora is None else {key: value for key, value in LOSS.items() if key != "bias_update_rate"}
     run = make(tmp_path / "run", lora=lora, loss=loss)

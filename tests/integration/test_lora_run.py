@@ -107,6 +107,7 @@ def test_how_far_it_moved(adapted: Path) -> None:
     assert {m.module for m in found.changes if m.delta} >= {"ffn.router", "final_norm", "embed", "attention.q_proj", "ffn.up_proj"}
 
 
+@pytest.mark.slow
 def test_an_adapter_is_continued(adapted: Path, base: Path, small_run: Callable[..., config.Config], tmp_path: Path) -> None:
     """From a run and from the files that it exports: the same loss at once; its targets, where none are stated."""
     export(adapted, tmp_path / "peft", "peft")

@@ -18,6 +18,7 @@ def command(*arguments: str) -> None:
     assert not ended.value.code
 
 
+@pytest.mark.slow
 def test_the_recipe_checks_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")

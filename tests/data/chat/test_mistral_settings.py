@@ -134,7 +134,7 @@ def test_a_response_format_that_mistral_common_does_not_know_is_one_line(schema:
 @pytest.mark.parametrize(
     ("builder", "stated", "said"),
     [
-        ({}, {"reasoning_effort": "high"}, "the model_settings_builder of tekken.json \(version v15\) has none"),
+        ({}, {"reasoning_effort": "high"}, r"the model_settings_builder of tekken.json \(version v15\) has none"),
         ({}, {"response_format": SCHEMA}, "has no json_schema"),
         (None, {}, "has no model_settings_builder"),
     ],

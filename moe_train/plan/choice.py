@@ -131,7 +131,7 @@ class Price(NamedTuple):
     dollars_per_hour: float | None
     """Dollars per chip and hour; None if unknown."""
     source: str
-    """Where the price comes from, in words."""
+    """Source of the price, in words."""
 
 
 def price_of(device: Device, stated: float | None) -> Price:

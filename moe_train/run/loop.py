@@ -78,7 +78,7 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
         step has been started, so that the device never waits.
 
     Returns:
-        FINISHED or UNFINISHED, as `train`.
+        FINISHED or UNFINISHED, as `train_run`.
 
     Raises:
         ValueError: the run cannot be carried out as configured. Existing checkpoints are kept.

@@ -18,7 +18,7 @@ from moe_train.data.batches.batch import Batch, BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
-GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k" / "train.jsonl"
+GSM8K = Path(__file__).resolve().parents[4] / "shared" / "data" / "gsm8k" / "train.jsonl"
 TEXT = config.TextRecord(name="text")
 
 

@@ -84,6 +84,8 @@ def hash_tensors(tensors: Mapping[str, FileTensor]) -> dict[str, str]:
         """Hash one tensor, a chunk of rows at a time."""
         # The same bytes with another dtype or shape are another tensor.
         total = hashlib.sha256(f"{tensor.dtype.name} {tensor.shape}".encode())
+        if not tensor.shape:  # a scalar has no rows
+            total.update(np.atleast_1d(tensor.read(())).view(np.uint8).data)
         (length, *row) = tensor.shape or (0,)
         step = max(1, HASH_CHUNK_BYTES // max(1, array_bytes(row, tensor.dtype)))
         for start in range(0, length, step):

@@ -78,7 +78,9 @@ class SafetensorsTensor:
             start = self.offset
             for cut, i, stride in zip(cuts, (*lead, 0), strides, strict=False):
                 start += cut[i] * stride
-            self._read_into(out[lead], start)
+            # With an ellipsis, since NumPy copies a scalar that is indexed by () alone.
+            index: tuple[Any, ...] = (*lead, ...)
+            self._read_into(out[index], start)
 
     def _read_into(self, out: np.ndarray, offset: int) -> None:
         # As bytes, since Python's buffer protocol has no bfloat16.

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from moe_train.weights import on_disk
+from moe_train.weights import on_disk, safetensors_files
 from moe_train.weights.on_disk import WeightFiles
 from tests.tiny import MIXTRAL
 
@@ -50,3 +51,10 @@ def test_hashes_cover_dtype_shape_and_bytes_whatever_the_parts(monkeypatch: pyte
     assert len(set(whole.values())) == len(arrays)
     monkeypatch.setattr(on_disk, "HASH_CHUNK_BYTES", 24)  # a row at a time
     assert on_disk.hash_tensors(tensors) == whole
+
+
+def test_the_hash_of_a_scalar_covers_its_value(tmp_path: Path) -> None:
+    save_file({"a": np.array(1.0, np.float32), "b": np.array(2.0, np.float32)}, tmp_path / "model.safetensors")
+    tensors = safetensors_files.open_safetensors(tmp_path / "model.safetensors")
+    hashes = on_disk.hash_tensors(tensors)
+    assert hashes["a"] == hashlib.sha256(b"float32 ()" + np.float32(1).tobytes()).hexdigest() != hashes["b"]

@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_train.data.chat.chat_date import undated
 from moe_train.data.chat.example import OTHER_TEMPLATE, turns
@@ -117,7 +117,7 @@ def _description(role: str, part: JsonObject, has_calls: bool) -> str:
     return "the text beside the calls" if has_calls else "the text"
 
 
-def _values(arguments: object) -> Iterator[str]:
+def _values(arguments: Any) -> Iterator[str]:
     """Yield the names and values of a call's arguments as texts."""
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
@@ -125,7 +125,7 @@ def _values(arguments: object) -> Iterator[str]:
     yield from _texts_in(arguments)
 
 
-def _texts_in(value: object) -> Iterator[str]:
+def _texts_in(value: Any) -> Iterator[str]:
     """Yield the texts, names and numbers in a JSON value; constants may be spelled in several ways."""
     match value:
         case str():

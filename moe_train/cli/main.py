@@ -3,6 +3,7 @@
 Slow imports stand inside the commands, so that `--help` is fast.
 
 Exit codes: 0 success; 1 an error while running, or a negative result; 2 the request is invalid, with one line per error;
+3 a comparison does not meet a requirement (`evaluate --require`);
 75 stopped before the end, and the same command continues; 130 interrupted with Ctrl-C.
 """
 
@@ -62,12 +63,15 @@ def quickstart_command() -> None:
     raise typer.Exit(quickstart())
 
 
-@app.command("schema", epilog=help_examples("moe-train schema > schema.json"))
-def schema_command() -> None:
-    """Print the JSON schema of a config, from which editors complete and check keys."""
+@app.command("schema", epilog=help_examples("moe-train schema > schema.json", "moe-train schema suite > suite_schema.json"))
+def schema_command(
+    kind: Annotated[Literal["config", "suite"], typer.Argument(help="The kind of file: a run's config, or a suite.")] = "config",
+) -> None:
+    """Print the JSON schema of a kind of file, from which editors complete and check keys."""
+    from moe_train import config
     from moe_train.config.schema import json_schema
 
-    print_json(json_schema())
+    print_json(json_schema(config.Suite if kind == "suite" else config.Config))
 
 
 @tokenizer_commands.command(

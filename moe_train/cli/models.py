@@ -9,27 +9,55 @@ from typing import Annotated, Literal
 import typer
 
 from moe_train.cli.arguments import AsJson, ChatTemplate, ModelDir, OutDir, ProofDepth, help_examples
-from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line
+from moe_train.cli.terminal import print_checks, print_json, print_mapping, print_table, progress_line
 
 model_commands = typer.Typer()
 
 
 @model_commands.command(
     "evaluate",
-    epilog=help_examples("moe-train evaluate runs/quickstart/lora --data runs/quickstart/text/chat_heldout.jsonl"),
+    epilog=help_examples(
+        "moe-train evaluate runs/quickstart/lora --data runs/quickstart/text/chat_heldout.jsonl",
+        "moe-train evaluate runs/tuned --suite kpi.yaml --against base_model --require 'kpi >= base - 0.02'",
+    ),
 )
 def evaluate_command(
     directory: ModelDir,
-    data: Annotated[list[Path], typer.Option("--data", help="File of records; may be repeated.")],
+    data: Annotated[list[Path] | None, typer.Option("--data", help="File of records; may be repeated.")] = None,
+    suite: Annotated[list[Path] | None, typer.Option("--suite", help="YAML file of a suite; may be repeated.")] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option("--against", help="Run or model to compare with, item by item; may be repeated.")
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option("--require", help="Requirement such as 'kpi >= base - 0.02'; exit code 3 if one is not met."),
+    ] = None,
+    items: Annotated[Path | None, typer.Option("--items", help="New file for the answers and scores of all items.")] = None,
     chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the loss and perplexity of a run or a model on files of text or conversations."""
+    """Measure the loss of a run or a model on files (--data), or grade its answers to questions (--suite)."""
     from moe_train.commands.evaluate import evaluate_model
+    from moe_train.commands.evaluate_suite import Comparisons, evaluate_suites
 
+    if bool(data) == bool(suite):
+        raise typer.BadParameter("state --data FILE for the loss on files, or --suite FILE.yaml for graded answers")
+    if data:
+        if against or require or items:
+            raise typer.BadParameter("--against, --require and --items compare answers; state --suite FILE.yaml instead of --data")
+        with progress_line("evaluating"):
+            answer = evaluate_model(directory, data, chat_template)
+        print_mapping(answer, as_json)
+        return
     with progress_line("evaluating"):
-        answer = evaluate_model(directory, data, chat_template)
-    print_mapping(answer, as_json)
+        result = evaluate_suites(directory, suite or [], Comparisons(against or (), require or ()), chat_template, items)
+    if as_json:
+        print_json(result)
+    else:
+        for part in ("suites", "comparisons", "requirements"):
+            print_table(result[part])
+    if not result["passed"]:
+        raise typer.Exit(3)
 
 
 @model_commands.command(

@@ -63,7 +63,7 @@ def mean_interval(
     residuals = scores - mean
     if groups is not None:
         _, index = np.unique([repr(group) for group in groups], return_inverse=True)
-        residuals = np.bincount(index, weights=residuals)
+        residuals = np.bincount(index, weights=residuals).astype(np.float64)
     G = residuals.size
     if G == 1:
         return Interval(-math.inf, math.inf)

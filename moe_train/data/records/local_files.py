@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train import config
 from moe_train.data.records import dataset_card, files, folders, zip_archive
-from moe_train.data.records.conversation import columns, read_columns
+from moe_train.data.records.conversation import columns_to_load, read_columns, text_column
 from moe_train.data.records.file_bytes import COMPRESSIONS, is_compressed
 from moe_train.data.records.problem import Item, usable
 from moe_train.data.records.scan import Scan, scan_file
@@ -21,7 +22,7 @@ class LocalFiles(OpenSource):
 
     def __init__(self, source: config.FileSource) -> None:
         self._files = expand_files(source)
-        self._columns = columns(source.record)
+        self._record = source.record
         self._read_columns = read_columns(source.record)
         json_lines = [files.is_json_lines(file, kind) for file, kind in self._files]
         # A compressed stream cannot be entered in the middle.
@@ -38,8 +39,8 @@ class LocalFiles(OpenSource):
         """Yield the records of a part of a file."""
         by_line = self.places[span.place].by_line
         file, kind = self._files[span.place]
-        # The first column is that of the text, so a text file gives its records in the column that the section reads.
-        records = files.read_file(file, kind, by_line, self._columns[0], self._columns, span[1:])
+        wanted = functools.partial(columns_to_load, self._record)
+        records = files.read_file(file, kind, by_line, text_column(self._record), wanted, span[1:])
         # Only typed columns can hold values that JSON lacks; a Problem in a column that nothing reads does no harm.
         if kind not in ("parquet", "arrow"):
             return records

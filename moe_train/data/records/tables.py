@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from moe_train.data.records.file_bytes import CUT_SHORT, MAX_RECORD, not_utf8, o
 from moe_train.data.records.problem import Item, Problem, brief
 from moe_train.data.records.unread import NOT_LOADED, NotLoaded
 
+Choice = Callable[[Sequence[str]], list[str]]
+"""A function that returns those of a table's columns that are to be read."""
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
@@ -57,13 +59,13 @@ def read_csv(file: Path, kind: str = "csv") -> Iterator[tuple[int, Item]]:
         yield number + 1, problem
 
 
-def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[tuple[int, Item]]:
+def read_rows(file: Path, kind: str, wanted: Choice | None) -> Iterator[tuple[int, Item]]:
     """Yield the rows of a Parquet or Arrow file, counted from 1, with values as `column_values.rows` converts them.
 
     Args:
         file: The file.
         kind: "parquet" or "arrow".
-        wanted: Columns to read, if they exist; None for all. The values of the others are `NOT_LOADED`.
+        wanted: Returns the columns to read; None for all. The values of the others are `NOT_LOADED`.
     """
     import pyarrow
 
@@ -87,8 +89,8 @@ def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[t
         yield number, Problem("unreadable", f"cannot be read as {kind} ({reason})", CUT_SHORT)
 
 
-def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[tuple[Any, dict[str, NotLoaded]]]:
-    """Yield record batches of up to 1024 rows, with the given columns that exist, and the names of the other columns."""
+def _batches(file: Path, kind: str, wanted: Choice | None) -> Iterator[tuple[Any, dict[str, NotLoaded]]]:
+    """Yield record batches of up to 1024 rows, with the wanted columns, and the names of the other columns."""
     import pyarrow
 
     rows = 1024
@@ -98,8 +100,8 @@ def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[t
         with pyarrow.parquet.ParquetFile(file) as table:
             _check_names(table.schema_arrow.names)
             names = None
-            if columns is not None:
-                names = [name for name in table.schema_arrow.names if name in columns]
+            if wanted is not None:
+                names = wanted(table.schema_arrow.names)
             if names == [] and table.metadata.num_rows:  # read all columns, so that the error of the record can name them
                 names = table.schema_arrow.names
             for batch in table.iter_batches(rows, columns=names):
@@ -114,7 +116,7 @@ def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[t
             source.seek(0)
             reader = batches = pyarrow.ipc.open_stream(source)
         _check_names(reader.schema.names)
-        names = [name for name in reader.schema.names if columns is None or name in columns] or reader.schema.names
+        names = (None if wanted is None else wanted(reader.schema.names)) or reader.schema.names
         for batch in batches:
             batch.validate(full=True)  # in a damaged file offsets may point outside the data
             batch = batch.select(names)

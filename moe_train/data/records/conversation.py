@@ -62,10 +62,16 @@ def trainable(record: NormalRecord) -> str | Conversation:
     """Return a record that can be trained on. Raises Problem if no objective reads records of its kind."""
     if isinstance(record, PreferencePair):
         message = "the record is a preference pair (chosen, rejected), which no objective reads yet"
-        raise Problem("no-objective", message, "name chosen as the completion, and ignore rejected, to train on that alone")
+        remedy = (
+            "to train on chosen alone, name it as the completion or the messages (--map prompt=COLUMN --map completion=chosen, or "
+            "--map messages=chosen), and leave rejected out (--ignore rejected)"
+        )
+        raise Problem("no-objective", message, remedy)
     if isinstance(record, LabelledAnswer):
         message = f"the record is an answer labelled as {'good' if record.good else 'bad'}, which no objective reads yet"
-        raise Problem("no-objective", message, "drop the bad answers, and ignore the label, to train on the good ones")
+        raise Problem(
+            "no-objective", message, "to train on the good ones, drop the bad ones, and leave the label out (--ignore label)"
+        )
     return record
 
 

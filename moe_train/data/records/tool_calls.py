@@ -10,7 +10,7 @@ from typing import Any
 from moe_train.data.records.json_parser import parse_strictly
 from moe_train.data.records.meaning import CALL, CALLED_FUNCTION
 from moe_train.data.records.normal_form import Message
-from moe_train.data.records.problem import Problem, brief, checked_text
+from moe_train.data.records.problem import Problem, brief
 from moe_train.data.records.unread import Unread
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
@@ -150,7 +150,8 @@ def arguments_text(value: Any, what: str) -> str:
             text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise Problem("arguments", f"{what} that have no form in JSON: {brief(value)} ({error})", remedy) from None
-        return checked_text(text, what)
+        _check_unicode(text, what)
+        return text
     if not isinstance(value, str):
         raise Problem("arguments", f"{what} that are no object: {brief(value)}", remedy)
     try:
@@ -163,6 +164,14 @@ def arguments_text(value: Any, what: str) -> str:
         raise Problem("arguments", f"{what} that are no object{kind}: {brief(value)}", remedy)
     # Chat formats write the decoded arguments, so an escape of half a surrogate pair becomes one.
     if "\\u" in value:
-        checked_text(json.dumps(arguments, ensure_ascii=False), what)
+        _check_unicode(json.dumps(arguments, ensure_ascii=False), what)
     # Kept as written rather than dumped anew, with its spacing and its order of keys.
     return value
+
+
+def _check_unicode(text: str, what: str) -> None:
+    """Raise Problem if a text has half a surrogate pair, which no tokenizer accepts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Problem("unicode", f"{what} that have half a surrogate pair: {brief(text)}", "remove it") from None

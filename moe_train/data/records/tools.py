@@ -42,8 +42,17 @@ def take_tools(remaining: dict[str, Any], unread: Unread) -> list[dict[str, Any]
         raise Problem("type", f"{columns[0]} should be a list, not {brief(value)}", "write a list of tools")
     tools = [_tool(json_value(tool, f"tool {i}", _REMEDY), i, unread) for i, tool in enumerate(value)]
     for i, tool in enumerate(tools):
-        checked_text(json.dumps(tool, ensure_ascii=False, default=str), f"tool {i}")
+        _check_json(tool, f"tool {i}")
     return tools
+
+
+def _check_json(tool: dict[str, Any], what: str) -> None:
+    """Raise Problem for a tool that cannot be written as JSON, which is how every chat format writes it."""
+    try:
+        text = json.dumps(tool, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Problem("type", f"{what} has no form in JSON: {error}", "write values that JSON has") from None
+    checked_text(text, what)
 
 
 def json_value(value: Any, what: str, remedy: str) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_train.data.records import zip_archive
 from moe_train.data.records.file_bytes import COMPRESSIONS
 from moe_train.data.records.json_document import is_lines, read_document
 from moe_train.data.records.json_lines import read_lines
@@ -85,5 +86,9 @@ def read_file(
             yield from read_document(file)
         case "csv" | "tsv":
             yield from read_csv(file, kind)
+        case "zip":  # an archive that cannot be read, in place of its members
+            damage = zip_archive.fault(file)
+            if damage is not None:
+                yield 1, damage
         case _:
             yield from read_rows(file, kind, wanted)

@@ -89,9 +89,10 @@ def _text(fields: Mapping[str, Any], ignored: tuple[str, ...]) -> config.TextRec
     if not fields:
         raise Problem("columns", "the record has no columns", "drop it")
     supported = "text, messages, interactions, conversations, prompt and completion, question and answer, instruction and output"
+    names = ", ".join(str(name) or "''" for name in fields)
     raise Problem(
         "columns",
-        f"no column is one of {supported}; the record has {brief(', '.join(map(str, fields)))}",
+        f"no column is one of {supported}; the record has {brief(names)}",
         "name the columns with --map (in a config: in the record section)",
     )
 

@@ -85,7 +85,7 @@ def is_ignored(name: str, ignore: Collection[str]) -> bool:
 
 def _name(level: str, key: object) -> str:
     """Return the name of a key of a level."""
-    text = str(key)
+    text = str(key) or "''"  # a table may have a column without a name
     return level + (text if len(text) <= 60 else text[:57] + "...")
 
 
@@ -101,15 +101,21 @@ def add_counts(total: Counter[str], counts: Mapping[str, int]) -> None:
         count(total, (name,), number)
 
 
-def in_words(counts: Mapping[str, int], shown: int = 12) -> str:
-    """Describe counts in a line, such as `label (300 records), tools (12)`; empty if there are none."""
+def in_words(counts: Mapping[str, int], shown: int = 12, unit: str = "record") -> str:
+    """Describe counts in a line, such as `label (300 records), tools (12)`; empty if there are none.
+
+    Args:
+        counts: Name -> count.
+        shown: Largest number of names to state, the most frequent ones.
+        unit: What is counted, in the singular.
+    """
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     parts: list[str] = []
     for name, number in ordered[:shown]:
-        unit = ""
+        counted = ""
         if not parts:
-            unit = " record" if number == 1 else " records"
-        parts.append(f"{name} ({number:,}{unit})")
+            counted = f" {unit}" if number == 1 else f" {unit}s"
+        parts.append(f"{name} ({number:,}{counted})")
     if len(ordered) > shown:
         parts.append(f"and {len(ordered) - shown:,} more")
     return ", ".join(parts)

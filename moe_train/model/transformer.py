@@ -351,9 +351,10 @@ def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.
 
     There is a list for each stack, with one cache for each layer of its period.
     """
-    empty_cache = attention_class(model.attention).empty_cache
+    attention = config.require_grouped_query(model.attention, "decoding")
+    empty_cache = attention_class(attention).empty_cache
 
     def stack_caches(stack: config.LayerStack) -> list[Cache]:
-        return [empty_cache(model.attention, stack.repeats, batch_size, max_len, dtype) for _ in range(stack.period)]
+        return [empty_cache(attention, stack.repeats, batch_size, max_len, dtype) for _ in range(stack.period)]
 
     return [stack_caches(stack) for stack in config.stacks(model)]

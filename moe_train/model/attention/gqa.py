@@ -48,7 +48,7 @@ class GroupedQueryAttention(nnx.Module):
     """
 
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None):
-        attention = model.attention
+        attention = config.require_grouped_query(model.attention, "this layer")
         D = model.model_dim
         N = attention.num_heads
         K = attention.num_kv_heads

@@ -13,5 +13,7 @@ def attention_class(attention: config.Attention) -> type[GroupedQueryAttention]:
     match attention:
         case config.GroupedQueryAttention():
             return GroupedQueryAttention
+        case config.MultiHeadLatentAttention():
+            raise ValueError("the model is not supported for multi-head latent attention (attention.name mla) yet")
         case _:
             assert_never(attention)

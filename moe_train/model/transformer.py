@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_train import config
 from moe_train.machine.mesh import use_default_mesh
-from moe_train.model.attention.kinds import Cache, attention_layer, empty_cache
+from moe_train.model.attention.kinds import Cache, apply_attention, attention_layer, empty_cache
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Embedding, Head, Linear, RMSNorm, keys_of
 from moe_train.model.lora import adaptable, add_lora
@@ -78,7 +78,8 @@ class Layer(nnx.Module):
             The hidden states, the extended cache or None, and the router's statistics or None in a dense layer.
         """
         attention_key, ffn_key = keys_of(key, 2)
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, cache, attention_key)
+        h_BTD = self.attention_norm(x_BTD)
+        y_BTD, cache = apply_attention(self.attention, h_BTD, positions_BT, segment_ids_BT, cache, attention_key)
         x_BTD += y_BTD
         h_BTD = self.ffn_norm(x_BTD)
         stats = None

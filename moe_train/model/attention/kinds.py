@@ -6,6 +6,7 @@ from typing import assert_never
 
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int, Key
 
 from moe_train import config
 from moe_train.model.attention.gqa import GroupedQueryAttention, KeyValueCache
@@ -33,6 +34,26 @@ def attention_layer(rngs: nnx.Rngs, model: config.Model, compute: config.Compute
             return MultiHeadLatentAttention(rngs, model, attention, compute)
         case _:
             assert_never(model.attention)
+
+
+def apply_attention(
+    layer: AttentionLayer,
+    x_BTD: Float[Array, "B T D"],
+    positions_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"],
+    cache: Cache | None,
+    key: Key[Array, ""] | None,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """Apply the attention of one layer, whose cache, if there is one, is of the layer's own kind."""
+    match layer:
+        case GroupedQueryAttention():
+            assert cache is None or isinstance(cache, KeyValueCache)
+            return layer(x_BTD, positions_BT, segment_ids_BT, cache, key)
+        case MultiHeadLatentAttention():
+            assert cache is None or isinstance(cache, LatentCache)
+            return layer(x_BTD, positions_BT, segment_ids_BT, cache, key)
+        case _:
+            assert_never(layer)
 
 
 def empty_cache(attention: config.Attention, num_layers: int, batch_size: int, max_len: int, dtype: jnp.dtype) -> Cache:

@@ -7,15 +7,12 @@ what the user wrote; `Run` is the resolved record of what will happen.
 
 from moe_train.config.adapters import NAMED_IN_FULL, Int8, Lora, LoraTarget, Nf4, names_module
 from moe_train.config.architecture import (
-    Attention,
     DefaultRope,
     DenseFfn,
     DenseLayers,
     Ffn,
-    GroupedQueryAttention,
     Model,
     MoeFfn,
-    QueryScaling,
     Rope,
     Router,
     SigmoidRouter,
@@ -23,6 +20,13 @@ from moe_train.config.architecture import (
     YarnRope,
     features,
     without_format,
+)
+from moe_train.config.attention import (
+    Attention,
+    GroupedQueryAttention,
+    MultiHeadLatentAttention,
+    QueryScaling,
+    require_grouped_query,
 )
 from moe_train.config.checks import Sections, check_batch, check_model
 from moe_train.config.compute import AxisSize, Compute, Mesh
@@ -159,6 +163,7 @@ __all__ = [
     "MistralTokenizer",
     "Model",
     "MoeFfn",
+    "MultiHeadLatentAttention",
     "Muon",
     "NextToken",
     "Nf4",
@@ -205,6 +210,7 @@ __all__ = [
     "features",
     "layers",
     "names_module",
+    "require_grouped_query",
     "run_of",
     "sparse_layers",
     "stacks",

@@ -119,7 +119,7 @@ def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[st
     b = shape.itemsize
     t = sizes["tensor"]
     D = model.model_dim
-    a = model.attention
+    a = config.require_grouped_query(model.attention, "plan")
     heads = a.num_heads * a.head_dim // t
     keys = a.num_kv_heads * a.head_dim // t
     # q, k, v, the output, attention, and log-sum-exps in float32
@@ -150,7 +150,7 @@ def _layer_bytes(
     m = shape.tokens
     b = shape.itemsize
     t = sizes["tensor"]
-    a = model.attention
+    a = config.require_grouped_query(model.attention, "plan")
     projections = 0
     for w in stacked:
         if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter:

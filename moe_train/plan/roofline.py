@@ -132,7 +132,7 @@ def _hbm_bytes(run: config.Run, model: config.Model, layout: WeightLayout, shape
             # The update (the last three) reads the gradient, and reads and writes the weight.
             total += M * weight_bytes * 3 + 3 * w.stored_bytes(sizes)
     total += 2 * layout.optimizer_bytes
-    a = model.attention
+    a = config.require_grouped_query(model.attention, "plan")
     t = sizes["tensor"]
     D = model.model_dim
     m = shape.tokens

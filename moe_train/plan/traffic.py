@@ -165,7 +165,7 @@ def _token_flows(
     b = shape.itemsize
     D = model.model_dim
     L = model.num_layers
-    a = model.attention
+    a = config.require_grouped_query(model.attention, "plan")
     tensor = sizes["tensor"]
     context = sizes["context"]
     transfers = []

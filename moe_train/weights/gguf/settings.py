@@ -220,7 +220,7 @@ def architecture(model: config.Model) -> str:
 
 def _keys(model: config.Model) -> GgufSettings:
     """Return the keys that llama.cpp reads."""
-    a = model.attention
+    a = config.require_grouped_query(model.attention, "a GGUF file")
     rope = model.rope
     scaling = a.query_scaling
     arch = architecture(model)

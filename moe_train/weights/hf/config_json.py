@@ -185,7 +185,7 @@ def write_model_config(
 ) -> JsonObject:
     """Return the `config.json` of an export, with old and new spellings side by side and every default stated."""
     check_expressible(model)
-    a = model.attention
+    a = config.require_grouped_query(model.attention, "a config.json")
     fields: JsonObject = {
         "architectures": [config.FAMILIES[model.family].hugging_face.architecture],
         "model_type": model.family,

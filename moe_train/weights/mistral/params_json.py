@@ -220,7 +220,7 @@ def _rope(params: Params) -> JsonObject:
 
 def write_model_config(model: config.Model) -> JsonObject:
     """Return the `params.json` of an export. Raises ValueError if the format cannot express the model."""
-    a = model.attention
+    a = config.require_grouped_query(model.attention, "a params.json")
     rope = model.rope
     ffn = model.ffn
     windows = list(a.windows)

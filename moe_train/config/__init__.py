@@ -70,6 +70,7 @@ from moe_train.config.optimization import (
     Loss,
     Muon,
     Optimizer,
+    Rounding,
     Schedule,
     WsdSchedule,
 )
@@ -158,6 +159,7 @@ __all__ = [
     "Record",
     "RecordSource",
     "Rope",
+    "Rounding",
     "Router",
     "Run",
     "RunData",

@@ -7,7 +7,7 @@ from typing import Literal, Protocol
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model, MoeFfn, without_format
 from moe_train.config.compute import Compute, Mesh
-from moe_train.config.optimization import Loss
+from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.training import Evaluation, Train
 
 
@@ -18,6 +18,8 @@ class Sections(Protocol):
     def lora(self) -> Lora | None: ...
     @property
     def train(self) -> Train: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
     @property
     def loss(self) -> Loss: ...
     @property
@@ -112,6 +114,20 @@ def check_model(sections: Sections, model: Model) -> None:
             raise ValueError(f"train.capacity_factor is set, but a {model.family} model has no experts; leave it out")
         if any(coefs.values()) or loss.bias_update_rate is not None:
             raise ValueError(f"loss has router coefficients, but a {model.family} model has no routers; leave them out")
+
+
+def check_rounding(sections: Sections) -> None:
+    """Raise ValueError if `optimizer.rounding` is stated and no trained weight is bfloat16."""
+    rounding = sections.optimizer.rounding
+    if rounding == "nearest":
+        return
+    if sections.lora is not None:
+        reason = "adapters, and what is trained with them, are float32"
+    elif sections.compute.param_dtype == "float32":
+        reason = "compute.param_dtype is float32"
+    else:
+        return
+    raise ValueError(f"optimizer.rounding {rounding} has no effect: {reason}; leave it out")
 
 
 def _check_divides(size: int, axis: str, dim: int, name: str) -> None:

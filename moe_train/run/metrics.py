@@ -23,6 +23,9 @@ from moe_train.run.writer import Writer
 from moe_train.train.optimizer import make_schedule
 from moe_train.train.step import StepMetrics
 
+VANISHED_WARNING = 0.1
+"""Share of vanished updates from which on a run warns."""
+
 
 class MetricsReader:
     """Read the metrics of steps, count the skipped steps and measure the speed of training in tokens that are no padding."""
@@ -41,6 +44,7 @@ class MetricsReader:
         self._input_wait = math.nan
         self._tokens = math.nan  # tokens of a step that are no padding, averaged like `_seconds`
         self.finite = True
+        self._has_warned = False
         self.restart_timer(start)
 
     def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: Writer) -> Votes:
@@ -77,6 +81,7 @@ class MetricsReader:
             self._skipped += 1
             problem = f"loss {now.loss} or gradient norm {now.grad_norm} is not finite"
             writer.say(f"step {step} skipped, {self._skipped} so far: {problem}")
+        self._warn_of_vanished(step, now, writer)
         if not now.finite or step % self._run.metrics.every_steps == 0:
             writer.train(step, self._to_json(step, now))
         if now.routers is not None:
@@ -87,6 +92,17 @@ class MetricsReader:
                 f"train.max_skipped_steps is {limit}; check the data, or lower optimizer.learning_rate (checkpoints are kept)"
             )
         return Votes(*(bool(vote) for vote in voted))
+
+    def _warn_of_vanished(self, step: int, now: StepMetrics, writer: Writer) -> None:
+        """Say once that updates are rounded away, if they are."""
+        if now.vanished is None or self._has_warned or float(now.vanished) < VANISHED_WARNING:
+            return
+        self._has_warned = True
+        writer.say(
+            f"WARNING: step {step} leaves {now.vanished:.1%} of the weights as they are, since their updates are too small for "
+            "bfloat16 (metric vanished_updates); set optimizer.rounding to float32_master or stochastic, or compute.param_dtype to "
+            "float32, in a new run_dir"
+        )
 
     def restart_timer(self, step: int) -> None:
         """Restart the timer after `step`, so that a pause before it (an evaluation, a save) is not counted."""
@@ -114,6 +130,7 @@ class MetricsReader:
             # A skipped step does not advance the schedule.
             "learning_rate": float(self._rates[step - 1 - self._skipped]),
             "skipped": self._skipped,
+            **({} if now.vanished is None else {"vanished_updates": float(now.vanished)}),
             "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds,
             "input_wait": self._input_wait,

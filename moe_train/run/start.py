@@ -115,7 +115,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
 
 _DECIDED_AT_START = (
     *("seed", "model", "lora", "objective", "train.batch_size", "train.seq_len", "compute.param_dtype"),
-    *("optimizer.name", "optimizer.min_dim_size_to_factor"),
+    *("optimizer.name", "optimizer.min_dim_size_to_factor", "optimizer.rounding"),
 )
 """Settings that a run cannot change: its checkpoint would no longer fit, or its batches would differ."""
 

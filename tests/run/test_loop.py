@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from moe_train import config
 from moe_train.checkpoint import model_dir
+from moe_train.checkpoint.metadata import read_saved
 from moe_train.commands import evaluate
 from moe_train.commands.train import train
 from moe_train.config import yaml_file
@@ -169,3 +171,44 @@ def test_padding_is_not_counted_as_tokens(small_run, tmp_path):
     tokens = [int((loader.batch(step).segment_ids != 0).sum()) for step in range(4)]
     assert min(tokens) < 8 * 64
     assert [line["tokens_per_second"] * line["seconds"] for line in lines(tmp_path)] == pytest.approx(tokens, rel=0.01)
+
+
+# --- bfloat16 weights --------------------------------------------------------------------------------------------------
+
+
+ONE_LAYER: dict[str, Any] = {"model__num_layers": 1, "mesh": {"data": 8}, "data__eval": []}
+"""Changes that make a run quick to compile."""
+
+
+def bits_of(run_dir: Path, step: int) -> dict[str, list[int]]:
+    """The bit sums of all arrays of a checkpoint."""
+    return read_saved(run_dir / "checkpoints" / str(step)).sums
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["float32_master", "stochastic"])
+def test_a_run_in_bfloat16_resumes_bit_for_bit(tmp_path, small_run, rounding):
+    def run(name: str, **changes: Any) -> config.Config:
+        optimizer = {"name": "adamw", "learning_rate": 1e-2, "rounding": rounding}
+        dtypes = {"param_dtype": "bfloat16"}
+        return small_run(tmp_path / name, optimizer=optimizer, compute=dtypes, **ONE_LAYER, **changes)
+
+    assert train(run("whole")) == loop.FINISHED
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(step))
+    assert train(run("resumed")) == loop.FINISHED
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    assert bits_of(tmp_path / "resumed", 6) == bits_of(tmp_path / "whole", 6)
+    assert "vanished_updates" not in lines(tmp_path / "whole")[0]
+    with pytest.raises(ValueError, match=f"optimizer.rounding is nearest, but the run in .* was started with {rounding}"):
+        train(small_run(tmp_path / "resumed", compute={"param_dtype": "bfloat16"}, train__steps=8, **ONE_LAYER))
+
+
+@pytest.mark.slow
+def test_updates_that_vanish_are_counted_and_named(tmp_path, small_run, capsys):
+    optimizer = {"name": "adamw", "learning_rate": 1e-5}
+    changes = {"compute": {"param_dtype": "bfloat16"}, "train__steps": 2, **ONE_LAYER}
+    assert train(small_run(tmp_path, optimizer=optimizer, **changes)) == loop.FINISHED
+    assert all(line["vanished_updates"] > 0.5 for line in lines(tmp_path))
+    assert capsys.readouterr().err.count("of the weights as they are, since their updates are too small for bfloat16") == 1

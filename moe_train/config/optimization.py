@@ -128,9 +128,17 @@ class Loss(Section):
 
     load_balance_loss_coef, router_z_loss_coef: coefficients of the two router losses, applied per layer. Full training of a
     sparse model must state them. bias_update_rate: how far one step moves the bias of a router that has one: up for an expert
-    with less than the mean load of the step, down for one with more (DeepSeek-V3 uses 0.001).
+    with less than the mean load of the step, down for one with more (DeepSeek-V3 uses 0.001). balance_over: the tokens whose
+    loads the balance loss multiplies. With microbatch it is the mean of the microbatches' losses, weighted by their tokens. With
+    step (arXiv:2501.11873) loss and gradient are those of one large batch, whatever train.microbatches is; if that is more than
+    one, each step begins with a forward pass that counts the loads, a quarter to a third more work.
     """
 
     load_balance_loss_coef: NonNegativeFloat | None = None
     router_z_loss_coef: NonNegativeFloat | None = None
     bias_update_rate: NonNegativeFloat | None = None
+    balance_over: Literal["microbatch", "step"] = "microbatch"
+
+    def needs_routing_pass(self, microbatches: int) -> bool:
+        """Return whether each step begins with a forward pass that counts the loads of all microbatches."""
+        return self.balance_over == "step" and microbatches > 1 and bool(self.load_balance_loss_coef)

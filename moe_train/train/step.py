@@ -15,7 +15,7 @@ from moe_train.machine.compiler_options import compiler_options
 from moe_train.model.moe.router import RouterStats, next_bias
 from moe_train.model.parameters import Parameters
 from moe_train.model.paths import router_rows
-from moe_train.train.gradients import step_gradients
+from moe_train.train.gradients import count_tokens, step_gradients
 from moe_train.train.objectives.objective import Mean, ModelWeights, divide, step_metrics
 from moe_train.train.rounding import apply_updates
 from moe_train.train.state import TrainState
@@ -87,7 +87,7 @@ def train_step(
     metrics = {}
     for name, metric in step_metrics(definition.objective, terms, weight).items():
         metrics[name] = divide(*metric) if isinstance(metric, Mean) else metric
-    return state, StepMetrics(loss, metrics, grad_norm, finite, _valid_tokens(batch), terms.routers, vanished)
+    return state, StepMetrics(loss, metrics, grad_norm, finite, count_tokens(batch), terms.routers, vanished)
 
 
 def _step_key(seed: int | None, state: TrainState, stream: int = 0) -> Key[Array, ""] | None:
@@ -97,12 +97,6 @@ def _step_key(seed: int | None, state: TrainState, stream: int = 0) -> Key[Array
     # One fixed generator implementation, so that random bits do not depend on the platform.
     key = jax.random.key(seed, impl="threefry2x32")
     return jax.random.fold_in(jax.random.fold_in(key, stream) if stream else key, state.step)
-
-
-def _valid_tokens(batch: Any) -> Int[Array, ""] | None:
-    """Count the positions of a batch that are no padding."""
-    segment_ids = getattr(batch, "segment_ids", None)
-    return None if segment_ids is None else jnp.sum(segment_ids != 0, dtype=jnp.int32)
 
 
 def _updated_biases(buffers: Parameters, routers: RouterStats | None, rate: float | None) -> Parameters:

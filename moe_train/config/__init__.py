@@ -86,7 +86,7 @@ from moe_train.config.section import (
     PositiveFloat,
     Section,
 )
-from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
+from moe_train.config.training import Checkpoint, Evaluation, Metrics, SpikeGuard, Train
 
 __all__ = [
     "FAMILIES",
@@ -170,6 +170,7 @@ __all__ = [
     "SigmoidRouter",
     "SoftmaxRouter",
     "Source",
+    "SpikeGuard",
     "TextRecord",
     "Tokenizer",
     "Train",

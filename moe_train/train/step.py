@@ -18,6 +18,7 @@ from moe_train.model.paths import router_rows
 from moe_train.train.gradients import count_tokens, step_gradients
 from moe_train.train.objectives.objective import Mean, ModelWeights, divide, step_metrics
 from moe_train.train.rounding import apply_updates
+from moe_train.train.spike_guard import Spike, guard_step
 from moe_train.train.state import TrainState
 from moe_train.train.step_definition import StepDefinition
 
@@ -40,6 +41,8 @@ class StepMetrics(NamedTuple):
     """Number of positions of the batch that are no padding; None for a batch type without `segment_ids`."""
     routers: RouterStats | None
     """Router statistics (L, …), averaged over microbatches (counts are summed); None for a dense model."""
+    spike: Spike | None = None
+    """What the spike guard found; None without one."""
     vanished: Float[Array, ""] | None = None
     """Share of the bfloat16 weights that an update does not change, since it is rounded away; None without such weights."""
 
@@ -49,7 +52,7 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """Take one optimizer step.
 
-    If the loss or the gradient norm is not finite, only the counters `step` and `skipped` change.
+    If the loss or the gradient norm is not finite, or a spike, only counters change.
 
     Args:
         definition: what the step does.
@@ -66,6 +69,14 @@ def train_step(
     loss, weight, terms, gradients = step_gradients(definition, state.trainable, fixed, batch, key)
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    guard = state.guard
+    spike = None
+    applies = finite
+    # A state without a guard is one for measuring or planning.
+    if definition.spike_guard is not None and guard is not None:
+        value = loss if definition.spike_guard.metric == "loss" else grad_norm
+        guard, spike = guard_step(definition.spike_guard, guard, value, finite)
+        applies = finite & ~spike.is_spike
     updates, opt_state = definition.optimizer.update(gradients, state.opt_state, state.trainable)
     rounding_key = _step_key(definition.rounding_seed, state, ROUNDING_STREAM)
     trainable, vanished = apply_updates(definition.rounding, state.trainable, updates, opt_state, rounding_key)
@@ -73,7 +84,7 @@ def train_step(
 
     def keep(new: Shaped[Array, "*dims"], old: Shaped[Array, "*dims"]) -> Shaped[Array, "*dims"]:
         # A select and not a branch: the decision stays on the device, and the host need not wait for it.
-        return jnp.where(finite, new, old)
+        return jnp.where(applies, new, old)
 
     state = TrainState(
         # A skipped step counts too, since `step` is the position in the data.
@@ -82,12 +93,13 @@ def train_step(
         frozen=state.frozen,
         buffers=jax.tree.map(keep, buffers, state.buffers),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-        skipped=state.skipped + jnp.where(finite, 0, 1),
+        skipped=state.skipped + jnp.where(applies, 0, 1),
+        guard=guard,
     )
     metrics = {}
     for name, metric in step_metrics(definition.objective, terms, weight).items():
         metrics[name] = divide(*metric) if isinstance(metric, Mean) else metric
-    return state, StepMetrics(loss, metrics, grad_norm, finite, count_tokens(batch), terms.routers, vanished)
+    return state, StepMetrics(loss, metrics, grad_norm, finite, count_tokens(batch), terms.routers, spike, vanished)
 
 
 def _step_key(seed: int | None, state: TrainState, stream: int = 0) -> Key[Array, ""] | None:

@@ -4,7 +4,7 @@ Slow imports stand inside the commands, so that `--help` is fast.
 
 Exit codes: 0 success; 1 an error while running, or a negative result; 2 the request is invalid, with one line per error;
 3 a comparison does not meet a requirement (`evaluate --require`);
-75 stopped before the end, and the same command continues; 130 interrupted with Ctrl-C.
+75 stopped before the end, and the same command continues; 130 interrupted with Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from moe_train.cli.models import model_commands
 from moe_train.cli.terminal import print_json, print_mapping, progress_line
 from moe_train.cli.training import training_commands
 from moe_train.machine import processes
+from moe_train.machine.interrupts import ends_after_signals
 
 app = typer.Typer(
     name="moe-train",
@@ -117,6 +118,11 @@ def _log_to_stderr() -> Iterator[None]:
         log.propagate = True
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+TERMINATED = 143
+"""Exit code after SIGTERM."""
+
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """Exceptions for mistakes in what the user asked for; they exit with code 2."""
 
@@ -136,12 +142,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # Typer accepts it only before the command, while people append it to a command that failed.
         arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
     try:
-        with _log_to_stderr():
+        with _log_to_stderr(), ends_after_signals():
             # Not standalone, so that Typer raises errors instead of printing them; it returns the code of typer.Exit, or None.
             sys.exit(app(arguments, prog_name="moe-train", standalone_mode=False) or 0)
     except _UsageError as error:
         _print_usage_error(error)
         sys.exit(2)
+    except SystemExit as ended:
+        if ended.code in (INTERRUPTED, TERMINATED):
+            print(f"moe-train: interrupted ({'Ctrl-C' if ended.code == INTERRUPTED else 'SIGTERM'})", file=sys.stderr)
+            # Of several processes, this one ends here: it must not wait for the others at JAX's exit barrier.
+            processes.exit_process(ended.code)
+        raise
     except Exception as error:
         code = _report(error, debug)
         # Of several processes, this one ends here: it must not wait for the others at JAX's exit barrier.

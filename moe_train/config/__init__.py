@@ -74,6 +74,7 @@ from moe_train.config.optimization import (
     Loss,
     Muon,
     Optimizer,
+    Rounding,
     Schedule,
     WsdSchedule,
 )
@@ -102,7 +103,7 @@ from moe_train.config.suite import (
     RegexGrader,
     Suite,
 )
-from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
+from moe_train.config.training import Checkpoint, Evaluation, Metrics, SpikeGuard, Train
 
 __all__ = [
     "FAMILIES",
@@ -186,6 +187,7 @@ __all__ = [
     "RecordSource",
     "RegexGrader",
     "Rope",
+    "Rounding",
     "Router",
     "Run",
     "RunData",
@@ -196,6 +198,7 @@ __all__ = [
     "SigmoidRouter",
     "SoftmaxRouter",
     "Source",
+    "SpikeGuard",
     "Suite",
     "TextRecord",
     "Tokenizer",

@@ -10,6 +10,7 @@ Exit codes: 0 success; 1 an error while running, or a negative result; 2 the req
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import traceback
@@ -48,8 +49,16 @@ app.add_typer(adapter_commands)
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False) -> None:
-    pass  # `main` reads --debug, since that is where errors are caught
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    no_compile_cache: Annotated[
+        bool, typer.Option("--no-compile-cache", help="Compile every program again; neither read nor write the cache.")
+    ] = False,
+) -> None:
+    # `main` reads --debug, since that is where errors are caught.
+    if no_compile_cache:
+        # The environment, since the cache is turned on inside the commands, after what can be checked without JAX.
+        os.environ["MOE_TRAIN_COMPILE_CACHE"] = "off"
 
 
 @app.command("quickstart", epilog=help_examples("moe-train quickstart"))
@@ -60,7 +69,9 @@ def quickstart_command() -> None:
     If it is interrupted, the same command continues.
     """
     from moe_train.commands.quickstart import quickstart
+    from moe_train.machine.compile_cache import use_compile_cache
 
+    use_compile_cache()
     raise typer.Exit(quickstart())
 
 
@@ -138,9 +149,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
-    if debug:
-        # Typer accepts it only before the command, while people append it to a command that failed.
-        arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+    # Typer accepts them only before the command, while people append them to a command that failed.
+    given = [option for option in ("--debug", "--no-compile-cache") if option in arguments]
+    arguments = given + [argument for argument in arguments if argument not in given]
     try:
         with _log_to_stderr(), ends_after_signals():
             # Not standalone, so that Typer raises errors instead of printing them; it returns the code of typer.Exit, or None.

@@ -39,12 +39,14 @@ def evaluate_command(
     """Measure the loss of a run or a model on files (--data), or grade its answers to questions (--suite)."""
     from moe_train.commands.evaluate import evaluate_model
     from moe_train.commands.evaluate_suite import Comparisons, evaluate_suites
+    from moe_train.machine.compile_cache import use_compile_cache
 
     if bool(data) == bool(suite):
         raise typer.BadParameter("state --data FILE for the loss on files, or --suite FILE.yaml for graded answers")
+    if data and (against or require or items):
+        raise typer.BadParameter("--against, --require and --items compare answers; state --suite FILE.yaml instead of --data")
+    use_compile_cache()
     if data:
-        if against or require or items:
-            raise typer.BadParameter("--against, --require and --items compare answers; state --suite FILE.yaml instead of --data")
         with progress_line("evaluating"):
             answer = evaluate_model(directory, data, chat_template)
         print_mapping(answer, as_json)
@@ -81,7 +83,9 @@ def generate_command(
 ) -> None:
     """Continue prompts with a run or a model."""
     from moe_train.commands.generate import generate_text
+    from moe_train.machine.compile_cache import use_compile_cache
 
+    use_compile_cache()
     with progress_line("generating"):
         completions = generate_text(directory, prompt, max_tokens, temperature, seed, chat=chat, chat_template=chat_template)
     pairs = list(zip(prompt, completions, strict=True))
@@ -134,7 +138,9 @@ def export_command(
     OUT_DIR appears complete or not at all. The results of the verification are in its export_proof.json.
     """
     from moe_train.commands.export import ExportOptions, export
+    from moe_train.machine.compile_cache import use_compile_cache
 
+    use_compile_cache()
     layout = layout or ("gguf" if server == "llama.cpp" else "hf")
     options = ExportOptions(dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size)
     with progress_line("exporting"):
@@ -175,7 +181,9 @@ def verify_command(
     Exit code 1 if the files are no longer what was exported.
     """
     from moe_train.commands.verify import verify
+    from moe_train.machine.compile_cache import use_compile_cache
 
+    use_compile_cache()
     with progress_line("verifying"):
         _, results = verify(directory, base, run, depth, adapter)
     checks = [check.to_json() for check in results]
@@ -208,7 +216,9 @@ def upcycle_command(
 ) -> None:
     """Turn a dense model into a Mixtral: copy its feed-forward layers into experts, with new routers."""
     from moe_train.commands.upcycle import upcycle
+    from moe_train.machine.compile_cache import use_compile_cache
 
+    use_compile_cache()
     with progress_line("copying experts"):
         answer = upcycle(base, out_dir, experts, experts_per_token, noise, seed)
     print_mapping(answer, as_json)
@@ -229,7 +239,9 @@ def extend_vocab_command(
 ) -> None:
     """Extend a model to a larger tokenizer, such as from 32000 tokens to the 32768 of v3, which tool calls need."""
     from moe_train.commands.extend_vocab import extend_vocab
+    from moe_train.machine.compile_cache import use_compile_cache
 
+    use_compile_cache()
     with progress_line("writing the model"):
         answer = extend_vocab(base, out_dir, tokenizer, layout)
     print_mapping(answer, as_json)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
+from moe_train.weights.latent_norms import check_latent_norm_eps
 from moe_train.weights.mistral import latent_params
 from moe_train.weights.mistral.params_fields import Llama4Scaling, Moe, Params, Yarn
 
@@ -56,7 +57,9 @@ def read_model_config(directory: str | Path) -> config.Model:
                 file,
                 ", ".join(unknown),
             )
-        return _model(params)
+        model = _model(params)
+        check_latent_norm_eps(model, "vLLM")
+        return model
     except ValidationError as error:
         first = error.errors()[0]
         problem = first["msg"].removeprefix("Value error, ")
@@ -182,6 +185,7 @@ def _rope(params: Params) -> JsonObject:
 
 def write_model_config(model: config.Model) -> JsonObject:
     """Return the `params.json` of an export. Raises ValueError if the format cannot express the model."""
+    check_latent_norm_eps(model, "vLLM")
     rope = model.rope
     windows = list(model.attention.windows)
     query_scaling = model.attention.query_scaling

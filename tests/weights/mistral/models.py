@@ -56,6 +56,7 @@ MISTRAL4 = config.Model(
         dense_layers=config.DenseLayers(count=1, ffn_dim=20),
     ),
     rope=YARN,
+    norm_eps=1e-6,
     **SIZES,
 )
 """All sizes of MLA differ, so that no split of a dim can be confused with another."""

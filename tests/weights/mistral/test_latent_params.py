@@ -99,6 +99,7 @@ def test_a_factor_of_one_leaves_nothing_to_correct(tmp_path: Path) -> None:
         ({"moe": {**PARAMS["moe"], "route_every_n": 2}}, "moe.route_every_n: Input should be 1"),
         ({"moe": {**PARAMS["moe"], "renorm_strategy": "LOGITS"}}, "moe.renorm_strategy: Input should be 'WEIGHTS'"),
         ({"moe": {**PARAMS["moe"], "first_k_dense_replace": 4}}, "ffn.dense_layers.count 4 leaves no sparse layer"),
+        ({"norm_eps": 1e-5}, "norm_eps is 1e-05; vLLM uses it for the norms of latents too"),
         ({"qk_rope_head_dim": 7, "head_dim": 17}, "qk_rope_head_dim 7 is odd"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -200,13 +200,19 @@ def verify_command(
 
 @model_commands.command(
     "upcycle",
-    epilog=help_examples("moe-train upcycle models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-4x135M --experts 4"),
+    epilog=help_examples(
+        "moe-train upcycle models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-4x135M --experts 4",
+        "moe-train upcycle SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-fine --experts 64 --experts-per-token 8 --granularity 8",
+    ),
 )
 def upcycle_command(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Dense model in Hugging Face, Mistral or GGUF format.")],
     out_dir: OutDir,
     experts: Annotated[int, typer.Option(min=2, help="Number of experts per layer, copies of the feed-forward layer.")] = 8,
     experts_per_token: Annotated[int, typer.Option(min=1, help="Number of experts that each token is routed to.")] = 2,
+    granularity: Annotated[
+        int, typer.Option(min=1, help="Number of fine-grained experts that each copy is split into; 1 keeps copies whole.")
+    ] = 1,
     noise: Annotated[
         float,
         typer.Option(min=0.0, help="Standard deviation of noise added to the copies, relative to that of each matrix."),
@@ -215,12 +221,12 @@ def upcycle_command(
     as_json: AsJson = False,
 ) -> None:
     """Turn a dense model into a Mixtral: copy its feed-forward layers into experts, with new routers."""
-    from moe_train.commands.upcycle import upcycle
+    from moe_train.commands.upcycle import NewExperts, upcycle
     from moe_train.machine.compile_cache import use_compile_cache
 
     use_compile_cache()
     with progress_line("copying experts"):
-        answer = upcycle(base, out_dir, experts, experts_per_token, noise, seed)
+        answer = upcycle(base, out_dir, NewExperts(experts, experts_per_token, granularity, noise, seed))
     print_mapping(answer, as_json)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.weights import names, on_disk, safetensors_files, together
+from moe_train.weights import fp8, names, on_disk, safetensors_files, together
 from moe_train.weights.mistral.params_json import PARAMS_FILE, read_model_config, write_model_config
 from moe_train.weights.on_disk import WeightFiles
 
@@ -34,7 +34,8 @@ def open_weights(directory: str | Path) -> WeightFiles:
         ValueError: the model is tied but has an output weight of its own.
     """
     model = read_model_config(directory)
-    all_tensors = safetensors_files.open_model_tensors(directory, STEM)
+    stored = safetensors_files.open_model_tensors(directory, STEM)
+    all_tensors = fp8.dequantize_tensors(stored, fp8.section_of_folder(Path(directory) / PARAMS_FILE))
     tensors = {name: tensor for name, tensor in all_tensors.items() if not name.startswith(_VISION_PREFIXES)}
     head = names.MISTRAL.head.name
     embed = names.MISTRAL.embed.name

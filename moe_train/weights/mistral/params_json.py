@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moe_train import config
 from moe_train.config import Positive, PositiveFloat
 from moe_train.machine.files import JsonObject, read_object
+from moe_train.weights.fp8 import sections
 
 log = logging.getLogger(__name__)
 
@@ -26,13 +27,11 @@ _REQUIRED: JsonObject = {
     "activation": "silu",
     "use_biases": False,
     "causal": True,
-    "quantization": None,
-    "quantization_config": None,
     # The sizes of multi-head latent attention; None: not stated.
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")),
 }
 # Fields that do not affect the text model's mathematics.
-_IGNORED = {"dtype", "max_batch_size", "vision_encoder", "multimodal", "lora"}
+_IGNORED = {"dtype", "max_batch_size", "vision_encoder", "multimodal", "lora", "quantization", "quantization_config"}
 _MAX_SEQ_LEN = 128_000
 """What mistral-inference and vLLM assume if nothing is stated."""
 
@@ -112,6 +111,7 @@ def read_model_config(directory: str | Path) -> config.Model:
         for key, required in _REQUIRED.items():
             if fields.get(key, required) not in (required, None):
                 raise ValueError(f"{key} is {fields[key]!r}, which is not implemented; it has to be {required!r}")
+        sections.find_section(fields)  # refuses quantizations that are not supported
         params = Params.model_validate({key: value for key, value in fields.items() if key not in _REQUIRED})
         if unknown := sorted(set(params.model_extra or ()) - _IGNORED):
             log.warning(

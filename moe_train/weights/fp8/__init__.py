@@ -1,0 +1,6 @@
+"""FP8 weights in files: what a config states of them, scales next to quantized values, dequantization, quantization for writing."""
+
+from moe_train.weights.fp8.pair import dequantize_tensors
+from moe_train.weights.fp8.sections import section_of_folder
+
+__all__ = ["dequantize_tensors", "section_of_folder"]

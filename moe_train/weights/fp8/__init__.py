@@ -2,5 +2,6 @@
 
 from moe_train.weights.fp8.pair import dequantize_tensors
 from moe_train.weights.fp8.sections import section_of_folder
+from moe_train.weights.fp8.write import dtype_before_writing, tensors_of_dtype
 
-__all__ = ["dequantize_tensors", "section_of_folder"]
+__all__ = ["dequantize_tensors", "dtype_before_writing", "section_of_folder", "tensors_of_dtype"]

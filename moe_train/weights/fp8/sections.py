@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
+from moe_train.weights.on_disk import FloatDtype
 
 Granularity = Literal["tensor", "channel", "block"]
 """How many numbers share a scale: a whole matrix, the inputs of one output, or a rectangle."""
@@ -40,7 +40,7 @@ class Fp8Section(NamedTuple):
     """None if the section does not state it, so that the shapes of the scales decide."""
     block: tuple[int, int] = DEFAULT_BLOCK
     """Outputs and inputs of a block."""
-    dtype: config.Dtype | Literal["float16"] = "bfloat16"
+    dtype: FloatDtype = "bfloat16"
     """Dtype to which dequantized values are rounded: the one of the model's other weights, as in transformers."""
 
 
@@ -83,7 +83,7 @@ def find_section(fields: JsonObject, file: str = "") -> Fp8Section | None:
     return parsed._replace(file=f"{file}: {key}", dtype=_dtype(fields, text))
 
 
-def _dtype(fields: JsonObject, text: object) -> config.Dtype | Literal["float16"]:
+def _dtype(fields: JsonObject, text: object) -> FloatDtype:
     """Return the dtype that the config states for weights; bfloat16 without one."""
     for level in (text, fields):
         for key in ("dtype", "torch_dtype"):

@@ -67,7 +67,7 @@ def open_tensors(directory: str | Path) -> OpenedTensors:
 def write(
     directory: Path,
     model: config.Model,
-    dtype: config.Dtype,
+    dtype: on_disk.FileDtype,
     matrix: Callable[[names.WeightPiece], np.ndarray],
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
@@ -79,18 +79,20 @@ def write(
         directory: the folder.
         model: the architecture.
         dtype: dtype of the files.
-        matrix: returns the values of a piece; called for one piece at a time.
+        matrix: returns the values of a piece in `fp8.dtype_before_writing`; called for one piece at a time.
         tokenizer: states the ids of control tokens; None if the export has none.
         max_shard_bytes: size limit of a shard.
         share: the part of one of several processes that write together.
     """
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
-    settings = write_model_config(model, dtype=dtype, bos_token_id=bos_id, eos_token_id=eos_id)
+    # Tensors that FP8 leaves out are bfloat16.
+    settings = write_model_config(model, dtype="bfloat16" if dtype == "fp8" else dtype, bos_token_id=bos_id, eos_token_id=eos_id)
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # In the layout that is written, every tensor is a single piece.
-    pieces = {piece.name: piece for piece in names.weight_pieces(model)}
-    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
-    safetensors_files.write_shards(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)
+    pieces = names.weight_pieces(model)
+    if dtype == "fp8":
+        settings["quantization_config"] = fp8.write.hugging_face_section(pieces)
+    specs, values = fp8.tensors_of_dtype(pieces, dtype, matrix, fp8.write.hugging_face_scheme(pieces))
+    safetensors_files.write_shards(directory, specs, values, max_shard_bytes, share)
     # The first process writes the small files for all.
     if share.first != 0:
         return

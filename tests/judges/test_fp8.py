@@ -12,9 +12,18 @@ import numpy as np
 import pytest
 
 from moe_train import config
+from moe_train.commands import write_and_prove
 from moe_train.machine.mesh import make_mesh
 from moe_train.weights import external, names
-from tests.judges.test_transformers_and_peft import assert_same_logits, batch, load, our_logits, random_judge
+from tests.judges.test_transformers_and_peft import (
+    assert_same_logits,
+    batch,
+    load,
+    our_logits,
+    random_judge,
+    random_parameters,
+    settings_of,
+)
 from tests.judges.test_wrappers import wrapper
 from tests.weights.fp8.files import BF16, HF_BLOCK, HF_TENSOR, Arrays, quantize, quantize_folder, save
 from tests.weights.fp8.files import load as load_arrays
@@ -134,3 +143,50 @@ def test_a_wrapper_states_the_quantization_of_its_text_model(mesh: jax.sharding.
         tokens, arrays = batch(mesh)
         tokens = np.minimum(tokens, 126)  # 127 stands for an image
         assert_same_logits(judge, our_logits(structure, parameters, (tokens, *arrays[1:])), tokens)
+
+
+WIDE_SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"), [("mixtral", {}), ("ministral3", {}), ("mixtral", WIDE_SIZES)], ids=["tensors", "tied", "blocks"]
+)
+def test_transformers_reads_our_fp8_exports(family: str, sizes: dict[str, Any], mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
+    """Its logits are those of the values that the files stand for, and its tensors have their bits."""
+    settings = settings_of(family)
+    settings.update(sizes)
+    settings.architectures = [f"{settings.model_type.capitalize()}ForCausalLM"]
+    settings.save_pretrained(tmp_path)
+    model = external.read_external_model(tmp_path)
+    with jax.set_mesh(mesh):
+        _, weights = random_parameters(model)
+        options = write_and_prove.WriteOptions(dtype="fp8", max_shard_bytes=40_000, depth="tensors")
+        write_and_prove.export_model(weights, model, tmp_path / "q", options)
+        _, structure, parameters = load(tmp_path / "q")
+        tokens, arrays = batch(mesh)
+        ours = our_logits(structure, parameters, arrays)
+    section = json.loads((tmp_path / "q/config.json").read_text())["quantization_config"]
+    assert section["weight_block_size"] == ([128, 128] if sizes else None)
+    judge = dequantized_by_transformers(tmp_path / "q")
+    assert_same_logits(judge, ours, tokens)
+    assert converted_by_transformers(settings, section) == {
+        name.removesuffix(".weight").replace("block_sparse_moe", "mlp").split(".experts.")[0]
+        + (".experts" if "experts" in name else "")
+        for name in on_disk_names(tmp_path / "q")
+        if name + "_scale_inv" in on_disk_names(tmp_path / "q")
+    }
+
+
+def on_disk_names(folder: Path) -> set[str]:
+    """Names of the tensors of an export."""
+    return set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])
+
+
+def converted_by_transformers(settings: Any, section: dict[str, Any]) -> set[str]:
+    """The modules for which transformers expects FP8 weights, in a model that it does not dequantize."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_config(settings)
+    quantization = transformers.FineGrainedFP8Config.from_dict(section)
+    fp8.replace_with_fp8_linear(model, quantization.modules_to_not_convert, quantization, pre_quantized=True)
+    return {name for name, module in model.named_modules() if isinstance(module, fp8.FP8Linear | fp8.FP8Experts)}

@@ -119,8 +119,8 @@ def export_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Dtype of the written weights: float32 or bfloat16; for gguf also float16, q8_0 and llama.cpp's other types. "
-            "Default: that of the files that training started from."
+            help="Dtype of the written weights: float32, bfloat16, float16, or fp8 (linear maps alone); for gguf also q8_0 and "
+            "llama.cpp's other types, but not fp8. Default: that of the files that training started from, dequantized."
         ),
     ] = None,
     server: Annotated[

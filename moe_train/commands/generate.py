@@ -16,7 +16,7 @@ from moe_train.data.chat.chat_date import date_of_data, dated
 from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template, render_prompt
 from moe_train.data.records.problem import checked_text
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.evaluate.generate import GenerationOptions, check_lengths, generate_tokens
+from moe_train.evaluate.generate import GenerationOptions, check_lengths, decode_after, generate_tokens
 
 
 def generate_text(
@@ -66,14 +66,14 @@ def generate_text(
         structure, weights = opened.load()
         options = GenerationOptions(max_tokens, tuple(tokenizer.end_ids), temperature, seed, opened.compute.dtype)
         generated = generate_tokens(structure, weights, model, opened.mesh, tokens, options)
-    return [_text_after(tokenizer, before, after) for before, after in zip(tokens, generated, strict=True)]
+    return [decode_after(tokenizer, before, after) for before, after in zip(tokens, generated, strict=True)]
 
 
 def _chat_prompt(template: str | None, tokenizer: Tokenizer, reasoning_effort: str | None) -> Callable[[str], list[int]]:
     """Return a function that renders a prompt as a user's turn."""
 
     def encode(prompt: str) -> list[int]:
-        return render_prompt([{"role": "user", "content": prompt}], template, tokenizer, reasoning_effort)
+        return render_prompt([{"role": "user", "content": prompt}], template, tokenizer, reasoning_effort=reasoning_effort)
 
     return encode
 
@@ -86,12 +86,3 @@ def _text_prompt(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
         return start + tokenizer.encode(checked_text(prompt, "the prompt"))
 
     return encode
-
-
-def _text_after(tokenizer: Tokenizer, before: list[int], after: list[int]) -> str:
-    """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text."""
-    prefix = tokenizer.decode(before)
-    full_text = tokenizer.decode(before + after)
-    if full_text.startswith(prefix):
-        return full_text[len(prefix) :]
-    return tokenizer.decode(after)

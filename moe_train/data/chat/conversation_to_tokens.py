@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_train import config
 from moe_train.data.chat import template as templates
@@ -100,7 +101,11 @@ def _convert(conversations: list[Conversation], template: str | None, tokenizer:
 
 
 def render_prompt(
-    messages: list[Message], template: str | None, tokenizer: Tokenizer, reasoning_effort: str | None = None
+    messages: list[Message],
+    template: str | None,
+    tokenizer: Tokenizer,
+    tools: Sequence[dict[str, Any]] = (),
+    reasoning_effort: str | None = None,
 ) -> list[int]:
     """Return the tokens of a conversation up to where the assistant's next turn begins.
 
@@ -108,9 +113,12 @@ def render_prompt(
         messages: The messages.
         template: The chat template; None for a Mistral tokenizer.
         tokenizer: The tokenizer.
+        tools: The tools that the assistant may call.
         reasoning_effort: How long the model may think; None for the default of the tokenizer or template.
     """
-    conversation = Conversation(messages, [], ModelSettings(reasoning_effort=reasoning_effort))
+    conversation = Conversation(messages, list(tools), ModelSettings(reasoning_effort=reasoning_effort))
+    if tools:
+        check_has_tools(template, tokenizer)
     _check(conversation)
     match tokenizer:
         case Mistral():

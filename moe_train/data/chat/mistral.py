@@ -193,5 +193,6 @@ def _refusals(conversation: Conversation, tokenizer: Mistral) -> Iterator[None]:
         yield
     except Problem:  # of our own, such as a text that is too long
         raise
-    except (MistralCommonException, NotImplementedError, AssertionError, ValueError) as error:
+    # A RuntimeError is of sentencepiece, for text that is not Unicode, or of Python, for JSON that is nested too deep.
+    except (MistralCommonException, RuntimeError, AssertionError, ValueError) as error:
         raise refusal(error, conversation, tokenizer) from error

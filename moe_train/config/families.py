@@ -128,14 +128,14 @@ FAMILIES: dict[FamilyName, Family] = {
         # transformers computes the frequencies of other kinds of rope for the whole head, and fails.
         required=frozenset({"mla", "yarn", "shared_experts"}),
         sparse=True,
-        formats={"hf": _MISTRAL4},
+        formats={"hf": _MISTRAL4, "mistral": _MISTRAL4, "gguf": _MISTRAL4},
     ),
     "deepseek_v3": Family(
         HuggingFaceFamily("DeepseekV3ForCausalLM", fixed=_FIXED_OF_LATENT, experts="mlp"),
         _DEEPSEEK_V3,
         required=frozenset({"mla", "sigmoid_router", "router_bias", "shared_experts"}),
         sparse=True,
-        formats={"hf": _DEEPSEEK_V3},
+        formats={"hf": _DEEPSEEK_V3, "gguf": _DEEPSEEK_V3},
     ),
 }
 """The table."""

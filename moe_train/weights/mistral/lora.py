@@ -94,7 +94,7 @@ def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     tensors, scaling = _open(directory)
     targets: dict[int, list[str]] = {}
     # Layer 0 and expert 0 stand for all: load_adapter refuses a file in which the others differ.
-    for row in names.linear_rows(model.ffn, names.MISTRAL):
+    for row in names.linear_rows(model.attention, model.ffn, names.MISTRAL):
         stem = names.MISTRAL.layer.format(l=0) + row.name.format(e=0).removesuffix(".weight")
         a = tensors.get(names.MISTRAL.adapters[0].format(stem=stem))
         if a is not None:

@@ -101,6 +101,8 @@ def flows(run: config.Run, layout: WeightLayout, platform: str | None = None) ->
     for w in layout.weights:
         collectives += _weight_flows(w, sizes, shape.itemsize, run.model.tie_embeddings)
     collectives += _token_flows(run, run.model, sizes, shape, platform)
+    if run.loss.needs_routing_pass(M):
+        collectives += [_in_forward_pass(flow) for flow in collectives]
     collectives = [flow._replace(bytes=M * flow.bytes) for flow in collectives]
     trained = (w for w in layout.weights if w.trainable)
     # Accumulated gradients are all-reduced in the compute dtype (`StepDefinition.gradient_dtype`).
@@ -112,6 +114,18 @@ def flows(run: config.Run, layout: WeightLayout, platform: str | None = None) ->
         combined[without_bytes] = combined.get(without_bytes, 0.0) + flow.bytes
     nonzero = [flow._replace(bytes=received) for flow, received in combined.items() if received]
     return sorted(nonzero, key=lambda flow: -flow.bytes)
+
+
+def _in_forward_pass(flow: Flow) -> Flow:
+    """Return what a forward pass alone moves of the same kind."""
+    share = 0.0
+    if flow.what == "tokens to experts":
+        share = 2 / 5  # there and back, which the backward pass repeats for inputs and for gradients
+    elif flow.what in ("activations", "queries"):
+        share = 1 / 3
+    elif flow.kind == "all-gather":  # of weights, keys and values: gathered again in the backward pass
+        share = 1 / 2
+    return flow._replace(bytes=share * flow.bytes)
 
 
 def _received_bytes(kind: str, devices: int, size: float) -> float:

@@ -29,6 +29,7 @@ from moe_train.model.moe.experts import ExpertMatrix, ExpertSettings, ExpertWeig
 from moe_train.model.moe.transport.choose import transport_of
 from moe_train.model.moe.transport.transport import TransportName
 from moe_train.model.sharding.specs import activation_spec
+from moe_train.run.self_test_results import passed_once
 
 TEST_ROWS = 1024
 TEST_DIM = 256
@@ -73,14 +74,24 @@ def run_self_tests(run: config.Run, say: Callable[[str], None]) -> None:
     Raises:
         RuntimeError: a kernel is wrong on this device; nothing has been trained with it yet.
     """
-    error = check_attention(run.model, run.compute, run.train.seq_len)
-    say(f"self-test of attention: largest relative error {error:.1e}")
+
+    def report(name: str, error: float, is_known: bool = False) -> None:
+        earlier = " (tested at an earlier start, with the same versions on the same kind of device)" if is_known else ""
+        say(f"self-test of {name}: largest relative error {error:.1e}{earlier}")
+
+    compute = run.compute.model_dump(mode="json")
+    T = run.train.seq_len
+    kernel = kernels.choose_attention_kernel(run.compute.attention, T, jnp.dtype(run.compute.dtype))
+    attention = run.model.attention.model_dump(mode="json")
+    test = partial(check_attention, run.model, run.compute, T)
+    report("attention", *passed_once("attention", [compute, kernel, attention], test))
     if not isinstance(run.model.ffn, config.MoeFfn):
         return
-    say(f"self-test of grouped_matmul: largest relative error {check_grouped_matmul(run.compute):.1e}")
+    report("grouped_matmul", *passed_once("grouped_matmul", [compute], partial(check_grouped_matmul, run.compute)))
     transport = transport_of(run, jax.sharding.get_mesh().shape)
     if transport == "ragged_all_to_all":
-        say(f"self-test of {transport}: largest relative error {check_against_all_gather(transport):.1e}")
+        # Never from the cache: all processes take part in it, and their caches may differ; and it tests the links of these chips.
+        report(transport, check_against_all_gather(transport))
 
 
 def check_grouped_matmul(compute: config.Compute) -> float:

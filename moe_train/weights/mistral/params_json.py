@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
+from moe_train.weights.fp8 import sections
 from moe_train.weights.latent_norms import check_latent_norm_eps
 from moe_train.weights.mistral import latent_params
 from moe_train.weights.mistral.params_fields import Llama4Scaling, Moe, Params, Yarn
@@ -27,11 +28,9 @@ _REQUIRED: JsonObject = {
     "activation": "silu",
     "use_biases": False,
     "causal": True,
-    "quantization": None,
-    "quantization_config": None,
 }
 # Fields that do not affect the text model's mathematics.
-_IGNORED = {"dtype", "max_batch_size", "vision_encoder", "multimodal", "lora"}
+_IGNORED = {"dtype", "max_batch_size", "vision_encoder", "multimodal", "lora", "quantization", "quantization_config"}
 _MAX_SEQ_LEN = 128_000
 """What mistral-inference and vLLM assume if nothing is stated."""
 
@@ -50,6 +49,7 @@ def read_model_config(directory: str | Path) -> config.Model:
         for key, required in _REQUIRED.items():
             if fields.get(key, required) not in (required, None):
                 raise ValueError(f"{key} is {fields[key]!r}, which is not implemented; it has to be {required!r}")
+        sections.find_section(fields)  # refuses quantizations that are not supported
         params = Params.model_validate({key: value for key, value in fields.items() if key not in _REQUIRED})
         if unknown := sorted(set(params.model_extra or ()) - _IGNORED):
             log.warning(

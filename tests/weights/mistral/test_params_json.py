@@ -79,8 +79,8 @@ def test_the_files_of_released_models_are_understood(tmp_path: Path, caplog: pyt
         ({"sliding_window": 4, "rope_theta": None}, "rope_theta is not stated, and its default differs"),
         ({"yarn": {"factor": 2.0}}, "yarn.original_max_position_embeddings: Field required"),
         (
-            {"quantization": {"qformat_weight": "fp8_e4m3"}},
-            "quantization is {'qformat_weight': 'fp8_e4m3'}, which is not implemented",
+            {"quantization": {"qformat_weight": "int4"}},
+            "quantization.qformat_weight is 'int4'; supported: 'fp8_e4m3'",
         ),
         ({"model_type": "mamba"}, "model_type is 'mamba', which is not implemented; it has to be 'transformer'"),
         ({"use_biases": True}, "use_biases is True"),

@@ -17,7 +17,7 @@ from moe_train.weights.names.hugging_face import (
     hugging_face,
     hugging_face_of,
 )
-from moe_train.weights.names.mistral import MISTRAL
+from moe_train.weights.names.mistral import MISTRAL, mistral_of
 from moe_train.weights.names.pieces import WeightPiece, weight_pieces
 from moe_train.weights.names.tensor_layout import Row, TensorLayout
 
@@ -39,5 +39,6 @@ __all__ = [
     "hugging_face_of",
     "linear_rows",
     "lora_pieces",
+    "mistral_of",
     "weight_pieces",
 ]

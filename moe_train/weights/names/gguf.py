@@ -21,7 +21,18 @@ GGUF = TensorLayout(
         Row("attn_v.weight", "KH D", "attention.v_proj.weight", "D K H"),
         Row("attn_output.weight", "D NH", "attention.o_proj.weight", "N H D"),
     ),
-    latent=(),
+    # Rotary pairs are adjacent in these files and in our latent attention alike. attn_kv_b is stored in two parts, which
+    # `gguf.latent_tensors` joins.
+    latent=(
+        Row("attn_q.weight", "NH D", "attention.q_proj.weight", "D N H"),
+        Row("attn_q_a.weight", "Q D", "attention.q_a_proj.weight", "D Q"),
+        Row("attn_q_a_norm.weight", "Q", "attention.q_a_norm.scale", "Q"),
+        Row("attn_q_b.weight", "NH Q", "attention.q_b_proj.weight", "Q N H"),
+        Row("attn_kv_a_mqa.weight", "C D", "attention.kv_a_proj.weight", "D C"),
+        Row("attn_kv_a_norm.weight", "R", "attention.kv_a_norm.scale", "R"),
+        Row("attn_kv_b.weight", "NU R", "attention.kv_b_proj.weight", "R N U"),
+        Row("attn_output.weight", "D NW", "attention.o_proj.weight", "N W D"),
+    ),
     dense=(
         Row("ffn_gate.weight", "F D", "ffn.gate_proj.weight", "D F"),
         Row("ffn_up.weight", "F D", "ffn.up_proj.weight", "D F"),
@@ -41,4 +52,7 @@ GGUF = TensorLayout(
     ),
     adapters=("{stem}.weight.lora_a", "{stem}.weight.lora_b"),
 )
-"""llama.cpp's architectures `llama` and `mistral3`; shapes are in numpy's order, the reverse of the file's."""
+"""llama.cpp's architectures `llama`, `mistral3`, `mistral4` and `deepseek2`.
+
+Shapes are in numpy's order, the reverse of the file's.
+"""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from moe_train import config
 from moe_train.weights.names.tensor_layout import Row, TensorLayout
 
 MISTRAL = TensorLayout(
@@ -52,3 +55,15 @@ MISTRAL = TensorLayout(
     adapters=("{stem}.lora_A.weight", "{stem}.lora_B.weight"),
 )
 """Mistral's own layout: consolidated.safetensors and lora.safetensors."""
+
+_MISTRAL_LATENT = replace(
+    MISTRAL,
+    router=Row("gate.weight", "E D", "ffn.router.weight", "D E"),
+    experts=tuple(row._replace(name=row.name.removeprefix("feed_forward.")) for row in MISTRAL.experts),
+)
+"""The layout of models with latent attention (Large 3, Small 4), whose experts and routers have no `feed_forward.`."""
+
+
+def mistral_of(model: config.Model) -> TensorLayout:
+    """Return Mistral's own layout of models with this attention."""
+    return _MISTRAL_LATENT if isinstance(model.attention, config.MultiHeadLatentAttention) else MISTRAL

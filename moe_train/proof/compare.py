@@ -91,7 +91,8 @@ def stored_kind(layout: expected.ModelLayout, tensor: ExpectedTensor, dtype: str
     if kind == reread.FP8 and not _is_linear_of_layer(tensor):
         return "BF16"
     if layout != "gguf":
-        return kind
+        # transformers keeps the biases of routers in float32.
+        return "F32" if tensor.name.endswith("e_score_correction_bias") else kind
     # llama.cpp keeps vectors and routers in float32, whatever the file's dtype.
     if len(tensor.shape) == 1 or tensor.name.endswith("ffn_gate_inp.weight"):
         return "F32"

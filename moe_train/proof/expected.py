@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from moe_train import config
-from moe_train.proof import expected_latent
+from moe_train.proof import expected_hugging_face, expected_latent
 from moe_train.proof.expected_tensor import ExpectedTensor, Part, as_is, interleaved, layers_of, one, outputs_last, outputs_one
 
 ModelLayout = Literal["hf", "mistral", "gguf"]
@@ -22,6 +22,8 @@ AdapterLayout = Literal["peft", "mistral-lora", "gguf-lora"]
 def model_tensors(layout: ModelLayout, model: config.Model) -> list[ExpectedTensor]:
     """List every tensor that a whole model has in this layout."""
     match layout:
+        case "hf" if isinstance(model.attention, config.MultiHeadLatentAttention):
+            return list(expected_hugging_face.latent_tensors(model, model.attention))
         case "hf":
             return list(_hugging_face(model))
         case "mistral" if isinstance(model.attention, config.MultiHeadLatentAttention):

@@ -19,6 +19,7 @@ from moe_train import config
 from moe_train.machine.devices import Device
 from moe_train.machine.mesh import AXES
 from moe_train.model.flops import flops_per_token
+from moe_train.plan.attention_sizes import attention_sizes
 from moe_train.plan.topology import Topology
 from moe_train.plan.traffic import Flow, MicrobatchShape, microbatch_shape
 from moe_train.plan.weights import WeightLayout, axis_sizes
@@ -138,11 +139,11 @@ def _hbm_bytes(run: config.Run, model: config.Model, layout: WeightLayout, shape
             # The update (the last three) reads the gradient, and reads and writes the weight.
             total += M * weight_bytes * 3 + 3 * w.stored_bytes(sizes)
     total += 2 * layout.optimizer_bytes
-    a = model.attention
+    a = attention_sizes(model)
     t = sizes["tensor"]
     D = model.model_dim
     m = shape.tokens
-    heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim // t
+    heads = (a.projections_of_heads + a.outputs) // t + a.latents
     layers = 0
     for stack in config.stacks(model):
         ffn = stack.ffn

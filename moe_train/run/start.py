@@ -17,7 +17,7 @@ from moe_train.checkpoint.runs import run_folder, saved_config
 from moe_train.config import yaml_file
 from moe_train.data.batches.loader import Loader
 from moe_train.machine.host_memory import check_host_memory
-from moe_train.model.parameters import Parameters, parameters
+from moe_train.model.parameters import Parameters, initial_parameters, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized_shapes
 from moe_train.model.transformer import init_model
@@ -115,9 +115,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         loaded = jax.tree.map(jnp.copy, base_weights)
         if adapter is not None:
             loaded |= model_dir.load_adapter(adapter, run.model, learned)
-        # Only what was not loaded is returned, so XLA initializes nothing else.
-        fresh = jax.jit(lambda: {path: x for path, x in parameters(model())[1].items() if path in learned.keys() - loaded})()
-        state = new_state(fresh | loaded)
+        state = new_state(initial_parameters(model, learned.keys() - loaded) | loaded)
     guard = None
     if run.train.spike_guard is not None:
         guard = guard_of_json(run.train.spike_guard, None if restored is None else restored.about.guard)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from moe_train import config
 from moe_train.machine import progress
 from moe_train.weights.names import WeightPiece
 
+FloatDtype = Literal["float32", "bfloat16", "float16"]
+"""Dtypes of the numbers in files."""
+FileDtype = Literal["float32", "bfloat16", "float16", "fp8"]
+"""Dtypes of safetensors files: of all tensors, or of linear maps alone (fp8)."""
 HASH_CHUNK_BYTES = 2**22
 """Bytes that are hashed at once; with much more, the system would allocate and free the memory each time."""
 
@@ -55,10 +59,10 @@ class WeightFiles(NamedTuple):
     """Names of tensors that are not read: those of a vision tower and its projector."""
 
     @property
-    def dtype(self) -> config.Dtype | None:
+    def dtype(self) -> FloatDtype | None:
         """The dtype of all tensors; None if they have several, or one that this package does not write."""
         dtypes = {tensor.dtype.name for tensor in self.tensors.values()}
-        for dtype in get_args(config.Dtype):
+        for dtype in get_args(FloatDtype):
             if dtypes == {dtype}:
                 return dtype
         return None

@@ -38,6 +38,8 @@ def trials() -> Iterator[Trial]:
     for what, name in OF_A_SET.items():
         for how in (FLIP, CUT, EMPTY, GONE):
             yield f"damaged files: {what}", how, _set_trial(name, how)
+    for how in (FLIP, CUT, EMPTY, ZEROS):
+        yield "damaged files: compiled programs", how, _compiled_trial(how)
     for name in ("*.safetensors", "config.json", "tokenizer.json", "export_proof.json"):
         for how in (FLIP, CUT, EMPTY, GONE):
             yield f"damaged files of an export: {name}", how, _export_trial(name, how)
@@ -154,6 +156,24 @@ def _set_trial(name: str, how: str) -> Callable[[Workplace, random.Random], str]
             detail = "prepared again; equal"
         shutil.rmtree(tokens)
         return f"{file.relative_to(tokens)}: {detail}"
+
+    return run
+
+
+def _compiled_trial(how: str) -> Callable[[Workplace, random.Random], str]:
+    def run(workplace: Workplace, rng: random.Random) -> str:
+        reference = workplace.reference()
+        compiled = workplace.new_folder(f"compiled-{rng.getrandbits(32)}")
+        shutil.copytree(workplace.folder / "compiled", compiled)
+        for file in compiled.glob("*.entry"):
+            damage(file, how, rng)
+        run_dir = workplace.new_folder(f"compiled-run-{rng.getrandbits(32)}")
+        ended = workplace.start(run_dir, env={"MOE_TRAIN_COMPILE_CACHE": str(compiled)}).wait().require(0)
+        _require_few_lines(ended)
+        require_equal(run_dir, reference)
+        shutil.rmtree(run_dir)
+        shutil.rmtree(compiled)
+        return "compiled again; equal"
 
     return run
 

@@ -113,11 +113,10 @@ class Workplace:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config = self.folder / "run.yaml"
         self.env = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))},
+            **{key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_", "MOE_TRAIN_"))},
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "jax"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "MOE_TRAIN_COMPILE_CACHE": str(self.folder / "compiled"),
             "PYTHONPATH": str(ROOT),
         }
         if not self.config.exists():

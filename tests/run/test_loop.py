@@ -278,3 +278,26 @@ def test_spikes_are_bounded_and_the_first_has_nothing_to_go_back_to(tmp_path, sm
     with pytest.raises(RuntimeError, match=r"2 steps were spikes, the last one step \d+, and train.spike_guard.max_events is 1"):
         train(low)
     assert events(tmp_path)[-1]["reason"].startswith("RuntimeError: 2 steps were spikes")
+
+
+@pytest.mark.slow
+def test_masters_follow_float32_at_a_small_learning_rate(tmp_path, small_run):
+    """39 steps at 1e-5, after which the loss on the same held-out data has fallen by nearly as much."""
+    falls = {}
+    for name, dtype, rounding in (
+        ("float32", "float32", "nearest"),
+        ("masters", "bfloat16", "float32_master"),
+        ("stochastic", "bfloat16", "stochastic"),
+        ("nearest", "bfloat16", "nearest"),
+    ):
+        optimizer = {"name": "adamw", "learning_rate": 1e-5, "rounding": rounding}
+        changes = {"model__num_layers": 1, "mesh": {"data": 8}, "evaluation__every_steps": 39}
+        run = small_run(
+            tmp_path / name, optimizer=optimizer, compute={"param_dtype": dtype}, train__steps=39, checkpoint={}, **changes
+        )
+        assert train(run) == loop.FINISHED
+        before, after = (line["loss"] for line in lines(tmp_path / name, "eval"))
+        falls[name] = before - after
+    assert falls["masters"] == pytest.approx(falls["float32"], rel=0.15), falls
+    assert falls["stochastic"] == pytest.approx(falls["float32"], rel=0.3), falls
+    assert falls["nearest"] < 0.7 * falls["float32"], falls

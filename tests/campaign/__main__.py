@@ -37,7 +37,9 @@ def all_trials(num_kills: int) -> Iterator[Trial]:
         yield Trial(kills.KIND, name, count, lambda workplace, rng, count=count: kills.kill_and_resume(workplace, count, rng))
 
 
-def run_campaign(folder: Path, num_kills: int, seed: int, only: str = "", seconds: float = float("inf")) -> Ledger:
+def run_campaign(
+    folder: Path, num_kills: int, seed: int, only: str = "", seconds: float = float("inf"), retry: bool = False
+) -> Ledger:
     """Run the trials that were not made before, until the time is over.
 
     Args:
@@ -46,9 +48,12 @@ def run_campaign(folder: Path, num_kills: int, seed: int, only: str = "", second
         seed: decides the moments and bytes; each trial draws its own numbers, whatever was tried before it.
         only: a word that the kinds or names of the trials to run must contain.
         seconds: no trial is started after this time.
+        retry: whether trials that were not survived are made again.
     """
     workplace = Workplace(folder)
     ledger = Ledger(folder / f"results-{seed}.jsonl")
+    if retry:
+        ledger.forget_lost()
     start = time.monotonic()
     for trial in all_trials(num_kills):
         if only not in f"{trial.kind} {trial.name}" or ledger.has(trial.kind, trial.name):
@@ -76,8 +81,9 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "campaign", help="folder to keep and continue from")
     parser.add_argument("--only", default="", help="run only trials whose kind or name contains this")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no trial after this time")
+    parser.add_argument("--retry", action="store_true", help="try again what was not survived before")
     arguments = parser.parse_args()
-    ledger = run_campaign(arguments.state, arguments.kills, arguments.seed, arguments.only, 60 * arguments.minutes)
+    ledger = run_campaign(arguments.state, arguments.kills, arguments.seed, arguments.only, 60 * arguments.minutes, arguments.retry)
     print(ledger.table())
     for result in ledger.lost():
         print(f"{result.kind}: {result.name}: {result.detail}")

@@ -8,9 +8,11 @@ command; the table of what was tried, survived and lost is printed at the end.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +31,16 @@ class Trial(NamedTuple):
 
 
 def all_trials(num_kills: int) -> Iterator[Trial]:
-    """Yield every trial of a campaign, in order."""
-    for module in (damage, disks, signals, outputs, jobs):
-        for kind, name, run in module.trials():
-            yield Trial(kind, name, 1, run)
+    """Yield every trial of a campaign: one of each kind in turn, so that a campaign that is stopped has tried all kinds."""
+    by_kind: dict[str, list[Trial]] = {}
     for name, count in kills.trials(num_kills):
-        yield Trial(kills.KIND, name, count, lambda workplace, rng, count=count: kills.kill_and_resume(workplace, count, rng))
+        run_kills = partial(kills.kill_and_resume, count)
+        by_kind.setdefault(kills.KIND, []).append(Trial(kills.KIND, name, count, run_kills))
+    for module in (signals, jobs, disks, outputs, damage):
+        for kind, name, run in module.trials():
+            by_kind.setdefault(kind, []).append(Trial(kind, name, 1, run))
+    for trials in itertools.zip_longest(*by_kind.values()):
+        yield from (trial for trial in trials if trial is not None)
 
 
 def run_campaign(

@@ -209,10 +209,15 @@ def last_step(run_dir: Path) -> int:
     return json.loads(complete[-1])["step"] if complete else 0
 
 
-def require_equal(run_dir: Path, reference: Path) -> None:
-    """Raise Lost unless a run ended with the weights, moments, losses and evaluations of the reference, bit for bit."""
+def require_equal_weights(run_dir: Path, reference: Path) -> None:
+    """Raise Lost unless a run ended with the weights and moments of the reference, bit for bit."""
     if sums_of(run_dir) != sums_of(reference):
         raise Lost("the final weights or moments differ from those of the undisturbed run")
+
+
+def require_equal(run_dir: Path, reference: Path) -> None:
+    """Raise Lost unless a run ended with the weights, moments, losses and evaluations of the reference, bit for bit."""
+    require_equal_weights(run_dir, reference)
     if losses_of(run_dir) != losses_of(reference):
         raise Lost("the losses differ from those of the undisturbed run")
 

@@ -177,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the arguments without the program's name; None for those of the process.
     """
+    is_program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     # Typer accepts them only before the command, while people append them to a command that failed.
@@ -190,10 +191,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _print_usage_error(error)
         sys.exit(2)
     except SystemExit as ended:
-        if ended.code in (INTERRUPTED, TERMINATED):
-            print(f"moe-train: interrupted ({'Ctrl-C' if ended.code == INTERRUPTED else 'SIGTERM'})", file=sys.stderr)
+        code = ended.code if isinstance(ended.code, int) else 0
+        if code in (INTERRUPTED, TERMINATED):
+            print(f"moe-train: interrupted ({'Ctrl-C' if code == INTERRUPTED else 'SIGTERM'})", file=sys.stderr)
             # Of several processes, this one ends here: it must not wait for the others at JAX's exit barrier.
-            processes.exit_process(ended.code)
+            processes.exit_process(code)
+        if is_program and code in (processes.UNFINISHED, INTERRUPTED, TERMINATED):
+            # Past the interpreter's own end: a signal may have come inside XLA, whose threads still run and would crash there.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         raise
     except Exception as error:
         code = _report(error, debug)

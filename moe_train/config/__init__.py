@@ -92,11 +92,11 @@ from moe_train.config.section import (
     Section,
 )
 from moe_train.config.suite import (
+    AnswerGeneration,
     ChoiceGrader,
     ContainsGrader,
     ExactGrader,
     FewShot,
-    Generation,
     Grader,
     JsonSchemaGrader,
     NumberGrader,
@@ -112,6 +112,7 @@ __all__ = [
     "NAMED_IN_FULL",
     "Adafactor",
     "AdamW",
+    "AnswerGeneration",
     "Attention",
     "AxisSize",
     "BestFit",
@@ -142,7 +143,6 @@ __all__ = [
     "FileSource",
     "Fraction",
     "FullTraining",
-    "Generation",
     "Grader",
     "GroupedQueryAttention",
     "HubSource",

@@ -87,7 +87,7 @@ def read_file(
         case "csv" | "tsv":
             yield from read_csv(file, kind)
         case "zip":  # an archive that cannot be read, in place of its members
-            damage = zip_archive.fault(file)
+            damage = zip_archive.damage_of(file)
             if damage is not None:
                 yield 1, damage
         case _:

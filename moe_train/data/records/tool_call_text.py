@@ -60,7 +60,10 @@ def _refuse_other_calls(messages: list[Message]) -> None:
         # Where the user or the system text speaks of the mark, the text may be about it.
         if mark and not any(mark[0] in str(other.get("content")) for other in messages if other.get("role") in ("system", "user")):
             what = f"message {i} has {mark[0]} in its text, and the record has tools beside that"
-            raise Problem("call-text", what, "write the calls as tool_calls, or leave the tools out by name: --ignore tools")
+            remedy = (
+                "write the calls as tool_calls, or leave the column of the tools out by name (--ignore tools, --ignore functions)"
+            )
+            raise Problem("call-text", what, remedy)
 
 
 def _has_call_text(message: Message) -> bool:

@@ -129,11 +129,17 @@ def detect_hugging_face(names: Collection[str]) -> TensorLayout:
     return hugging_face(*body, experts)
 
 
-def detect_adapted(names: Collection[str]) -> TensorLayout:
-    """Detect from the names of a PEFT file whether its base is a text model or a vision wrapper."""
+def detect_adapted(names: Collection[str], model: config.Model) -> TensorLayout:
+    """Detect from the names of a PEFT file whether its base is a text model or a vision wrapper.
+
+    Args:
+        names: names of the file's tensors.
+        model: the architecture of the text model.
+    """
+    experts = config.FAMILIES[model.family].hugging_face.experts
     # Without the last one, `model.`, which the names inside a wrapper can begin with too.
     for body, head in _BODIES[:-1]:
         prefix, _ = HUGGING_FACE.adapters[0].split("{stem}")
         if any(name.startswith(prefix + body) for name in names):
-            return hugging_face(body, head)
-    return HUGGING_FACE
+            return hugging_face(body, head, experts)
+    return hugging_face(experts=experts)

@@ -46,6 +46,11 @@ WORKLOADS = {
     "mixtral": Workload(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", ("compute.remat=full",), 32, "scaling"),
     "small4": Workload(
         CONFIGS / "mistral_small4_lora_v5p.yaml",
+        (SMALL4, "train.seq_len=4096", "compute.remat=full", "compute.transport=ragged_all_to_all"),
+        36,
+        "scaling_small4",
+    ),
+        CONFIGS / "mistral_small4_lora_v5p.yaml",
         (SMALL4, "train.seq_len=4096", "compute.remat=full", "compute.transport=auto"),
         36,
         "scaling_small4",

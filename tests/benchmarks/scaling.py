@@ -50,11 +50,6 @@ WORKLOADS = {
         36,
         "scaling_small4",
     ),
-        CONFIGS / "mistral_small4_lora_v5p.yaml",
-        (SMALL4, "train.seq_len=4096", "compute.remat=full", "compute.transport=auto"),
-        36,
-        "scaling_small4",
-    ),
 }
 
 

@@ -97,14 +97,15 @@ def test_of_several_stacks_the_fullest_one_counts() -> None:
 
 
 def test_gradients_of_large_tables_are_the_peak_after_the_layers() -> None:
-    on_mesh = ("mesh.fsdp=2", "mesh.expert=4", "compute.param_dtype=bfloat16", "compute.remat=full")
+    on_mesh = ("mesh.fsdp=2", "mesh.expert=4", "compute.param_dtype=bfloat16", "compute.remat=full", "model.model_dim=512")
     run = small(*on_mesh, "model.vocab_size=65536")
     modelled = memory(run, layout(run))
     # The head in float32, and three copies of the embedding in bfloat16.
-    assert modelled.layer + modelled.loss == 65536 * 64 * (4 + 3 * 2)
+    assert modelled.layer + modelled.loss == 65536 * 512 * (4 + 3 * 2)
     adapted = small(*on_mesh, "model.vocab_size=65536", LORA, "loss={}")
     frozen = memory(adapted, layout(adapted))
-    assert frozen.layer + frozen.loss < 65536 * 64 * 4  # no gradients of tables
+    # The head that is used and a chunk of logits, but no gradients of tables.
+    assert frozen.layer + frozen.loss < 65536 * 512 * 4
 
 
 def test_adapters_of_experts_fill_whole_lanes_with_their_rank() -> None:

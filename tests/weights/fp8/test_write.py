@@ -19,7 +19,7 @@ from moe_train.proof import prove
 from moe_train.weights import external, names
 from moe_train.weights.fp8 import write
 from tests.random_parameters import abstract, assert_equal, random_parameters
-from tests.tiny import EIGHT, LORA, MINISTRAL, MIXTRAL, ONE
+from tests.tiny import EIGHT, LORA, MINISTRAL, MISTRAL4, MIXTRAL, ONE
 from tests.weights.fp8.files import E4M3, is_linear, load, reference
 
 WIDE = config.Model(
@@ -169,3 +169,9 @@ def test_float16_files_are_written_and_refuse_what_they_cannot_express(layout: A
         with pytest.raises(ValueError, match=r"norm\.weight has numbers beyond float16's 65504; use --dtype bfloat16"):
             big = weights | {"final_norm.scale": weights["final_norm.scale"] * 1e7}
             write_and_prove.export_model(big, MIXTRAL, tmp_path / "big", options)
+
+
+def test_experts_that_share_a_tensor_are_refused() -> None:
+    pieces = names.weight_pieces(MISTRAL4)
+    with pytest.raises(ValueError, match=r"--dtype fp8 is not supported for model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        write.tensors_of_dtype(pieces, "fp8", lambda piece: np.zeros(piece.part_shape), write.hugging_face_scheme(pieces))

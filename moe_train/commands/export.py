@@ -17,7 +17,7 @@ import jax
 from moe_train import config
 from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run, run_folder, saved_config
-from moe_train.commands import left_out, write_and_prove
+from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
 from moe_train.config import yaml_file
 from moe_train.data.records.conversation import normalise, trainable
@@ -34,6 +34,7 @@ from moe_train.weights.gguf import lora as gguf_lora
 from moe_train.weights.mistral import lora as mistral_lora
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES
 from moe_train.weights.texts import Texts
+from moe_train.weights.wrappers.carry import Wrapping
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class ExportOptions:
     """The server that will read the files; the record then has `serve`, the command that starts it."""
     max_shard_size: str | None = None
     """Size limit of a file of weights, such as 5GB or 500MiB; None for the default."""
+    text_only: bool = False
+    """Whether the text model of a multimodal base is exported alone, without the tower and projector."""
 
 
 class _Origin(NamedTuple):
@@ -128,7 +131,8 @@ def export(
         origin = _origin_of(opened, loaded)
         match layout:
             case "hf" | "mistral" | "gguf":
-                lost = left_out.report_left_out(source) | left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
+                lost = left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
+                wrapping, mmproj, of_base = _of_multimodal_base(opened, loaded, layout, options.text_only)
                 write_options = write_and_prove.WriteOptions(
                     dtype=dtype,
                     layout=layout,
@@ -138,7 +142,9 @@ def export(
                     max_shard_bytes=shard_bytes,
                     depth=options.depth,
                     conversations=origin.conversations,
-                    about={**origin.about, **lost},
+                    about={**origin.about, **lost, **of_base},
+                    wrapping=wrapping,
+                    mmproj=mmproj,
                 )
                 record = write_and_prove.export_model(loaded.weights, opened.model, out_dir, write_options)
             case "peft" | "mistral-lora" | "gguf-lora":
@@ -147,6 +153,42 @@ def export(
     if command is not None:
         record["serve"] = command
     return record
+
+
+class _OfMultimodalBase(NamedTuple):
+    """What a whole model has of a multimodal base besides the text model; all empty for a text model."""
+
+    wrapping: Wrapping | None
+    mmproj: Path | None
+    about: JsonObject
+    """Entries of the record."""
+
+
+def _of_multimodal_base(
+    opened: OpenedModel, loaded: LoadedWeights, layout: expected.ModelLayout, text_only: bool
+) -> _OfMultimodalBase:
+    """Return what is carried of the multimodal model that a run started from, or of the model itself, and say it in a line."""
+    source = opened.directory
+    if layout == "gguf":
+        if text_only:
+            raise ValueError("--text-only has no effect with --format gguf, which always has the text model alone; leave it out")
+        mmproj = multimodal_base.find_mmproj(source, _trains_embeddings(opened))
+        return _OfMultimodalBase(None, mmproj.file, mmproj.to_json())
+    text = multimodal_base.TextOfExport(opened.model, opened.tokenizer, opened.chat_template)
+    wrapping = multimodal_base.find_wrapping(source, layout, text, loaded.about, text_only)
+    lost: JsonObject = {}
+    if text_only:
+        lost = left_out.report_left_out(source, "--text-only exports the text model alone")
+    return _OfMultimodalBase(wrapping, None, lost)
+
+
+def _trains_embeddings(opened: OpenedModel) -> bool:
+    """Return whether the embeddings of an export may differ from those of the files that training started from."""
+    if opened.run is None:
+        return False
+    if opened.lora is None:
+        return True
+    return ParameterPath.parse("embed.weight").is_trained(opened.lora) or bool(opened.lora.targets_of("embed"))
 
 
 def _origin_of(opened: OpenedModel, loaded: LoadedWeights) -> _Origin:
@@ -252,6 +294,8 @@ def _check_options(layout: serve.ExportFormat, options: ExportOptions) -> None:
     if options.dtype is not None and layout in ("peft", "gguf-lora"):
         written = "keeps the dtype of training" if layout == "peft" else "is always float32"
         raise ValueError(f"--dtype {options.dtype} has no effect with --format {layout}, which {written}; leave it out")
+    if options.text_only and layout in get_args(expected.AdapterLayout):
+        raise ValueError(f"--text-only has no effect with --format {layout}, an adapter of the text model; leave it out")
     if options.max_shard_size is not None and layout != "hf":
         raise ValueError(f"--max-shard-size has no effect with --format {layout}, which writes one file of weights; leave it out")
 

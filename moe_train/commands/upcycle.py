@@ -65,7 +65,7 @@ def upcycle(
     if not 0 <= noise < float("inf"):
         raise ValueError(f"--noise {noise} is not a standard deviation; use 0 or more")
     dense = external.open_external_weights(base)
-    left_out.report_left_out(base)
+    left_out.report_left_out(base, "a Mixtral has no place for them")
     model = mixtral_of(dense.model, num_experts, experts_per_token, base)
     names.check_file_tensors(base, dense.pieces, {n: t.shape for n, t in dense.tensors.items()}, {})
     tokenizer = load_tokenizer(model_dir.find_tokenizer_config(base))

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,10 +82,18 @@ def tensors(directory: Path) -> dict[str, Stored]:
     Raises:
         ValueError: a file cannot be read, has bytes that belong to no tensor or to two, or a name is given twice.
     """
-    by_name: dict[str, Stored] = {}
+    files: list[Path] = []
     for file in sorted(directory.iterdir()):
-        if file.suffix not in (".safetensors", ".gguf"):
-            continue
+        # llama.cpp's file of a vision or audio tower holds no tensor of the model, and names of its own.
+        if file.suffix == ".safetensors" or (file.suffix == ".gguf" and "mmproj" not in file.name.lower()):
+            files.append(file)
+    return tensors_of_files(files)
+
+
+def tensors_of_files(files: Sequence[Path]) -> dict[str, Stored]:
+    """Read the headers of these files; returns every tensor by name, and raises as `tensors` does."""
+    by_name: dict[str, Stored] = {}
+    for file in files:
         try:
             stored = list(_safetensors(file) if file.suffix == ".safetensors" else _gguf(file)[1])
         except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:

@@ -108,3 +108,9 @@ def _open_and_check(path: str | Path, abstract: Abstract) -> WeightFiles:
 def hash_external_model(path: str | Path) -> dict[str, str]:
     """Return the sha256 of each tensor of the text model, by its name in the files; processes share the reading."""
     return together.hash_tensors_in_shares(open_external_weights(path).tensors)
+
+
+def hash_carried(path: str | Path) -> dict[str, str]:
+    """Return the sha256 of each tensor of a multimodal model's tower and projector, by name; {} for a text model."""
+    carried = open_external_weights(path).carried
+    return {} if carried is None else together.hash_tensors_in_shares(carried.tensors)

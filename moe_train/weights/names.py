@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -113,9 +113,11 @@ def hugging_face(body: str = "model.", head: str = "", fused: bool = False) -> T
 HUGGING_FACE = hugging_face()
 """The layout that is written for Hugging Face."""
 _BODIES = (("model.language_model.", ""), ("language_model.model.", "language_model."), ("model.", ""))
-"""Prefixes of body and head of a text model: inside a vision wrapper in memory, in its files, and alone."""
+"""Prefixes of body and head of a text model: inside a multimodal model in memory, in its files, and alone."""
 WRAPPED = hugging_face("model.language_model.")
-"""The names that transformers 5 gives to the text model inside a vision wrapper, and so the names of its adapters."""
+"""The names that transformers 5 gives to the text model inside a multimodal model, and so the names of its adapters."""
+WRAPPED_IN_FILES = hugging_face("language_model.model.", "language_model.")
+"""The names of the text model in the files of a multimodal model, as transformers saves it."""
 
 MISTRAL = TensorLayout(
     file_format="mistral",
@@ -146,6 +148,8 @@ MISTRAL = TensorLayout(
     adapters=("{stem}.lora_A.weight", "{stem}.lora_B.weight"),
 )
 """Mistral's own layout: consolidated.safetensors and lora.safetensors."""
+MISTRAL_WITH_AUDIO = replace(MISTRAL, embed=MISTRAL.embed._replace(name="mm_whisper_embeddings.tok_embeddings.weight"))
+"""The same for a model with an audio tower, which keeps the embeddings of text and audio together."""
 
 GGUF = TensorLayout(
     file_format="gguf",
@@ -177,8 +181,8 @@ GGUF = TensorLayout(
 )
 """llama.cpp's architectures `llama` and `mistral3`; shapes are in numpy's order, the reverse of the file's."""
 
-OUTSIDE_TEXT = ("vision_tower.", "multi_modal_projector.")
-"""Parts of the names of the tensors of a vision wrapper that do not belong to its text model."""
+OUTSIDE_TEXT = ("vision_tower.", "multi_modal_projector.", "audio_tower.")
+"""Parts of the names of the tensors of a multimodal model that do not belong to its text model."""
 RECOMPUTED = (".rotary_emb.inv_freq",)
 """Parts of the names of tensors that every reader computes from config.json, so that nothing is lost without them."""
 

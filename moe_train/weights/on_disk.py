@@ -6,13 +6,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
 from moe_train import config
 from moe_train.machine import progress
+from moe_train.machine.files import JsonObject
 from moe_train.weights.names import WeightPiece
+from moe_train.weights.wrappers.classes import WrapperClass
+from moe_train.weights.wrappers.towers import PixtralSettings, WhisperSettings
 
 HASH_CHUNK_BYTES = 2**22
 """Bytes that are hashed at once; with much more, the system would allocate and free the memory each time."""
@@ -41,6 +44,33 @@ class FileTensor(Protocol):
         ...
 
 
+class Carried(NamedTuple):
+    """The parts of a multimodal model around its text model, which are not trained; exports carry them unchanged."""
+
+    parts: str
+    """What they are, for messages: vision tower and projector."""
+    layout: Literal["hf", "mistral"]
+    """Layout of the files."""
+    wrapper: WrapperClass | None
+    """The class in transformers; None in Mistral's own layout, which names none."""
+    fields: JsonObject
+    """The whole config.json or params.json."""
+    settings: PixtralSettings | WhisperSettings | None
+    """Sizes of the tower; None where the layout's own are not known (audio in Mistral's own layout)."""
+    tensors: Mapping[str, FileTensor]
+    """Tensors by name, of any dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(array_bytes(tensor.shape, tensor.dtype) for tensor in self.tensors.values())
+
+    @property
+    def description(self) -> str:
+        """What they are, how many tensors and how many bytes, for messages."""
+        return f"{self.parts} ({len(self.tensors)} tensors, {self.nbytes / 1e9:.3g} GB)"
+
+
 class WeightFiles(NamedTuple):
     """A model on disk, opened without reading its tensors."""
 
@@ -51,8 +81,8 @@ class WeightFiles(NamedTuple):
     """Location of each weight in the files."""
     tensors: Mapping[str, FileTensor]
     """Tensors of the text model only, by name."""
-    left_out: tuple[str, ...] = ()
-    """Names of tensors that are not read: those of a vision tower and its projector."""
+    carried: Carried | None = None
+    """The other parts of a multimodal model; None for a text model."""
 
     @property
     def dtype(self) -> config.Dtype | None:

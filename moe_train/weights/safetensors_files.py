@@ -32,7 +32,17 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CARRIED_DTYPES = {
+    **_DTYPES,
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "BOOL": np.dtype(np.bool_),
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
+"""Dtypes of tensors that are only carried from one file into another."""
+_CODES = {dtype: code for code, dtype in _CARRIED_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -121,12 +131,19 @@ def _single_and_index(directory: str | Path, stem: str) -> tuple[Path, Path]:
     return Path(directory) / f"{stem}.safetensors", Path(directory) / INDEX_FILE.replace("model", stem)
 
 
-def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, SafetensorsTensor]:
+def _is_never_carried(name: str) -> bool:
+    return False
+
+
+def open_model_tensors(
+    directory: str | Path, stem: str = "model", is_carried: Callable[[str], bool] = _is_never_carried
+) -> dict[str, SafetensorsTensor]:
     """Open the tensors of a model's directory, single file or sharded.
 
     Args:
         directory: the folder.
         stem: first part of the file names.
+        is_carried: whether the tensor of a name is only carried into other files, and so may have any dtype.
 
     Raises:
         FileNotFoundError: there is no model.
@@ -137,11 +154,11 @@ def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, 
         _refuse_pickle(Path(directory))
         raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}; download the weights")
     if not index.is_file():
-        return open_safetensors(single)
+        return open_safetensors(single, is_carried)
     weight_map = _weight_map(index)
     tensors: dict[str, SafetensorsTensor] = {}
     for file in sorted(set(weight_map.values())):
-        opened = open_safetensors(index.parent / file)
+        opened = open_safetensors(index.parent / file, is_carried)
         listed = {name for name, shard in weight_map.items() if shard == file}
         if different := sorted(listed ^ set(opened)):
             raise ValueError(
@@ -151,8 +168,12 @@ def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, 
     return tensors
 
 
-def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
+def open_safetensors(file: Path, is_carried: Callable[[str], bool] = _is_never_carried) -> dict[str, SafetensorsTensor]:
     """Open the tensors of one file, after checking its header and size.
+
+    Args:
+        file: the file.
+        is_carried: see `open_model_tensors`.
 
     Raises:
         FileNotFoundError: there is no file.
@@ -181,10 +202,11 @@ def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
         shape = entry["shape"]
         # Offsets count from the end of the header: 8 bytes for its length, then its text.
         start, _ = entry["data_offsets"]
-        if code not in _DTYPES:
-            supported = ", ".join(_DTYPES)
+        dtypes = _CARRIED_DTYPES if is_carried(name) else _DTYPES
+        if code not in dtypes:
+            supported = ", ".join(dtypes)
             raise ValueError(f"{file}: {name} has dtype {code}; supported: {supported}; quantized models are not supported")
-        tensors[name] = SafetensorsTensor(name, file, tuple(shape), _DTYPES[code], 8 + length + start, opened)
+        tensors[name] = SafetensorsTensor(name, file, tuple(shape), dtypes[code], 8 + length + start, opened)
     return tensors
 
 

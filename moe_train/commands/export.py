@@ -329,9 +329,11 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
         # A placeholder: only the user knows where the base should go.
         base_export = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
         base = None
-    in_wrapper = layout == "peft" and _names_of_base(opened) is names.WRAPPED
+    base_folder = _hugging_face_base(opened)
+    wrapper = None if base_folder is None else hf.find_wrapper(base_folder)
+    auto_class = "AutoModelForCausalLM" if wrapper is None else wrapper.auto_class
     return base_export + serve.serving_command(
-        server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind, in_wrapper=in_wrapper
+        server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind, auto_class=auto_class
     )
 
 

@@ -103,7 +103,7 @@ def serving_command(
     base_model: str | None = None,
     rank: int = 1,
     tokenizer: Literal["mistral", "huggingface"] = "huggingface",
-    in_wrapper: bool = False,
+    auto_class: str = "AutoModelForCausalLM",
 ) -> str:
     """Return the command line that serves an export.
 
@@ -115,7 +115,7 @@ def serving_command(
         base_model: of an adapter: its base in Hugging Face's layout; None to print the placeholder BASE_MODEL.
         rank: of an adapter: its largest rank.
         tokenizer: the kind of tokenizer that is exported with the weights.
-        in_wrapper: of an adapter: whether its base is a vision wrapper, which AutoModelForCausalLM does not know.
+        auto_class: of an adapter: the Auto class of transformers that loads its base; AutoModelForCausalLM knows no multimodal ones.
 
     Raises:
         ValueError: the server does not read the layout; the message names those it reads.
@@ -129,7 +129,6 @@ def serving_command(
     max_rank = rank
     if server == "vllm":
         max_rank = next(supported for supported in VLLM_RANKS if supported >= rank)
-    auto_class = "AutoModelForImageTextToText" if in_wrapper else "AutoModelForCausalLM"
     return readable[layout].format(
         out=shlex.quote(str(out_dir)),
         base=shlex.quote(base),

@@ -62,7 +62,12 @@ _LONGEST_VALUE = 60
 
 def is_wrapper(directory: str | Path) -> bool:
     """Return whether the model in a directory is a multimodal model around a text model."""
-    return wrapper_class(read_object(Path(directory) / CONFIG_FILE)) is not None
+    return find_wrapper(directory) is not None
+
+
+def find_wrapper(directory: str | Path) -> WrapperClass | None:
+    """Return the multimodal class of the model in a directory; None for a text model."""
+    return wrapper_class(read_object(Path(directory) / CONFIG_FILE))
 
 
 def wrapper_class(fields: JsonObject) -> WrapperClass | None:
@@ -115,13 +120,25 @@ def _text_fields_of_wrapper(wrapper: WrapperClass, fields: JsonObject) -> tuple[
             f"text_config.model_type is {text.get('model_type')!r}; of {wrapper.architecture}, only text models of "
             f"{' and '.join(families)} are supported"
         )
-    text = dict(text)
-    # transformers ties and quantizes by what the wrapper states, and asks its text model only if that states nothing.
-    for key in ("tie_word_embeddings", "quantization_config"):
-        if fields.get(key) is not None:
-            text[key] = fields[key]
+    text = {**text, "tie_word_embeddings": _is_tied(wrapper, fields, text)}
+    # transformers quantizes by what the wrapper states, and asks its text model only if that states nothing.
+    if fields.get("quantization_config") is not None:
+        text["quantization_config"] = fields["quantization_config"]
     _check_keys(text)
     return family, text
+
+
+def _is_tied(wrapper: WrapperClass, fields: JsonObject, text: JsonObject) -> bool:
+    """Return whether the embeddings of the text model are tied, as transformers decides it for this class."""
+    of_whole = fields.get("tie_word_embeddings")
+    of_text = bool(text.get("tie_word_embeddings"))
+    match wrapper.ties:
+        case "whole":
+            return of_text if of_whole is None else bool(of_whole)
+        case "either":
+            return bool(of_whole) or of_text
+        case "never":
+            return False
 
 
 def _advice_for_wrapper(fields: JsonObject) -> str:

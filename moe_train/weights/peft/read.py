@@ -127,7 +127,7 @@ def _open(directory: Path, model: config.Model) -> _Opened:
     layout = names.detect_adapted(stored)
     if outside := sorted(name for name in stored if any(part in name for part in names.OUTSIDE_TEXT)):
         raise ValueError(
-            f"{directory / ADAPTER_WEIGHTS} has {outside[0]}: {len(outside)} of its tensors adapt the vision tower or projector, "
+            f"{directory / ADAPTER_WEIGHTS} has {outside[0]}: {len(outside)} of its tensors adapt the tower or projector, "
             f"and only adapters of the language model are read; {MERGE_FIRST}"
         )
     for name, tensor in stored.items():

@@ -36,6 +36,9 @@ class WrapperClass:
     """The Auto class of transformers that loads it; AutoModelForCausalLM knows none of them."""
     parts: str
     """What surrounds the text model, for messages."""
+    ties: Literal["whole", "either", "never"]
+    """Which `tie_word_embeddings` transformers follows: that of the whole model if stated, or else of the text model; either of
+    the two; or none, since the class has a head of its own."""
 
     def families(self) -> list[str]:
         """Return the families of text models that are supported."""
@@ -55,6 +58,7 @@ WRAPPERS = {
             keys=(*_OF_IMAGES, "spatial_merge_size"),
             auto_class="AutoModelForImageTextToText",
             parts="vision tower and projector",
+            ties="whole",
         ),
         WrapperClass(
             architecture="LlavaForConditionalGeneration",
@@ -66,6 +70,7 @@ WRAPPERS = {
             keys=(*_OF_IMAGES, "image_seq_length", "vision_feature_select_strategy", "ignore_index"),
             auto_class="AutoModelForImageTextToText",
             parts="vision tower and projector",
+            ties="either",
         ),
         WrapperClass(
             architecture="VoxtralForConditionalGeneration",
@@ -77,6 +82,7 @@ WRAPPERS = {
             keys=("text_config", "audio_config", "audio_token_id", "projector_hidden_act"),
             auto_class="AutoModelForMultimodalLM",
             parts="audio tower and projector",
+            ties="never",
         ),
     )
 }

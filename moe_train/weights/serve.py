@@ -115,7 +115,7 @@ def serving_command(
         base_model: of an adapter: its base in Hugging Face's layout; None to print the placeholder BASE_MODEL.
         rank: of an adapter: its largest rank.
         tokenizer: the kind of tokenizer that is exported with the weights.
-        auto_class: of an adapter: the Auto class of transformers that loads its base; AutoModelForCausalLM knows no multimodal ones.
+        auto_class: of an adapter: the Auto class of transformers that loads its base; a multimodal one has its own.
 
     Raises:
         ValueError: the server does not read the layout; the message names those it reads.

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The user's own cache of compiled programs is left alone; launch/test.sh names one for the tests.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 import jax
 from hypothesis import HealthCheck, settings

@@ -396,6 +396,8 @@ class Restored(NamedTuple):
     """The metadata of the checkpoint."""
     damaged: dict[int, str]
     """Step -> error for the newer checkpoints that could not be read."""
+    held_out_loss: float | None = None
+    """Held-out loss at this step; None if it was not measured."""
 
 
 def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restored | None:
@@ -430,7 +432,7 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
             log.warning("the checkpoint of step %d is damaged and is passed over: %s", older, damaged_metadata[older])
         if damaged:
             _set_aside(checkpoints, {number: f"damaged-{number}" for number in damaged})
-        return Restored(state, readable[step].about, damaged)
+        return Restored(state, readable[step].about, damaged, readable[step].held_out_loss)
     if damaged:
         step, reason = next(iter(damaged.items()))
         raise RuntimeError(
@@ -482,6 +484,21 @@ def set_unusable_aside(checkpoints: ocp.CheckpointManager, step: int) -> int | N
         finish_saving(checkpoints)
         _set_aside(checkpoints, {step: f"unusable-{step}"})
     return older
+
+
+def set_newer_aside(checkpoints: ocp.CheckpointManager, newest: int, every_steps: int) -> int | None:
+    """Rename the checkpoints after the newest one that can be read, at a multiple of `every_steps` up to `newest`.
+
+    They are called `spike-STEP` then. Every process of the job must call this.
+
+    Returns:
+        The step of that checkpoint; None if there is none, and nothing was renamed.
+    """
+    readable, damaged = survey(Path(checkpoints.directory).parent)
+    target = max((step for step in readable if step <= newest and step % every_steps == 0), default=None)
+    if target is not None:
+        _set_aside(checkpoints, {step: f"spike-{step}" for step in {*readable, *damaged} if step > target})
+    return target
 
 
 def _set_aside(checkpoints: ocp.CheckpointManager, names: Mapping[int, str]) -> None:

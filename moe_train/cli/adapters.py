@@ -40,7 +40,9 @@ def diff_command(
     The change of a matrix is the norm of its difference from the base, relative to the norm of the base's matrix.
     """
     from moe_train.commands.adapters import comparison_tables, diff
+    from moe_train.machine.compile_cache import use_compile_cache
 
+    use_compile_cache()
     with progress_line("comparing"):
         comparison = diff(adapter, base, against)
     if as_json:
@@ -60,14 +62,17 @@ def merge_command(
     adapter: AdapterDir,
     out_dir: OutDir,
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="Dtype of the written weights. Default: that of the base's files.")
+        Literal["float32", "bfloat16", "float16", "fp8"] | None,
+        typer.Option(help="Dtype of the written weights. Default: that of the base's files, dequantized."),
     ] = None,
     text_only: TextOnly = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model, write the result in Hugging Face format, and verify it."""
     from moe_train.commands.adapters import merge_into
+    from moe_train.machine.compile_cache import use_compile_cache
 
+    use_compile_cache()
     with progress_line("merging"):
         record = merge_into(base, adapter, out_dir, dtype, text_only)
     if as_json:

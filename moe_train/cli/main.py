@@ -3,12 +3,14 @@
 Slow imports stand inside the commands, so that `--help` is fast.
 
 Exit codes: 0 success; 1 an error while running, or a negative result; 2 the request is invalid, with one line per error;
-75 stopped before the end, and the same command continues; 130 interrupted with Ctrl-C.
+3 a comparison does not meet a requirement (`evaluate --require`);
+75 stopped before the end, and the same command continues; 130 interrupted with Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import traceback
@@ -26,6 +28,7 @@ from moe_train.cli.models import model_commands
 from moe_train.cli.terminal import print_json, print_mapping, progress_line
 from moe_train.cli.training import training_commands
 from moe_train.machine import processes
+from moe_train.machine.interrupts import ends_after_signals
 
 app = typer.Typer(
     name="moe-train",
@@ -46,8 +49,16 @@ app.add_typer(adapter_commands)
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False) -> None:
-    pass  # `main` reads --debug, since that is where errors are caught
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    no_compile_cache: Annotated[
+        bool, typer.Option("--no-compile-cache", help="Compile every program again; neither read nor write the cache.")
+    ] = False,
+) -> None:
+    # `main` reads --debug, since that is where errors are caught.
+    if no_compile_cache:
+        # The environment, since the cache is turned on inside the commands, after what can be checked without JAX.
+        os.environ["MOE_TRAIN_COMPILE_CACHE"] = "off"
 
 
 @app.command("quickstart", epilog=help_examples("moe-train quickstart"))
@@ -58,16 +69,21 @@ def quickstart_command() -> None:
     If it is interrupted, the same command continues.
     """
     from moe_train.commands.quickstart import quickstart
+    from moe_train.machine.compile_cache import use_compile_cache
 
+    use_compile_cache()
     raise typer.Exit(quickstart())
 
 
-@app.command("schema", epilog=help_examples("moe-train schema > schema.json"))
-def schema_command() -> None:
-    """Print the JSON schema of a config, from which editors complete and check keys."""
+@app.command("schema", epilog=help_examples("moe-train schema > schema.json", "moe-train schema suite > suite_schema.json"))
+def schema_command(
+    kind: Annotated[Literal["config", "suite"], typer.Argument(help="The kind of file: a run's config, or a suite.")] = "config",
+) -> None:
+    """Print the JSON schema of a kind of file, from which editors complete and check keys."""
+    from moe_train import config
     from moe_train.config.schema import json_schema
 
-    print_json(json_schema())
+    print_json(json_schema(config.Suite if kind == "suite" else config.Config))
 
 
 @tokenizer_commands.command(
@@ -113,6 +129,11 @@ def _log_to_stderr() -> Iterator[None]:
         log.propagate = True
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+TERMINATED = 143
+"""Exit code after SIGTERM."""
+
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """Exceptions for mistakes in what the user asked for; they exit with code 2."""
 
@@ -128,16 +149,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
-    if debug:
-        # Typer accepts it only before the command, while people append it to a command that failed.
-        arguments = ["--debug", *(argument for argument in arguments if argument != "--debug")]
+    # Typer accepts them only before the command, while people append them to a command that failed.
+    given = [option for option in ("--debug", "--no-compile-cache") if option in arguments]
+    arguments = given + [argument for argument in arguments if argument not in given]
     try:
-        with _log_to_stderr():
+        with _log_to_stderr(), ends_after_signals():
             # Not standalone, so that Typer raises errors instead of printing them; it returns the code of typer.Exit, or None.
             sys.exit(app(arguments, prog_name="moe-train", standalone_mode=False) or 0)
     except _UsageError as error:
         _print_usage_error(error)
         sys.exit(2)
+    except SystemExit as ended:
+        if ended.code in (INTERRUPTED, TERMINATED):
+            print(f"moe-train: interrupted ({'Ctrl-C' if ended.code == INTERRUPTED else 'SIGTERM'})", file=sys.stderr)
+            # Of several processes, this one ends here: it must not wait for the others at JAX's exit barrier.
+            processes.exit_process(ended.code)
+        raise
     except Exception as error:
         code = _report(error, debug)
         # Of several processes, this one ends here: it must not wait for the others at JAX's exit barrier.

@@ -26,7 +26,9 @@ def train_command(config_path: ConfigPath, overrides: Overrides = None) -> None:
     # Read before the import below, which takes seconds (jax), so that a mistake in the config is reported at once.
     config = read_config(config_path, overrides)
     from moe_train.commands.train import train
+    from moe_train.machine.compile_cache import use_compile_cache
 
+    use_compile_cache(config.run_dir)
     raise typer.Exit(train(config))
 
 
@@ -102,10 +104,12 @@ def plan_command(
     _check_plan_options(no_compile, compile_only, hlo, config_out)
     from moe_train.commands.plan import plan_run
     from moe_train.config import yaml_file
+    from moe_train.machine.compile_cache import use_compile_cache
     from moe_train.machine.files import write_text
     from moe_train.plan import answer as planning
     from moe_train.plan import answer_json, answer_table
 
+    use_compile_cache()
     options = planning.PlanOptions(0 if no_compile else compile_best, compile_only, batch == "any", by, price)
     with progress_line("modelling" if no_compile else "modelling and compiling"):
         # Progress goes to stderr, so that stdout holds the answer alone.
@@ -143,9 +147,12 @@ def bench_command(config_path: ConfigPath, overrides: Overrides = None, as_json:
     """Measure the speed of CONFIG's training step on these devices, with random weights and tokens."""
     config = read_config(config_path, overrides)
     from moe_train.commands.bench import bench
+    from moe_train.machine.compile_cache import use_compile_cache
+    from moe_train.machine.processes import process_started
 
+    use_compile_cache()
     with progress_line("timing the training step"):
-        answer = bench(config)
+        answer = bench(config, process_started())
     print_mapping(answer, as_json)
 
 

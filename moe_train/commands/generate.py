@@ -16,7 +16,7 @@ from moe_train.data.chat.chat_date import date_of_data, dated
 from moe_train.data.chat.conversation_to_tokens import load_template, render_prompt
 from moe_train.data.records.problem import checked_text
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.evaluate.generate import GenerationOptions, check_lengths, generate_tokens
+from moe_train.evaluate.generate import GenerationOptions, check_lengths, decode_after, generate_tokens
 
 
 def generate_text(
@@ -61,7 +61,7 @@ def generate_text(
         structure, weights = opened.load()
         options = GenerationOptions(max_tokens, tuple(tokenizer.end_ids), temperature, seed, opened.compute.dtype)
         generated = generate_tokens(structure, weights, model, opened.mesh, tokens, options)
-    return [_text_after(tokenizer, before, after) for before, after in zip(tokens, generated, strict=True)]
+    return [decode_after(tokenizer, before, after) for before, after in zip(tokens, generated, strict=True)]
 
 
 def _encode(prompt: str, tokenizer: Tokenizer, template: str | None, chat: bool) -> list[int]:
@@ -69,12 +69,3 @@ def _encode(prompt: str, tokenizer: Tokenizer, template: str | None, chat: bool)
         return render_prompt([{"role": "user", "content": prompt}], template, tokenizer)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return start + tokenizer.encode(checked_text(prompt, "the prompt"))
-
-
-def _text_after(tokenizer: Tokenizer, before: list[int], after: list[int]) -> str:
-    """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text."""
-    prefix = tokenizer.decode(before)
-    full_text = tokenizer.decode(before + after)
-    if full_text.startswith(prefix):
-        return full_text[len(prefix) :]
-    return tokenizer.decode(after)

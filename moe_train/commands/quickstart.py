@@ -42,7 +42,6 @@ def quickstart() -> int:
     lora = _load_recipe("quickstart_lora.yaml")
     first_run = resolve(pretrain, jax.device_count())
     console = Console(stderr=True, highlight=False)
-    jax.config.update("jax_compilation_cache_dir", str(WORK.absolute() / "jax_cache"))
 
     # These folders appear complete or not at all (`new_directory`), so one that exists is finished.
     text = WORK / "text"

@@ -11,22 +11,25 @@ from pydantic import ValidationError
 from pydantic.json_schema import JsonSchemaValue
 
 from moe_train.config.other_trainers import remark
-from moe_train.config.schema import all_keys, key_path, members, owners
+from moe_train.config.schema import FileSchema, schema_of
+from moe_train.config.section import Section
 from moe_train.config.strict_yaml import KeyPath, YamlValue, shown
 
 
-def explain_errors(error: ValidationError, tree: dict[str, YamlValue]) -> Iterator[tuple[KeyPath, str]]:
-    """Translate pydantic's validation errors into messages about the config file.
+def explain_errors(error: ValidationError, tree: dict[str, YamlValue], file_kind: type[Section]) -> Iterator[tuple[KeyPath, str]]:
+    """Translate pydantic's validation errors into messages about a config file.
 
     Args:
         error: the error that validating the config raised.
         tree: the config as plain values, to find the key that a check of a whole section blames.
+        file_kind: the kind of file, such as `Config`.
 
     Yields:
         The path of the key at fault, and a message in one line.
     """
+    schema = schema_of(file_kind)
     for fault in error.errors(include_url=False):
-        path, section = key_path(fault["loc"])
+        path, section = schema.key_path(fault["loc"])
         kind = fault["type"]
         invalid = fault["input"]
         context = fault.get("ctx", {})
@@ -36,11 +39,11 @@ def explain_errors(error: ValidationError, tree: dict[str, YamlValue]) -> Iterat
             message = " ".join(str(context["error"]).split())
             yield _blamed_path(path, message, tree), message
         elif kind == "extra_forbidden":
-            yield path, f"unknown key; {_suggestion(path, section)}{value}"
+            yield path, f"unknown key; {_suggestion(path, section, schema)}{value}"
         elif kind == "missing":
             names = ""
             if "discriminator" in section:
-                names = f"; a section whose name is one of {', '.join(members(section))}"
+                names = f"; a section whose name is one of {', '.join(schema.members(section))}"
             yield path, f"required, and missing{names}"
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             # pydantic reports the expected tags only as one text.
@@ -106,7 +109,7 @@ def _blamed_path(section: KeyPath, message: str, tree: dict[str, YamlValue]) -> 
     return section
 
 
-def _suggestion(path: KeyPath, section: JsonSchemaValue) -> str:
+def _suggestion(path: KeyPath, section: JsonSchemaValue, schema: FileSchema) -> str:
     """Suggest what an unknown key was meant to be.
 
     The candidates, in this order: a key of another kind of the same union, another trainer's name for a setting, a similar key of
@@ -114,12 +117,13 @@ def _suggestion(path: KeyPath, section: JsonSchemaValue) -> str:
     """
     *parents, key = path
     section_keys = list(section.get("properties", {}))
-    elsewhere = [p for p in all_keys() if p.rpartition(".")[2] == key]
+    elsewhere = [p for p in schema.all_keys() if p.rpartition(".")[2] == key]
     # `all_keys` enters lists at item 0, whatever the index in the file.
     section_path = ".".join("0" if isinstance(part, int) else part for part in parents)
     siblings = [p for p in elsewhere if p.rpartition(".")[0] == section_path]
     if siblings:
-        return f"{section['properties']['name']['const']} does not have it; it belongs to {' and '.join(owners(key, section_path))}"
+        kinds = " and ".join(schema.owners(key, section_path))
+        return f"{section['properties']['name']['const']} does not have it; it belongs to {kinds}"
     trainer_remark = remark(str(key))
     if trainer_remark:
         return trainer_remark
@@ -129,7 +133,7 @@ def _suggestion(path: KeyPath, section: JsonSchemaValue) -> str:
     if elsewhere:
         return f"did you mean {' or '.join(dict.fromkeys(elsewhere))}?"
     # Reversed, so that of several keys of one name the first in the schema remains.
-    names = {p.rpartition(".")[2]: p for p in reversed(all_keys())}
+    names = {p.rpartition(".")[2]: p for p in reversed(schema.all_keys())}
     if closest := difflib.get_close_matches(str(key), names, n=1, cutoff=0.75):
         return f"did you mean {names[closest[0]]}?"
     return f"{'.'.join(map(str, parents)) or 'a config'} has {', '.join(_nearest_first(str(key), section_keys))}"

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 UNFINISHED = 75
@@ -55,6 +56,20 @@ _OF_JAX = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 """Variables that describe a job to JAX; a user sets all three or none."""
 _OF_SLURM = ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST")
 """Variables that `srun` sets for every task."""
+
+
+_IMPORTED = time.time()
+
+
+def process_started() -> float:
+    """Return the time (as of `time.time`) when this process was started; without /proc, the time when this module was imported."""
+    try:
+        # Field 22, counted after the name in parentheses: ticks between the start of the system and that of the process.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return _IMPORTED
+    return time.time() - age
 
 
 def job(env: Mapping[str, str]) -> Job | DetectedByJax | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ from flax import nnx
 from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Shaped
 
+from moe_train.machine.compiler_options import initialization_options
+from moe_train.machine.mesh import platform
 from moe_train.model.lora import adaptable
 from moe_train.model.moe.layer import MoE
 from moe_train.model.transformer import Transformer
@@ -23,6 +25,20 @@ def parameters(model: Transformer) -> tuple[PyTreeDef, dict[str, Any]]:
     """Split a model into its structure and {path: array}; `combine(structure, …)` is the inverse. Works on abstract models too."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     return structure, {_path_of(keys): leaf for keys, leaf in leaves}
+
+
+def initial_parameters(model: Callable[[], Transformer], paths: Collection[str]) -> Parameters:
+    """Create the parameters of a randomly initialized model at some paths; nothing is computed for the other paths.
+
+    Args:
+        model: function that initializes the model (`init_model`).
+        paths: paths of the parameters to return.
+    """
+
+    def create() -> Parameters:
+        return {path: x for path, x in parameters(model())[1].items() if path in paths}
+
+    return jax.jit(create, compiler_options=initialization_options(platform()) or None)()
 
 
 def combine(structure: PyTreeDef, *parts: Parameters) -> Transformer:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from moe_train import config
 from moe_train.model.sharding.collectives import LANES
+from moe_train.plan.attention_sizes import attention_sizes
 from moe_train.plan.traffic import MicrobatchShape, microbatch_shape
 from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes
 from moe_train.train.logits import CHUNK_ELEMENTS
@@ -119,11 +120,9 @@ def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[st
     b = shape.itemsize
     t = sizes["tensor"]
     D = model.model_dim
-    a = model.attention
-    heads = a.num_heads * a.head_dim // t
-    keys = a.num_kv_heads * a.head_dim // t
-    # q, k, v, the output, attention, and log-sum-exps in float32
-    saved = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4
+    a = attention_sizes(model)
+    # Results of all projections, attention, and log-sum-exps in float32.
+    saved = m * (a.latents + (a.projections_of_heads + a.outputs) // t + D) * b + m * a.num_heads // t * 4
     f = ffn.ffn_dim // t
     if not isinstance(ffn, config.MoeFfn):
         return saved + m * 2 * f * b
@@ -150,7 +149,7 @@ def _layer_bytes(
     m = shape.tokens
     b = shape.itemsize
     t = sizes["tensor"]
-    a = model.attention
+    a = attention_sizes(model)
     projections = 0
     for w in stacked:
         if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter:
@@ -160,9 +159,8 @@ def _layer_bytes(
     else:
         parts = _dense_ffn_bytes(run, ffn, stacked, sizes, shape)
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
-    heads = a.num_heads * a.head_dim // t
-    keys = a.num_kv_heads * a.head_dim // t
-    attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * model.model_dim * b
+    heads = (a.outputs + a.queries + a.keys + a.values) // t
+    attention = m * (heads * b + a.num_heads // t * 128 * 4) + 3 * m * model.model_dim * b
     # The product of gate and up involves six arrays in the backward pass (both, their product, and the gradient of each);
     # three of them reuse the space of the others, unless adapters need them again.
     has_adapters = any(w.path.is_adapter and w.path.is_ffn for w in stacked)

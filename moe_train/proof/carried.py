@@ -91,6 +91,13 @@ def carried_names(origin: CarriedFrom, layout: expected.ModelLayout) -> list[str
     return [tensor.name for tensor in _expected(origin, layout)]
 
 
+def carries_quantized(origin: CarriedFrom | None) -> bool:
+    """Return whether a tensor of the base's tower or projector is FP8, so that the export states a quantization for these alone."""
+    if origin is None:
+        return False
+    return any(tensor.stored.kind.startswith("F8") for tensor in _expected(origin, origin.layout))
+
+
 def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: Path, record: ProofRecord) -> Finding:
     """Compare everything that is carried with the base.
 

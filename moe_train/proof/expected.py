@@ -144,8 +144,9 @@ def _hugging_face(model: config.Model) -> Iterator[ExpectedTensor]:
     D = model.model_dim
     V = model.vocab_size
     F = model.ffn.ffn_dim
-    Q = model.attention.num_heads * model.attention.head_dim
-    KV = model.attention.num_kv_heads * model.attention.head_dim
+    a = config.require_grouped_query(model.attention, "the proof")
+    Q = a.num_heads * a.head_dim
+    KV = a.num_kv_heads * a.head_dim
     yield _one("model.embed_tokens.weight", (V, D), "embed.weight", (), as_is)
     for layer, path, r in _layers(model):
         name = f"model.layers.{layer}."
@@ -177,8 +178,9 @@ def _mistral(model: config.Model) -> Iterator[ExpectedTensor]:
     D = model.model_dim
     V = model.vocab_size
     F = model.ffn.ffn_dim
-    Q = model.attention.num_heads * model.attention.head_dim
-    KV = model.attention.num_kv_heads * model.attention.head_dim
+    a = config.require_grouped_query(model.attention, "the proof")
+    Q = a.num_heads * a.head_dim
+    KV = a.num_kv_heads * a.head_dim
     yield _one("tok_embeddings.weight", (V, D), "embed.weight", (), as_is)
     for layer, path, r in _layers(model):
         name = f"layers.{layer}."
@@ -208,8 +210,9 @@ def _gguf(model: config.Model) -> Iterator[ExpectedTensor]:
     D = model.model_dim
     V = model.vocab_size
     F = model.ffn.ffn_dim
-    Q = model.attention.num_heads * model.attention.head_dim
-    KV = model.attention.num_kv_heads * model.attention.head_dim
+    a = config.require_grouped_query(model.attention, "the proof")
+    Q = a.num_heads * a.head_dim
+    KV = a.num_kv_heads * a.head_dim
     yield _one("token_embd.weight", (V, D), "embed.weight", (), as_is)
     for layer, path, r in _layers(model):
         name = f"blk.{layer}."

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
-from moe_train.proof import against_base, base_modules, compare, expected, logits, prove, reread, surroundings, texts
+from moe_train.proof import against_base, base_modules, compare, expected, fp8, logits, prove, reread, surroundings, texts
 from moe_train.proof.carried import CarriedFrom, check_carried, is_audio, text_tensors
 from moe_train.proof.checks import Check, Fault, Finding, NotChecked, ProofRecord, first_and_count, run
 from moe_train.proof.compare_adapter import AdapterFiles, examine_adapter, summarize_deltas
@@ -108,6 +108,8 @@ def _check_tensors(directory: Path, record: ProofRecord, model: config.Model) ->
         expected_kinds = {w.name: compare.stored_kind(record["format"], w, record["dtype"]) for w in expected_tensors}
         of_text = {name: tensor for name, tensor in stored.items() if name not in carried}
         compare.check_names(of_text, expected_tensors, expected_kinds)
+        if not any(record["tensors"][name]["dtype"].startswith("F8") for name in carried):
+            fp8.check_claim(directory, record["format"], of_text)
     faults = [f"{name} is missing" for name in recorded.keys() - stored.keys()]
     faults += [f"{name} is not a tensor of the export" for name in stored.keys() - recorded.keys()]
     if faults:

@@ -490,7 +490,7 @@ def _first_few(names: Collection[str], limit: int = 3) -> str:
 
 def _sizes(model: config.Model, ffn: config.Ffn | None = None) -> dict[str, int]:
     """Return the sizes of dims by letter; `ffn` is the layer's feed-forward part, for a tensor of a layer."""
-    a = model.attention
+    a = config.require_grouped_query(model.attention, "a file")
     sizes = {"V": model.vocab_size, "D": model.model_dim}
     sizes |= {"N": a.num_heads, "K": a.num_kv_heads, "H": a.head_dim, "Z": 2, "P": a.head_dim // 2}
     if ffn is not None:

@@ -17,6 +17,10 @@ from moe_train.weights.names import WeightPiece
 from moe_train.weights.wrappers.classes import WrapperClass
 from moe_train.weights.wrappers.towers import PixtralSettings, WhisperSettings
 
+FloatDtype = Literal["float32", "bfloat16", "float16"]
+"""Dtypes of the numbers in files."""
+FileDtype = Literal["float32", "bfloat16", "float16", "fp8"]
+"""Dtypes of safetensors files: of all tensors, or of linear maps alone (fp8)."""
 HASH_CHUNK_BYTES = 2**22
 """Bytes that are hashed at once; with much more, the system would allocate and free the memory each time."""
 
@@ -85,10 +89,10 @@ class WeightFiles(NamedTuple):
     """The other parts of a multimodal model; None for a text model."""
 
     @property
-    def dtype(self) -> config.Dtype | None:
+    def dtype(self) -> FloatDtype | None:
         """The dtype of all tensors; None if they have several, or one that this package does not write."""
         dtypes = {tensor.dtype.name for tensor in self.tensors.values()}
-        for dtype in get_args(config.Dtype):
+        for dtype in get_args(FloatDtype):
             if dtypes == {dtype}:
                 return dtype
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,16 +25,18 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """Default size limit of a shard."""
 
-# Dtypes that are read; integers and float8 belong to quantized models.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_CARRIED_DTYPES = {
+"""Dtypes that are read; integers and other kinds of float8 belong to quantized models that are not supported."""
+_QUANTIZED = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+"""Dtypes of values that mean nothing without the scales next to them."""
+_CARRIED = {
     **_DTYPES,
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    **_QUANTIZED,
     "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "BOOL": np.dtype(np.bool_),
@@ -42,7 +44,7 @@ _CARRIED_DTYPES = {
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
 """Dtypes of tensors that are only carried from one file into another."""
-_CODES = {dtype: code for code, dtype in _CARRIED_DTYPES.items()}
+_CODES = {dtype: code for code, dtype in _CARRIED.items()}
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def open_model_tensors(
 ) -> dict[str, SafetensorsTensor]:
     """Open the tensors of a model's directory, single file or sharded.
 
+    FP8 tensors are returned as they are stored; `fp8.dequantize_tensors` joins them with their scales.
+
     Args:
         directory: the folder.
         stem: first part of the file names.
@@ -154,11 +158,11 @@ def open_model_tensors(
         _refuse_pickle(Path(directory))
         raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}; download the weights")
     if not index.is_file():
-        return open_safetensors(single, is_carried)
+        return open_safetensors(single, _DTYPES | _QUANTIZED, is_carried)
     weight_map = _weight_map(index)
     tensors: dict[str, SafetensorsTensor] = {}
     for file in sorted(set(weight_map.values())):
-        opened = open_safetensors(index.parent / file, is_carried)
+        opened = open_safetensors(index.parent / file, _DTYPES | _QUANTIZED, is_carried)
         listed = {name for name, shard in weight_map.items() if shard == file}
         if different := sorted(listed ^ set(opened)):
             raise ValueError(
@@ -168,11 +172,14 @@ def open_model_tensors(
     return tensors
 
 
-def open_safetensors(file: Path, is_carried: Callable[[str], bool] = _is_never_carried) -> dict[str, SafetensorsTensor]:
+def open_safetensors(
+    file: Path, dtypes: Mapping[str, np.dtype] = _DTYPES, is_carried: Callable[[str], bool] = _is_never_carried
+) -> dict[str, SafetensorsTensor]:
     """Open the tensors of one file, after checking its header and size.
 
     Args:
         file: the file.
+        dtypes: the dtypes that are accepted, by their names in the format; by default those of unquantized tensors.
         is_carried: see `open_model_tensors`.
 
     Raises:
@@ -202,11 +209,14 @@ def open_safetensors(file: Path, is_carried: Callable[[str], bool] = _is_never_c
         shape = entry["shape"]
         # Offsets count from the end of the header: 8 bytes for its length, then its text.
         start, _ = entry["data_offsets"]
-        dtypes = _CARRIED_DTYPES if is_carried(name) else _DTYPES
-        if code not in dtypes:
-            supported = ", ".join(dtypes)
-            raise ValueError(f"{file}: {name} has dtype {code}; supported: {supported}; quantized models are not supported")
-        tensors[name] = SafetensorsTensor(name, file, tuple(shape), dtypes[code], 8 + length + start, opened)
+        accepted = _CARRIED if is_carried(name) else dtypes
+        if code not in accepted:
+            supported = ", ".join(accepted)
+            raise ValueError(
+                f"{file}: {name} has dtype {code}; supported: {supported}; of quantized models only FP8 (e4m3) is read: fetch the "
+                "BF16 or FP8 release, or save the weights in bfloat16"
+            )
+        tensors[name] = SafetensorsTensor(name, file, tuple(shape), accepted[code], 8 + length + start, opened)
     return tensors
 
 

@@ -18,7 +18,14 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FIGURES = ("tokens_per_second", "median_step_seconds", "cpu_seconds_per_step", "first_step_seconds", "bytes_at_peak")
+FIGURES = (
+    "tokens_per_second",
+    "median_step_seconds",
+    "cpu_seconds_per_step",
+    "first_step_seconds",
+    "first_step_cpu_seconds",
+    "bytes_at_peak",
+)
 
 
 def measure(command: list[str], cores: str) -> dict[str, float]:

@@ -17,6 +17,7 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe_train.config import yaml_file
+from moe_train.machine.processes import process_started
 
 WARM_UP, TIMED = 2, 7
 
@@ -56,7 +57,8 @@ if arguments.lora:
     }
     model = get_peft_model(model, LoraConfig(r=arguments.lora, lora_alpha=2 * arguments.lora, task_type="CAUSAL_LM", **targets))
 model.train()
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.01)
+trainable = [p for p in model.parameters() if p.requires_grad]
+optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.01, fused=True)  # its fastest on CPUs
 tokens = torch.randint(0, m.vocab_size, (train.batch_size, train.seq_len))
 wall, cpu = [], []
 for _ in range(1 + WARM_UP + TIMED):
@@ -68,10 +70,12 @@ for _ in range(1 + WARM_UP + TIMED):
     loss.item()
     wall.append(time.perf_counter() - begun)
     cpu.append(time.process_time() - cpu_begun)
+    if len(wall) == 1:
+        first = {"first_step_seconds": time.time() - process_started(), "first_step_cpu_seconds": time.process_time()}
 print(
     json.dumps(
         {
-            "first_step_seconds": wall[0],
+            **first,
             "median_step_seconds": statistics.median(wall[-TIMED:]),
             "cpu_seconds_per_step": statistics.median(cpu[-TIMED:]),
             "tokens_per_second": train.batch_size * train.seq_len / statistics.median(wall[-TIMED:]),

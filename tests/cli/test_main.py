@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+import os
 import shlex
 import subprocess
 import sys
@@ -45,6 +47,23 @@ def leaf_commands(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str
 
 
 LEAF_COMMANDS = dict(leaf_commands(typer.main.get_command(main.app)))
+
+
+WITHOUT_PROGRAMS = {"schema", "tokenizer train", "inspect", "plot", "adapters scale"}
+"""Commands that compile nothing, besides those of data."""
+
+
+@pytest.mark.parametrize("name", LEAF_COMMANDS)
+def test_every_command_that_compiles_uses_the_cache(name: str) -> None:
+    uses_it = "use_compile_cache(" in inspect.getsource(LEAF_COMMANDS[name].callback)
+    assert uses_it == (name not in WITHOUT_PROGRAMS and not name.startswith("data "))
+
+
+def test_no_compile_cache_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments in (["--no-compile-cache", "schema"], ["schema", "--no-compile-cache"]):
+        monkeypatch.setenv("MOE_TRAIN_COMPILE_CACHE", "folder")
+        assert run(*arguments) == 0
+        assert os.environ["MOE_TRAIN_COMPILE_CACHE"] == "off"
 
 
 @pytest.mark.parametrize("name", LEAF_COMMANDS)
@@ -165,7 +184,7 @@ def test_schema_is_json(capsys) -> None:
 
 def test_what_takes_a_while_says_what_it_does(monkeypatch, capsys):
     log = logging.getLogger("moe_train.data.prepared.store")
-    monkeypatch.setattr("moe_train.config.schema.json_schema", lambda: log.info("tokenising %s", "a.jsonl") or {})
+    monkeypatch.setattr("moe_train.config.schema.json_schema", lambda kind: log.info("tokenising %s", "a.jsonl") or {})
     with pytest.raises(SystemExit):
         main.main(["schema"])
     shown = capsys.readouterr()

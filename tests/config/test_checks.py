@@ -60,3 +60,12 @@ def test_a_model_without_a_format_trains_where_no_export_is_wanted() -> None:
     config_with(**biased, lora=LORA)  # its router is frozen
     message = "bias_update_rate has no effect: the routers' bias is frozen"
     assert message in refusal(**biased, lora=LORA, **{"loss.bias_update_rate": 0.001})
+
+
+def test_rounding_needs_bfloat16_weights() -> None:
+    rounded = {"optimizer.rounding": "float32_master"}
+    config_with(**rounded, **{"compute.param_dtype": "bfloat16"})
+    assert "optimizer.rounding float32_master has no effect: compute.param_dtype is float32; leave it out" in refusal(**rounded)
+    assert "adapters, and what is trained with them, are float32" in refusal(
+        **rounded, **{"compute.param_dtype": "bfloat16", "loss": {}, "lora": LORA}
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from moe_train import config
@@ -12,6 +13,7 @@ from moe_train.model.parameters import (
     Parameters,
     combine,
     combine_some,
+    initial_parameters,
     parameters,
     with_capacity,
     with_expert_ids,
@@ -74,3 +76,14 @@ def test_a_capacity_is_part_of_the_structure(structure: Any, weights: Parameters
     limited = with_capacity(structure, 1.5)
     assert ffn_of(combine(limited, weights)).capacity_factor == 1.5
     assert limited != structure and with_capacity(limited, None) == structure
+
+
+def test_initial_parameters_have_the_bits_of_a_program_with_all_optimizations() -> None:
+    """Their own program is compiled with fewer, which takes a third of the time."""
+    with jax.set_mesh(ONE):
+        plain = jax.jit(lambda: parameters(init_model(3, MIXTRAL, config.Compute(), LORA))[1])()
+        paths = plain.keys() - {f"{GATE}.weight"}
+        initial = initial_parameters(lambda: init_model(3, MIXTRAL, config.Compute(), LORA), paths)
+    assert initial.keys() == paths
+    for path in paths:
+        np.testing.assert_array_equal(initial[path], plain[path], strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_train import config
 from moe_train.data.chat import template as templates
@@ -99,9 +100,13 @@ def _convert(conversations: list[Conversation], template: str | None, tokenizer:
             raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
 
 
-def render_prompt(messages: list[Message], template: str | None, tokenizer: Tokenizer) -> list[int]:
+def render_prompt(
+    messages: list[Message], template: str | None, tokenizer: Tokenizer, tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
     """Return the tokens of a conversation up to where the assistant's next turn begins."""
-    conversation = Conversation(messages, [])
+    conversation = Conversation(messages, list(tools))
+    if tools:
+        check_has_tools(template, tokenizer)
     _check(conversation)
     match tokenizer:
         case Mistral():

@@ -197,6 +197,7 @@ def _refusals() -> Iterator[None]:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
         raise ValueError(f"mistral-common refuses the record: {location}: {first['msg']}") from error
-    # After `ValidationError`, which is a ValueError too. Messages span several lines; ours are one line.
-    except (MistralCommonException, NotImplementedError, AssertionError, ValueError) as error:
+    # After `ValidationError`, which is a ValueError too. Messages span several lines; ours are one line. A RuntimeError is of
+    # sentencepiece, for text that is not Unicode, or of Python, for JSON that is nested too deep.
+    except (MistralCommonException, RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"mistral-common refuses the record: {' '.join(str(error).split())}") from error

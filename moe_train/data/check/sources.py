@@ -113,23 +113,29 @@ def section_of(columns: Sequence[str], ignore: Sequence[str] = ()) -> config.Rec
     raise ValueError(f"--map {' '.join(columns)} should be text=COLUMN, messages=COLUMN, or prompt=COLUMN and completion=COLUMN")
 
 
-def places_of(sources: Sequence[CheckedSource], picked: bool) -> list[CheckedFile]:
+def places_of(sources: Sequence[CheckedSource], picked: bool) -> tuple[list[CheckedFile], list[Path]]:
     """Return the files of all sources.
 
     Args:
         sources: The sources.
         picked: Whether lines will be sampled, so that uncompressed JSON lines are located by byte.
+
+    Returns:
+        The files, and those of their folders that are in no known format.
     """
-    places = []
+    places: list[CheckedFile] = []
+    left_out: list[Path] = []
     for i, source in enumerate(sources):
         # Only the files and their format matter here, but a FileSource has to have some record section.
         record = source.record or config.TextRecord(name="text")
         section = config.FileSource.model_validate(
             {"name": "files", "files": source.files, "format": source.format, "record": record}
         )
-        for file, kind in expand_files(section):
+        expanded = expand_files(section)
+        left_out += expanded.left_out
+        for file, kind in expanded.files:
             places.append(CheckedFile(file, kind, i, _unit(file, kind, picked)))
-    return places
+    return places, left_out
 
 
 def _unit(file: Path, kind: str, picked: bool) -> Literal["line", "row", "byte"]:

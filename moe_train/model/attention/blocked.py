@@ -46,11 +46,11 @@ class CausalWindow:
 def blocked_attention(
     q_BtNH: Float[Array, "B t N H"],
     k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+    v_BTKW: Float[Array, "B T K W"],
     segment_ids: SegmentIds,
     device: Int[Array, ""],
     causal: CausalWindow,
-) -> Float[Array, "B t N H"]:
+) -> Float[Array, "B t N W"]:
     """Compute attention one sequence and one block of queries at a time; the masked half is never computed.
 
     The backward pass recomputes the weights from the saved log-sum-exp (FlashAttention-2, arXiv:2307.08691).
@@ -58,15 +58,15 @@ def blocked_attention(
     Args:
         q_BtNH: queries, in runs that start at the positions `causal.run_starts[device]`.
         k_BTKH: keys of the full sequence.
-        v_BTKH: values of the full sequence.
+        v_BTKW: values of the full sequence.
         segment_ids: segment ids of the queries and of the keys.
         device: index of this device on `context`.
         causal: positions of the queries and window; static.
 
     Returns:
-        The attention output (B, t, N, H), in the order of the queries.
+        The attention output (B, t, N, W), in the order of the queries.
     """
-    return _blocked_forward(q_BtNH, k_BTKH, v_BTKH, segment_ids, device, causal)[0]
+    return _blocked_forward(q_BtNH, k_BTKH, v_BTKW, segment_ids, device, causal)[0]
 
 
 class _Residuals(NamedTuple):
@@ -74,10 +74,10 @@ class _Residuals(NamedTuple):
 
     q_BtNH: Float[Array, "B t N H"]
     k_BTKH: Float[Array, "B T K H"]
-    v_BTKH: Float[Array, "B T K H"]
+    v_BTKW: Float[Array, "B T K W"]
     segment_ids: SegmentIds
     device: Int[Array, ""]
-    y_BtNH: Float[Array, "B t N H"]
+    y_BtNW: Float[Array, "B t N W"]
     lse_BKGt1: Float[Array, "B K G t 1"]
 
 
@@ -87,7 +87,7 @@ class _Sequence(NamedTuple):
     q_KGtH: Float[Array, "*B K G t H"]
     """Queries, scaled by 1 / sqrt(H)."""
     k_KTH: Float[Array, "*B K T H"]
-    v_KTH: Float[Array, "*B K T H"]
+    v_KTW: Float[Array, "*B K T W"]
     segments_t: Int[Array, "*B t"]
     segments_T: Int[Array, "*B T"]
 
@@ -146,32 +146,32 @@ def _over_sequences(of_sequence: Callable[..., Any], device: Int[Array, ""], sta
 def _blocked_forward(
     q_BtNH: Float[Array, "B t N H"],
     k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+    v_BTKW: Float[Array, "B T K W"],
     segment_ids: SegmentIds,
     device: Int[Array, ""],
     causal: CausalWindow,
-) -> tuple[Float[Array, "B t N H"], _Residuals]:
+) -> tuple[Float[Array, "B t N W"], _Residuals]:
     B, t, N, H = q_BtNH.shape
     T, K = k_BTKH.shape[1:3]
     q = heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
     k = k_BTKH.transpose(0, 2, 1, 3)
-    v = v_BTKH.transpose(0, 2, 1, 3)
+    v = v_BTKW.transpose(0, 2, 1, 3)
 
-    def of_sequence(starts: tuple[int, ...], sequence: _Sequence) -> tuple[Float[Array, "K G t H"], Float[Array, "K G t 1"]]:
+    def of_sequence(starts: tuple[int, ...], sequence: _Sequence) -> tuple[Float[Array, "K G t W"], Float[Array, "K G t 1"]]:
         ys = []
         lses = []
         for span in _spans(t, T, starts, causal.window):
             visible = _mask(span, sequence, causal.window)
             q_b = sequence.q_KGtH[:, :, span.queries]
             k_b = sequence.k_KTH[:, span.keys]
-            v_b = sequence.v_KTH[:, span.keys]
+            v_b = sequence.v_KTW[:, span.keys]
             scores = jnp.einsum("KGTH,KSH->KGTS", q_b, k_b, preferred_element_type=jnp.float32)
             scores = jnp.where(visible, scores, NEG)
             top = jnp.max(scores, axis=-1, keepdims=True)
             weights = jnp.exp(scores - top)
             total = jnp.sum(weights, axis=-1, keepdims=True)
-            y = jnp.einsum("KGTS,KSH->KGTH", weights.astype(v_b.dtype), v_b, preferred_element_type=jnp.float32)
-            # Normalizing y costs less than normalizing the weights: H entries per query instead of T.
+            y = jnp.einsum("KGTS,KSW->KGTW", weights.astype(v_b.dtype), v_b, preferred_element_type=jnp.float32)
+            # Normalizing y costs less than normalizing the weights: W entries per query instead of T.
             ys.append((y / total).astype(q_b.dtype))
             lses.append(top + jnp.log(total))
         return jnp.concatenate(ys, axis=2), jnp.concatenate(lses, axis=2)
@@ -179,50 +179,50 @@ def _blocked_forward(
     y, lse = _over_sequences(of_sequence, device, causal.run_starts, _Sequence(q, k, v, *segment_ids))
     # Both residuals are named: if only y were saved, the backward pass would compute all scores again for the log-sum-exp.
     lse = checkpoint_name(lse, "attention")
-    y_BtNH = checkpoint_name(y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H), "attention")
-    return y_BtNH, _Residuals(q_BtNH, k_BTKH, v_BTKH, segment_ids, device, y_BtNH, lse)
+    y_BtNW = checkpoint_name(y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, v_BTKW.shape[-1]), "attention")
+    return y_BtNW, _Residuals(q_BtNH, k_BTKH, v_BTKW, segment_ids, device, y_BtNW, lse)
 
 
 def _blocked_backward(
-    causal: CausalWindow, saved: _Residuals, dy_BtNH: Float[Array, "B t N H"]
-) -> tuple[Float[Array, "B t N H"], Float[Array, "B T K H"], Float[Array, "B T K H"], None, None]:
+    causal: CausalWindow, saved: _Residuals, dy_BtNW: Float[Array, "B t N W"]
+) -> tuple[Float[Array, "B t N H"], Float[Array, "B T K H"], Float[Array, "B T K W"], None, None]:
     B, t, N, H = saved.q_BtNH.shape
     T, K = saved.k_BTKH.shape[1:3]
     scale = jnp.asarray(1 / math.sqrt(H), saved.q_BtNH.dtype)
     q = heads_first(saved.q_BtNH, K) * scale
-    dy = heads_first(dy_BtNH, K)
+    dy = heads_first(dy_BtNW, K)
     k = saved.k_BTKH.transpose(0, 2, 1, 3)
-    v = saved.v_BTKH.transpose(0, 2, 1, 3)
+    v = saved.v_BTKW.transpose(0, 2, 1, 3)
     # The row sum of dy * y is the term of the softmax gradient that all entries of a row share.
-    common = jnp.sum(dy.astype(jnp.float32) * heads_first(saved.y_BtNH, K).astype(jnp.float32), axis=-1, keepdims=True)
+    common = jnp.sum(dy.astype(jnp.float32) * heads_first(saved.y_BtNW, K).astype(jnp.float32), axis=-1, keepdims=True)
 
     def of_sequence(
         starts: tuple[int, ...],
-        arrays: tuple[_Sequence, Float[Array, "K G t H"], Float[Array, "K G t 1"], Float[Array, "K G t 1"]],
-    ) -> tuple[Float[Array, "K G t H"], Float[Array, "K T H"], Float[Array, "K T H"]]:
-        sequence, dy_KGtH, lse_KGt1, common_KGt1 = arrays
+        arrays: tuple[_Sequence, Float[Array, "K G t W"], Float[Array, "K G t 1"], Float[Array, "K G t 1"]],
+    ) -> tuple[Float[Array, "K G t H"], Float[Array, "K T H"], Float[Array, "K T W"]]:
+        sequence, dy_KGtW, lse_KGt1, common_KGt1 = arrays
         dk = jnp.zeros_like(sequence.k_KTH, jnp.float32)
-        dv = jnp.zeros_like(sequence.v_KTH, jnp.float32)
+        dv = jnp.zeros_like(sequence.v_KTW, jnp.float32)
         dqs = []
         for span in _spans(t, T, starts, causal.window):
             visible = _mask(span, sequence, causal.window)
             q_b = sequence.q_KGtH[:, :, span.queries]
-            dy_b = dy_KGtH[:, :, span.queries]
+            dy_b = dy_KGtW[:, :, span.queries]
             k_b = sequence.k_KTH[:, span.keys]
-            v_b = sequence.v_KTH[:, span.keys]
+            v_b = sequence.v_KTW[:, span.keys]
             scores = jnp.einsum("KGTH,KSH->KGTS", q_b, k_b, preferred_element_type=jnp.float32)
             # exp may overflow for a masked pair, whose score the log-sum-exp does not contain; the select discards it.
             weights = jnp.where(visible, jnp.exp(scores - lse_KGt1[:, :, span.queries]), 0)
-            dweights = jnp.einsum("KGTH,KSH->KGTS", dy_b, v_b, preferred_element_type=jnp.float32)
+            dweights = jnp.einsum("KGTW,KSW->KGTS", dy_b, v_b, preferred_element_type=jnp.float32)
             # Gradient of the softmax: ds = w * (dw - sum(w * dw)), where the sum is `common`.
             dscores = (weights * (dweights - common_KGt1[:, :, span.queries])).astype(k_b.dtype)
             dqs.append(jnp.einsum("KGTS,KSH->KGTH", dscores, k_b))
             # dk and dv accumulate in float32, because many blocks of queries add to the same keys.
             dk = dk.at[:, span.keys].add(jnp.einsum("KGTS,KGTH->KSH", dscores, q_b, preferred_element_type=jnp.float32))
             weights = weights.astype(dy_b.dtype)
-            dv = dv.at[:, span.keys].add(jnp.einsum("KGTS,KGTH->KSH", weights, dy_b, preferred_element_type=jnp.float32))
+            dv = dv.at[:, span.keys].add(jnp.einsum("KGTS,KGTW->KSW", weights, dy_b, preferred_element_type=jnp.float32))
         # The scores were computed from scaled queries, so dk is complete and only dq still needs the scale.
-        return jnp.concatenate(dqs, axis=2) * scale, dk.astype(sequence.k_KTH.dtype), dv.astype(sequence.v_KTH.dtype)
+        return jnp.concatenate(dqs, axis=2) * scale, dk.astype(sequence.k_KTH.dtype), dv.astype(sequence.v_KTW.dtype)
 
     sequences = _Sequence(q, k, v, *saved.segment_ids)
     dq, dk, dv = _over_sequences(of_sequence, saved.device, causal.run_starts, (sequences, dy, saved.lse_BKGt1, common))

@@ -15,6 +15,7 @@ from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
 from moe_train.weights import safetensors_files
 from moe_train.weights.hf.config_keys import CONFIG_FILE, text_fields
+from moe_train.weights.on_disk import FloatDtype
 
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
@@ -177,7 +178,7 @@ def _rope(fields: JsonObject) -> tuple[JsonObject, JsonObject | None]:
 def write_model_config(
     model: config.Model,
     *,
-    dtype: config.Dtype,
+    dtype: FloatDtype,
     bos_token_id: int | None,
     eos_token_id: int | None,
     pad_token_id: int | None = None,
@@ -185,7 +186,7 @@ def write_model_config(
 ) -> JsonObject:
     """Return the `config.json` of an export, with old and new spellings side by side and every default stated."""
     check_expressible(model)
-    a = model.attention
+    a = config.require_grouped_query(model.attention, "a config.json")
     fields: JsonObject = {
         "architectures": [config.FAMILIES[model.family].hugging_face.architecture],
         "model_type": model.family,

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
+from moe_train.weights.fp8 import sections
 from moe_train.weights.wrappers.classes import WRAPPERS, WrapperClass, wrapper_of_type
 
 CONFIG_FILE = "config.json"
@@ -28,16 +29,12 @@ _REQUIRED: JsonObject = {
     "router_jitter_noise": 0,
     "partial_rotary_factor": 1,
     "rope_interleaved": False,
-    "quantization_config": None,
-}
-_REMEDIES = {
-    "quantization_config": "load it in transformers with dequantize=True in its quantization config, and save it in bfloat16",
 }
 _READ = (
     *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "rms_norm_eps", "layer_types"),
     *("rope_theta", "rope_parameters", "rope_scaling", "sliding_window", "tie_word_embeddings", "max_position_embeddings"),
-    "initializer_range",
+    *("initializer_range", "quantization_config"),
 )
 # Fields that do not affect the mathematics: bookkeeping, generation, training losses.
 _IGNORED = (
@@ -121,9 +118,6 @@ def _text_fields_of_wrapper(wrapper: WrapperClass, fields: JsonObject) -> tuple[
             f"{' and '.join(families)} are supported"
         )
     text = {**text, "tie_word_embeddings": _is_tied(wrapper, fields, text)}
-    # transformers quantizes by what the wrapper states, and asks its text model only if that states nothing.
-    if fields.get("quantization_config") is not None:
-        text["quantization_config"] = fields["quantization_config"]
     _check_keys(text)
     return family, text
 
@@ -159,8 +153,8 @@ def _check_keys(fields: JsonObject) -> None:
     """Raise ValueError if a key that might change the mathematics has a value that is not implemented."""
     for key, required in _REQUIRED.items():
         if fields.get(key, required) not in (required, None):
-            remedy = f"; {_REMEDIES[key]}" if key in _REMEDIES else ""
-            raise ValueError(f"{key} is {_shown(fields[key])}, which is not implemented; it has to be {required!r}{remedy}")
+            raise ValueError(f"{key} is {_shown(fields[key])}, which is not implemented; it has to be {required!r}")
+    sections.find_section(fields)  # refuses quantizations that are not supported
     for key, value in fields.items():
         if key not in (*_READ, *_REQUIRED, *_IGNORED) and not _is_off(value):
             raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject, read_object
-from moe_train.weights import names, on_disk, safetensors_files
+from moe_train.weights import fp8, names, on_disk, safetensors_files
 from moe_train.weights.hf.config_json import read_model_config, write_model_config
 from moe_train.weights.hf.config_keys import CONFIG_FILE, wrapper_class
 from moe_train.weights.on_disk import Carried, WeightFiles
@@ -31,7 +31,7 @@ def open_weights(directory: str | Path) -> WeightFiles:
     return WeightFiles(Path(directory), model, pieces, tensors, _carried(directory, model, outside_text))
 
 
-def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_files.SafetensorsTensor]) -> None:
+def _drop_copied_head(directory: str | Path, tensors: dict[str, on_disk.FileTensor]) -> None:
     """Remove a copy of a tied head, which some tools write. Raises ValueError if it differs from the embedding."""
     heads = [name for name in tensors if name.endswith("lm_head.weight")]
     embeddings = [name for name in tensors if name.endswith("embed_tokens.weight")]
@@ -47,21 +47,22 @@ def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_file
 class OpenedTensors(NamedTuple):
     """The tensors of a model's folder."""
 
-    of_text: dict[str, safetensors_files.SafetensorsTensor]
-    """Tensors of the text model by name."""
+    of_text: dict[str, on_disk.FileTensor]
+    """Tensors of the text model by name; FP8 ones are dequantized when they are read."""
     outside_text: dict[str, safetensors_files.SafetensorsTensor]
     """Tensors of the tower and projector of a multimodal model, of any dtype, by name."""
 
 
 def open_tensors(directory: str | Path) -> OpenedTensors:
     """Open the tensors of a model's folder, those of its text model apart from the others."""
-    opened = OpenedTensors({}, {})
+    text: dict[str, safetensors_files.SafetensorsTensor] = {}
+    outside_text: dict[str, safetensors_files.SafetensorsTensor] = {}
     for name, tensor in safetensors_files.open_model_tensors(directory, is_carried=_is_outside_text).items():
         if _is_outside_text(name):
-            opened.outside_text[name] = tensor
+            outside_text[name] = tensor
         elif not any(part in name for part in names.RECOMPUTED):
-            opened.of_text[name] = tensor
-    return opened
+            text[name] = tensor
+    return OpenedTensors(fp8.dequantize_tensors(text, fp8.section_of_folder(Path(directory) / CONFIG_FILE)), outside_text)
 
 
 def _is_outside_text(name: str) -> bool:
@@ -98,7 +99,7 @@ def _carried(directory: str | Path, model: config.Model, tensors: dict[str, safe
 def write(
     directory: Path,
     model: config.Model,
-    dtype: config.Dtype,
+    dtype: on_disk.FileDtype,
     matrix: Callable[[names.WeightPiece], np.ndarray],
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
@@ -111,25 +112,27 @@ def write(
         directory: the folder.
         model: the architecture.
         dtype: dtype of the files.
-        matrix: returns the values of a piece; called for one piece at a time.
+        matrix: returns the values of a piece in `fp8.dtype_before_writing`; called for one piece at a time.
         tokenizer: states the ids of control tokens; None if the export has none.
         max_shard_bytes: size limit of a shard.
         share: the part of one of several processes that write together.
         wrapping: the other parts of a multimodal model; None for a text model.
     """
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
-    settings = write_model_config(model, dtype=dtype, bos_token_id=bos_id, eos_token_id=eos_id)
+    # Tensors that FP8 leaves out are bfloat16.
+    settings = write_model_config(model, dtype="bfloat16" if dtype == "fp8" else dtype, bos_token_id=bos_id, eos_token_id=eos_id)
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     layout = names.HUGGING_FACE if wrapping is None else wrapping.text_layout
-    # In the layout that is written, every tensor is a single piece.
-    pieces = {piece.name: piece for piece in names.weight_pieces(model, layout)}
-    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
+    pieces = names.weight_pieces(model, layout)
+    if dtype == "fp8":
+        settings["quantization_config"] = fp8.write.hugging_face_section(pieces)
+    specs, values = fp8.tensors_of_dtype(pieces, dtype, matrix, fp8.write.hugging_face_scheme(pieces))
     carried = {} if wrapping is None else wrapping.tensors
     specs += [safetensors_files.TensorSpec(name, tensor.base.shape, tensor.base.dtype) for name, tensor in carried.items()]
 
     def array(spec: safetensors_files.TensorSpec) -> np.ndarray:
         """Return a tensor of the text model, or one that is carried."""
-        return carried[spec.name].read() if spec.name in carried else matrix(pieces[spec.name])
+        return carried[spec.name].read() if spec.name in carried else values(spec)
 
     safetensors_files.write_shards(directory, specs, array, max_shard_bytes, share)
     # The first process writes the small files for all.

@@ -16,7 +16,7 @@ from moe_train import config
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import read_object
-from moe_train.weights import names, on_disk, safetensors_files, together
+from moe_train.weights import fp8, names, on_disk, safetensors_files, together
 from moe_train.weights.mistral.params_json import PARAMS_FILE, read_model_config, write_model_config
 from moe_train.weights.on_disk import Carried, WeightFiles
 from moe_train.weights.wrappers import towers
@@ -36,10 +36,11 @@ def open_weights(directory: str | Path) -> WeightFiles:
             params.json describes.
     """
     model = read_model_config(directory)
-    tensors: dict[str, safetensors_files.SafetensorsTensor] = {}
+    text: dict[str, safetensors_files.SafetensorsTensor] = {}
     outside_text: dict[str, safetensors_files.SafetensorsTensor] = {}
     for name, tensor in safetensors_files.open_model_tensors(directory, STEM, _is_outside_text).items():
-        (outside_text if _is_outside_text(name) else tensors)[name] = tensor
+        (outside_text if _is_outside_text(name) else text)[name] = tensor
+    tensors = fp8.dequantize_tensors(text, fp8.section_of_folder(Path(directory) / PARAMS_FILE))
     layout = names.MISTRAL_WITH_AUDIO if names.MISTRAL_WITH_AUDIO.embed.name in tensors else names.MISTRAL
     head = layout.head.name
     embed = layout.embed.name
@@ -89,7 +90,7 @@ def _carried(directory: str | Path, model: config.Model, tensors: dict[str, safe
 def write(
     directory: Path,
     model: config.Model,
-    dtype: config.Dtype,
+    dtype: on_disk.FileDtype,
     matrix: Callable[[names.WeightPiece], np.ndarray],
     tokenizer: Tokenizer | None = None,
     wrapping: Wrapping | None = None,
@@ -102,7 +103,7 @@ def write(
         directory: the folder.
         model: the architecture.
         dtype: dtype of the file.
-        matrix: returns the values of a piece; called for one piece at a time.
+        matrix: returns the values of a piece in `fp8.dtype_before_writing`; called for one piece at a time.
         tokenizer: the tokenizer that is exported with the weights.
         wrapping: the other parts of a multimodal model; None for a text model.
 
@@ -116,20 +117,20 @@ def write(
             "weights is for moe-train and for vLLM with --tokenizer-mode auto"
         )
     layout = names.MISTRAL if wrapping is None else wrapping.text_layout
-    # In this layout every tensor is a single piece.
-    pieces = {piece.name: piece for piece in names.weight_pieces(model, layout)}
-    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
+    if dtype == "fp8":
+        params["quantization"] = fp8.write.MISTRAL_SECTION
+    specs, values = fp8.tensors_of_dtype(names.weight_pieces(model, layout), dtype, matrix, fp8.write.MISTRAL_SCHEME)
     carried = {} if wrapping is None else wrapping.tensors
     carried_specs = [safetensors_files.TensorSpec(name, tensor.base.shape, tensor.base.dtype) for name, tensor in carried.items()]
     file = directory / f"{STEM}.safetensors"
 
-    def write_all(matrices: Iterator[np.ndarray]) -> None:
-        """Write the file: the matrices in the order of `specs`, and what is carried, which the first process reads alone."""
+    def write_all(arrays: Iterator[np.ndarray]) -> None:
+        """Write the file: the arrays in the order of `specs`, and what is carried, which the first process reads alone."""
         safetensors_files.write_safetensors(
-            file, [*specs, *carried_specs], lambda spec: carried[spec.name].read() if spec.name in carried else next(matrices)
+            file, [*specs, *carried_specs], lambda spec: carried[spec.name].read() if spec.name in carried else next(arrays)
         )
 
-    together.first_writes((matrix(pieces[spec.name]) for spec in specs), write_all)
+    together.first_writes((values(spec) for spec in specs), write_all)
     if wrapping is not None:
         params = wrapping.around(params)
     if together.is_first():

@@ -19,7 +19,7 @@ from moe_train.model.paths import ParameterPath, adapter_ranks
 from moe_train.weights import merge, names, safetensors_files
 from moe_train.weights.arrays import Abstract, LazyParameters, fetch_entry, fill
 from moe_train.weights.mistral import params_json
-from moe_train.weights.on_disk import array_bytes
+from moe_train.weights.on_disk import FloatDtype, array_bytes
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 LORA_FILE = "lora.safetensors"
@@ -34,7 +34,7 @@ def export_adapter(
     lora: config.Lora,
     out_dir: str | Path,
     *,
-    dtype: config.Dtype,
+    dtype: FloatDtype,
     texts: Texts = NO_TEXTS,
 ) -> None:
     """Write the adapters of `parameters` as a folder.

@@ -77,6 +77,11 @@ class Wrapping(NamedTuple):
         """Bytes of all tensors."""
         return sum(array_bytes(tensor.base.shape, tensor.base.dtype) for tensor in self.tensors.values())
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a tensor is FP8."""
+        return any(tensor.base.dtype.name.startswith("float8") for tensor in self.tensors.values())
+
     def around(self, text: JsonObject) -> JsonObject:
         """Return the settings of the export, given config.json or params.json of its text model."""
         if self.layout == "mistral":
@@ -84,6 +89,9 @@ class Wrapping(NamedTuple):
         inner = {key: value for key, value in text.items() if key not in ("architectures", "quantization_config")}
         # transformers ties by what the wrapper states; dtype and quantization are those of the whole model.
         outer = {key: text[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype")}
+        if section := text.get("quantization_config"):
+            excluded = [*section["modules_to_not_convert"], *sorted({_module_of(name) for name in self.tensors})]
+            outer["quantization_config"] = {**section, "modules_to_not_convert": excluded}
         return {**self.fields, "text_config": inner, **outer}
 
     def write_files(self, directory: Path) -> None:
@@ -93,6 +101,11 @@ class Wrapping(NamedTuple):
                 shutil.copyfile(content, directory / name)
             else:
                 (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _module_of(name: str) -> str:
+    """Return the tower or projector of a carried tensor, as transformers names it in memory."""
+    return f"model.{name.partition('.')[0]}"
 
 
 def carry(

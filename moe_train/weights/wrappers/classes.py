@@ -29,7 +29,7 @@ class WrapperClass:
     tower_types: tuple[str, ...]
     """Values of the section's model_type that are supported, the default first."""
     texts: tuple[str, ...]
-    """Values of text_config.model_type that are supported, as far as they are families of `config.FAMILIES`."""
+    """Values of text_config.model_type that are supported, if they are families with this layout."""
     keys: tuple[str, ...]
     """Keys of config.json that describe the other parts than the text model."""
     auto_class: str
@@ -42,7 +42,7 @@ class WrapperClass:
 
     def families(self) -> list[str]:
         """Return the families of text models that are supported."""
-        return [name for name in self.texts if name in config.FAMILIES]
+        return [name for name, family in config.FAMILIES.items() if name in self.texts and "hf" in family.formats]
 
 
 WRAPPERS = {

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 
 from moe_train import config
+from moe_train.checkpoint.initial_files import first_files
 from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run, run_folder, saved_config
 from moe_train.commands import left_out, multimodal_base, write_and_prove
@@ -117,6 +118,9 @@ def export(
     if options.max_shard_size is not None:
         shard_bytes = _parse_size(options.max_shard_size)
     opened = unquantized_model(open_model(source))
+    files = first_files(source)
+    if files is not None and (chosen := external.describe_choice(files)):
+        log.info("%s", chosen)
     _check_source(opened, layout, merge)
     command = _serve_command(options.server, layout, opened, out_dir)
     run = opened.run

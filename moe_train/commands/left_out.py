@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from moe_train.checkpoint.runs import is_run, read_run
+from moe_train.checkpoint.initial_files import carried_of, first_files
 from moe_train.machine.files import JsonObject
 from moe_train.weights import external
-from moe_train.weights.on_disk import Carried
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +28,6 @@ def report_left_out(source: str | Path, reason: str) -> JsonObject:
     files = first_files(source)
     log.warning("%s of %s are not in the export: %s", carried.description, files, reason)
     return {"left_out": {"source": str(files), "count": len(carried.tensors), "tensors": list(carried.tensors)}}
-
-
-def carried_of(source: str | Path) -> Carried | None:
-    """Return the tower and projector of the files that a run started from, or of the model itself; None without any."""
-    files = first_files(source)
-    return None if files is None else external.open_external_weights(files).carried
 
 
 def report_rounding(source: str | Path, dtypes: tuple[str, str]) -> JsonObject:
@@ -60,27 +53,3 @@ def report_rounding(source: str | Path, dtypes: tuple[str, str]) -> JsonObject:
         files,
     )
     return {"rounded_from": "float16"}
-
-
-def first_files(source: str | Path) -> Path | None:
-    """Return the files that a run started from, through other runs if need be, or the model itself; None if there are none."""
-    path = first_path(source)
-    return path if path is not None and path.exists() else None
-
-
-def first_path(source: str | Path) -> Path | None:
-    """Return the path of the files that a run started from, like `first_files`, even if it no longer exists.
-
-    Returns:
-        The path; None for a run from random weights.
-    """
-    seen: set[Path] = set()
-    path = Path(source)
-    # `seen` ends the loop if configs name each other's runs.
-    while is_run(path) and path not in seen:
-        seen.add(path)
-        start = read_run(path).init_from
-        if start is None:
-            return None
-        path = Path(start)
-    return None if path in seen else path

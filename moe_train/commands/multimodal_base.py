@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moe_train import config
+from moe_train.checkpoint.initial_files import carried_of, first_files, first_path
 from moe_train.checkpoint.metadata import CheckpointMetadata
 from moe_train.checkpoint.runs import is_run, read_run
-from moe_train.commands.left_out import carried_of, first_files, first_path
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject
 from moe_train.weights import external, gguf

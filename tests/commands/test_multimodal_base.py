@@ -16,12 +16,14 @@ import pytest
 import safetensors.numpy
 
 from moe_train import config
+from moe_train.commands import write_and_prove
 from moe_train.commands.adapters import merge_into
 from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.multimodal_base import find_mmproj
 from moe_train.commands.verify import verify
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.weights import external, hf, safetensors_files
+from moe_train.weights.texts import Texts
 from moe_train.weights.wrappers import carry
 from tests.commands import runs
 from tests.commands.wrapper import LAYER, LORA, TEXT, TOWER, VISION, save_run_on_wrapper, save_wrapper
@@ -191,3 +193,46 @@ def test_where_the_tower_of_a_gguf_file_comes_from(small_tokenizer: HuggingFace,
     assert not failed(verify(tmp_path / "with", depth="tensors")[1])
     assert find_mmproj(tmp_path / "run", trains_embeddings=True).command is not None
     assert external.layout_of(tmp_path / "with") == "gguf"
+
+
+def test_audio_in_mistrals_own_layout_stays_there(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    with jax.set_mesh(ONE):
+        texts = Texts(small_tokenizer, small_tokenizer.chat_template)
+        options = write_and_prove.WriteOptions(dtype="float32", layout="mistral", depth="tensors", texts=texts)
+        write_and_prove.export_model(random_parameters(TEXT), TEXT, base, options)
+    tensors = safetensors.numpy.load_file(base / "consolidated.safetensors")
+    prefix = "mm_whisper_embeddings."
+    tensors[f"{prefix}tok_embeddings.weight"] = tensors.pop("tok_embeddings.weight")
+    parts = (
+        "whisper_encoder.conv_layers.0.weight",
+        "whisper_encoder.transformer.norm.weight",
+        "audio_language_projection.0.weight",
+    )
+    tensors |= {f"{prefix}{part}": np.full((2, 3), i, np.float16) for i, part in enumerate(parts)}
+    safetensors.numpy.save_file(tensors, base / "consolidated.safetensors")
+    params = json.loads((base / "params.json").read_text()) | {"multimodal": {"whisper_model_args": {"encoder_args": {}}}}
+    (base / "params.json").write_text(json.dumps(params))
+    export(base, tmp_path / "out", "mistral", options=TENSORS)
+    assert safetensors.numpy.load_file(tmp_path / "out/consolidated.safetensors").keys() == tensors.keys()
+    assert bytes_of(tmp_path / "out", "consolidated") == bytes_of(base, "consolidated")
+    assert json.loads((tmp_path / "out/params.json").read_text())["multimodal"] == params["multimodal"]
+    assert not failed(verify(tmp_path / "out", base=base, depth="tensors")[1])
+    with pytest.raises(ValueError, match=r"cannot be written in Hugging Face's layout.*use --format mistral, or --text-only"):
+        export(base, tmp_path / "hf", options=TENSORS)
+    assert "--mistral-format" in str(find_mmproj(base, trains_embeddings=False).command)
+
+
+def test_a_quantized_export_excludes_the_tower(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
+    save_run_on_wrapper(tmp_path, small_tokenizer)
+    for layout in ("hf", "mistral"):
+        options = ExportOptions(depth="tensors", dtype="fp8")
+        record = export(tmp_path / "run", tmp_path / layout, layout, merge=True, options=options)
+        assert {c["name"]: c["passed"] for c in record["checks"]}["carried"]
+        assert not failed(verify(tmp_path / layout, base=tmp_path / "base", depth="tensors")[1])
+    section = json.loads((tmp_path / "hf/config.json").read_text())["quantization_config"]
+    excluded = {"lm_head", "model.vision_tower", "model.multi_modal_projector"}
+    assert section["quant_method"] == "fp8" and set(section["modules_to_not_convert"]) == excluded
+    assert bytes_of(tmp_path / "hf") == bytes_of(tmp_path / "base")
+    again = export(tmp_path / "hf", tmp_path / "again", options=TENSORS)
+    assert "quantization_config" not in json.loads((tmp_path / "again/config.json").read_text()) and "carried" in again

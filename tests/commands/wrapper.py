@@ -71,3 +71,20 @@ def save_run_on_wrapper(directory: Path, tokenizer: HuggingFace, dtype: Any = np
         save_wrapper(directory / "base", weights, dtype)
         sections = {"model": TEXT, "mesh": config.Mesh(), "loss": config.Loss(), "lora": LORA}
         runs.save_run(directory / "run", weights, tokenizer, init_from=str(directory / "base"), **sections)
+
+
+def written_config(directory: Path, tokenizer: HuggingFace) -> config.Config:
+    """The config of a run of adapters on `directory / "base"`."""
+    (directory / "data.txt").write_text("some text\n")
+    source = config.FileSource(name="files", files=(str(directory / "data.txt"),), record=config.TextRecord(name="text"))
+    named = config.HuggingFaceTokenizer(name="huggingface", path=str(tokenizer.path))
+    return config.Config(
+        name="run",
+        run_dir=str(directory / "new"),
+        init_from=str(directory / "base"),
+        lora=LORA,
+        data=config.Data(tokenizer=named, train=(source,)),
+        train=config.Train(steps=1, batch_size=1, seq_len=16),
+        optimizer=config.AdamW(name="adamw", learning_rate=1e-3),
+        loss=config.Loss(),
+    )

@@ -185,7 +185,7 @@ def _adapter_owners(
         if first_shape != shape:
             raise ValueError(
                 f"{directory / ADAPTER_CONFIG}: {stem} has rank and alpha {tuple(shape)}, {first_stem} has {tuple(first_shape)}; "
-                "only adapters with the same rank and alpha in all layers are supported"
+                f"only adapters with the same rank and alpha in all layers are supported; {MERGE_FIRST}"
             )
     for (module, expert), count in num_layers.items():
         # The entries after the router, embedding and head, are outside the layers and exist once.
@@ -193,7 +193,7 @@ def _adapter_owners(
             stem, _ = first_layer[module, expert]
             raise ValueError(
                 f"{directory / ADAPTER_CONFIG}: adapters such as {stem}'s are in {count} of {model.num_layers} layers; "
-                "only adapters of all layers are supported"
+                f"only adapters of all layers are supported; {MERGE_FIRST}"
             )
     if not owners:
         raise ValueError(

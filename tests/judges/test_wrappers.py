@@ -162,6 +162,11 @@ def test_logits_with_an_image_survive_every_layout(kind: str, text: str, tmp_pat
     export(tmp_path / "base", tmp_path / "native", "mistral", options=tensors)
     export(tmp_path / "native", tmp_path / "again", options=tensors)
     assert np.array_equal(logits_with_inputs(kind, read_wrapper(kind, tmp_path / "again")), before)
+    export(tmp_path / "base", tmp_path / "fp8", options=ExportOptions(depth="tensors", dtype="fp8"))
+    quantized = class_of(kind).from_pretrained(tmp_path / "fp8", dtype="bfloat16", attn_implementation="eager").float().eval()
+    tower = dict(judge.model.vision_tower.named_parameters())
+    assert all((tower[name].bfloat16() == x.bfloat16()).all() for name, x in quantized.model.vision_tower.named_parameters())
+    assert 0 < np.abs(logits_with_inputs(kind, quantized) - before).max() / np.abs(before).max() < 0.5
     judge.model.get_submodule("multi_modal_projector.linear_2").weight.data.mul_(2)
     assert not np.allclose(logits_with_inputs(kind, judge), before)  # the image matters
 

@@ -153,9 +153,12 @@ def export(
                 )
                 record = write_and_prove.export_model(loaded.weights, opened.model, out_dir, write_options)
             case "peft" | "mistral-lora" | "gguf-lora":
-                files = _AdapterFiles(layout, Path(out_dir).name, dtype, options.server)
-                record = _export_adapter(opened, loaded.weights, out_dir, files, origin)
+                adapter_files = _AdapterFiles(layout, Path(out_dir).name, dtype, options.server)
+                record = _export_adapter(opened, loaded.weights, out_dir, adapter_files, origin)
     if command is not None:
+        mmproj_name = record.get("mmproj", {}).get("file")
+        if mmproj_name is not None:
+            command += f" --mmproj {shlex.quote(str(Path(out_dir) / mmproj_name))}"
         record["serve"] = command
     return record
 

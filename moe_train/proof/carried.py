@@ -18,7 +18,7 @@ from moe_train import config
 from moe_train.machine.files import read_object
 from moe_train.proof import expected, reread
 from moe_train.proof.checks import Fault, Finding, ProofRecord, first_and_count
-from moe_train.proof.expected import ExpectedTensor
+from moe_train.proof.expected_tensor import ExpectedTensor
 from moe_train.proof.reread import Stored
 
 _CHUNK_BYTES = 2**20

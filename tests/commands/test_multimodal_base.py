@@ -188,7 +188,9 @@ def test_where_the_tower_of_a_gguf_file_comes_from(small_tokenizer: HuggingFace,
     record = export(tmp_path / "run", tmp_path / "gguf", "gguf", merge=True, options=TENSORS)
     assert record["mmproj"]["command"].startswith(f"moe-train export {tmp_path}/run HF_EXPORT --merge && python convert_hf_to_gguf")
     (tmp_path / "base/mmproj-F16.gguf").write_bytes(b"GGUF of the tower")
-    record = export(tmp_path / "run", tmp_path / "with", "gguf", merge=True, options=TENSORS)
+    options = ExportOptions(depth="tensors", server="llama.cpp")
+    record = export(tmp_path / "run", tmp_path / "with", "gguf", merge=True, options=options)
+    assert record["serve"].endswith(f"-m {tmp_path}/with/model.gguf --mmproj {tmp_path}/with/mmproj-F16.gguf")
     assert (tmp_path / "with/mmproj-F16.gguf").read_bytes() == b"GGUF of the tower"
     assert not failed(verify(tmp_path / "with", depth="tensors")[1])
     assert find_mmproj(tmp_path / "run", trains_embeddings=True).command is not None

@@ -59,7 +59,7 @@ def save_wrapper(directory: Path, weights: Parameters, dtype: Any = np.float32, 
     (directory / "preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 8}, "patch_size": 2}))
     draw = np.random.default_rng(7).normal
     tensors = {name: draw(0, 0.2, shape).astype(dtype) for name, shape in TOWER.items()} | dict(tower or {})
-    for piece in names.weight_pieces(TEXT, names.WRAPPED_IN_FILES):
+    for piece in names.weight_pieces(TEXT, names.wrapped_in_files(TEXT)):
         tensors[piece.name] = np.ascontiguousarray(piece.to_file(np.asarray(weights[piece.path])[piece.lead]).astype(dtype))
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
 

@@ -26,6 +26,7 @@ from tests.commands.runs import save_run
 from tests.judges.test_transformers_and_peft import (
     FAMILIES,
     SIZES,
+    YARN,
     assert_same_logits,
     batch,
     load,
@@ -58,6 +59,30 @@ AUDIO = {
 WRAPPERS = {"mistral3": ("mistral", "ministral3"), "llava": ("mistral",), "voxtral": ("llama",)}
 """Text models of each class."""
 ALL = [(wrapper, text) for wrapper, texts in WRAPPERS.items() for text in texts]
+MISTRAL4: dict[str, Any] = {
+    "model_type": "mistral4",
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 0,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 128,
+    "rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 0.0, "mscale_all_dim": 0.0, "attention_factor": 1.0},
+}
 PLACEHOLDER = 127
 """The token that stands for an image or for audio."""
 LORAS = {
@@ -91,7 +116,7 @@ def wrapper(kind: str, text: str, **more: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    fields = SIZES | FAMILIES[text] | more
+    fields = MISTRAL4 if text == "mistral4" else SIZES | FAMILIES[text] | more
     tied = fields.get("tie_word_embeddings", False)  # a Voxtral has a head of its own all the same
     text_config = {"model_type": text, **fields}
     match kind:
@@ -142,7 +167,7 @@ def logits_with_inputs(kind: str, model: Any) -> np.ndarray:
         return model(input_ids=torch.tensor(tokens)[None], **inputs).logits.numpy()
 
 
-@pytest.mark.parametrize(("kind", "text"), ALL)
+@pytest.mark.parametrize(("kind", "text"), [*ALL, ("mistral3", "mistral4")])
 def test_logits_with_an_image_survive_every_layout(kind: str, text: str, tmp_path: Path) -> None:
     """An export without training keeps every bit, in Hugging Face's layout and through Mistral's own."""
     judge = wrapper(kind, text, vocab_size=300)

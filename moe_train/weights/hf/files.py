@@ -122,7 +122,7 @@ def write(
     # Tensors that FP8 leaves out are bfloat16.
     settings = write_model_config(model, dtype="bfloat16" if dtype == "fp8" else dtype, bos_token_id=bos_id, eos_token_id=eos_id)
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    layout = names.HUGGING_FACE if wrapping is None else wrapping.text_layout
+    layout = names.hugging_face_of(model) if wrapping is None else wrapping.text_layout
     pieces = names.weight_pieces(model, layout)
     if dtype == "fp8":
         settings["quantization_config"] = fp8.write.hugging_face_section(pieces)
@@ -130,7 +130,7 @@ def write(
     carried = {} if wrapping is None else wrapping.tensors
     specs += [safetensors_files.TensorSpec(name, tensor.base.shape, tensor.base.dtype) for name, tensor in carried.items()]
 
-    def array(spec: safetensors_files.TensorSpec) -> np.ndarray:
+    def array(spec: safetensors_files.TensorSpec) -> safetensors_files.TensorValues:
         """Return a tensor of the text model, or one that is carried."""
         return carried[spec.name].read() if spec.name in carried else values(spec)
 

@@ -41,7 +41,7 @@ def open_weights(directory: str | Path) -> WeightFiles:
     for name, tensor in safetensors_files.open_model_tensors(directory, STEM, _is_outside_text).items():
         (outside_text if _is_outside_text(name) else text)[name] = tensor
     tensors = fp8.dequantize_tensors(text, fp8.section_of_folder(Path(directory) / PARAMS_FILE))
-    layout = names.MISTRAL_WITH_AUDIO if names.MISTRAL_WITH_AUDIO.embed.name in tensors else names.MISTRAL
+    layout = names.mistral_of(model, with_audio=names.MISTRAL_AUDIO_EMBED in tensors)
     head = layout.head.name
     embed = layout.embed.name
     # A tied head may be written as well; it is accepted only as an exact copy.
@@ -116,15 +116,15 @@ def write(
             "mistral-inference reads only tekken.json or a sentencepiece model; the tokenizer.json that is written next to the "
             "weights is for moe-train and for vLLM with --tokenizer-mode auto"
         )
-    layout = names.MISTRAL if wrapping is None else wrapping.text_layout
     if dtype == "fp8":
         params["quantization"] = fp8.write.MISTRAL_SECTION
+    layout = names.mistral_of(model) if wrapping is None else wrapping.text_layout
     specs, values = fp8.tensors_of_dtype(names.weight_pieces(model, layout), dtype, matrix, fp8.write.MISTRAL_SCHEME)
     carried = {} if wrapping is None else wrapping.tensors
     carried_specs = [safetensors_files.TensorSpec(name, tensor.base.shape, tensor.base.dtype) for name, tensor in carried.items()]
     file = directory / f"{STEM}.safetensors"
 
-    def write_all(arrays: Iterator[np.ndarray]) -> None:
+    def write_all(arrays: Iterator[safetensors_files.TensorValues]) -> None:
         """Write the file: the arrays in the order of `specs`, and what is carried, which the first process reads alone."""
         safetensors_files.write_safetensors(
             file, [*specs, *carried_specs], lambda spec: carried[spec.name].read() if spec.name in carried else next(arrays)

@@ -90,7 +90,11 @@ class Wrapping(NamedTuple):
         # transformers ties by what the wrapper states; dtype and quantization are those of the whole model.
         outer = {key: text[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype")}
         if section := text.get("quantization_config"):
-            excluded = [*section["modules_to_not_convert"], *sorted({_module_of(name) for name in self.tensors})]
+            # Modules are named as in memory, where the prefixes of files change places.
+            of_text = [
+                name.replace("language_model.model.", "model.language_model.", 1) for name in section["modules_to_not_convert"]
+            ]
+            excluded = [*of_text, *sorted({_module_of(name) for name in self.tensors})]
             outer["quantization_config"] = {**section, "modules_to_not_convert": excluded}
         return {**self.fields, "text_config": inner, **outer}
 
@@ -134,7 +138,7 @@ def carry(
         tensors = {name: CarriedTensor(name, name, tensor) for name, tensor in carried.tensors.items()}
         fields = _own_fields(carried)
         files = processor_files(source, chat_template) if layout == "hf" else {}
-        return Wrapping(source, carried.parts, carried.layout, layout, _text_layout(carried, layout), tensors, fields, files)
+        return Wrapping(source, carried.parts, carried.layout, layout, _text_layout(carried, layout, model), tensors, fields, files)
     settings = carried.settings
     if not isinstance(settings, towers.PixtralSettings):
         target = "Mistral's own layout" if layout == "mistral" else "Hugging Face's layout"
@@ -161,15 +165,14 @@ def carry(
         assert row.native is not None, row  # the table of vision towers has both names
         name, base_name = (row.native, row.name) if layout == "mistral" else (row.name, row.native)
         tensors[name] = CarriedTensor(name, base_name, carried.tensors[base_name], row.heads, layout == "mistral")
-    return Wrapping(source, carried.parts, carried.layout, layout, _text_layout(carried, layout), tensors, fields, files)
+    return Wrapping(source, carried.parts, carried.layout, layout, _text_layout(carried, layout, model), tensors, fields, files)
 
 
-def _text_layout(carried: Carried, layout: WrappingLayout) -> names.TensorLayout:
+def _text_layout(carried: Carried, layout: WrappingLayout, model: config.Model) -> names.TensorLayout:
     """Return the names of the text model inside the export."""
     if layout == "hf":
-        return names.WRAPPED_IN_FILES
-    has_audio = any(name.startswith(towers.AUDIO_PREFIX) for name in carried.tensors)
-    return names.MISTRAL_WITH_AUDIO if has_audio else names.MISTRAL
+        return names.wrapped_in_files(model)
+    return names.mistral_of(model, with_audio=any(name.startswith(towers.AUDIO_PREFIX) for name in carried.tensors))
 
 
 def _own_fields(carried: Carried) -> JsonObject:

@@ -59,7 +59,7 @@ def test_the_settings_of_the_export_surround_those_of_its_text(tmp_path: Path) -
     fields = wrapping.around(text)
     assert fields["architectures"] == [MISTRAL3.architecture] and fields["image_token_id"] == 5 and fields["dtype"] == "bfloat16"
     assert "quantization_config" not in fields and "architectures" not in fields["text_config"]
-    assert wrapping.text_layout is names.WRAPPED_IN_FILES and wrapping.nbytes == base.nbytes
+    assert wrapping.text_layout == names.wrapped_in_files(TEXT) and wrapping.nbytes == base.nbytes
 
 
 def test_a_quantized_tower_keeps_its_section_and_the_text_is_excluded_from_it(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_an_audio_tower_stays_in_its_layout(layout: Any, to: Any, tmp_path: Path
     base = audio_in(layout)
     assert carry(tmp_path, base, layout, TEXT, None, None).tensors.keys() == base.tensors.keys()
     if layout == "mistral":
-        assert carry(tmp_path, base, layout, TEXT, None, None).text_layout is names.MISTRAL_WITH_AUDIO
+        assert carry(tmp_path, base, layout, TEXT, None, None).text_layout == names.mistral_of(TEXT, with_audio=True)
     with pytest.raises(ValueError, match=rf"nothing public states how.*use --format {layout}, or --text-only"):
         carry(tmp_path, base, to, TEXT, None, None)
 

@@ -107,9 +107,9 @@ def adapter_shapes(
     return dict.fromkeys(shapes, AdapterShape(rank, scale * rank))
 
 
-def auto_class_of(model: config.Model, *, in_wrapper: bool = False) -> str:
-    """Return the Auto class of transformers that loads a model; AutoModelForCausalLM knows neither mistral4 nor vision wrappers."""
-    return "AutoModelForImageTextToText" if in_wrapper or model.family == "mistral4" else "AutoModelForCausalLM"
+def auto_class_of(model: config.Model) -> str:
+    """Return the Auto class of transformers that loads a text model; AutoModelForCausalLM does not know mistral4."""
+    return "AutoModelForImageTextToText" if model.family == "mistral4" else "AutoModelForCausalLM"
 
 
 def serving_command(
@@ -121,7 +121,7 @@ def serving_command(
     base_model: str | None = None,
     rank: int = 1,
     tokenizer: Literal["mistral", "huggingface"] = "huggingface",
-    in_wrapper: bool = False,
+    auto_class: str = "AutoModelForCausalLM",
 ) -> str:
     """Return the command line that serves an export.
 
@@ -133,7 +133,7 @@ def serving_command(
         base_model: of an adapter: its base in Hugging Face's layout; None to print the placeholder BASE_MODEL.
         rank: of an adapter: its largest rank.
         tokenizer: the kind of tokenizer that is exported with the weights.
-        in_wrapper: of an adapter: whether its base is a vision wrapper.
+        auto_class: of an adapter: the Auto class of transformers that loads its base; a multimodal one has its own.
 
     Raises:
         ValueError: the server does not read the layout; the message names those it reads.
@@ -150,7 +150,8 @@ def serving_command(
     max_rank = rank
     if server == "vllm":
         max_rank = next(supported for supported in VLLM_RANKS if supported >= rank)
-    auto_class = auto_class_of(model, in_wrapper=in_wrapper)
+    if is_mistral4:
+        auto_class = auto_class_of(model)
     template = readable[layout]
     code = _PEFT_CODE
     if server == "transformers" and layout == "hf" and auto_class != "AutoModelForCausalLM":

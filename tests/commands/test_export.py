@@ -24,7 +24,7 @@ from moe_train.model.parameters import Parameters
 from moe_train.weights import external, hf, peft, safetensors_files
 from moe_train.weights.texts import Texts
 from tests.commands.runs import LORA, MESH, MODEL, save_run
-from tests.commands.wrapper import save_run_on_wrapper
+from tests.commands.wrapper import TOWER, save_run_on_wrapper
 from tests.random_parameters import random_parameters
 
 
@@ -168,8 +168,8 @@ def test_an_adapter_of_a_wrapper_has_the_names_of_the_wrapper(
     assert not (tmp_path / "wrong").exists()
 
 
-def test_a_merged_export_of_a_wrapper_says_that_it_has_no_tower(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
+def test_a_text_only_export_of_a_wrapper_says_that_it_has_no_tower(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
     save_run_on_wrapper(tmp_path, small_tokenizer, np.float16)
-    record = export(tmp_path / "run", tmp_path / "out", merge=True)
-    assert record["left_out"]["count"] == 2 and json.loads((tmp_path / "out/export_proof.json").read_text())["left_out"]
+    record = export(tmp_path / "run", tmp_path / "out", merge=True, options=ExportOptions(text_only=True))
+    assert record["left_out"]["count"] == len(TOWER) and json.loads((tmp_path / "out/export_proof.json").read_text())["left_out"]
     assert external.layout_of(tmp_path / "out") == "hf" and not hf.is_wrapper(tmp_path / "out")

@@ -122,7 +122,7 @@ def fused_layout(arrays: Arrays) -> Arrays:
 
 
 def test_a_wrapper_states_the_quantization_of_its_text_model(mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
-    wrapper("ministral3").bfloat16().save_pretrained(tmp_path / "base")
+    wrapper("mistral3", "ministral3").bfloat16().save_pretrained(tmp_path / "base")
     section = HF_TENSOR | {"modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"]}
     arrays = load_arrays(tmp_path / "base/model.safetensors")
     folder = tmp_path / "q"

@@ -119,8 +119,8 @@ def test_vllm_finds_query_scaling_where_it_looks() -> None:
 
 
 def test_the_class_that_loads_a_wrapper_is_named() -> None:
-    for in_wrapper, name in ((False, "AutoModelForCausalLM"), (True, "AutoModelForImageTextToText")):
-        line = serve.serving_command("transformers", "peft", MIXTRAL, "out", base_model="base", in_wrapper=in_wrapper)
+    for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        line = serve.serving_command("transformers", "peft", MIXTRAL, "out", base_model="base", auto_class=name)
         assert f"from transformers import {name} as M" in line
 
 

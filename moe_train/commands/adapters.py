@@ -257,6 +257,7 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
             merge=True,
             texts=texts.Texts(opened.tokenizer, opened.chat_template),
             about={"source": str(base), "adapter": str(source), **lost},
+            base=left_out.fp8_base(base),
         )
         return write_and_prove.export_model(weights, opened.model, out_dir, options)
 

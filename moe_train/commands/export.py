@@ -140,6 +140,7 @@ def export(
                     depth=options.depth,
                     conversations=origin.conversations,
                     about={**origin.about, **lost},
+                    base=left_out.fp8_base(source),
                 )
                 record = write_and_prove.export_model(loaded.weights, opened.model, out_dir, write_options)
             case "peft" | "mistral-lora" | "gguf-lora":

@@ -19,7 +19,7 @@ from moe_train.proof import expected, prove
 from moe_train.weights import fp8, gguf, hf, mistral, names, together
 from moe_train.weights import merge as merging
 from moe_train.weights.arrays import LazyParameters
-from moe_train.weights.on_disk import FileDtype, FloatDtype
+from moe_train.weights.on_disk import FileDtype, FloatDtype, WeightFiles
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, WriterShare
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
@@ -52,6 +52,8 @@ class WriteOptions:
     """Training conversations whose tokens are compared."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Additional entries of the record, such as where the weights come from."""
+    base: WeightFiles | None = None
+    """The files that training started from, if they are FP8 (`left_out.fp8_base`)."""
 
 
 def export_model(parameters: LazyParameters, model: config.Model, out_dir: str | Path, options: WriteOptions) -> JsonObject:
@@ -105,6 +107,7 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
             texts.chat_template,
             options.conversations,
             options.about,
+            options.base,
         )
         # Within the block, so that an export that fails its checks never appears as `out_dir`.
         record = prove.prove(exported, options.depth)

@@ -22,7 +22,7 @@ from moe_train import config
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.model.paths import ParameterPath
-from moe_train.proof import compare, expected, fp8, logits, reread, texts
+from moe_train.proof import base_fp8, compare, expected, fp8, logits, reread, texts
 from moe_train.proof.checks import Check, Fault, Finding, MetricValue, NotChecked, ProofRecord, require, run
 from moe_train.proof.compare_logits import Difference, compare_logits, to_reference
 from moe_train.proof.round_weights import round_weights
@@ -30,6 +30,7 @@ from moe_train.proof.rounding import QUANTIZATION_BOUNDS
 from moe_train.proof.surroundings import RECORD_FILE, file_hashes, hardware, versions
 from moe_train.weights import external, together
 from moe_train.weights.arrays import LazyParameters
+from moe_train.weights.on_disk import WeightFiles
 
 Depth = Literal["full", "tensors"]
 """`full` also runs the model; `tensors` compares files and weights only."""
@@ -59,6 +60,8 @@ class Export(NamedTuple):
     """Conversations of the training data, rendered to the tokens of training."""
     about: Mapping[str, Any] = {}
     """What else the record states: the origin, and hashes of config and data."""
+    base: WeightFiles | None = None
+    """The files that training started from, if they are FP8, so that they are dequantized a second time."""
 
 
 def prove(export: Export, depth: Depth) -> ProofRecord:
@@ -85,6 +88,8 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
         **export.about,
     }
     checks = [run("architecture", partial(_check_architecture_of_files, export))]
+    if export.base is not None:
+        checks.append(run("base", partial(base_fp8.check_base, export.base)))
     # `check_tensors` fills this list, which `_check_merge` and the record read, so the order of the checks matters.
     tensors: list[compare.TensorResults] = []
     checks.append(run("tensors", partial(check_tensors, export, tensors)))

@@ -82,10 +82,22 @@ class Stored(NamedTuple):
 
 
 def tensors(directory: Path) -> dict[str, Stored]:
+    """Read the headers of the .safetensors and .gguf files in a directory, as our exports write them.
+
+    Returns:
+        Every tensor by name; FP8 ones are joined with their scales.
+
+    Raises:
+        ValueError: see `headers`.
+    """
+    return _with_scales(headers(directory))
+
+
+def headers(directory: Path) -> dict[str, Stored]:
     """Read the headers of the .safetensors and .gguf files in a directory.
 
     Returns:
-        Every tensor by name.
+        Every tensor by name, those that are scales of others included.
 
     Raises:
         ValueError: a file cannot be read, has bytes that belong to no tensor or to two, or a name is given twice.
@@ -102,7 +114,7 @@ def tensors(directory: Path) -> dict[str, Stored]:
             if tensor.name in by_name:
                 raise ValueError(f"{tensor.name} is in {by_name[tensor.name].file.name} and in {file.name}")
             by_name[tensor.name] = tensor
-    return _with_scales(by_name)
+    return by_name
 
 
 def _with_scales(by_name: dict[str, Stored]) -> dict[str, Stored]:

@@ -93,7 +93,11 @@ class Evaluation(Section):
 
 
 class Checkpoint(Section):
-    """When the state of the run is saved, and which checkpoints are kept: the last `keep_last`, plus the best by held-out loss."""
+    """When the state of the run is saved, and which checkpoints are kept: the last `keep_last`, plus the best by held-out loss.
+
+    With keep_last 1 the one before stays until the next save begins, since only the steps after a save show that its weights can
+    be used; the disk holds two at its peak in either case.
+    """
 
     every_steps: Positive = 100
     every_minutes: PositiveFloat | None = 30.0

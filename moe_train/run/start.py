@@ -64,8 +64,11 @@ class Start(NamedTuple):
         state = self.state
         assert state.guard is not None
         discarded = position - int(state.step)
-        guard = state.guard._replace(spikes=jnp.full_like(state.guard.spikes, spikes), discarded=state.guard.discarded + discarded)
-        step = jnp.full_like(state.step, position)
+        # Sums and not new arrays, so that each keeps its sharding.
+        guard = state.guard._replace(
+            spikes=state.guard.spikes + (spikes - int(state.guard.spikes)), discarded=state.guard.discarded + discarded
+        )
+        step = state.step + discarded
         return self._replace(state=state._replace(step=step, skipped=state.skipped + discarded, guard=guard))
 
 

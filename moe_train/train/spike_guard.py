@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
@@ -84,7 +85,8 @@ def guard_of_json(settings: config.SpikeGuard, saved: dict[str, Any] | None) -> 
     padded[settings.window - len(recent) :] = recent
 
     def replicated(x: np.ndarray) -> Array:
-        return jax.device_put(x, jax.NamedSharding(jax.sharding.get_mesh(), P()))
+        # Without a collective, which `device_put` would use to compare the values of all processes.
+        return jax.make_array_from_callback(x.shape, NamedSharding(jax.sharding.get_mesh(), P()), lambda index: x[index])
 
     counts = (replicated(np.array(n, np.int32)) for n in (len(recent), saved["spikes"], saved["discarded"]))
     return GuardState(replicated(padded), *counts)

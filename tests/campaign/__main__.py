@@ -8,9 +8,11 @@ command; the table of what was tried, survived and lost is printed at the end.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,15 +31,21 @@ class Trial(NamedTuple):
 
 
 def all_trials(num_kills: int) -> Iterator[Trial]:
-    """Yield every trial of a campaign, in order."""
-    for module in (damage, disks, signals, outputs, jobs):
-        for kind, name, run in module.trials():
-            yield Trial(kind, name, 1, run)
+    """Yield every trial of a campaign: one of each kind in turn, so that a campaign that is stopped has tried all kinds."""
+    by_kind: dict[str, list[Trial]] = {}
     for name, count in kills.trials(num_kills):
-        yield Trial(kills.KIND, name, count, lambda workplace, rng, count=count: kills.kill_and_resume(workplace, count, rng))
+        run_kills = partial(kills.kill_and_resume, count)
+        by_kind.setdefault(kills.KIND, []).append(Trial(kills.KIND, name, count, run_kills))
+    for module in (signals, jobs, disks, outputs, damage):
+        for kind, name, run in module.trials():
+            by_kind.setdefault(kind, []).append(Trial(kind, name, 1, run))
+    for trials in itertools.zip_longest(*by_kind.values()):
+        yield from (trial for trial in trials if trial is not None)
 
 
-def run_campaign(folder: Path, num_kills: int, seed: int, only: str = "", seconds: float = float("inf")) -> Ledger:
+def run_campaign(
+    folder: Path, num_kills: int, seed: int, only: str = "", seconds: float = float("inf"), retry: bool = False
+) -> Ledger:
     """Run the trials that were not made before, until the time is over.
 
     Args:
@@ -46,9 +54,12 @@ def run_campaign(folder: Path, num_kills: int, seed: int, only: str = "", second
         seed: decides the moments and bytes; each trial draws its own numbers, whatever was tried before it.
         only: a word that the kinds or names of the trials to run must contain.
         seconds: no trial is started after this time.
+        retry: whether trials that were not survived are made again.
     """
     workplace = Workplace(folder)
     ledger = Ledger(folder / f"results-{seed}.jsonl")
+    if retry:
+        ledger.forget_lost()
     start = time.monotonic()
     for trial in all_trials(num_kills):
         if only not in f"{trial.kind} {trial.name}" or ledger.has(trial.kind, trial.name):
@@ -76,8 +87,9 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "campaign", help="folder to keep and continue from")
     parser.add_argument("--only", default="", help="run only trials whose kind or name contains this")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no trial after this time")
+    parser.add_argument("--retry", action="store_true", help="try again what was not survived before")
     arguments = parser.parse_args()
-    ledger = run_campaign(arguments.state, arguments.kills, arguments.seed, arguments.only, 60 * arguments.minutes)
+    ledger = run_campaign(arguments.state, arguments.kills, arguments.seed, arguments.only, 60 * arguments.minutes, arguments.retry)
     print(ledger.table())
     for result in ledger.lost():
         print(f"{result.kind}: {result.name}: {result.detail}")

@@ -39,6 +39,7 @@ def trials() -> Iterator[Trial]:
                 name = f"{number.name} to process {index}, {repeat + 1}"
                 yield "two processes: one gets a signal", name, _pair_signal_trial(index, number)
         yield "two processes: one does not see the newest checkpoint", f"process {index}", _blind_trial(index)
+        yield "two processes: one is stopped for a minute", f"process {index}", _late_trial(index)
     yield "launchers", "again.sh: SIGKILL twice", _again_trial
     yield "launchers", "local.sh: SIGKILL of one process of two", _local_trial
     yield "launchers", "slurm.sbatch with a stand-in for srun: SIGKILL, requeued", _slurm_trial
@@ -120,6 +121,29 @@ def _pair_signal_trial(index: int, number: signal.Signals) -> Callable[[Workplac
         require_equal(run_dir, reference)
         shutil.rmtree(run_dir)
         return f"exit codes {codes} after {seconds:.1f} s at step {aim}"
+
+    return run
+
+
+def _late_trial(index: int) -> Callable[[Workplace, random.Random], str]:
+    def run(workplace: Workplace, rng: random.Random) -> str:
+        reference = _pair_reference(workplace)
+        run_dir = workplace.new_folder(f"late-{rng.getrandbits(32)}")
+        pair = _start_pair(workplace, run_dir)
+        aim = rng.randint(0, 40)
+        pair[0].wait_until(lambda: run_dir.exists() and last_step(run_dir) >= aim)
+        pair[index].send(signal.SIGSTOP)
+        time.sleep(60)
+        pair[index].send(signal.SIGCONT)
+        # Either they wait for each other, or a time-out of the backend ends them for a passing reason.
+        codes = [process.wait().code for process in pair]
+        if not set(codes) <= {0, 75}:
+            raise Lost(f"exit codes {codes}: {pair[0].stderr()[-300:]} {pair[1].stderr()[-300:]}")
+        if codes != [0, 0]:
+            _finish_pair(workplace, run_dir)
+        require_equal(run_dir, reference)
+        shutil.rmtree(run_dir)
+        return f"exit codes {codes} at step {aim}"
 
     return run
 

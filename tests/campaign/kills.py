@@ -21,7 +21,7 @@ def trials(kills: int) -> Iterator[tuple[str, int]]:
         yield f"run {index // KILLS_PER_RUN}", min(KILLS_PER_RUN, kills - index)
 
 
-def kill_and_resume(workplace: Workplace, kills: int, rng: random.Random) -> str:
+def kill_and_resume(kills: int, workplace: Workplace, rng: random.Random) -> str:
     """Kill one run several times, let it end, and compare it with the undisturbed run.
 
     Returns:

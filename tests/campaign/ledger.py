@@ -42,6 +42,12 @@ class Ledger:
         with self._path.open("a") as file:
             file.write(json.dumps(dataclasses.asdict(result)) + "\n")
 
+    def forget_lost(self) -> None:
+        """Remove the trials that were not survived, so that they are made again after a fix."""
+        lost = self.lost()
+        self.results = [result for result in self.results if result not in lost]
+        self._path.write_text("".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in self.results))
+
     def tried(self, kind: str) -> int:
         """Return how often faults of a kind were tried."""
         return sum(result.tried for result in self.results if result.kind == kind)

@@ -36,7 +36,7 @@ def _signal_trial(number: signal.Signals, phase: str) -> Callable[[Workplace, ra
         reference = workplace.reference()
         env = {}
         if phase == "compile":  # nothing is compiled yet
-            env["JAX_COMPILATION_CACHE_DIR"] = str(workplace.new_folder("empty-cache"))
+            env["MOE_TRAIN_COMPILE_CACHE"] = str(workplace.new_folder("empty-cache"))
         process = workplace.start(run_dir, env=env)
         _await_phase(process, run_dir, phase, rng)
         seconds = _end(process, number)

@@ -31,3 +31,5 @@ def test_a_ledger_continues_where_it_was(tmp_path: Path) -> None:
     assert ledger.has("kills", "run 0") and not ledger.has("kills", "run 2")
     assert ledger.table().splitlines()[2:] == ["| kills | 10 | 6 | 4 |", "| all | 10 | 6 | 4 |"]
     assert [result.name for result in ledger.lost()] == ["run 1"]
+    ledger.forget_lost()
+    assert [result.name for result in Ledger(path).results] == ["run 0"]

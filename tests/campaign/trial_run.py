@@ -113,11 +113,10 @@ class Workplace:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.config = self.folder / "run.yaml"
         self.env = {
-            **{key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))},
+            **{key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_", "MOE_TRAIN_"))},
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "jax"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "MOE_TRAIN_COMPILE_CACHE": str(self.folder / "compiled"),
             "PYTHONPATH": str(ROOT),
         }
         if not self.config.exists():
@@ -210,10 +209,15 @@ def last_step(run_dir: Path) -> int:
     return json.loads(complete[-1])["step"] if complete else 0
 
 
-def require_equal(run_dir: Path, reference: Path) -> None:
-    """Raise Lost unless a run ended with the weights, moments, losses and evaluations of the reference, bit for bit."""
+def require_equal_weights(run_dir: Path, reference: Path) -> None:
+    """Raise Lost unless a run ended with the weights and moments of the reference, bit for bit."""
     if sums_of(run_dir) != sums_of(reference):
         raise Lost("the final weights or moments differ from those of the undisturbed run")
+
+
+def require_equal(run_dir: Path, reference: Path) -> None:
+    """Raise Lost unless a run ended with the weights, moments, losses and evaluations of the reference, bit for bit."""
+    require_equal_weights(run_dir, reference)
     if losses_of(run_dir) != losses_of(reference):
         raise Lost("the losses differ from those of the undisturbed run")
 

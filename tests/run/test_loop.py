@@ -17,6 +17,7 @@ from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.checkpoint.metadata import read_saved
 from moe_train.commands import evaluate
+from moe_train.commands.export import export
 from moe_train.commands.train import train
 from moe_train.config import yaml_file
 from moe_train.data.batches.batch import BatchRows
@@ -146,13 +147,13 @@ def test_refused_before_anything_is_written(tmp_path, small_run, changes, error,
 def faster(run_dir: Path, rate: float, small_run: Callable[..., config.Config], **changes: Any) -> config.Config:
     """The run with another learning rate, and a checkpoint after each step."""
     optimizer = {"name": "adamw", "learning_rate": rate, "schedule": {"name": "constant"}}
-    settings = {"every_steps": 1, "keep_last": 3}
+    settings = {"every_steps": 1, "keep_last": 1}
     return small_run(run_dir, optimizer=optimizer, checkpoint=settings, train__max_skipped_steps=0, data__eval=[], **changes)
 
 
 @pytest.mark.parametrize("rate", [1e30, 1e12])
 def test_weights_that_a_learning_rate_ruins_do_not_replace_the_last_good_ones(after_two, small_run, rate, capfd):
-    """Ruined weights with a finite loss: not saved if they are too large, else set aside at the next start."""
+    """Ruined weights with a finite loss: not saved if they are too large, else set aside at the next start, whatever keep_last."""
     with pytest.raises(RuntimeError, match=r"lower optimizer.learning_rate"):
         train(faster(after_two, rate, small_run))
     assert 2 in steps_in(after_two)
@@ -201,6 +202,8 @@ def test_a_run_in_bfloat16_resumes_bit_for_bit(tmp_path, small_run, rounding):
     assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
     assert bits_of(tmp_path / "resumed", 6) == bits_of(tmp_path / "whole", 6)
     assert "vanished_updates" not in lines(tmp_path / "whole")[0]
+    record = export(tmp_path / "whole", tmp_path / "hf")
+    assert record["dtype"] == "bfloat16" and all(check["passed"] for check in record["checks"])
     with pytest.raises(ValueError, match=f"optimizer.rounding is nearest, but the run in .* was started with {rounding}"):
         train(small_run(tmp_path / "resumed", compute={"param_dtype": "bfloat16"}, train__steps=8, **ONE_LAYER))
 
@@ -278,3 +281,26 @@ def test_spikes_are_bounded_and_the_first_has_nothing_to_go_back_to(tmp_path, sm
     with pytest.raises(RuntimeError, match=r"2 steps were spikes, the last one step \d+, and train.spike_guard.max_events is 1"):
         train(low)
     assert events(tmp_path)[-1]["reason"].startswith("RuntimeError: 2 steps were spikes")
+
+
+@pytest.mark.slow
+def test_masters_follow_float32_at_a_small_learning_rate(tmp_path, small_run):
+    """39 steps at 1e-5, after which the loss on the same held-out data has fallen by nearly as much."""
+    falls = {}
+    for name, dtype, rounding in (
+        ("float32", "float32", "nearest"),
+        ("masters", "bfloat16", "float32_master"),
+        ("stochastic", "bfloat16", "stochastic"),
+        ("nearest", "bfloat16", "nearest"),
+    ):
+        optimizer = {"name": "adamw", "learning_rate": 1e-5, "rounding": rounding}
+        changes = {"model__num_layers": 1, "mesh": {"data": 8}, "evaluation__every_steps": 39}
+        run = small_run(
+            tmp_path / name, optimizer=optimizer, compute={"param_dtype": dtype}, train__steps=39, checkpoint={}, **changes
+        )
+        assert train(run) == loop.FINISHED
+        before, after = (line["loss"] for line in lines(tmp_path / name, "eval"))
+        falls[name] = before - after
+    assert falls["masters"] == pytest.approx(falls["float32"], rel=0.15), falls
+    assert falls["stochastic"] == pytest.approx(falls["float32"], rel=0.3), falls
+    assert falls["nearest"] < 0.7 * falls["float32"], falls

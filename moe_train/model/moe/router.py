@@ -64,16 +64,17 @@ def merge_microbatches(stats: RouterStats, over_step: bool = False) -> RouterSta
     def mean(x: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.sum(weights_ML * x, axis=0)
 
+    mean_probability_E = jnp.sum(weights_ML[..., None] * stats.mean_probability_E, axis=0)
     merged = RouterStats(
         chosen_E=jnp.sum(stats.chosen_E, axis=0),
         load_balance_loss=mean(stats.load_balance_loss),
         router_z_loss=mean(stats.router_z_loss),
         entropy=mean(stats.entropy),
         dropped=jnp.sum(stats.dropped, axis=0),
-        mean_probability_E=jnp.sum(weights_ML[..., None] * stats.mean_probability_E, axis=0),
+        mean_probability_E=mean_probability_E,
     )
     if over_step:
-        merged = merged._replace(load_balance_loss=balance_loss(merged.load_E, merged.mean_probability_E))
+        merged = merged._replace(load_balance_loss=balance_loss(merged.load_E, mean_probability_E))
     return merged
 
 

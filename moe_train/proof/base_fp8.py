@@ -25,11 +25,21 @@ _SECTIONS = ("quantization_config", "quantization")
 _BLOCK_KEYS = ("weight_block_size", "block_structure")
 
 
+def _read_headers(base: WeightFiles) -> dict[str, Stored]:
+    """Read the headers of the files that a base consists of, which need not be all that are in its folder."""
+    if not base.path.is_dir():  # a GGUF file
+        return {}
+    stem = "consolidated" if any(name.endswith("tok_embeddings.weight") for name in base.tensors) else "model"
+    index = base.path / f"{stem}.safetensors.index.json"
+    files = {f"{stem}.safetensors"}
+    if index.is_file():
+        files = set(read_object(index)["weight_map"].values())
+    return reread.tensors_of_files([base.path / file for file in sorted(files) if (base.path / file).is_file()])
+
+
 def quantized_names(base: WeightFiles) -> list[str]:
     """Return the names of the FP8 tensors of a base."""
-    if not base.path.is_dir():  # a GGUF file
-        return []
-    stored = reread.headers(base.path)
+    stored = _read_headers(base)
     return [name for name in base.tensors if name in stored and stored[name].kind == "F8_E4M3"]
 
 
@@ -39,7 +49,7 @@ def check_base(base: WeightFiles) -> Finding:
     Raises:
         Fault: a number differs.
     """
-    stored = reread.headers(base.path)
+    stored = _read_headers(base)
     names = quantized_names(base)
     block = _stated_block(base.path)
     with ThreadPoolExecutor() as pool:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,30 +82,25 @@ class Stored(NamedTuple):
 
 
 def tensors(directory: Path) -> dict[str, Stored]:
-    """Read the headers of the .safetensors and .gguf files in a directory, as our exports write them.
+    """Read the headers of the .safetensors and .gguf files in a directory.
 
     Returns:
         Every tensor by name; FP8 ones are joined with their scales.
 
     Raises:
-        ValueError: see `headers`.
-    """
-    return _with_scales(headers(directory))
-
-
-def headers(directory: Path) -> dict[str, Stored]:
-    """Read the headers of the .safetensors and .gguf files in a directory.
-
-    Returns:
-        Every tensor by name, those that are scales of others included.
-
-    Raises:
         ValueError: a file cannot be read, has bytes that belong to no tensor or to two, or a name is given twice.
     """
-    by_name: dict[str, Stored] = {}
+    files: list[Path] = []
     for file in sorted(directory.iterdir()):
-        if file.suffix not in (".safetensors", ".gguf"):
-            continue
+        if file.suffix in (".safetensors", ".gguf"):
+            files.append(file)
+    return _with_scales(tensors_of_files(files))
+
+
+def tensors_of_files(files: Sequence[Path]) -> dict[str, Stored]:
+    """Like `tensors`, for these files; scales of FP8 tensors are tensors of their own."""
+    by_name: dict[str, Stored] = {}
+    for file in files:
         try:
             stored = list(_safetensors(file) if file.suffix == ".safetensors" else _gguf(file)[1])
         except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:

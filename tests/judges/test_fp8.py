@@ -63,7 +63,7 @@ def test_transformers_dequantizes_to_the_same_bits(
     judge = dequantized_by_transformers(folder)
     state = judge.state_dict()
     weights = external.open_external_weights(folder)
-    fused = {(piece.path, piece.lead): piece for piece in names.weight_pieces(weights.model, names.hugging_face(fused=True))}
+    fused = {(piece.path, piece.lead): piece for piece in names.weight_pieces(weights.model, names.hugging_face(experts="fused"))}
     assert {piece.name for piece in fused.values()} == set(state)
     for piece in weights.pieces:
         in_memory = fused[piece.path, piece.lead]

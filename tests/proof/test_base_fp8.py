@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
@@ -74,5 +75,8 @@ def test_how_many_numbers_share_a_scale(
     assert base_fp8._steps(np.ones(scales), shape, block) == steps
 
 
-def test_other_files_have_no_fp8(unquantized: Path) -> None:
+def test_other_files_have_no_fp8(unquantized: Path, tmp_path: Path) -> None:
     assert base_fp8.quantized_names(external.open_external_weights(unquantized / "hf")) == []
+    shutil.copytree(unquantized / "hf", tmp_path / "copy")
+    (tmp_path / "copy/left over.safetensors").write_bytes(b"damaged")
+    assert base_fp8.quantized_names(external.open_external_weights(tmp_path / "copy")) == []

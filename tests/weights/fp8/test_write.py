@@ -107,6 +107,16 @@ def test_an_export_is_proved_and_read_back(layout: Any, model: config.Model, tmp
         assert section["dtype"] == "bfloat16" and section["quantization_config"]["activation_scheme"] == "dynamic"
 
 
+def test_a_text_model_in_a_wrapper_is_quantized_as_released() -> None:
+    alone = names.weight_pieces(WIDE)
+    wrapped = names.weight_pieces(WIDE, names.WRAPPED)
+    assert write.hugging_face_scheme(alone).block == (128, 128) and write.hugging_face_scheme(wrapped).block is None
+    section = write.hugging_face_section(wrapped)
+    assert section["weight_block_size"] is None
+    assert {"model.vision_tower", "model.multi_modal_projector", "lm_head"} <= set(section["modules_to_not_convert"])
+    assert not any("vision" in name for name in write.hugging_face_section(alone)["modules_to_not_convert"])
+
+
 def test_processes_that_write_shards_in_turn_get_every_scale() -> None:
     """A tensor and its scales may be in two shards, whose tensors are asked for alternately."""
     w = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)

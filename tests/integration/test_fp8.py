@@ -79,12 +79,13 @@ def test_parameters_of_a_run_on_an_fp8_base(base: Path, small_run: Callable[...,
 
 @pytest.mark.slow
 def test_exports_of_a_run_on_an_fp8_base(run: Path, base: Path, tmp_path: Path) -> None:
-    for layout in ("hf", "mistral"):
-        record = export(run, tmp_path / layout, layout, merge=True)  # type: ignore[arg-type]
+    layouts: tuple[Any, ...] = ("hf", "mistral")
+    for layout in layouts:
+        record = export(run, tmp_path / layout, layout, merge=True)
         assert record["dtype"] == "bfloat16" and passed(record)["merge"] and passed(record)["answers"]
         assert external.open_external_weights(tmp_path / layout).dtype == "bfloat16"
         options = ExportOptions(dtype="fp8")
-        record = export(run, tmp_path / f"{layout}-fp8", layout, merge=True, options=options)  # type: ignore[arg-type]
+        record = export(run, tmp_path / f"{layout}-fp8", layout, merge=True, options=options)
         assert passed(record)["merge"] and passed(record)["tensors"]
         for suffix in ("", "-fp8"):
             _, checks = verify(tmp_path / f"{layout}{suffix}", run=run)

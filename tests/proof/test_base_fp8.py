@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,8 +33,9 @@ def unquantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unquantized")
     with jax.set_mesh(ONE):
         weights = random_parameters(MIXTRAL, "bfloat16")
-        for layout in ("hf", "mistral"):
-            options = write_and_prove.WriteOptions(layout=layout, dtype="bfloat16", depth="tensors")  # type: ignore[arg-type]
+        layouts: tuple[Any, ...] = ("hf", "mistral")
+        for layout in layouts:
+            options = write_and_prove.WriteOptions(layout=layout, dtype="bfloat16", depth="tensors")
             write_and_prove.export_model(weights, MIXTRAL, folder / layout, options)
     return folder
 
@@ -50,9 +52,9 @@ def test_what_was_read_is_dequantized_alike_a_second_time(spelling: str, unquant
     names = base_fp8.quantized_names(base)
     assert names == [name for name, tensor in base.tensors.items() if isinstance(tensor, Fp8Tensor)] and len(names) == 64
     assert base_fp8.check_base(base).metrics == {"count": 64}
-    tensor = base.tensors[names[5]]
-    assert isinstance(tensor, Fp8Tensor)
-    wrong = dataclasses.replace(tensor, scales=base.tensors[names[6]].scales)  # type: ignore[union-attr]
+    tensor, another = base.tensors[names[5]], base.tensors[names[6]]
+    assert isinstance(tensor, Fp8Tensor) and isinstance(another, Fp8Tensor)
+    wrong = dataclasses.replace(tensor, scales=another.scales)
     with pytest.raises(Fault, match=f"{names[5]} in .* what was read is not its FP8 numbers times their scales"):
         base_fp8.check_base(base._replace(tensors={**base.tensors, names[5]: wrong}))
 

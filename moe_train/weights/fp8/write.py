@@ -204,9 +204,9 @@ def quantize_matrix(name: str, w: np.ndarray, block: tuple[int, int] | None) -> 
     codes = np.empty(w.shape, E4M3)
     scales = np.empty(_scale_shape(w.shape, block), np.float32)
     if block is None:
-        largest = np.float32(0)
+        largest = np.zeros((), np.float32)
         for rows in _row_chunks(w, 1):
-            largest = np.maximum(largest, np.abs(w[rows]).max(initial=0))
+            np.maximum(largest, np.abs(w[rows]).max(initial=0), out=largest)
         scales[...] = _scale(name, largest)
         for rows in _row_chunks(w, 1):
             codes[rows] = _codes(strided.contiguous(w[rows]), scales)

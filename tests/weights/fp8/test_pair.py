@@ -71,7 +71,8 @@ def test_a_mesh_reads_what_one_device_reads(spelling: str, unquantized: dict[str
     folder, meaning = quantized(unquantized, spelling, tmp_path / "q")
     # The same values, unquantized, are read by the code that has nothing to do with FP8.
     layout = SPELLINGS[spelling][0]
-    plain_folder, _ = tmp_path / "plain", (tmp_path / "plain").mkdir()
+    plain_folder = tmp_path / "plain"
+    plain_folder.mkdir()
     for file in unquantized[layout].glob("*.json"):
         if "index" not in file.name:
             (plain_folder / file.name).write_bytes(file.read_bytes())

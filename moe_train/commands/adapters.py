@@ -265,6 +265,7 @@ def merge_into(
             texts=texts.Texts(opened.tokenizer, opened.chat_template),
             about={"source": str(base), "adapter": str(source), **lost},
             wrapping=wrapping,
+            base=left_out.fp8_base(base),
         )
         return write_and_prove.export_model(weights, opened.model, out_dir, options)
 

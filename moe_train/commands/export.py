@@ -150,6 +150,7 @@ def export(
                     about={**origin.about, **lost, **of_base},
                     wrapping=wrapping,
                     mmproj=mmproj,
+                    base=left_out.fp8_base(source),
                 )
                 record = write_and_prove.export_model(loaded.weights, opened.model, out_dir, write_options)
             case "peft" | "mistral-lora" | "gguf-lora":

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from moe_train.checkpoint.initial_files import carried_of, first_files
 from moe_train.machine.files import JsonObject
+from moe_train.proof import base_fp8
 from moe_train.weights import external
+from moe_train.weights.on_disk import WeightFiles
 
 log = logging.getLogger(__name__)
 
@@ -53,3 +55,12 @@ def report_rounding(source: str | Path, dtypes: tuple[str, str]) -> JsonObject:
         files,
     )
     return {"rounded_from": "float16"}
+
+
+def fp8_base(source: str | Path) -> WeightFiles | None:
+    """Return the files that a run or an external model started from if they are FP8; None otherwise."""
+    files = first_files(source)
+    if files is None:
+        return None
+    weights = external.open_external_weights(files)
+    return weights if base_fp8.quantized_names(weights) else None

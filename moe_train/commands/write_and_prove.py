@@ -21,7 +21,7 @@ from moe_train.proof.carried import CarriedFrom
 from moe_train.weights import fp8, gguf, hf, mistral, names, together
 from moe_train.weights import merge as merging
 from moe_train.weights.arrays import LazyParameters
-from moe_train.weights.on_disk import FileDtype, FloatDtype
+from moe_train.weights.on_disk import FileDtype, FloatDtype, WeightFiles
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, WriterShare
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 from moe_train.weights.wrappers.carry import Wrapping
@@ -59,6 +59,8 @@ class WriteOptions:
     """The tower and projector of a multimodal base that are carried into the files; None for a text model."""
     mmproj: Path | None = None
     """llama.cpp's file of the base's tower, which is copied into a GGUF export; None for none."""
+    base: WeightFiles | None = None
+    """The files that training started from, if they are FP8 (`left_out.fp8_base`)."""
 
 
 def export_model(parameters: LazyParameters, model: config.Model, out_dir: str | Path, options: WriteOptions) -> JsonObject:
@@ -120,6 +122,7 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
             options.conversations,
             options.about,
             None if options.wrapping is None else CarriedFrom(options.wrapping.source, options.wrapping.layout_of_base),
+            options.base,
         )
         # Within the block, so that an export that fails its checks never appears as `out_dir`.
         record = prove.prove(exported, options.depth)

@@ -5,7 +5,7 @@ default is written in one place only. Nothing in this folder imports jax, so tha
 what the user wrote; `Run` is the resolved record of what will happen.
 """
 
-from moe_train.config.adapters import NAMED_IN_FULL, Int8, Lora, LoraTarget, Nf4, names_module
+from moe_train.config.adapters import NAMED_IN_FULL, Fp8, Int8, Lora, LoraTarget, Nf4, names_module
 from moe_train.config.architecture import (
     DefaultRope,
     DenseFfn,
@@ -141,6 +141,7 @@ __all__ = [
     "Ffn",
     "FileFormat",
     "FileSource",
+    "Fp8",
     "Fraction",
     "FullTraining",
     "Grader",

@@ -97,7 +97,7 @@ def _saved_bytes(run: config.Run, stacked: list[ShardedWeight], sizes: dict[str,
         saved += sum(_saved_adapter_bytes(w, sizes, shape) for w in stacked)
     for w in stacked:
         # XLA casts these weights for all layers before the loop over layers, and pads those whose last dim fills no lanes.
-        if w.kind == "linear" and w.is_float and w.itemsize > b:
+        if w.kind == "linear" and not w.path.part and w.itemsize > b:
             saved += w.layers * w.elements(sizes) * b
         if _is_narrow(w):
             saved += _padded_bytes(w, sizes)

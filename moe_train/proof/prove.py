@@ -22,7 +22,7 @@ from moe_train import config
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.model.paths import ParameterPath
-from moe_train.proof import compare, expected, fp8, logits, reread, texts
+from moe_train.proof import base_fp8, compare, expected, fp8, logits, reread, texts
 from moe_train.proof.carried import CarriedFrom, carried_names, carries_quantized, check_carried, is_audio, text_tensors
 from moe_train.proof.checks import Check, Fault, Finding, MetricValue, NotChecked, ProofRecord, require, run
 from moe_train.proof.compare_logits import Difference, compare_logits, to_reference
@@ -32,6 +32,7 @@ from moe_train.proof.softmax_scale import check_softmax_scale
 from moe_train.proof.surroundings import RECORD_FILE, file_hashes, hardware, versions
 from moe_train.weights import external, together
 from moe_train.weights.arrays import LazyParameters
+from moe_train.weights.on_disk import WeightFiles
 
 Depth = Literal["full", "tensors"]
 """`full` also runs the model; `tensors` compares files and weights only."""
@@ -63,6 +64,8 @@ class Export(NamedTuple):
     """What else the record states: the origin, and hashes of config and data."""
     carried_from: CarriedFrom | None = None
     """The multimodal base whose tower and projector are in the directory; None for a text model alone."""
+    base: WeightFiles | None = None
+    """The files that training started from, if they are FP8, so that they are dequantized a second time."""
 
 
 def prove(export: Export, depth: Depth) -> ProofRecord:
@@ -89,6 +92,8 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
         **export.about,
     }
     checks = [run("architecture", partial(_check_architecture_of_files, export))]
+    if export.base is not None:
+        checks.append(run("base", partial(base_fp8.check_base, export.base)))
     # `check_tensors` fills this list, which `_check_merge` and the record read, so the order of the checks matters.
     tensors: list[compare.TensorResults] = []
     carried: list[str] = []

@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
-from moe_train.proof import against_base, base_modules, compare, expected, fp8, logits, prove, reread, surroundings, texts
+from moe_train.proof import against_base, base_fp8, base_modules, compare, expected, fp8, logits, prove, reread, surroundings, texts
 from moe_train.proof.carried import CarriedFrom, check_carried, is_audio, text_tensors
 from moe_train.proof.checks import Check, Fault, Finding, NotChecked, ProofRecord, first_and_count, run
 from moe_train.proof.compare_adapter import AdapterFiles, examine_adapter, summarize_deltas
@@ -74,6 +74,8 @@ def repeat(
     if is_model:
         checks.append(run("architecture", partial(_check_architecture, directory, model, layout)))
     checks.append(run("tensors", partial(_check_tensors, directory, record, model)))
+    if base is not None and base_fp8.quantized_names(base):
+        checks.append(run("base", partial(base_fp8.check_base, base)))
     checks.append(run("merge" if is_model else "deltas", partial(_check_weights, directory, record, model, trained, base)))
     if "carried" in record:
         checks.append(run("carried", partial(_check_carried, directory, record, base)))

@@ -88,7 +88,7 @@ def tensors(directory: Path) -> dict[str, Stored]:
     """Read the headers of the .safetensors and .gguf files in a directory.
 
     Returns:
-        Every tensor by name.
+        Every tensor by name; FP8 ones are joined with their scales.
 
     Raises:
         ValueError: a file cannot be read, has bytes that belong to no tensor or to two, or a name is given twice.

@@ -143,6 +143,10 @@ def test_another_tools_model_is_turned_into_every_layout_and_back(small_tokenize
         export(tmp_path / "hf", tmp_path / "other", options=ExportOptions(max_shard_size="much"))
     export(tmp_path / "hf", tmp_path / "shards", options=ExportOptions(max_shard_size="10KB", depth="tensors"))
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+    export(tmp_path / "hf", tmp_path / "half", options=ExportOptions(dtype="float16", depth="tensors"))
+    record = export(tmp_path / "half", tmp_path / "half again", options=ExportOptions(depth="tensors"))
+    assert record["dtype"] == "float16"
+    assert external.hash_external_model(tmp_path / "half again") == external.hash_external_model(tmp_path / "half")
     assert not (tmp_path / "other").exists()
 
 

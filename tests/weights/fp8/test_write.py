@@ -39,14 +39,14 @@ def test_codes_and_scales_are_those_of_a_plain_reference(data: st.DataObject) ->
     shape = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     block = data.draw(st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4)))
     w = np.random.default_rng(data.draw(st.integers(0, 9))).normal(0, 10.0 ** data.draw(st.integers(-9, 3)), shape)
-    w = w.astype(np.float32) * data.draw(st.sampled_from([0, 1]))
-    codes, scales = write.quantize_matrix("w", w.T.copy().T if data.draw(st.booleans()) else w, block)
+    w_OI = w.astype(np.float32) * np.float32(data.draw(st.sampled_from([0, 1])))
+    codes, scales = write.quantize_matrix("w", w_OI.T.copy().T if data.draw(st.booleans()) else w_OI, block)
     rows, columns = block or shape
     for i, j in np.ndindex(*scales.shape or (1, 1)):
         part = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
         scale = scales[i, j] if block else scales[()]
-        assert scale == (np.abs(w[part]).max() / np.float32(448) or 1)
-        np.testing.assert_array_equal(codes[part], np.clip(w[part] / scale, -448, 448).astype(E4M3))
+        assert scale == (np.abs(w_OI[part]).max() / np.float32(448) or 1)
+        np.testing.assert_array_equal(codes[part], np.clip(w_OI[part] / scale, -448, 448).astype(E4M3))
 
 
 def test_long_matrices_are_quantized_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +107,16 @@ def test_an_export_is_proved_and_read_back(layout: Any, model: config.Model, tmp
         assert section["dtype"] == "bfloat16" and section["quantization_config"]["activation_scheme"] == "dynamic"
 
 
+def test_a_text_model_in_a_wrapper_is_quantized_as_released() -> None:
+    alone = names.weight_pieces(WIDE)
+    wrapped = names.weight_pieces(WIDE, names.WRAPPED)
+    assert write.hugging_face_scheme(alone).block == (128, 128) and write.hugging_face_scheme(wrapped).block is None
+    section = write.hugging_face_section(wrapped)
+    assert section["weight_block_size"] is None
+    assert {"model.vision_tower", "model.multi_modal_projector", "lm_head"} <= set(section["modules_to_not_convert"])
+    assert not any("vision" in name for name in write.hugging_face_section(alone)["modules_to_not_convert"])
+
+
 def test_processes_that_write_shards_in_turn_get_every_scale() -> None:
     """A tensor and its scales may be in two shards, whose tensors are asked for alternately."""
     w = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
@@ -119,8 +129,9 @@ def test_processes_that_write_shards_in_turn_get_every_scale() -> None:
     )
     in_order = {spec.name: values(spec) for spec in specs}
     for spec in reversed(specs):
-        np.testing.assert_array_equal(values(spec), in_order[spec.name])
-        assert values(spec).shape == spec.shape and values(spec).dtype == spec.dtype
+        array = values(spec)
+        assert isinstance(array, np.ndarray) and array.shape == spec.shape and array.dtype == spec.dtype
+        np.testing.assert_array_equal(array, in_order[spec.name])
 
 
 def test_a_merged_export_is_the_rounded_sum(tmp_path: Path) -> None:

@@ -231,8 +231,7 @@ def _steps_from_newest(
             loss = None
             if evaluates:
                 # The last evaluation is always finished: no later start would make up for it.
-                is_last = step == total_steps
-                loss = held_out.measure(step, state, *(() if is_last else (StopVotes(stop_request, mesh),)))
+                loss = held_out.measure(step, state, None if step == total_steps else StopVotes(stop_request, mesh))
                 votes = votes.combined_with(Votes(stop=held_out.was_stopped))
             yield from writer.new_records()
             saves |= votes.stop or votes.save or saving.is_best(loss)

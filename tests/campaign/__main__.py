@@ -30,17 +30,23 @@ class Trial(NamedTuple):
     run: Callable[[Workplace, random.Random], str]
 
 
-def all_trials(num_kills: int) -> Iterator[Trial]:
-    """Yield every trial of a campaign: one of each kind in turn, so that a campaign that is stopped has tried all kinds."""
+def all_trials(num_kills: int, per_kind: int | None = None) -> Iterator[Trial]:
+    """Yield the trials of a campaign: one of each kind in turn, so that a campaign that is stopped has tried all kinds.
+
+    Args:
+        num_kills: number of SIGKILLs.
+        per_kind: number of trials of each other kind; None for all.
+    """
     by_kind: dict[str, list[Trial]] = {}
-    for name, count in kills.trials(num_kills):
-        run_kills = partial(kills.kill_and_resume, count)
-        by_kind.setdefault(kills.KIND, []).append(Trial(kills.KIND, name, count, run_kills))
     for module in (signals, jobs, disks, outputs, damage):
         for kind, name, run in module.trials():
             by_kind.setdefault(kind, []).append(Trial(kind, name, 1, run))
-    for trials in itertools.zip_longest(*by_kind.values()):
-        yield from (trial for trial in trials if trial is not None)
+    for kind, trials in by_kind.items():
+        by_kind[kind] = trials[:per_kind]
+    for name, count in kills.trials(num_kills):
+        by_kind.setdefault(kills.KIND, []).append(Trial(kills.KIND, name, count, partial(kills.kill_and_resume, count)))
+    for turn in itertools.zip_longest(*by_kind.values()):
+        yield from (trial for trial in turn if trial is not None)
 
 
 def run_campaign(

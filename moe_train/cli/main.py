@@ -25,9 +25,10 @@ from moe_train.cli.adapters import adapter_commands
 from moe_train.cli.arguments import AsJson, help_examples
 from moe_train.cli.data import data_commands
 from moe_train.cli.models import model_commands
-from moe_train.cli.terminal import print_json, print_mapping, progress_line
+from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
 from moe_train.cli.training import training_commands
 from moe_train.machine import processes
+from moe_train.machine.backend import backend_failure
 from moe_train.machine.interrupts import ends_after_signals
 
 app = typer.Typer(
@@ -35,7 +36,6 @@ app = typer.Typer(
     help="Train, adapt and ship sparse Mixture-of-Experts transformers of the Mistral family.",
     epilog=help_examples("moe-train quickstart", "moe-train train configs/quickstart_pretrain.yaml train.steps=50"),
     no_args_is_help=True,
-    add_completion=False,
     # `main` prints errors itself, each in one line.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -48,9 +48,21 @@ app.add_typer(data_commands)
 app.add_typer(adapter_commands)
 
 
+def _print_version(asked: bool) -> None:
+    """Print the version of the package and exit, if it was asked for."""
+    if asked:
+        from moe_train import __version__
+
+        print(f"moe-train {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     no_compile_cache: Annotated[
         bool, typer.Option("--no-compile-cache", help="Compile every program again; neither read nor write the cache.")
     ] = False,
@@ -73,6 +85,24 @@ def quickstart_command() -> None:
 
     use_compile_cache()
     raise typer.Exit(quickstart())
+
+
+@app.command("doctor", epilog=help_examples("moe-train doctor", "moe-train doctor --json > doctor.json"))
+def doctor_command(as_json: AsJson = False) -> None:
+    """Show what this machine offers: versions, devices, memory, extras, compilers and caches, and what is wrong with them.
+
+    It exits with 1 if something that every command needs does not work. No connection is made.
+    """
+    from moe_train.commands.doctor import examine_machine
+
+    findings = examine_machine()
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        marks = {"ok": "ok", "missing": "-", "broken": "BROKEN"}
+        print_table([{"part": f.part, "state": marks[f.state], "what": f.text, "remedy": f.remedy} for f in findings])
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command("schema", epilog=help_examples("moe-train schema > schema.json", "moe-train schema suite > suite_schema.json"))
@@ -199,6 +229,11 @@ def _report(error: Exception, debug: bool) -> int:
         reason = " ".join(str(error).split())[:300]
         print(f"moe-train: the processes lost touch with each other: {reason}; start again to continue", file=sys.stderr)
         return processes.UNFINISHED
+    if failure := backend_failure(error):
+        if debug:
+            traceback.print_exc()
+        print(f"moe-train: {failure}", file=sys.stderr)
+        return 2
     # Exactly RuntimeError: its subclasses, such as JAX's errors and RecursionError, are not messages of this package.
     is_expected = isinstance(error, (*USER_ERRORS, OSError)) or type(error) is RuntimeError
     if debug or not is_expected:

@@ -79,6 +79,9 @@ def generate_command(
         bool, typer.Option("--chat", help="Treat each prompt as a user message, rendered by the chat template.")
     ] = False,
     chat_template: ChatTemplate = None,
+    reasoning_effort: Annotated[
+        str | None, typer.Option(metavar="EFFORT", help="How long the model may think, such as none or high, with --chat.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with a run or a model."""
@@ -87,7 +90,12 @@ def generate_command(
 
     use_compile_cache()
     with progress_line("generating"):
-        completions = generate_text(directory, prompt, max_tokens, temperature, seed, chat=chat, chat_template=chat_template)
+        completions = generate_text(
+            *(directory, prompt, max_tokens, temperature, seed),
+            chat=chat,
+            chat_template=chat_template,
+            reasoning_effort=reasoning_effort,
+        )
     pairs = list(zip(prompt, completions, strict=True))
     if as_json:
         print_json([{"prompt": text, "completion": completion} for text, completion in pairs])

@@ -87,7 +87,8 @@ def check_model(sections: Sections, model: Model) -> None:
     inexpressible = without_format(model)
     if inexpressible and sections.export != "none":
         raise ValueError(
-            f"no file format can express {inexpressible} of family {model.family}; set export: none to train it anyway"
+            f"model has {inexpressible}, which no file format of family {model.family} can express; "
+            "set export: none to train it anyway"
         )
     if not inexpressible and sections.export == "none":
         raise ValueError(f"export: none has no effect, since the model can be exported (family {model.family}); leave it out")

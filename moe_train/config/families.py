@@ -45,6 +45,12 @@ FEATURES: dict[Feature, str] = {
 """The phrase for each feature in messages."""
 
 
+HuggingFaceExperts = Literal["block_sparse_moe", "mlp", "fused"]
+"""How a file of Hugging Face's layout stores routed experts: a tensor for each matrix of each expert, under Mixtral's names or
+under those of a dense layer; or all experts in one tensor, with gate and up in another one.
+"""
+
+
 @dataclass(frozen=True)
 class HuggingFaceFamily:
     """How the transformers library represents a family."""
@@ -55,6 +61,8 @@ class HuggingFaceFamily:
     """Fields of config.json that may be missing, because every version of transformers has the same default."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Additional fields of the family's config.json, each with the only value that is supported here."""
+    experts: HuggingFaceExperts = "block_sparse_moe"
+    """How routed experts are stored in the files that are written."""
     heads_divide_model_dim: bool = False
     """Whether transformers rejects a model_dim that is not a multiple of num_heads."""
 
@@ -115,7 +123,7 @@ FAMILIES: dict[FamilyName, Family] = {
         vllm_adapts_ends=True,
     ),
     "mistral4": Family(
-        HuggingFaceFamily("Mistral4ForCausalLM", fixed=_FIXED_OF_LATENT),
+        HuggingFaceFamily("Mistral4ForCausalLM", fixed=_FIXED_OF_LATENT, experts="fused"),
         _MISTRAL4,
         # transformers computes the frequencies of other kinds of rope for the whole head, and fails.
         required=frozenset({"mla", "yarn", "shared_experts"}),
@@ -123,7 +131,7 @@ FAMILIES: dict[FamilyName, Family] = {
         formats={"hf": _MISTRAL4, "mistral": _MISTRAL4, "gguf": _MISTRAL4},
     ),
     "deepseek_v3": Family(
-        HuggingFaceFamily("DeepseekV3ForCausalLM", fixed=_FIXED_OF_LATENT),
+        HuggingFaceFamily("DeepseekV3ForCausalLM", fixed=_FIXED_OF_LATENT, experts="mlp"),
         _DEEPSEEK_V3,
         required=frozenset({"mla", "sigmoid_router", "router_bias", "shared_experts"}),
         sparse=True,

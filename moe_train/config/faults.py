@@ -97,16 +97,29 @@ def _blamed_path(section: KeyPath, message: str, tree: dict[str, YamlValue]) -> 
     section_tree: Any = tree  # pydantic found the section, so each part of its path exists
     for part in section:
         section_tree = section_tree[part]
-    for name in re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)*", message):
+    if not isinstance(section_tree, dict):
+        return section  # the check is one of this value alone, whatever else its message mentions
+    for match in re.finditer(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)*", message):
         # A message names keys relative to its own section or by their full path.
         for base, prefix in ((section_tree, section), (tree, ())):
-            parts = name.split(".")
+            parts = match[0].split(".")
             for part in parts:
                 # None ends the walk: the rest of a path below a missing key is missing too.
                 base = base.get(part) if isinstance(base, dict) else None
-            if base is not None:
+            if base is not None and _is_key(match, base):
                 return (*prefix, *parts)
     return section
+
+
+def _is_key(word: re.Match[str], value: YamlValue) -> bool:
+    """Return whether a word of a message means the key of that name, with this value: many keys are English words too.
+
+    It does as a path or a name of several words, as the first word of the message, or with the key's value after it.
+    """
+    if "." in word[0] or "_" in word[0] or word.start() == 0:
+        return True
+    after = word.string[word.end() :].removeprefix(":").removeprefix(" is").lstrip()
+    return not isinstance(value, dict) and after.startswith((str(value), shown(value)))
 
 
 def _suggestion(path: KeyPath, section: JsonSchemaValue, schema: FileSchema) -> str:

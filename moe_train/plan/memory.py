@@ -32,7 +32,8 @@ class Memory(NamedTuple):
     layer: int
     """Gathered weights, exchanged rows and products of the one layer being computed, at its peak."""
     loss: int
-    """The head, its gradient and the logits of a chunk, as far as they exceed gradients and layer, whose space they reuse."""
+    """What computing the loss takes beyond gradients and layer, whose space it reuses; or, if more, what the gradients of embedding
+    and head take beyond the layer after the backward pass of all layers."""
 
     @property
     def total(self) -> int:
@@ -68,7 +69,9 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
         _layer_bytes(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
         for i, stack in enumerate(stacks)
     )
-    loss = max(0, _loss_bytes(model, layout, sizes, shape) - gradients - layer)
+    at_loss = _loss_bytes(model, layout, sizes, shape) - gradients - layer
+    at_end = _table_gradient_bytes(model, layout, sizes, shape) - layer
+    loss = max(0, at_loss, at_end)
     if M > 1:  # float32 copies of the sum so far and of the next summand
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
     return Memory(
@@ -235,3 +238,17 @@ def _loss_bytes(model: config.Model, layout: WeightLayout, sizes: dict[str, int]
     rows = min(shape.tokens, max(128, CHUNK_ELEMENTS // v))
     head = v * D * (shape.itemsize + (4 if trained else 0))
     return head + rows * v * 4 + 2 * shape.tokens * D * shape.itemsize
+
+
+def _table_gradient_bytes(model: config.Model, layout: WeightLayout, sizes: dict[str, int], shape: MicrobatchShape) -> int:
+    """Return the bytes of the gradients of embedding and head before they are scattered.
+
+    XLA scatters the head's, in float32, only when the layers are done. The embedding's is then there three times in the compute
+    dtype: as it is summed over tokens, in another layout, and being scattered. Only large vocabularies make this the peak: in
+    Mistral Small 4 (131072 x 4096) and Large 3, which were compiled for v5p.
+    """
+    gathered = model.vocab_size // sizes["tensor"] * model.model_dim
+    trained = [w for w in layout.weights if w.kind == "table" and w.trainable and not w.path.is_adapter]
+    head = 4 if any(w.path.is_head or model.tie_embeddings for w in trained) else 0
+    embedding = 3 * shape.itemsize if any(w.path.is_embedding for w in trained) else 0
+    return gathered * (head + embedding)

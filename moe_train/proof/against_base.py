@@ -18,7 +18,7 @@ from moe_train.model.lora import scale_of_expert
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, fp8, reread
 from moe_train.proof.checks import Fault, Finding, MetricValue
-from moe_train.proof.expected import Part
+from moe_train.proof.expected_tensor import Part
 from moe_train.proof.reread import Stored
 from moe_train.proof.rounding import MANTISSA, decode_with_tolerance
 from moe_train.weights.on_disk import WeightFiles

@@ -19,7 +19,7 @@ from moe_train.machine import progress
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, fp8, reread
 from moe_train.proof.checks import Fault, Finding, MetricValue, NotChecked, first_and_count
-from moe_train.proof.expected import ExpectedTensor, Part
+from moe_train.proof.expected_tensor import ExpectedTensor, Part, as_is
 from moe_train.proof.reread import Stored
 from moe_train.proof.rounding import DECODED_KINDS, MANTISSA, decode_with_tolerance
 from moe_train.weights import together
@@ -91,7 +91,8 @@ def stored_kind(layout: expected.ModelLayout, tensor: ExpectedTensor, dtype: str
     if kind == reread.FP8 and not _is_linear_of_layer(tensor):
         return "BF16"
     if layout != "gguf":
-        return kind
+        # transformers keeps the biases of routers in float32.
+        return "F32" if tensor.name.endswith("e_score_correction_bias") else kind
     # llama.cpp keeps vectors and routers in float32, whatever the file's dtype.
     if len(tensor.shape) == 1 or tensor.name.endswith("ffn_gate_inp.weight"):
         return "F32"
@@ -163,7 +164,7 @@ def examine_tensors(
 
 def hash_only(stored: Mapping[str, Stored]) -> list[ExpectedTensor]:
     """Describe every tensor of the files as one that is hashed and not compared."""
-    unknown_part = (Part("", (), expected.as_is),)
+    unknown_part = (Part("", (), as_is),)
     return [ExpectedTensor(name, tensor.shape, unknown_part) for name, tensor in stored.items()]
 
 
@@ -287,6 +288,10 @@ def adapter_in_file_order(part: Part, parameters: LazyParameters, lora: config.L
         return b, scale * a
     if path.is_head:  # (V, D) = (A (D, J) · B (J, V)) transposed
         return a.T, scale * b.T
+    if part.mixes_factors:
+        # The product, written as itself times an identity matrix.
+        product = part.to_file(scale * np.tensordot(a, b, axes=1))
+        return np.eye(product.shape[1]), product
     # Only outputs change their order in files (q and k: rotary pairs), so `to_file` applies to B and not to A.
     return a.reshape(-1, a.shape[-1]).T, scale * part.to_file(b)
 

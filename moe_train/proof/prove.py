@@ -27,6 +27,7 @@ from moe_train.proof.checks import Check, Fault, Finding, MetricValue, NotChecke
 from moe_train.proof.compare_logits import Difference, compare_logits, to_reference
 from moe_train.proof.round_weights import round_weights
 from moe_train.proof.rounding import QUANTIZATION_BOUNDS
+from moe_train.proof.softmax_scale import check_softmax_scale
 from moe_train.proof.surroundings import RECORD_FILE, file_hashes, hardware, versions
 from moe_train.weights import external, together
 from moe_train.weights.arrays import LazyParameters
@@ -89,6 +90,8 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
     tensors: list[compare.TensorResults] = []
     checks.append(run("tensors", partial(check_tensors, export, tensors)))
     checks.append(run("merge", partial(_check_merge, export, tensors)))
+    if isinstance(export.model.attention, config.MultiHeadLatentAttention):
+        checks.append(run("softmax scale", partial(check_softmax_scale, export.directory, export.layout, export.model)))
     checks.append(run("answers", partial(_check_logits, export, depth, record)))
     checks += texts.check_texts(
         export.directory, export.layout, export.tokenizer, export.chat_template, export.conversations, record

@@ -34,6 +34,9 @@ def round_weights(
         path = ParameterPath.parse(name)
         if path.is_adapter:
             continue
+        if path.is_router_bias:  # float32 in every file
+            rounded[name] = weight
+            continue
         if keep_small and (path.is_norm or path.is_router):
             rounded[name] = weight
             continue

@@ -12,6 +12,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine import progress
+from moe_train.model.paths import ParameterPath
 from moe_train.weights.names import WeightPiece
 
 FloatDtype = Literal["float32", "bfloat16", "float16"]
@@ -60,8 +61,12 @@ class WeightFiles(NamedTuple):
 
     @property
     def dtype(self) -> FloatDtype | None:
-        """The dtype of all tensors; None if they have several, or one that this package does not write."""
-        dtypes = {tensor.dtype.name for tensor in self.tensors.values()}
+        """The dtype of all tensors but the routers' biases, which are always float32.
+
+        None if they have several, or one that this package does not write.
+        """
+        biases = {piece.name for piece in self.pieces if ParameterPath.parse(piece.path).is_router_bias}
+        dtypes = {tensor.dtype.name for name, tensor in self.tensors.items() if name not in biases}
         for dtype in get_args(FloatDtype):
             if dtypes == {dtype}:
                 return dtype

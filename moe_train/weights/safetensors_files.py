@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -237,6 +238,10 @@ class TensorSpec(NamedTuple):
     dtype: np.dtype
 
 
+TensorValues = np.ndarray | Iterator[np.ndarray]
+"""Values of a tensor to be written: an array of its shape, or its consecutive parts in the order of the file."""
+
+
 class WriterShare(NamedTuple):
     """The files of a model that this process writes: every `of`th, starting with `first`."""
 
@@ -251,7 +256,7 @@ SOLE_WRITER = WriterShare()
 def write_shards(
     directory: Path,
     specs: Sequence[TensorSpec],
-    tensor: Callable[[TensorSpec], np.ndarray],
+    tensor: Callable[[TensorSpec], TensorValues],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     share: WriterShare = SOLE_WRITER,
 ) -> list[Path]:
@@ -260,7 +265,7 @@ def write_shards(
     Args:
         directory: the folder.
         specs: tensors in the order in which they are written.
-        tensor: returns the array of a spec; called for one array at a time.
+        tensor: returns the values of a spec; called for one tensor at a time.
         max_shard_bytes: size limit of a shard.
         share: the part of one of several processes. All of them ask for all arrays in the same order, and write one file each at a
             time; the first process writes the index. An error in one is raised after all arrays were asked for, so that no other
@@ -310,7 +315,7 @@ def _write_own_shard(
     files: Sequence[Path],
     shards: Sequence[Sequence[TensorSpec]],
     own_index: int,
-    tensor: Callable[[TensorSpec], np.ndarray],
+    tensor: Callable[[TensorSpec], TensorValues],
 ) -> OSError | None:
     """Write one of the shards that the processes write at the same time, one each.
 
@@ -321,21 +326,38 @@ def _write_own_shard(
     in_order: list[tuple[int, TensorSpec]] = []
     for kth_specs in itertools.zip_longest(*shards):
         in_order += [(i, spec) for i, spec in enumerate(kth_specs) if spec is not None]
-    requested = ((i, tensor(spec)) for i, spec in in_order)
-    # Arrays of other processes are computed and dropped on the way to the next own one.
-    own_arrays = (array for i, array in requested if i == own_index)
+    own_values = _own_values(in_order, own_index, tensor)
     write_error = None
     if own_index < len(shards):
         try:
-            write_safetensors(files[own_index], shards[own_index], lambda spec: next(own_arrays))
+            write_safetensors(files[own_index], shards[own_index], lambda spec: next(own_values))
         except OSError as error:
             write_error = error
-    for _ in requested:  # the remaining arrays belong to other processes, but asking for them is collective
-        pass
+    # What remains belongs to other processes, but asking for it is collective; after an error, own tensors remain too.
+    for values in own_values:
+        _drop(values)
     return write_error
 
 
-def write_safetensors(file: Path, specs: Iterable[TensorSpec], tensor: Callable[[TensorSpec], np.ndarray]) -> None:
+def _own_values(
+    in_order: Iterable[tuple[int, TensorSpec]], own_index: int, tensor: Callable[[TensorSpec], TensorValues]
+) -> Iterator[TensorValues]:
+    """Yield the values of the own tensors; those of other processes are computed and dropped on the way to the next one."""
+    for i, spec in in_order:
+        values = tensor(spec)
+        if i == own_index:
+            yield values
+        _drop(values)  # parts that an error has left unread, or all of them
+
+
+def _drop(values: TensorValues) -> None:
+    """Compute parts that are not written."""
+    if not isinstance(values, np.ndarray):
+        for _ in values:
+            pass
+
+
+def write_safetensors(file: Path, specs: Iterable[TensorSpec], tensor: Callable[[TensorSpec], TensorValues]) -> None:
     """Write one safetensors file: u64 length of the header, the header in JSON, then the tensors back to back."""
     specs = list(specs)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers rejects a file without it
@@ -350,10 +372,23 @@ def write_safetensors(file: Path, specs: Iterable[TensorSpec], tensor: Callable[
         with file.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for spec in specs:
-                array = tensor(spec)
-                assert array.shape == spec.shape and array.dtype == spec.dtype, (spec, array.shape, array.dtype)
-                for part in strided.contiguous_parts(array):
-                    out.write(part.reshape(-1).view(np.uint8).data)
+                for array in _checked_parts(spec, tensor(spec)):
+                    for part in strided.contiguous_parts(array):
+                        out.write(part.reshape(-1).view(np.uint8).data)
     except OSError as error:
         error.filename = error.filename or str(file)  # a failed write does not state its file
         raise
+
+
+def _checked_parts(spec: TensorSpec, values: TensorValues) -> Iterator[np.ndarray]:
+    """Yield the parts of a tensor, and check that they fill it."""
+    if isinstance(values, np.ndarray):
+        assert values.shape == spec.shape and values.dtype == spec.dtype, (spec, values.shape, values.dtype)
+        yield values
+        return
+    size = 0
+    for part in values:
+        assert part.dtype == spec.dtype and part.shape[1:] == spec.shape[-part.ndim :][1:], (spec, part.shape, part.dtype)
+        size += part.size
+        yield part
+    assert size == math.prod(spec.shape), (spec, size)

@@ -22,7 +22,20 @@ from moe_train.config import Config
 from tests.cli.command import run
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "inspect", "evaluate", "generate", "export", "verify", "upcycle", "bench", "tokenizer", "schema", "quickstart"]
+COMMANDS = [
+    "doctor",
+    "train",
+    "inspect",
+    "evaluate",
+    "generate",
+    "export",
+    "verify",
+    "upcycle",
+    "bench",
+    "tokenizer",
+    "schema",
+    "quickstart",
+]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["tokenizer", "train"]], ids=" ".join)

@@ -30,11 +30,11 @@ from tests.config.tiny import DENSE, SIGMOID, config_with, refusal
         ({"model.attention.query_scaling": {"beta": 0.1, "original_max_seq_len": 8}}, "cannot have attention.query_scaling"),
         (
             {"model.ffn.dense_layers": {"count": 1, "ffn_dim": 8}},
-            "no file format can express dense first layers of family mixtral",
+            "model has dense first layers, which no file format of family mixtral can express",
         ),
         ({"model.ffn.dense_layers": {"count": 2, "ffn_dim": 8}}, "ffn.dense_layers.count 2 leaves no sparse layer of num_layers 2"),
         ({"model.ffn.dense_layers": {"count": 0, "ffn_dim": 8}}, "greater than or equal to 1"),
-        ({"model.ffn.router": {"name": "softmax", "scale": 2.0}}, "no file format can express a softmax router with a scale"),
+        ({"model.ffn.router": {"name": "softmax", "scale": 2.0}}, "model has a softmax router with a scale, which no file format"),
         ({"model.ffn.router": {**SIGMOID, "groups_per_token": 2}}, "groups_per_token 2 exceeds num_groups 1"),
         ({"model.ffn.router": {**SIGMOID, "num_groups": 3}}, "router.num_groups 3 does not divide num_experts 4 into groups"),
         ({"model.ffn.router": {**SIGMOID, "num_groups": 2, "groups_per_token": 2}}, "so it limits nothing; leave both out"),

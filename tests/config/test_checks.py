@@ -17,8 +17,11 @@ LORA = {"targets": [{"modules": ["attention.*"], "rank": 4, "alpha": 8.0}]}
         ({"train.seq_len": 40000}, "train.seq_len 40000 exceeds the model's max_seq_len 32768"),
         ({"loss": {}}, "state loss.load_balance_loss_coef, loss.router_z_loss_coef"),
         ({"loss.router_z_loss_coef": ...}, "state loss.router_z_loss_coef, since"),
-        ({"model.ffn.router": SIGMOID}, "no file format can express a sigmoid router of family mixtral; set export: none"),
-        ({"model.ffn.num_shared_experts": 1}, "no file format can express shared experts of family mixtral"),
+        (
+            {"model.ffn.router": SIGMOID},
+            "model has a sigmoid router, which no file format of family mixtral can",
+        ),
+        ({"model.ffn.num_shared_experts": 1}, "model has shared experts, which no file format of family mixtral can express"),
         ({"export": "none"}, "export: none has no effect, since the model can be exported (family mixtral)"),
         ({"loss.bias_update_rate": 0.001}, "loss.bias_update_rate has no effect: the routers have no bias"),
         ({"model.ffn.router": {**SIGMOID, "bias": True}, "export": "none"}, "state loss.bias_update_rate, since"),

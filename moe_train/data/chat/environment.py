@@ -169,7 +169,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         Templates look up little else than fields of messages, of namespaces and of loops, and the checks take most of their time.
         """
-        kind = obj.__class__
+        kind = type(obj)  # `obj.__class__` is a slow lookup for a namespace
         if kind is dict:
             # A name that every dict has, such as `items`, is a method, which the sandbox has to judge.
             if attribute in obj and attribute not in _DICT_NAMES:

@@ -103,5 +103,6 @@ def _question(
         allowed=settings.allowed,
         repairing=settings.repairing,
         ignore=tuple(dict.fromkeys(ignored)),
+        reasoning_effort=settings.reasoning_effort,
         held_out=held_out.hashes,
     )

@@ -86,12 +86,13 @@ def _not_files(source: config.HubSource | config.PythonSource | config.PreparedS
             return path, "those that its manifest.json names"
 
 
-def section_of(columns: Sequence[str], ignore: Sequence[str] = ()) -> config.Record | None:
+def section_of(columns: Sequence[str], ignore: Sequence[str] = (), effort: str | None = None) -> config.Record | None:
     """Return the record section that FIELD=COLUMN pairs describe; None if there are no pairs.
 
     Args:
         columns: The pairs.
         ignore: Keys that are not to be read.
+        effort: The reasoning effort of conversations that state none.
 
     Raises:
         ValueError: If they describe no kind of record, or two.
@@ -107,9 +108,11 @@ def section_of(columns: Sequence[str], ignore: Sequence[str] = ()) -> config.Rec
             case {"text": column, **rest} if not rest:
                 return config.TextRecord(name="text", column=column, ignore=ignored)
             case {"messages": column, **rest} if not rest:
-                return config.ChatRecord(name="chat", column=column, ignore=ignored)
+                return config.ChatRecord(name="chat", column=column, ignore=ignored, reasoning_effort=effort)
             case {"prompt": prompt, "completion": completion, **rest} if not rest:
-                return config.CompletionRecord(name="completion", prompt=prompt, completion=completion, ignore=ignored)
+                return config.CompletionRecord(
+                    name="completion", prompt=prompt, completion=completion, ignore=ignored, reasoning_effort=effort
+                )
     raise ValueError(f"--map {' '.join(columns)} should be text=COLUMN, messages=COLUMN, or prompt=COLUMN and completion=COLUMN")
 
 

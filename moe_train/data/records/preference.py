@@ -55,7 +55,9 @@ def _open_request(remaining: dict[str, Any], column: str | None) -> None:
     Raises:
         Problem: If the record has one of its keys as a column, too.
     """
-    request = None if column is None else remaining.get(column)
+    if column is None:
+        return
+    request = remaining.get(column)
     if not isinstance(request, dict) or "messages" not in request:
         return
     for name, value in request.items():

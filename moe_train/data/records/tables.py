@@ -44,10 +44,9 @@ def read_csv(file: Path, kind: str = "csv") -> Iterator[tuple[int, Item]]:
         # halves of surrogate pairs, so that only their row is refused.
         with open_bytes(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
             rows = csv.reader(text, strict=True, delimiter=_DELIMITERS[kind])
-            header = next(_rows_of_text(rows, kind), [])
-            fault = header if isinstance(header, Problem) else _fault_of_header(header)
-            if fault is not None:
-                yield 0, fault
+            header = _header(next(_rows_of_text(rows, kind), []))
+            if isinstance(header, Problem):
+                yield 0, header
                 return
             for row in _rows_of_text(rows, kind):
                 number += 1
@@ -85,13 +84,14 @@ def _rows_of_text(rows: Any, kind: str) -> Iterator[list[str] | Problem]:
             yield row
 
 
-def _fault_of_header(header: list[str]) -> Problem | None:
-    """Return the problem with the names of columns; None if there is none."""
-    if len(set(header)) < len(header):
-        return Problem("unreadable", f"the header names a column twice: {brief(header)}", "give each its own name")
-    if header and looks_like_utf16("".join(header).encode() or b" "):
-        return utf16()
-    return None
+def _header(names: list[str] | Problem) -> list[str] | Problem:
+    """Return the names of the columns, given the first row; or the Problem with them."""
+    if isinstance(names, Problem):
+        return names
+    if len(set(names)) < len(names):
+        return Problem("unreadable", f"the header names a column twice: {brief(names)}", "give each its own name")
+    text = "".join(names)
+    return utf16() if text and looks_like_utf16(text.encode()) else names
 
 
 def read_rows(file: Path, kind: str, wanted: Choice | None) -> Iterator[tuple[int, Item]]:

@@ -161,8 +161,8 @@ def _read_directory(archive: Path, size: int, modified: int) -> dict[str, zipfil
         raise _refused(f"expands from {size} to {expanded} bytes, more than {MAX_EXPANSION} times its size")
     files: dict[str, zipfile.ZipInfo] = {}
     for info in entries:
-        if reason := _fault(info):
-            raise _refused(f"has the member {brief(info.filename)}, which {reason}")
+        if unsafe := _fault(info):
+            raise _refused(f"has the member {brief(info.filename)}, which {unsafe}")
         if info.filename in files:
             raise _refused(f"has two members named {brief(info.filename)}")
         files[info.filename] = info

@@ -1,9 +1,18 @@
-"""Attention in plain XLA, for CPUs and wherever no other kernel fits: blocks of queries against the keys before them."""
+"""Attention in plain XLA, for CPUs and wherever no other kernel fits: an online softmax over blocks of keys, in linear memory.
+
+Loops run over sequences and key heads, blocks of queries and blocks of keys, and visit only pairs of blocks in which some query
+may see some key. A block of scores is small enough for the caches of a CPU core. It has the keys along its rows: maximum and sum
+of the softmax then run over whole vectors, and no product needs a transposed copy of it. In shapes, S stands for the keys of a
+block, and R for its queries, those of the G query heads that share the key head side by side. Values may have another width W
+than keys.
+
+The forward pass is that of FlashAttention-2 (arXiv:2307.08691, algorithm 1). The backward pass recomputes the weights from the
+saved log-sum-exp (algorithm 2).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,18 +20,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_train.model.attention.context_parallel import RunStarts
 
 NEG = -1e30
 """Score of a masked pair. It is finite, so that a row without any visible key stays finite."""
-
-
-def heads_first(x_BTNH: Float[Array, "B T N H"], K: int) -> Float[Array, "B K G T H"]:
-    """Transpose (B, T, N, H) to (B, K, G, T, H): query heads are grouped by key head and each head's sequence is contiguous."""
-    B, T, N, H = x_BTNH.shape
-    return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+QUERY_ROWS = 256
+"""Most rows R of a block: its queries times the query heads that share a key head."""
+KEY_ROWS = 128
+"""Most keys of a block."""
+VECTOR = 16
+"""Blocks are multiples of this, the float32 numbers of the longest vectors of CPUs."""
 
 
 class SegmentIds(NamedTuple):
@@ -51,9 +60,7 @@ def blocked_attention(
     device: Int[Array, ""],
     causal: CausalWindow,
 ) -> Float[Array, "B t N W"]:
-    """Compute attention one sequence and one block of queries at a time; the masked half is never computed.
-
-    The backward pass recomputes the weights from the saved log-sum-exp (FlashAttention-2, arXiv:2307.08691).
+    """Compute attention block by block; pairs of blocks without any visible key are skipped.
 
     Args:
         q_BtNH: queries, in runs that start at the positions `causal.run_starts[device]`.
@@ -78,69 +85,130 @@ class _Residuals(NamedTuple):
     segment_ids: SegmentIds
     device: Int[Array, ""]
     y_BtNW: Float[Array, "B t N W"]
-    lse_BKGt1: Float[Array, "B K G t 1"]
+    lse_BKiR: Float[Array, "B K i R"]
+    """Log of the sum of the exponentials of the scores, by block of queries."""
 
 
-class _Sequence(NamedTuple):
-    """Inputs of one sequence, heads first; with a leading dim B, of all sequences."""
+class _Layout(NamedTuple):
+    """How queries and keys are split into blocks; runs of queries and the sequence of keys are padded to whole blocks."""
 
-    q_KGtH: Float[Array, "*B K G t H"]
-    """Queries, scaled by 1 / sqrt(H)."""
-    k_KTH: Float[Array, "*B K T H"]
-    v_KTW: Float[Array, "*B K T W"]
-    segments_t: Int[Array, "*B t"]
-    segments_T: Int[Array, "*B T"]
-
-
-class _Span(NamedTuple):
-    """A block of queries: rows `start` to `end`, the first of them at `position`, and the position of the `first` visible key."""
-
-    start: int
-    end: int
-    position: int
-    first: int
-
-    @property
-    def queries(self) -> slice:
-        """Rows of the queries."""
-        return slice(self.start, self.end)
-
-    @property
-    def keys(self) -> slice:
-        """Rows of the keys that the block can see."""
-        return slice(self.first, self.position + self.end - self.start)
+    runs: int
+    """Number of runs of queries."""
+    run_blocks: int
+    """Blocks of a run."""
+    queries: int
+    """Queries of a block."""
+    key_blocks: int
+    keys: int
+    """Keys of a block."""
+    groups: int
+    """Query heads G that share a key head."""
 
 
-def _spans(t: int, T: int, starts: tuple[int, ...], window: int | None) -> list[_Span]:
-    """Split t local queries into blocks, about 16 for all T queries over all devices, so that compile time stays short."""
-    block = max(128, -(-T // 16))
-    # A device has one run of queries, or two if `context` splits the sequence (zig-zag order).
-    run = t // len(starts)
-    spans = []
-    for i, position in enumerate(starts):
-        for at in range(0, run, block):
-            # The first query of a block sees furthest back; `_mask` hides from the later ones what only it sees.
-            first = 0 if window is None else max(0, position + at - window + 1)
-            spans.append(_Span(i * run + at, i * run + min(at + block, run), position + at, first))
-    return spans
+def _layout(t: int, T: int, runs: int, groups: int) -> _Layout:
+    """Split t queries in `runs` runs, and T keys, into blocks of about equal size."""
+    run_blocks, queries = _equal_blocks(t // runs, max(VECTOR, QUERY_ROWS // groups))
+    key_blocks, keys = _equal_blocks(T, KEY_ROWS)
+    return _Layout(runs, run_blocks, queries, key_blocks, keys, groups)
 
 
-def _mask(span: _Span, sequence: _Sequence, window: int | None) -> Bool[Array, "b s"]:
-    """Return the mask of a block of queries that is True where the query sees the key."""
-    t = jnp.arange(span.position, span.keys.stop)[:, None]
-    s = jnp.arange(span.first, span.keys.stop)[None, :]
-    visible = (t >= s) & (sequence.segments_t[span.queries, None] == sequence.segments_T[None, span.keys])
-    return visible if window is None else visible & (t - s < window)
+def _equal_blocks(length: int, most: int) -> tuple[int, int]:
+    """Return (number of blocks, size of a block): as few blocks as possible, and as little padding."""
+    count = -(-length // most)
+    size = -(-length // count)
+    return count, -(-size // VECTOR) * VECTOR
 
 
-def _over_sequences(of_sequence: Callable[..., Any], device: Int[Array, ""], starts: RunStarts, arrays: Any) -> Any:
-    """Apply `of_sequence(starts of this device, arrays of one sequence)` to each sequence in turn.
+def _query_blocks(x_BtNH: Shaped[Array, "B t N H"], layout: _Layout) -> Shaped[Array, "B K i R H"]:
+    """Split (B, t, N, H) into the blocks of queries of each key head."""
+    B, t, N, H = x_BtNH.shape
+    runs, run_blocks, queries, _, _, groups = layout
+    run = t // runs
+    x = jnp.pad(x_BtNH.reshape(B, runs, run, N, H), ((0, 0), (0, 0), (0, run_blocks * queries - run), (0, 0), (0, 0)))
+    x = x.reshape(B, runs * run_blocks, queries, N // groups, groups, H).transpose(0, 3, 1, 4, 2, 5)
+    return x.reshape(B, N // groups, runs * run_blocks, groups * queries, H)
 
-    The starts must be static, so there is one branch for each device.
-    """
-    # `own=own` binds this device's starts; a plain closure would give every branch those of the last device.
-    branches = [lambda arrays, own=own: jax.lax.map(partial(of_sequence, own), arrays) for own in starts]
-    return branches[0](arrays) if len(starts) == 1 else jax.lax.switch(device, branches, arrays)
+
+def _from_query_blocks(x_BKiHR: Shaped[Array, "B K i H R"], layout: _Layout, t: int) -> Shaped[Array, "B t N H"]:
+    """Undo `_query_blocks` for blocks that have their queries along the last dim, and remove the padding."""
+    B, K, _, H, _ = x_BKiHR.shape
+    runs, run_blocks, queries, _, _, groups = layout
+    x = x_BKiHR.reshape(B, K, runs * run_blocks, H, groups, queries).transpose(0, 2, 5, 1, 4, 3)
+    return x.reshape(B, runs, run_blocks * queries, K * groups, H)[:, :, : t // runs].reshape(B, t, K * groups, H)
+
+
+def _key_blocks(x_BTKH: Shaped[Array, "B T K H"], layout: _Layout) -> Shaped[Array, "B K j S H"]:
+    """Split (B, T, K, H) into the blocks of each key head."""
+    B, T, K, H = x_BTKH.shape
+    x = jnp.pad(x_BTKH, ((0, 0), (0, layout.key_blocks * layout.keys - T), (0, 0), (0, 0)))
+    return x.reshape(B, layout.key_blocks, layout.keys, K, H).transpose(0, 3, 1, 2, 4)
+
+
+def _from_key_blocks(x_BKjSH: Shaped[Array, "B K j S H"], T: int) -> Shaped[Array, "B T K H"]:
+    """Undo `_key_blocks`, and remove the padding."""
+    B, K, j, S, H = x_BKjSH.shape
+    return x_BKjSH.transpose(0, 2, 3, 1, 4).reshape(B, j * S, K, H)[:, :T]
+
+
+class _Places(NamedTuple):
+    """Positions and segments of queries and keys by block."""
+
+    positions_iR: Int[Array, "i R"]
+    positions_jS: Int[Array, "j S"]
+    segments_BiR: Int[Array, "B i R"]
+    segments_BjS: Int[Array, "B j S"]
+
+
+def _places(segment_ids: SegmentIds, device: Int[Array, ""], causal: CausalWindow, layout: _Layout) -> _Places:
+    """Return the places of all blocks; padding repeats the last query or key, but padded keys come after every query."""
+    runs, run_blocks, queries, key_blocks, keys, groups = layout
+    B, t = segment_ids.queries_Bt.shape
+    run = t // runs
+    starts = jnp.asarray(causal.run_starts, jnp.int32)[device]
+    in_run = jnp.minimum(jnp.arange(run_blocks * queries), run - 1)
+    positions = (starts[:, None] + in_run).reshape(runs * run_blocks, queries)
+    segments = segment_ids.queries_Bt.reshape(B, runs, run)[:, :, in_run].reshape(B, runs * run_blocks, queries)
+    key_positions = jnp.arange(key_blocks * keys)
+    key_segments = segment_ids.keys_BT[:, jnp.minimum(key_positions, segment_ids.keys_BT.shape[1] - 1)]
+    # Every query head of a group has the same queries.
+    return _Places(
+        jnp.tile(positions, (1, groups)),
+        key_positions.reshape(key_blocks, keys),
+        jnp.tile(segments, (1, 1, groups)),
+        key_segments.reshape(B, key_blocks, keys),
+    )
+
+
+_Index = Int[Array, ""]
+"""Index of a sequence (b), a block of queries (i) or a block of keys (j)."""
+
+
+def _visible(places: _Places, b: _Index, i: _Index, j: _Index, window: int | None) -> Bool[Array, "S R"]:
+    """Return the mask of a pair of blocks, true where the query sees the key."""
+    distance = places.positions_iR[i][None, :] - places.positions_jS[j][:, None]
+    visible = (distance >= 0) & (places.segments_BiR[b, i][None, :] == places.segments_BjS[b, j][:, None])
+    return visible if window is None else visible & (distance < window)
+
+
+def _may_see(places: _Places, window: int | None) -> Bool[Array, "B i j"]:
+    """Return which pairs of blocks may have a visible key: those whose ranges of positions and of segments allow it."""
+    positions_i = places.positions_iR[:, None]
+    positions_j = places.positions_jS[None]
+    seen = jnp.max(positions_i, axis=-1) >= jnp.min(positions_j, axis=-1)
+    if window is not None:
+        seen &= jnp.min(positions_i, axis=-1) - jnp.max(positions_j, axis=-1) < window
+    segments_i = places.segments_BiR[:, :, None]
+    segments_j = places.segments_BjS[:, None]
+    seen &= jnp.min(segments_i, axis=-1) <= jnp.max(segments_j, axis=-1)
+    return seen & (jnp.min(segments_j, axis=-1) <= jnp.max(segments_i, axis=-1))
+
+
+def _bounds(seen: Bool[Array, "B n m"]) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
+    """Return (first true index, last true index + 1) along the last dim; (m, m) if there is none."""
+    m = seen.shape[-1]
+    indices = jnp.arange(m)
+    first = jnp.min(jnp.where(seen, indices, m), axis=-1)
+    return first, jnp.maximum(first, jnp.max(jnp.where(seen, indices + 1, 0), axis=-1))
 
 
 def _blocked_forward(
@@ -151,84 +219,119 @@ def _blocked_forward(
     device: Int[Array, ""],
     causal: CausalWindow,
 ) -> tuple[Float[Array, "B t N W"], _Residuals]:
-    B, t, N, H = q_BtNH.shape
-    T, K = k_BTKH.shape[1:3]
-    q = heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
-    k = k_BTKH.transpose(0, 2, 1, 3)
-    v = v_BTKW.transpose(0, 2, 1, 3)
+    t, N, H = q_BtNH.shape[1:]
+    B, T, K, W = v_BTKW.shape
+    layout = _layout(t, T, len(causal.run_starts[0]), N // K)
+    q = _query_blocks(q_BtNH * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype), layout)
+    k = _key_blocks(k_BTKH, layout)
+    # With the keys along the last dim, as the product with the weights takes them.
+    v = _key_blocks(v_BTKW, layout).swapaxes(-1, -2)
+    places = _places(segment_ids, device, causal, layout)
+    first_Bi, end_Bi = _bounds(_may_see(places, causal.window))
+    blocks, R = q.shape[2:4]
 
-    def of_sequence(starts: tuple[int, ...], sequence: _Sequence) -> tuple[Float[Array, "K G t W"], Float[Array, "K G t 1"]]:
-        ys = []
-        lses = []
-        for span in _spans(t, T, starts, causal.window):
-            visible = _mask(span, sequence, causal.window)
-            q_b = sequence.q_KGtH[:, :, span.queries]
-            k_b = sequence.k_KTH[:, span.keys]
-            v_b = sequence.v_KTW[:, span.keys]
-            scores = jnp.einsum("KGTH,KSH->KGTS", q_b, k_b, preferred_element_type=jnp.float32)
-            scores = jnp.where(visible, scores, NEG)
-            top = jnp.max(scores, axis=-1, keepdims=True)
-            weights = jnp.exp(scores - top)
-            total = jnp.sum(weights, axis=-1, keepdims=True)
-            y = jnp.einsum("KGTS,KSW->KGTW", weights.astype(v_b.dtype), v_b, preferred_element_type=jnp.float32)
-            # Normalizing y costs less than normalizing the weights: W entries per query instead of T.
-            ys.append((y / total).astype(q_b.dtype))
-            lses.append(top + jnp.log(total))
-        return jnp.concatenate(ys, axis=2), jnp.concatenate(lses, axis=2)
+    def of_queries(index: Int[Array, ""]) -> tuple[Float[Array, "W R"], Float[Array, " R"]]:
+        head, i = jnp.divmod(index, blocks)
+        b, kv = jnp.divmod(head, K)
+        q_RH = q[b, kv, i]
 
-    y, lse = _over_sequences(of_sequence, device, causal.run_starts, _Sequence(q, k, v, *segment_ids))
+        def add_keys(
+            j: Int[Array, ""], carry: tuple[Float[Array, " R"], Float[Array, " R"], Float[Array, "W R"]]
+        ) -> tuple[Float[Array, " R"], Float[Array, " R"], Float[Array, "W R"]]:
+            top_R, total_R, y_WR = carry
+            scores = jnp.einsum("SH,RH->SR", k[b, kv, j], q_RH, preferred_element_type=jnp.float32)
+            scores = jnp.where(_visible(places, b, i, j, causal.window), scores, NEG)
+            new_top_R = jnp.maximum(top_R, jnp.max(scores, axis=0))
+            # While a query has seen no key, its weights are those of masked keys; the first visible key scales them to zero.
+            weights = jnp.exp(scores - new_top_R)
+            scale_R = jnp.exp(top_R - new_top_R)
+            y_WR *= scale_R
+            y_WR += jnp.einsum("WS,SR->WR", v[b, kv, j], weights.astype(v.dtype), preferred_element_type=jnp.float32)
+            return new_top_R, total_R * scale_R + jnp.sum(weights, axis=0), y_WR
+
+        # Made from the queries, so that the carry varies along the same mesh axes as what is added to it.
+        start = (
+            jax.lax.full_like(q_RH, NEG, jnp.float32, (R,)),
+            jax.lax.full_like(q_RH, 0, jnp.float32, (R,)),
+            jax.lax.full_like(q_RH, 0, jnp.float32, (W, R)),
+        )
+        top_R, total_R, y_WR = jax.lax.fori_loop(first_Bi[b, i], end_Bi[b, i], add_keys, start)
+        # Normalizing y costs less than normalizing the weights: W entries per query instead of T.
+        return (y_WR / total_R).astype(q.dtype), top_R + jnp.log(total_R)
+
+    y, lse = jax.lax.map(of_queries, jnp.arange(B * K * blocks))
+    y_BtNW = _from_query_blocks(y.reshape(B, K, blocks, W, R), layout, t)
     # Both residuals are named: if only y were saved, the backward pass would compute all scores again for the log-sum-exp.
-    lse = checkpoint_name(lse, "attention")
-    y_BtNW = checkpoint_name(y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, v_BTKW.shape[-1]), "attention")
-    return y_BtNW, _Residuals(q_BtNH, k_BTKH, v_BTKW, segment_ids, device, y_BtNW, lse)
+    lse_BKiR = checkpoint_name(lse.reshape(B, K, blocks, R), "attention")
+    y_BtNW = checkpoint_name(y_BtNW, "attention")
+    return y_BtNW, _Residuals(q_BtNH, k_BTKH, v_BTKW, segment_ids, device, y_BtNW, lse_BKiR)
+
+
+_KeyGradients = tuple[Float[Array, "i H R"], Float[Array, "S H"], Float[Array, "S W"]]
+"""Gradients of the queries of a key head, and of one block of its keys and values, all in float32."""
 
 
 def _blocked_backward(
     causal: CausalWindow, saved: _Residuals, dy_BtNW: Float[Array, "B t N W"]
 ) -> tuple[Float[Array, "B t N H"], Float[Array, "B T K H"], Float[Array, "B T K W"], None, None]:
-    B, t, N, H = saved.q_BtNH.shape
-    T, K = saved.k_BTKH.shape[1:3]
+    t, N, H = saved.q_BtNH.shape[1:]
+    B, T, K, _ = saved.v_BTKW.shape
+    layout = _layout(t, T, len(causal.run_starts[0]), N // K)
     scale = jnp.asarray(1 / math.sqrt(H), saved.q_BtNH.dtype)
-    q = heads_first(saved.q_BtNH, K) * scale
-    dy = heads_first(dy_BtNW, K)
-    k = saved.k_BTKH.transpose(0, 2, 1, 3)
-    v = saved.v_BTKW.transpose(0, 2, 1, 3)
+    q = _query_blocks(saved.q_BtNH * scale, layout)
+    k = _key_blocks(saved.k_BTKH, layout)
+    v = _key_blocks(saved.v_BTKW, layout)
+    dy = _query_blocks(dy_BtNW, layout)
     # The row sum of dy * y is the term of the softmax gradient that all entries of a row share.
-    common = jnp.sum(dy.astype(jnp.float32) * heads_first(saved.y_BtNW, K).astype(jnp.float32), axis=-1, keepdims=True)
+    common_BtN1 = jnp.sum(dy_BtNW.astype(jnp.float32) * saved.y_BtNW.astype(jnp.float32), axis=-1, keepdims=True)
+    common = _query_blocks(common_BtN1, layout)[..., 0]
+    places = _places(saved.segment_ids, saved.device, causal, layout)
+    first_Bj, end_Bj = _bounds(_may_see(places, causal.window).swapaxes(1, 2))
+    blocks, R = q.shape[2:4]
 
-    def of_sequence(
-        starts: tuple[int, ...],
-        arrays: tuple[_Sequence, Float[Array, "K G t W"], Float[Array, "K G t 1"], Float[Array, "K G t 1"]],
-    ) -> tuple[Float[Array, "K G t H"], Float[Array, "K T H"], Float[Array, "K T W"]]:
-        sequence, dy_KGtW, lse_KGt1, common_KGt1 = arrays
-        dk = jnp.zeros_like(sequence.k_KTH, jnp.float32)
-        dv = jnp.zeros_like(sequence.v_KTW, jnp.float32)
-        dqs = []
-        for span in _spans(t, T, starts, causal.window):
-            visible = _mask(span, sequence, causal.window)
-            q_b = sequence.q_KGtH[:, :, span.queries]
-            dy_b = dy_KGtW[:, :, span.queries]
-            k_b = sequence.k_KTH[:, span.keys]
-            v_b = sequence.v_KTW[:, span.keys]
-            scores = jnp.einsum("KGTH,KSH->KGTS", q_b, k_b, preferred_element_type=jnp.float32)
-            # exp may overflow for a masked pair, whose score the log-sum-exp does not contain; the select discards it.
-            weights = jnp.where(visible, jnp.exp(scores - lse_KGt1[:, :, span.queries]), 0)
-            dweights = jnp.einsum("KGTW,KSW->KGTS", dy_b, v_b, preferred_element_type=jnp.float32)
-            # Gradient of the softmax: ds = w * (dw - sum(w * dw)), where the sum is `common`.
-            dscores = (weights * (dweights - common_KGt1[:, :, span.queries])).astype(k_b.dtype)
-            dqs.append(jnp.einsum("KGTS,KSH->KGTH", dscores, k_b))
-            # dk and dv accumulate in float32, because many blocks of queries add to the same keys.
-            dk = dk.at[:, span.keys].add(jnp.einsum("KGTS,KGTH->KSH", dscores, q_b, preferred_element_type=jnp.float32))
-            weights = weights.astype(dy_b.dtype)
-            dv = dv.at[:, span.keys].add(jnp.einsum("KGTS,KGTW->KSW", weights, dy_b, preferred_element_type=jnp.float32))
+    def of_head(head: Int[Array, ""]) -> tuple[Float[Array, "i H R"], Float[Array, "j S H"], Float[Array, "j S W"]]:
+        b, kv = jnp.divmod(head, K)
+
+        def of_keys(dq_iHR: Float[Array, "i H R"], j: Int[Array, ""]) -> tuple[Float[Array, "i H R"], Any]:
+            k_SH = k[b, kv, j]
+            v_SW = v[b, kv, j]
+
+            def add_queries(i: Int[Array, ""], carry: _KeyGradients) -> _KeyGradients:
+                dq_iHR, dk_SH, dv_SW = carry
+                q_RH = q[b, kv, i]
+                dy_RW = dy[b, kv, i]
+                scores = jnp.einsum("SH,RH->SR", k_SH, q_RH, preferred_element_type=jnp.float32)
+                # exp may overflow for a masked pair, whose score the log-sum-exp does not contain; the select discards it.
+                visible = _visible(places, b, i, j, causal.window)
+                weights = jnp.where(visible, jnp.exp(scores - saved.lse_BKiR[b, kv, i]), 0)
+                dweights = jnp.einsum("SW,RW->SR", v_SW, dy_RW, preferred_element_type=jnp.float32)
+                # Gradient of the softmax: ds = w * (dw - sum(w * dw)), where the sum is `common`.
+                dscores = (weights * (dweights - common[b, kv, i])).astype(k.dtype)
+                weights = weights.astype(dy.dtype)
+                dv_SW += jnp.einsum("SR,RW->SW", weights, dy_RW, preferred_element_type=jnp.float32)
+                dk_SH += jnp.einsum("SR,RH->SH", dscores, q_RH, preferred_element_type=jnp.float32)
+                dq_HR = jnp.einsum("HS,SR->HR", k_SH.T, dscores, preferred_element_type=jnp.float32)
+                return dq_iHR.at[i].add(dq_HR), dk_SH, dv_SW
+
+            start = (
+                dq_iHR,
+                jax.lax.full_like(dq_iHR, 0, jnp.float32, k_SH.shape),
+                jax.lax.full_like(dq_iHR, 0, jnp.float32, v_SW.shape),
+            )
+            dq_iHR, dk_SH, dv_SW = jax.lax.fori_loop(first_Bj[b, j], end_Bj[b, j], add_queries, start)
+            return dq_iHR, (dk_SH.astype(k.dtype), dv_SW.astype(v.dtype))
+
+        start = jax.lax.full_like(q, 0, jnp.float32, (blocks, H, R))
+        dq_iHR, (dk_jSH, dv_jSW) = jax.lax.scan(of_keys, start, jnp.arange(layout.key_blocks))
         # The scores were computed from scaled queries, so dk is complete and only dq still needs the scale.
-        return jnp.concatenate(dqs, axis=2) * scale, dk.astype(sequence.k_KTH.dtype), dv.astype(sequence.v_KTW.dtype)
+        return (dq_iHR * scale).astype(q.dtype), dk_jSH, dv_jSW
 
-    sequences = _Sequence(q, k, v, *saved.segment_ids)
-    dq, dk, dv = _over_sequences(of_sequence, saved.device, causal.run_starts, (sequences, dy, saved.lse_BKGt1, common))
-    dq_BtNH = dq.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)
+    dq, dk, dv = jax.lax.map(of_head, jnp.arange(B * K))
+    dq_BtNH = _from_query_blocks(dq.reshape(B, K, blocks, H, R), layout, t)
+    dk_BTKH = _from_key_blocks(dk.reshape(B, K, *dk.shape[1:]), T)
+    dv_BTKW = _from_key_blocks(dv.reshape(B, K, *dv.shape[1:]), T)
     # Segment ids and the device index are integers, which have no gradient.
-    return dq_BtNH, dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3), None, None
+    return dq_BtNH, dk_BTKH, dv_BTKW, None, None
 
 
 blocked_attention.defvjp(_blocked_forward, _blocked_backward)

@@ -15,13 +15,19 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from moe_train.machine.mesh import axis_size, platform
-from moe_train.model.attention.blocked import SegmentIds, heads_first
+from moe_train.model.attention.blocked import SegmentIds
 from moe_train.model.attention.context_parallel import run_len, run_starts
 
 
 def block_size(T: int) -> int:
     """Return the block size, in queries and in keys, for sequences of T tokens; it divides the run of queries."""
     return next(block for block in (512, 256, 128) if run_len(T) % block == 0)
+
+
+def _heads_first(x_BTNH: Float[Array, "B T N H"], K: int) -> Float[Array, "B K G T H"]:
+    """Transpose (B, T, N, H) to (B, K, G, T, H): query heads are grouped by key head and each head's sequence is contiguous."""
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
 
 def make_splash(T: int, group: int, window: int | None) -> Any:
@@ -90,7 +96,7 @@ def splash_attention(
     B, t, N, H = q_BtNH.shape
     K = k_BTKH.shape[2]
     # The kernel itself does not scale the scores.
-    q = heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
+    q = _heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
     k = k_BTKH.transpose(0, 2, 1, 3)
     v = v_BTKW.transpose(0, 2, 1, 3)
     of_group = jax.vmap(splash, in_axes=(0, 0, 0, None))  # over the key heads of a sequence

@@ -22,7 +22,7 @@ from moe_train.weights.fp8.sections import DEFAULT_BLOCK
 from moe_train.weights.fp8.tensor import CHUNK_NUMBERS, E4M3
 from moe_train.weights.names import WeightPiece
 from moe_train.weights.on_disk import FileDtype
-from moe_train.weights.safetensors_files import TensorSpec
+from moe_train.weights.safetensors_files import TensorSpec, TensorValues
 
 ReadPiece = Callable[[WeightPiece], np.ndarray]
 """Returns the values of a piece of the file's tensors, in the dtype of `dtype_before_writing`."""
@@ -57,7 +57,12 @@ def is_quantized(piece: WeightPiece) -> bool:
 
 
 def dtype_before_writing(piece: WeightPiece, dtype: FileDtype) -> np.dtype:
-    """Return the dtype in which a writer gets the values of a piece: that of the file, or float32 if they are quantized."""
+    """Return the dtype in which a writer gets the values of a piece: that of the file, or float32 if they are quantized.
+
+    The biases of routers are float32 in every file, as transformers has them.
+    """
+    if ParameterPath.parse(piece.path).is_router_bias:
+        return _FLOAT32
     if dtype != "fp8":
         return np.dtype(dtype)
     return _FLOAT32 if is_quantized(piece) else UNQUANTIZED_DTYPE
@@ -87,32 +92,39 @@ class TensorsToWrite(NamedTuple):
     """The tensors of files in their order, and what computes each."""
 
     specs: list[TensorSpec]
-    values: Callable[[TensorSpec], np.ndarray]
-    """Returns the array of a spec; called for one at a time."""
+    values: Callable[[TensorSpec], TensorValues]
+    """Returns the values of a spec; called for one at a time."""
 
 
 def tensors_of_dtype(pieces: Sequence[WeightPiece], dtype: FileDtype, matrix: ReadPiece, scheme: Fp8Scheme) -> TensorsToWrite:
     """List the tensors of a model in files of a dtype.
 
     Args:
-        pieces: the weights, each a tensor of its own.
+        pieces: the weights; those of fused experts share a tensor, and are in the order of the file.
         dtype: dtype of the files.
         matrix: returns the values of a piece.
         scheme: blocks and names of the scales, for FP8.
     """
     if dtype == "fp8":
         return _quantized_tensors(pieces, matrix, scheme)
-    by_name = {piece.name: piece for piece in pieces}
-    specs = [TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces]
+    by_name: dict[str, list[WeightPiece]] = {}
+    for piece in pieces:
+        by_name.setdefault(piece.name, []).append(piece)
+    specs = [TensorSpec(name, parts[0].shape, dtype_before_writing(parts[0], dtype)) for name, parts in by_name.items()]
 
-    def values(spec: TensorSpec) -> np.ndarray:
-        """Return the values of a tensor. Raises ValueError if rounding to float16 makes them infinite."""
+    def part_values(piece: WeightPiece) -> np.ndarray:
+        """Return the values of a piece. Raises ValueError if rounding to float16 makes them infinite."""
         with np.errstate(over="ignore"):  # reported by the error below
-            array = matrix(by_name[spec.name])
+            array = matrix(piece)
         # float32 and bfloat16 have a far larger range.
         if array.dtype == np.float16 and not np.all(np.isfinite(array)):
-            raise ValueError(f"{spec.name} has numbers beyond float16's 65504; use --dtype bfloat16 or float32")
+            raise ValueError(f"{piece.name} has numbers beyond float16's 65504; use --dtype bfloat16 or float32")
         return array
+
+    def values(spec: TensorSpec) -> TensorValues:
+        """Return the values of a tensor, or those of its pieces one after the other."""
+        parts = by_name[spec.name]
+        return part_values(parts[0]) if not parts[0].part else (part_values(piece) for piece in parts)
 
     return TensorsToWrite(specs, values)
 
@@ -123,10 +135,13 @@ def _quantized_tensors(pieces: Sequence[WeightPiece], matrix: ReadPiece, scheme:
     by_name: dict[str, WeightPiece] = {}
     scales_of: dict[str, str] = {}
     for piece in pieces:
-        assert not piece.part, piece  # experts that share a tensor would need scales of their own
+        if piece.part:  # experts that share a tensor would need scales of their own
+            raise ValueError(
+                f"--dtype fp8 is not supported for {piece.name} (all experts in one tensor); use --format mistral or another dtype"
+            )
         by_name[piece.name] = piece
         if not is_quantized(piece):
-            specs.append(TensorSpec(piece.name, piece.shape, UNQUANTIZED_DTYPE))
+            specs.append(TensorSpec(piece.name, piece.shape, dtype_before_writing(piece, "fp8")))
             continue
         scale_name = piece.name.removesuffix("weight") + scheme.scale_name
         scales_of[scale_name] = piece.name
@@ -135,7 +150,7 @@ def _quantized_tensors(pieces: Sequence[WeightPiece], matrix: ReadPiece, scheme:
     # The scales of the last matrix are kept until they are asked for, since both come from one pass over it.
     pending: dict[str, np.ndarray] = {}
 
-    def values(spec: TensorSpec) -> np.ndarray:
+    def values(spec: TensorSpec) -> TensorValues:
         """Return the codes or scales of a quantized weight, or the values of another."""
         if spec.name in pending:
             return pending.pop(spec.name)

@@ -37,8 +37,9 @@ def open_weights(directory: str | Path) -> WeightFiles:
     stored = safetensors_files.open_model_tensors(directory, STEM)
     all_tensors = fp8.dequantize_tensors(stored, fp8.section_of_folder(Path(directory) / PARAMS_FILE))
     tensors = {name: tensor for name, tensor in all_tensors.items() if not name.startswith(_VISION_PREFIXES)}
-    head = names.MISTRAL.head.name
-    embed = names.MISTRAL.embed.name
+    layout = names.mistral_of(model)
+    head = layout.head.name
+    embed = layout.embed.name
     # A tied head may be written as well; it is accepted only as an exact copy.
     if model.tie_embeddings and head in tensors:
         if embed not in tensors or not on_disk.have_same_content(tensors[head], tensors[embed]):
@@ -48,9 +49,8 @@ def open_weights(directory: str | Path) -> WeightFiles:
             )
         del tensors[head]
     names.check_counts(directory, model, tensors)
-    return WeightFiles(
-        Path(directory), model, names.weight_pieces(model, names.MISTRAL), tensors, tuple(all_tensors.keys() - tensors.keys())
-    )
+    left_out = tuple(all_tensors.keys() - tensors.keys())
+    return WeightFiles(Path(directory), model, names.weight_pieces(model, layout), tensors, left_out)
 
 
 def write(
@@ -82,7 +82,8 @@ def write(
         )
     if dtype == "fp8":
         params["quantization"] = fp8.write.MISTRAL_SECTION
-    specs, values = fp8.tensors_of_dtype(names.weight_pieces(model, names.MISTRAL), dtype, matrix, fp8.write.MISTRAL_SCHEME)
+    pieces = names.weight_pieces(model, names.mistral_of(model))
+    specs, values = fp8.tensors_of_dtype(pieces, dtype, matrix, fp8.write.MISTRAL_SCHEME)
     file = directory / f"{STEM}.safetensors"
     arrays = (values(spec) for spec in specs)
     together.first_writes(arrays, lambda arrays: safetensors_files.write_safetensors(file, specs, lambda spec: next(arrays)))

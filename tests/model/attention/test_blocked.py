@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from moe_train.model.attention import blocked
+from moe_train.model.attention.blocked import CausalWindow, SegmentIds, blocked_attention
 from tests.model.attention.against_reference import check, operands
 
 
@@ -19,6 +23,46 @@ def test_blocked_equals_the_reference(T: int, window: int | None) -> None:
 @pytest.mark.parametrize("heads", [(4, 4, 6), (4, 1, 10)], ids=["a key for each head", "one key for all heads"])
 def test_blocked_with_other_heads(heads: tuple[int, int, int]) -> None:
     check("blocked", 50, operands(200, heads=heads), 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 150])
+@pytest.mark.parametrize("starts", [(0,), (200, 1000)], ids=["whole", "two runs"])
+def test_no_pair_of_blocks_with_a_visible_key_is_skipped(starts: tuple[int, ...], window: int | None) -> None:
+    T, t, G = 1400, 1400 // len(starts) if len(starts) == 1 else 400, 2
+    rng = np.random.default_rng(0)
+    # Documents of any length, numbered in any order, with padding at the end.
+    keys = np.repeat(rng.permutation(40), rng.integers(1, 60, 40))[:T]
+    keys = jnp.asarray(np.pad(keys, (0, T - len(keys))))[None]
+    run = t // len(starts)
+    queries = jnp.concatenate([keys[:, start : start + run] for start in starts], axis=1)
+    layout = blocked._layout(t, T, len(starts), G)
+    causal = CausalWindow((starts,), window)
+    places = blocked._places(SegmentIds(queries, keys), jnp.int32(0), causal, layout)
+    may_see = np.asarray(blocked._may_see(places, window))[0]
+    assert may_see.shape[0] > 2 and not may_see.all()
+    first, end = (np.asarray(x)[0] for x in blocked._bounds(jnp.asarray(may_see)[None]))
+    for i, j in np.ndindex(may_see.shape):
+        visible = bool(blocked._visible(places, jnp.int32(0), jnp.int32(i), jnp.int32(j), window).any())
+        assert may_see[i, j] or not visible
+        assert first[i] <= j < end[i] or not may_see[i, j]
+
+
+def test_memory_is_linear_in_the_length() -> None:
+    """Of the program, forward and backward, by the compiler; nothing is run."""
+
+    def temporaries(T: int) -> int:
+        q, k = (jax.ShapeDtypeStruct((1, T, heads, 32), jnp.float32) for heads in (4, 2))
+        ids = jnp.ones((1, T), jnp.int32)
+
+        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            causal = CausalWindow(((0,),), None)
+            return jnp.sum(blocked_attention(q, k, v, SegmentIds(ids, ids), jnp.int32(0), causal))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
+
+    # Eight copies of the queries; the scores of one head alone would take 4 GiB.
+    assert temporaries(32768) < 8 * 32768 * 4 * 32 * 4
+    assert temporaries(4096) < 1.2 * temporaries(32768) / 8 + 2**21
 
 
 @pytest.mark.parametrize("window", [None, 50])

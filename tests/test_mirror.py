@@ -21,7 +21,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "commands/evaluate.py": "integration/test_bad_input.py evaluates files, and refuses others, through the command",
     "commands/train.py": "integration/test_own_records.py trains through it; it only joins resolve and the loop",
 }
-OUTSIDE_THE_MIRROR = {"integration", "judges", "benchmarks"}
+OUTSIDE_THE_MIRROR = {"integration", "judges", "benchmarks", "campaign"}
 
 
 def package_files() -> list[str]:

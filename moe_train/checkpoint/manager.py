@@ -114,6 +114,23 @@ def _no_traceback(record: logging.LogRecord) -> bool:
 class _Checkpoints(ocp.CheckpointManager):
     """Orbax's manager, except that a damaged file of metrics does not keep it from opening the other checkpoints."""
 
+    keep_last = 2
+    keep_best = False
+
+    def delete_all_but_newest(self) -> None:
+        """Delete all checkpoints but the newest, after which steps have been taken, and the best if it is kept."""
+        self.wait_until_finished()
+        steps = sorted(self.all_steps())
+        kept = set(steps[-1:])
+        if self.keep_best:
+            losses = {step: _loss_or_inf(metrics) for step in steps if (metrics := self.metrics(step))}
+            if losses and math.isfinite(min(losses.values())):
+                # Of equal losses Orbax keeps the newest.
+                kept.add(min(reversed(losses), key=losses.__getitem__))
+        for step in steps:
+            if step not in kept:
+                self.delete(step)
+
     def metrics(self, step: int) -> dict[str, float | None] | None:
         """Return the held-out loss of a checkpoint; None if its metadata cannot be read."""
         try:
@@ -124,7 +141,9 @@ class _Checkpoints(ocp.CheckpointManager):
 
 def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.CheckpointManager:
     """Create Orbax's manager, which keeps the last `keep_last` checkpoints and, with `keep_best`, the one with the best loss."""
-    keep: list[PreservationPolicy] = [LatestN(settings.keep_last)]
+    # Never fewer than two: weights can be ruined although their save succeeds, which only the steps after it show. With
+    # `keep_last` 1 the older one goes when the next save begins, so the disk holds no more at its peak.
+    keep: list[PreservationPolicy] = [LatestN(max(2, settings.keep_last))]
     if settings.keep_best:
         # Descending, since BestN keeps the last of the sorted checkpoints.
         best = BestN(get_metric_fn=_loss_or_inf, reverse=True, n=1, keep_checkpoints_without_metrics=False)
@@ -138,7 +157,10 @@ def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.Checkpoint
         create=False,
         save_root_metadata=False,
     )
-    return _Checkpoints((Path(run_dir) / CHECKPOINTS_FOLDER).absolute(), options=options)
+    checkpoints = _Checkpoints((Path(run_dir) / CHECKPOINTS_FOLDER).absolute(), options=options)
+    checkpoints.keep_last = settings.keep_last
+    checkpoints.keep_best = settings.keep_best
+    return checkpoints
 
 
 def _loss_or_inf(metrics: Mapping[str, float | None]) -> float:
@@ -183,6 +205,8 @@ def save(
     )
     metrics = {"held_out_loss": held_out_loss}
     try:
+        if isinstance(checkpoints, _Checkpoints) and checkpoints.keep_last == 1:
+            checkpoints.delete_all_but_newest()
         # Forced, since the caller has decided to save; Orbax would ask its own policy whether the step is due.
         checkpoints.save(step, args=args, metrics=metrics, force=True)
     except Exception as error:
@@ -318,6 +342,7 @@ def load_params(
         if step not in steps:
             raise FileNotFoundError(f"{run_dir} has no checkpoint of step {step}; it has {', '.join(map(str, reversed(steps)))}")
         steps = [step]
+    other_steps = [step for step in readable if step not in steps]
     for candidate in steps:
         fault = damaged.get(candidate, "")
         if not fault:
@@ -328,6 +353,8 @@ def load_params(
             _log_choice(run_dir, candidate, readable)
             return LoadedParams(loaded, saved.about, candidate)
         message = f"the checkpoint of step {candidate} in {run_dir} cannot be read: {fault}"
+        if other_steps:
+            message += f"; restore it, or name another one, such as {run_dir}@{other_steps[0]}"
         log.warning("%s", message)
     raise RuntimeError(message)
 
@@ -396,6 +423,8 @@ class Restored(NamedTuple):
     """The metadata of the checkpoint."""
     damaged: dict[int, str]
     """Step -> error for the newer checkpoints that could not be read."""
+    held_out_loss: float | None = None
+    """Held-out loss at this step; None if it was not measured."""
 
 
 def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restored | None:
@@ -430,7 +459,7 @@ def restore(checkpoints: ocp.CheckpointManager, abstract: TrainState) -> Restore
             log.warning("the checkpoint of step %d is damaged and is passed over: %s", older, damaged_metadata[older])
         if damaged:
             _set_aside(checkpoints, {number: f"damaged-{number}" for number in damaged})
-        return Restored(state, readable[step].about, damaged)
+        return Restored(state, readable[step].about, damaged, readable[step].held_out_loss)
     if damaged:
         step, reason = next(iter(damaged.items()))
         raise RuntimeError(
@@ -482,6 +511,21 @@ def set_unusable_aside(checkpoints: ocp.CheckpointManager, step: int) -> int | N
         finish_saving(checkpoints)
         _set_aside(checkpoints, {step: f"unusable-{step}"})
     return older
+
+
+def set_newer_aside(checkpoints: ocp.CheckpointManager, newest: int, every_steps: int) -> int | None:
+    """Rename the checkpoints after the newest one that can be read, at a multiple of `every_steps` up to `newest`.
+
+    They are called `spike-STEP` then. Every process of the job must call this.
+
+    Returns:
+        The step of that checkpoint; None if there is none, and nothing was renamed.
+    """
+    readable, damaged = survey(Path(checkpoints.directory).parent)
+    target = max((step for step in readable if step <= newest and step % every_steps == 0), default=None)
+    if target is not None:
+        _set_aside(checkpoints, {step: f"spike-{step}" for step in {*readable, *damaged} if step > target})
+    return target
 
 
 def _set_aside(checkpoints: ocp.CheckpointManager, names: Mapping[int, str]) -> None:

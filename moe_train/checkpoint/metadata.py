@@ -47,6 +47,8 @@ class CheckpointMetadata(NamedTuple):
     """The hash over the manifests of the training data."""
     adapter: WeightOrigin | None = None
     """The origin of the initial adapters; None if they were newly initialized."""
+    guard: JsonObject | None = None
+    """State of the spike guard (`train.spike_guard.guard_to_json`); None without one."""
 
 
 class SavedCheckpoint(NamedTuple):

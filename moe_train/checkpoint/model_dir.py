@@ -29,6 +29,7 @@ from moe_train.model.transformer import init_model
 from moe_train.train.state import partition
 from moe_train.weights import external, external_adapter, gguf
 from moe_train.weights.arrays import Abstract, LazyParameters
+from moe_train.weights.on_disk import FloatDtype
 
 
 class LoadedWeights(NamedTuple):
@@ -145,7 +146,7 @@ def default_compute() -> config.Compute:
     return config.Compute(dtype=dtype, param_dtype=dtype)
 
 
-def dtype_of_files(directory: str | Path, otherwise: config.Dtype) -> config.Dtype:
+def dtype_of_files(directory: str | Path, otherwise: FloatDtype) -> FloatDtype:
     """Return the dtype of an external model's weights, so that unchanged weights keep their bytes when they are written again.
 
     Args:

@@ -114,7 +114,7 @@ def saved_config(run_dir: str | Path, about: CheckpointMetadata) -> config.Confi
     try:
         return config.Config.model_validate_json(json.dumps(about.config))
     except ValidationError as error:
-        path, message = next(explain_errors(error, about.config))
+        path, message = next(explain_errors(error, about.config, config.Config))
         key = ".".join(str(part) for part in path)
         raise ValueError(
             f"{run_dir} was saved by another version of moe_train: {key}: {message}; use that version, or start a new run"

@@ -62,7 +62,8 @@ def merge_command(
     adapter: AdapterDir,
     out_dir: OutDir,
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="Dtype of the written weights. Default: that of the base's files.")
+        Literal["float32", "bfloat16", "float16", "fp8"] | None,
+        typer.Option(help="Dtype of the written weights. Default: that of the base's files, dequantized."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_train.cli.arguments import AsJson, ChatTemplate, ConfigPath, Overrides, help_examples, read_config
+from moe_train.cli.data_options import (
+    STATED_BY_CONFIG,
+    ChatDate,
+    ColumnMap,
+    Ignore,
+    LongestStretch,
+    ReadingOptions,
+    ReasoningEffort,
+    RecordFormat,
+    TokenizerPath,
+    dated_template,
+    load_tokenizer,
+    refuse_options,
+    source_of_file,
+    sources_to_check,
+)
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line, stdout_console
 from moe_train.machine import progress
 
 if TYPE_CHECKING:
-    from moe_train.config import Config, FileSource
-    from moe_train.data.check.sources import CheckedSource
-    from moe_train.data.tokenizers.tokenizer import Tokenizer
+    from moe_train.config import FileSource
 
 data_commands = typer.Typer(name="data", help="Check, show and prepare data before training on them.", no_args_is_help=True)
-
-RecordLayout = Literal["auto", "text", "json", "csv", "tsv", "parquet", "arrow"]
-TokenizerPath = Annotated[
-    Path | None, typer.Option(help="Directory with tokenizer.json, or a tekken.json or tokenizer.model.v*. Default: the run's own.")
-]
-RecordFormat = Annotated[RecordLayout, typer.Option("--format", help="Format of the files; auto decides by their names.")]
-ColumnMap = Annotated[
-    list[str] | None,
-    typer.Option("--map", metavar="FIELD=COLUMN", help="Column of a field: text=, messages=, or prompt= and completion=."),
-]
-Ignore = Annotated[
-    list[str] | None,
-    typer.Option(metavar="KEY", help="Key of records that is deliberately not read; may be repeated."),
-]
 
 
 @data_commands.command(
@@ -57,6 +57,9 @@ def check_command(
     columns: ColumnMap = None,
     ignore: Ignore = None,
     chat_template: ChatTemplate = None,
+    chat_date: ChatDate = None,
+    reasoning_effort: ReasoningEffort = None,
+    longest_stretch: LongestStretch = None,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens in a training row.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows in an optimizer step.")] = None,
     against: Annotated[
@@ -82,25 +85,27 @@ def check_command(
 
     Exit code: 0 no problems, 1 problems found, 2 the check could not be made.
     """
-    from moe_train.data.chat.chat_date import date_of_data, dated
-    from moe_train.data.chat.conversation_to_tokens import load_template
+    from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template
     from moe_train.data.check.check import check_data
     from moe_train.data.check.settings import CheckSettings
     from moe_train.data.check.sources import CheckedSource
 
     config = None if config_path is None else read_config(config_path)
-    sources, evaluation = _sources_to_check(files, layout, columns, ignore, config_path, config)
+    reading = ReadingOptions(layout, columns or [], ignore or [], reasoning_effort)
+    sources, evaluation = sources_to_check(files, reading, config_path, config)
     # Stated files replace the evaluation set of the config.
     if against:
         evaluation = (CheckedSource(tuple(against), ignore=tuple(ignore or ())),)
-    loaded = _load_tokenizer(tokenizer, config)
+    if config is not None:
+        refuse_options({"--chat-date": chat_date is not None, "--reasoning-effort": reasoning_effort is not None}, STATED_BY_CONFIG)
+    loaded = load_tokenizer(tokenizer, config, longest_stretch)
     if config and config.data:
         chat_template = chat_template or config.data.chat_template
-    template = load_template(chat_template, loaded)
-    if template is not None:
-        template = dated(template, date_of_data(config.data if config else None))
+    template = dated_template(load_template(chat_template, loaded), chat_date, config)
+    check_effort_option(reasoning_effort, template, loaded)
     settings = CheckSettings(
         template=template,
+        reasoning_effort=reasoning_effort,
         allowed=frozenset(allow or ()),
         seq_len=seq_len or (config.train.seq_len if config else None),
         batch_size=batch_size or (config.train.batch_size if config else None),
@@ -124,56 +129,9 @@ def check_command(
     raise typer.Exit(1 if result["problem_counts"] else 0)
 
 
-def _sources_to_check(
-    files: list[str] | None,
-    layout: RecordLayout,
-    columns: list[str] | None,
-    ignore: list[str] | None,
-    config_path: Path | None,
-    config: Config | None,
-) -> tuple[tuple[CheckedSource, ...], tuple[CheckedSource, ...]]:
-    """Return the sources to check and those of the evaluation set, from the command line or from a run's data section."""
-    from moe_train.data.check import sources
-
-    # Either both are missing or both are stated.
-    if (config is None) == (not files):
-        raise ValueError("name either FILES, or with --config a run whose data.train is to be checked")
-    ignored = tuple(ignore or ())
-    if config is None:
-        section = sources.section_of(columns or (), ignored)
-        return (sources.CheckedSource(tuple(files or ()), layout, section, ignored),), ()
-    _refuse_options({"--format": layout != "auto", "--map": bool(columns)}, "the config states the format and columns of its files")
-    if config.data is None:
-        raise ValueError(f"{config_path} has no data section; add one, or name FILES instead of --config")
-    return sources.sources_of(config.data.train, ignored), sources.sources_of(config.data.eval, ignored)
-
-
 def _report_bytes(done: int, total: int, records: int) -> None:
     """Report how much of the files a check has read."""
     progress.report(progress.Progress("", done, total, "bytes", f"{records:,} records"))
-
-
-def _load_tokenizer(stated: Path | None, config: Config | None) -> Tokenizer:
-    """Load the stated tokenizer, or the one that a run trains with: from its data section, or else from its initial model."""
-    from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
-
-    if stated is not None:
-        return load_tokenizer(tokenizer_at(stated))
-    section = config.data.tokenizer if config and config.data else None
-    if section is None and config and config.init_from:
-        from moe_train.commands.prepare import find_model_tokenizer
-
-        section = find_model_tokenizer(config.init_from)
-    if section is None:
-        raise ValueError("state --tokenizer, which determines the tokens and the chat format")
-    return load_tokenizer(section)
-
-
-def _refuse_options(stated: dict[str, bool], reason: str) -> None:
-    """Raise ValueError if an option was stated that has no effect, rather than ignore it in silence."""
-    options = [option for option, is_stated in stated.items() if is_stated]
-    if options:
-        raise ValueError(f"{' and '.join(options)} would have no effect: {reason}; leave it out")
 
 
 @data_commands.command(
@@ -195,37 +153,40 @@ def show_command(
     columns: ColumnMap = None,
     ignore: Ignore = None,
     chat_template: ChatTemplate = None,
+    chat_date: ChatDate = None,
+    reasoning_effort: ReasoningEffort = None,
+    longest_stretch: LongestStretch = None,
     as_json: AsJson = False,
 ) -> None:
     """Show rows as training sees them: which tokens are trained on (green), segments and positions."""
     from moe_train.commands import show
-    from moe_train.data.chat.chat_date import date_of_data, dated
-    from moe_train.data.chat.conversation_to_tokens import load_template
+    from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template
 
     if html is not None:
-        _refuse_options({"--json": as_json}, "--html writes a page")
+        refuse_options({"--json": as_json}, "--html writes a page")
     config = read_config(Path(file)) if file.endswith((".yaml", ".yml")) else None
-    loaded = _load_tokenizer(tokenizer, config)
+    loaded = load_tokenizer(tokenizer, config, longest_stretch)
     if config is None:
-        _refuse_options({"--step": step is not None}, f"{file} is not the config of a run (.yaml)")
-        source = _source_of_file(file, layout, columns, ignore)
+        refuse_options({"--step": step is not None}, f"{file} is not the config of a run (.yaml)")
+        source = source_of_file(file, ReadingOptions(layout, columns or [], ignore or [], reasoning_effort))
         if source.record.name in ("preference", "labelled"):
-            _refuse_options(
+            refuse_options(
                 {"--html": html is not None, "--seq-len": seq_len is not None}, "pairs are printed as text, without tokens"
             )
             return _print_pairs(source, count, as_json)
-        template = load_template(chat_template, loaded)
-        if template is not None:
-            template = dated(template, date_of_data(None))
+        template = dated_template(load_template(chat_template, loaded), chat_date, None)
+        check_effort_option(reasoning_effort, template, loaded)
         rows = show.rows_of_records(source, count, loaded, template, seq_len)
     else:
-        _refuse_options(
+        refuse_options(
             {
                 "--seq-len": seq_len is not None,
                 "--format": layout != "auto",
                 "--map": bool(columns),
                 "--ignore": bool(ignore),
                 "--chat-template": chat_template is not None,
+                "--chat-date": chat_date is not None,
+                "--reasoning-effort": reasoning_effort is not None,
             },
             "the rows of a run are those that its config describes",
         )
@@ -237,17 +198,6 @@ def show_command(
         print_json(show.segments_to_json(rows, loaded))
     else:
         show.print_rows(rows, loaded, stdout_console(), positions)
-
-
-def _source_of_file(file: str, layout: RecordLayout, columns: list[str] | None, ignore: list[str] | None) -> FileSource:
-    """Return the source section for one file, with the record section that `--map` describes or that its first record fits."""
-    from moe_train import config as sections
-    from moe_train.commands import show
-    from moe_train.data.check import sources
-
-    ignored = tuple(ignore or ())
-    record = sources.section_of(columns or (), ignored) or show.record_of([file], layout, ignored)
-    return sections.FileSource(name="files", files=(file,), format=layout, record=record)
 
 
 def _print_pairs(source: FileSource, count: int, as_json: bool) -> None:

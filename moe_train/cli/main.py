@@ -3,7 +3,8 @@
 Slow imports stand inside the commands, so that `--help` is fast.
 
 Exit codes: 0 success; 1 an error while running, or a negative result; 2 the request is invalid, with one line per error;
-75 stopped before the end, and the same command continues; 130 interrupted with Ctrl-C.
+3 a comparison does not meet a requirement (`evaluate --require`);
+75 stopped before the end, and the same command continues; 130 interrupted with Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,16 +25,17 @@ from moe_train.cli.adapters import adapter_commands
 from moe_train.cli.arguments import AsJson, help_examples
 from moe_train.cli.data import data_commands
 from moe_train.cli.models import model_commands
-from moe_train.cli.terminal import print_json, print_mapping, progress_line
+from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
 from moe_train.cli.training import training_commands
 from moe_train.machine import processes
+from moe_train.machine.backend import backend_failure
+from moe_train.machine.interrupts import ends_after_signals
 
 app = typer.Typer(
     name="moe-train",
     help="Train, adapt and ship sparse Mixture-of-Experts transformers of the Mistral family.",
     epilog=help_examples("moe-train quickstart", "moe-train train configs/quickstart_pretrain.yaml train.steps=50"),
     no_args_is_help=True,
-    add_completion=False,
     # `main` prints errors itself, each in one line.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -46,9 +48,21 @@ app.add_typer(data_commands)
 app.add_typer(adapter_commands)
 
 
+def _print_version(asked: bool) -> None:
+    """Print the version of the package and exit, if it was asked for."""
+    if asked:
+        from moe_train import __version__
+
+        print(f"moe-train {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     no_compile_cache: Annotated[
         bool, typer.Option("--no-compile-cache", help="Compile every program again; neither read nor write the cache.")
     ] = False,
@@ -73,12 +87,33 @@ def quickstart_command() -> None:
     raise typer.Exit(quickstart())
 
 
-@app.command("schema", epilog=help_examples("moe-train schema > schema.json"))
-def schema_command() -> None:
-    """Print the JSON schema of a config, from which editors complete and check keys."""
+@app.command("doctor", epilog=help_examples("moe-train doctor", "moe-train doctor --json > doctor.json"))
+def doctor_command(as_json: AsJson = False) -> None:
+    """Show what this machine offers: versions, devices, memory, extras, compilers and caches, and what is wrong with them.
+
+    It exits with 1 if something that every command needs does not work. No connection is made.
+    """
+    from moe_train.commands.doctor import examine_machine
+
+    findings = examine_machine()
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        marks = {"ok": "ok", "missing": "-", "broken": "BROKEN"}
+        print_table([{"part": f.part, "state": marks[f.state], "what": f.text, "remedy": f.remedy} for f in findings])
+    if any(finding.state == "broken" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command("schema", epilog=help_examples("moe-train schema > schema.json", "moe-train schema suite > suite_schema.json"))
+def schema_command(
+    kind: Annotated[Literal["config", "suite"], typer.Argument(help="The kind of file: a run's config, or a suite.")] = "config",
+) -> None:
+    """Print the JSON schema of a kind of file, from which editors complete and check keys."""
+    from moe_train import config
     from moe_train.config.schema import json_schema
 
-    print_json(json_schema())
+    print_json(json_schema(config.Suite if kind == "suite" else config.Config))
 
 
 @tokenizer_commands.command(
@@ -124,6 +159,11 @@ def _log_to_stderr() -> Iterator[None]:
         log.propagate = True
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+TERMINATED = 143
+"""Exit code after SIGTERM."""
+
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """Exceptions for mistakes in what the user asked for; they exit with code 2."""
 
@@ -137,18 +177,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: the arguments without the program's name; None for those of the process.
     """
+    is_program = arguments is None
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     # Typer accepts them only before the command, while people append them to a command that failed.
     given = [option for option in ("--debug", "--no-compile-cache") if option in arguments]
     arguments = given + [argument for argument in arguments if argument not in given]
     try:
-        with _log_to_stderr():
+        with _log_to_stderr(), ends_after_signals():
             # Not standalone, so that Typer raises errors instead of printing them; it returns the code of typer.Exit, or None.
             sys.exit(app(arguments, prog_name="moe-train", standalone_mode=False) or 0)
     except _UsageError as error:
         _print_usage_error(error)
         sys.exit(2)
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0
+        if code in (INTERRUPTED, TERMINATED):
+            print(f"moe-train: interrupted ({'Ctrl-C' if code == INTERRUPTED else 'SIGTERM'})", file=sys.stderr)
+            # Of several processes, this one ends here: it must not wait for the others at JAX's exit barrier.
+            processes.exit_process(code)
+        if is_program and code in (processes.UNFINISHED, INTERRUPTED, TERMINATED):
+            # Past the interpreter's own end: a signal may have come inside XLA, whose threads still run and would crash there.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        raise
     except Exception as error:
         code = _report(error, debug)
         # Of several processes, this one ends here: it must not wait for the others at JAX's exit barrier.
@@ -176,6 +229,11 @@ def _report(error: Exception, debug: bool) -> int:
         reason = " ".join(str(error).split())[:300]
         print(f"moe-train: the processes lost touch with each other: {reason}; start again to continue", file=sys.stderr)
         return processes.UNFINISHED
+    if failure := backend_failure(error):
+        if debug:
+            traceback.print_exc()
+        print(f"moe-train: {failure}", file=sys.stderr)
+        return 2
     # Exactly RuntimeError: its subclasses, such as JAX's errors and RecursionError, are not messages of this package.
     is_expected = isinstance(error, (*USER_ERRORS, OSError)) or type(error) is RuntimeError
     if debug or not is_expected:

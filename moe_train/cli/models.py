@@ -9,29 +9,57 @@ from typing import Annotated, Literal
 import typer
 
 from moe_train.cli.arguments import AsJson, ChatTemplate, ModelDir, OutDir, ProofDepth, help_examples
-from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line
+from moe_train.cli.terminal import print_checks, print_json, print_mapping, print_table, progress_line
 
 model_commands = typer.Typer()
 
 
 @model_commands.command(
     "evaluate",
-    epilog=help_examples("moe-train evaluate runs/quickstart/lora --data runs/quickstart/text/chat_heldout.jsonl"),
+    epilog=help_examples(
+        "moe-train evaluate runs/quickstart/lora --data runs/quickstart/text/chat_heldout.jsonl",
+        "moe-train evaluate runs/tuned --suite kpi.yaml --against base_model --require 'kpi >= base - 0.02'",
+    ),
 )
 def evaluate_command(
     directory: ModelDir,
-    data: Annotated[list[Path], typer.Option("--data", help="File of records; may be repeated.")],
+    data: Annotated[list[Path] | None, typer.Option("--data", help="File of records; may be repeated.")] = None,
+    suite: Annotated[list[Path] | None, typer.Option("--suite", help="YAML file of a suite; may be repeated.")] = None,
+    against: Annotated[
+        list[Path] | None, typer.Option("--against", help="Run or model to compare with, item by item; may be repeated.")
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option("--require", help="Requirement such as 'kpi >= base - 0.02'; exit code 3 if one is not met."),
+    ] = None,
+    items: Annotated[Path | None, typer.Option("--items", help="New file for the answers and scores of all items.")] = None,
     chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the loss and perplexity of a run or a model on files of text or conversations."""
+    """Measure the loss of a run or a model on files (--data), or grade its answers to questions (--suite)."""
     from moe_train.commands.evaluate import evaluate_model
+    from moe_train.commands.evaluate_suite import Comparisons, evaluate_suites
     from moe_train.machine.compile_cache import use_compile_cache
 
+    if bool(data) == bool(suite):
+        raise typer.BadParameter("state --data FILE for the loss on files, or --suite FILE.yaml for graded answers")
+    if data and (against or require or items):
+        raise typer.BadParameter("--against, --require and --items compare answers; state --suite FILE.yaml instead of --data")
     use_compile_cache()
+    if data:
+        with progress_line("evaluating"):
+            answer = evaluate_model(directory, data, chat_template)
+        print_mapping(answer, as_json)
+        return
     with progress_line("evaluating"):
-        answer = evaluate_model(directory, data, chat_template)
-    print_mapping(answer, as_json)
+        result = evaluate_suites(directory, suite or [], Comparisons(against or (), require or ()), chat_template, items)
+    if as_json:
+        print_json(result)
+    else:
+        for part in ("suites", "comparisons", "requirements"):
+            print_table(result[part])
+    if not result["passed"]:
+        raise typer.Exit(3)
 
 
 @model_commands.command(
@@ -51,6 +79,9 @@ def generate_command(
         bool, typer.Option("--chat", help="Treat each prompt as a user message, rendered by the chat template.")
     ] = False,
     chat_template: ChatTemplate = None,
+    reasoning_effort: Annotated[
+        str | None, typer.Option(metavar="EFFORT", help="How long the model may think, such as none or high, with --chat.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with a run or a model."""
@@ -59,7 +90,12 @@ def generate_command(
 
     use_compile_cache()
     with progress_line("generating"):
-        completions = generate_text(directory, prompt, max_tokens, temperature, seed, chat=chat, chat_template=chat_template)
+        completions = generate_text(
+            *(directory, prompt, max_tokens, temperature, seed),
+            chat=chat,
+            chat_template=chat_template,
+            reasoning_effort=reasoning_effort,
+        )
     pairs = list(zip(prompt, completions, strict=True))
     if as_json:
         print_json([{"prompt": text, "completion": completion} for text, completion in pairs])
@@ -91,8 +127,8 @@ def export_command(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Dtype of the written weights: float32 or bfloat16; for gguf also float16, q8_0 and llama.cpp's other types. "
-            "Default: that of the files that training started from."
+            help="Dtype of the written weights: float32, bfloat16, float16, or fp8 (linear maps alone); for gguf also q8_0 and "
+            "llama.cpp's other types, but not fp8. Default: that of the files that training started from, dequantized."
         ),
     ] = None,
     server: Annotated[
@@ -172,13 +208,19 @@ def verify_command(
 
 @model_commands.command(
     "upcycle",
-    epilog=help_examples("moe-train upcycle models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-4x135M --experts 4"),
+    epilog=help_examples(
+        "moe-train upcycle models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-4x135M --experts 4",
+        "moe-train upcycle SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-fine --experts 64 --experts-per-token 8 --granularity 8",
+    ),
 )
 def upcycle_command(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="Dense model in Hugging Face, Mistral or GGUF format.")],
     out_dir: OutDir,
     experts: Annotated[int, typer.Option(min=2, help="Number of experts per layer, copies of the feed-forward layer.")] = 8,
     experts_per_token: Annotated[int, typer.Option(min=1, help="Number of experts that each token is routed to.")] = 2,
+    granularity: Annotated[
+        int, typer.Option(min=1, help="Number of fine-grained experts that each copy is split into; 1 keeps copies whole.")
+    ] = 1,
     noise: Annotated[
         float,
         typer.Option(min=0.0, help="Standard deviation of noise added to the copies, relative to that of each matrix."),
@@ -187,12 +229,12 @@ def upcycle_command(
     as_json: AsJson = False,
 ) -> None:
     """Turn a dense model into a Mixtral: copy its feed-forward layers into experts, with new routers."""
-    from moe_train.commands.upcycle import upcycle
+    from moe_train.commands.upcycle import NewExperts, upcycle
     from moe_train.machine.compile_cache import use_compile_cache
 
     use_compile_cache()
     with progress_line("copying experts"):
-        answer = upcycle(base, out_dir, experts, experts_per_token, noise, seed)
+        answer = upcycle(base, out_dir, NewExperts(experts, experts_per_token, granularity, noise, seed))
     print_mapping(answer, as_json)
 
 

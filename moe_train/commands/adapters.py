@@ -31,6 +31,7 @@ from moe_train.proof.scaled import prove_scaled
 from moe_train.weights import gguf, merge, names, peft, texts
 from moe_train.weights.arrays import LazyParameters, fetch_entry
 from moe_train.weights.gguf import lora as gguf_lora
+from moe_train.weights.on_disk import FileDtype
 
 ReadBaseWeight = Callable[[names.WeightPiece], np.ndarray]
 """Reads the base model's weight of a piece."""
@@ -225,7 +226,7 @@ def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> flo
 # --- merge and scale -----------------------------------------------------------------------------------------------
 
 
-def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype: config.Dtype | None = None) -> JsonObject:
+def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype: FileDtype | None = None) -> JsonObject:
     """Merge the adapters of `source` into the base model, write it in Hugging Face format, and verify it.
 
     Args:
@@ -261,7 +262,7 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
 
 
 def base_and_adapter(
-    base: str | Path, source: str | Path, model: config.Model, dtype: config.Dtype | None = None
+    base: str | Path, source: str | Path, model: config.Model, dtype: FileDtype | None = None
 ) -> tuple[config.Lora, LazyParameters]:
     """Load a base model and adapters for it; the mesh must be in force.
 
@@ -269,13 +270,15 @@ def base_and_adapter(
         base: the base model.
         source: a run or an external adapter.
         model: the architecture of the base.
-        dtype: dtype of the base's weights; None for the dtype of its files.
+        dtype: dtype of the base's weights; None, or fp8, for the dtype of its files.
 
     Returns:
         (the section `lora` of the adapters, the weights of base and adapters). Weights in external files are read lazily.
     """
-    dtype = dtype or model_dir.dtype_of_files(base, otherwise=model_dir.default_compute().param_dtype)
-    compute = config.Compute(param_dtype=dtype)
+    if dtype is None or dtype == "fp8":
+        dtype = model_dir.dtype_of_files(base, otherwise=model_dir.default_compute().param_dtype)
+    # float32 holds every number of a float16 file.
+    compute = config.Compute(param_dtype="float32" if dtype == "float16" else dtype)
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
     shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
     trained = model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes)

@@ -14,6 +14,7 @@ from moe_train.checkpoint.model_dir import open_model
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.chat.chat_date import date_of_data
+from moe_train.data.records import unread
 from moe_train.data.records.conversation import normalise, trainable
 from moe_train.data.records.open_source import first_record
 from moe_train.data.records.problem import located
@@ -78,6 +79,7 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
         "records": loader.num_records,
         "records_truncated": loader.num_truncated,
         "seq_len": seq_len,
+        **({"not_read": unread.in_words(loader.unread)} if loader.unread else {}),
     }
 
 

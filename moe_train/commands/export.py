@@ -32,6 +32,7 @@ from moe_train.weights import external, hf, names, peft, serve, together
 from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.gguf import lora as gguf_lora
 from moe_train.weights.mistral import lora as mistral_lora
+from moe_train.weights.on_disk import FloatDtype
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES
 from moe_train.weights.texts import Texts
 
@@ -226,7 +227,7 @@ def _write_adapter(directory: Path, files: _AdapterFiles, weights: LazyParameter
                 weights, model, lora, directory, base_model=base, layout=names_of_base, texts=texts, server=files.server
             )
         case "mistral-lora":
-            dtype = write_and_prove.checked_dtype(files.layout, files.dtype)
+            dtype = write_and_prove.checked_float_dtype(files.layout, files.dtype)
             mistral_lora.export_adapter(weights, model, lora, directory, dtype=dtype, texts=texts)
         case "gguf-lora":
             gguf_lora.export_adapter(weights, model, lora, directory, base_model=base, name=files.name, texts=texts)
@@ -291,10 +292,11 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
     )
 
 
-def _default_dtype(opened: OpenedModel) -> config.Dtype:
+def _default_dtype(opened: OpenedModel) -> FloatDtype:
     """Return the dtype of the files that training started from, so that unchanged weights keep their bytes.
 
-    Without such files it is the dtype of training.
+    Without such files it is the dtype of training. FP8 files count as the dtype to which they are dequantized, since training
+    quantizes nothing.
     """
     files = opened.run.init_from if opened.run else opened.directory
     if files is not None and not run_folder(files).exists():
@@ -303,7 +305,11 @@ def _default_dtype(opened: OpenedModel) -> config.Dtype:
         )
     if files is None:
         return opened.compute.param_dtype
-    return dtype_of_files(files, otherwise=opened.compute.param_dtype)
+    dtype = dtype_of_files(files, otherwise=opened.compute.param_dtype)
+    # bfloat16 weights in memory have lost the bits of float16 files already, and their range is far larger.
+    if dtype == "float16" and opened.compute.param_dtype == "bfloat16":
+        return "bfloat16"
+    return dtype
 
 
 def _config_text(opened: OpenedModel, loaded: LoadedWeights) -> str:

@@ -80,7 +80,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
             return piece.to_file(table).astype(dtype, copy=False)
         return piece.to_file(base_piece.from_file(read)).astype(dtype, copy=False)
 
-    check_space(out_dir, sum(array_bytes(piece.shape, np.dtype(dtype)) for piece in names.weight_pieces(model)))
+    check_space(out_dir, sum(array_bytes(piece.internal_shape, np.dtype(dtype)) for piece in names.weight_pieces(model)))
     with new_directory(out_dir) as directory:
         match layout:
             case "hf":
@@ -95,7 +95,7 @@ def extend_vocab(base: str | Path, out_dir: str | Path, tokenizer: str, layout: 
         "tokens_before": len(ids),
         "tokens": new.vocab_size,
         "ids_moved": sum(old_id != new_id for old_id, new_id in ids.items()),
-        "parameters": sum(int(np.prod(piece.shape)) for piece in names.weight_pieces(model)),
+        "parameters": sum(int(np.prod(piece.internal_shape)) for piece in names.weight_pieces(model)),
         "dtype": dtype,
     }
 

@@ -55,7 +55,7 @@ def report_rounding(source: str | Path, dtypes: tuple[str, str]) -> dict[str, An
         return {}
     log.warning(
         "the files of %s are float16, and bfloat16 rounds their values, those that were not trained included; to keep them, train "
-        "with compute.param_dtype: float32 and export with --dtype float32",
+        "with compute.param_dtype: float32 and export with --dtype float16",
         files,
     )
     return {"rounded_from": "float16"}

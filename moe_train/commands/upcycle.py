@@ -4,6 +4,10 @@ As in the paper, all other weights are kept and routers are new: normally distri
 architecture draws its own weights with. Mixtral's softmax over the k chosen experts makes their weights sum to 1, so k equal
 experts compute what the dense layer did. The copies diverge in training, as each sees different tokens. Optional noise makes
 them differ from the start; it is normal and scaled by each matrix's own standard deviation.
+
+With a granularity G above 1, each copy is split along its hidden dims into G fine-grained experts (arXiv:2410.07524, section 3:
+virtual groups and weight scaling). All experts of a copy share the router weights of one group, so that a token selects whole
+copies, and the softmax gives each expert 1 / G of its copy's weight. The down projections are multiplied by G in return.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +33,26 @@ from moe_train.weights.on_disk import WeightFiles, array_bytes
 from moe_train.weights.texts import Texts, write_texts
 
 
+@dataclass(frozen=True)
+class NewExperts:
+    """How the experts of each layer are made from its feed-forward part."""
+
+    count: int = 8
+    """Experts per layer."""
+    per_token: int = 2
+    """Experts that each token is routed to."""
+    granularity: int = 1
+    """Experts that a copy of the feed-forward part is split into."""
+    noise: float = 0.0
+    """Standard deviation of the noise added to each expert's matrices, relative to that of the matrix."""
+    seed: int = 0
+    """Seed of routers and noise."""
+
+
 def upcycle(
     base: str | Path,
     out_dir: str | Path,
-    num_experts: int = 8,
-    experts_per_token: int = 2,
-    noise: float = 0.0,
-    seed: int = 0,
+    experts: NewExperts = NewExperts(),
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
 ) -> JsonObject:
     """Write a Hugging Face Mixtral made from the dense model at `base`, read it back and compare.
@@ -45,10 +63,7 @@ def upcycle(
     Args:
         base: a dense model in any supported layout.
         out_dir: the folder to write; it must be empty or not exist yet.
-        num_experts: experts per layer.
-        experts_per_token: experts that each token is routed to.
-        noise: standard deviation of the noise added to each expert's matrices, relative to that of the matrix.
-        seed: for routers and noise.
+        experts: number and size of the experts.
         max_shard_bytes: size limit of a file of weights.
 
     Returns:
@@ -62,17 +77,17 @@ def upcycle(
     refuse_existing(Path(out_dir))
     if runs.is_run(base):
         raise ValueError(f"BASE {base} is a run; export it first, and upcycle the export")
-    if not 0 <= noise < float("inf"):
-        raise ValueError(f"--noise {noise} is not a standard deviation; use 0 or more")
+    if not 0 <= experts.noise < float("inf"):
+        raise ValueError(f"--noise {experts.noise} is not a standard deviation; use 0 or more")
     dense = external.open_external_weights(base)
     left_out.report_left_out(base)
-    model = mixtral_of(dense.model, num_experts, experts_per_token, base)
+    model = mixtral_of(dense.model, experts, base)
     names.check_file_tensors(base, dense.pieces, {n: t.shape for n, t in dense.tensors.items()}, {})
     tokenizer = load_tokenizer(model_dir.find_tokenizer_config(base))
     check_vocab(tokenizer, model.vocab_size)
     texts = Texts(tokenizer)
     dtype = dense.dtype or "float32"
-    matrix = _matrix_maker(dense, model, dtype, noise, seed)
+    matrix = _matrix_maker(dense, model, dtype, experts)
     table = names.weight_pieces(model)
     check_space(out_dir, sum(array_bytes(piece.shape, np.dtype(dtype)) for piece in table))
     with new_directory(out_dir) as directory:
@@ -84,7 +99,7 @@ def upcycle(
         _check_written(directory, model, table, matrix)
     in_experts = sum(int(np.prod(piece.shape)) for piece in table if len(piece.lead) == 2)
     # Experts of a layer are equal in size, so the division is exact.
-    idle = in_experts * (num_experts - experts_per_token) // num_experts
+    idle = in_experts * (experts.count - experts.per_token) // experts.count
     total = sum(int(np.prod(piece.shape)) for piece in table)
     return {
         "parameters": total,
@@ -97,27 +112,51 @@ def upcycle(
 
 
 def _matrix_maker(
-    dense: WeightFiles, model: config.Model, dtype: str, noise: float, seed: int
+    dense: WeightFiles, model: config.Model, dtype: str, experts: NewExperts
 ) -> Callable[[names.WeightPiece], np.ndarray]:
     """Return a function that computes a matrix of the Mixtral, as the file holds it, from the dense model."""
     source = {(piece.path, piece.lead): piece for piece in dense.pieces}
 
     def matrix(piece: names.WeightPiece) -> np.ndarray:
         # Seeded by name, so that a matrix is drawn identically when it is compared after writing.
-        rng = np.random.default_rng((seed, zlib.crc32(piece.path.encode()), *piece.lead))
+        rng = np.random.default_rng((experts.seed, zlib.crc32(piece.path.encode()), *piece.lead))
         if ParameterPath.parse(piece.path).is_router:
-            return piece.to_file(model.init_stddev * rng.standard_normal(piece.internal_shape, np.float32)).astype(dtype)
+            return piece.to_file(_router(rng, model, piece.internal_shape, experts.granularity)).astype(dtype)
         # Every expert of a layer comes from that layer's only feed-forward part.
         base_piece = source[piece.path, piece.lead[:1]]
-        w = base_piece.from_file(dense.tensors[base_piece.name].read)
+        read = dense.tensors[base_piece.name].read
         is_expert = len(piece.lead) == 2
-        if noise and is_expert:
+        if not is_expert:
+            return piece.to_file(base_piece.from_file(read)).astype(dtype)
+        w = base_piece.from_file(read, _expert_ranges(piece, base_piece, experts.granularity))
+        if experts.granularity > 1 and piece.path.endswith("down_proj.weight"):
+            # In float32; a power of two is exact in every dtype.
+            w = w.astype(np.float32) * experts.granularity
+        if experts.noise:
             # Added in float32, and rounded to the dtype of the file once.
             w = w.astype(np.float32)
-            w += noise * w.std() * rng.standard_normal(w.shape, np.float32)
+            w += experts.noise * w.std() * rng.standard_normal(w.shape, np.float32)
         return piece.to_file(w).astype(dtype)
 
     return matrix
+
+
+def _router(rng: np.random.Generator, model: config.Model, shape: tuple[int, ...], granularity: int) -> np.ndarray:
+    """Draw a router (D, E) in which the experts of a copy have equal columns."""
+    D, E = shape
+    drawn = model.init_stddev * rng.standard_normal((D, E // granularity), np.float32)
+    return np.repeat(drawn, granularity, axis=1)
+
+
+def _expert_ranges(piece: names.WeightPiece, base_piece: names.WeightPiece, granularity: int) -> list[tuple[int, int]]:
+    """Return the ranges of the dense matrix's dims that become this expert: all, but for a share of the hidden dims."""
+    shard = piece.lead[1] % granularity
+    ranges = []
+    for size, full_size in zip(piece.internal_shape, base_piece.internal_shape, strict=True):
+        # Only the hidden dim differs between an expert and the dense layer.
+        start = shard * size if size < full_size else 0
+        ranges.append((start, start + size))
+    return ranges
 
 
 def _check_written(
@@ -133,30 +172,52 @@ def _check_written(
             raise RuntimeError(f"{piece.name} in {directory} is not what was written; write it again, and check the disk")
 
 
-def mixtral_of(dense: config.Model, num_experts: int, experts_per_token: int, base: str | Path) -> config.Model:
-    """Return the architecture with `num_experts` copies of each feed-forward part.
+def mixtral_of(dense: config.Model, experts: NewExperts, base: str | Path) -> config.Model:
+    """Return the architecture with experts made from each feed-forward part.
 
     Args:
         dense: the dense architecture.
-        num_experts: experts per layer.
-        experts_per_token: experts that each token is routed to.
+        experts: number and size of the experts.
         base: path of the dense model, for messages.
 
     Raises:
-        ValueError: a Mixtral cannot express the rest of the architecture.
+        ValueError: the numbers do not fit together, or a Mixtral cannot express the rest of the architecture.
     """
     if not isinstance(dense.ffn, config.DenseFfn):
         raise ValueError(f"{base} already has {dense.ffn.num_experts} experts; start from a dense model")
     if len(dense.attention.windows) > 1:
         raise ValueError(f"{base} has windows in some layers only, which a Mixtral cannot have; start from another dense model")
-    if num_experts < 2 or not 1 <= experts_per_token <= num_experts:
+    if experts.count < 2 or not 1 <= experts.per_token <= experts.count:
         raise ValueError(
-            f"--experts-per-token {experts_per_token} does not fit --experts {num_experts}; "
+            f"--experts-per-token {experts.per_token} does not fit --experts {experts.count}; "
             "use at least 2 experts, and from 1 to all of them per token"
         )
-    ffn = config.MoeFfn(name="moe", ffn_dim=dense.ffn.ffn_dim, num_experts=num_experts, experts_per_token=experts_per_token)
+    F = dense.ffn.ffn_dim
+    _check_granularity(experts, F)
+    ffn = config.MoeFfn(
+        name="moe", ffn_dim=F // experts.granularity, num_experts=experts.count, experts_per_token=experts.per_token
+    )
     try:
         return config.Model.model_validate({**dict(dense), "family": "mixtral", "ffn": ffn})
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ValueError(f"{base} is a {dense.family} that cannot become a Mixtral: {reason}") from error
+
+
+def _check_granularity(experts: NewExperts, ffn_dim: int) -> None:
+    """Raise ValueError unless copies can be split evenly, and a token selects whole copies.
+
+    Args:
+        experts: number and size of the experts.
+        ffn_dim: hidden dims of the dense feed-forward part.
+    """
+    G = experts.granularity
+    if G < 1:
+        raise ValueError(f"--granularity {G} is not a number of experts; use 1 or more")
+    if ffn_dim % G:
+        raise ValueError(f"--granularity {G} does not divide the feed-forward width {ffn_dim} of BASE; use a divisor of it")
+    for option, number in (("--experts", experts.count), ("--experts-per-token", experts.per_token)):
+        if number % G:
+            raise ValueError(f"{option} {number} is not a multiple of --granularity {G}: each copy has {G} experts; use a multiple")
+    if experts.count == G:
+        raise ValueError(f"--experts {experts.count} with --granularity {G} is a single copy; use at least {2 * G} experts")

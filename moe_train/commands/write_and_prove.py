@@ -16,16 +16,17 @@ from moe_train.machine import progress
 from moe_train.machine.files import JsonObject, check_space
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
-from moe_train.weights import gguf, hf, mistral, names, together
+from moe_train.weights import fp8, gguf, hf, mistral, names, together
 from moe_train.weights import merge as merging
 from moe_train.weights.arrays import LazyParameters
+from moe_train.weights.on_disk import FileDtype, FloatDtype
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, WriterShare
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 PieceValues = Callable[[names.WeightPiece, np.dtype], np.ndarray]
 """Returns the values of a piece of the file's tensors, rounded once to a dtype."""
 
-BYTES_PER_VALUE = {"float32": 4, "f32": 4, "q8_0": 1}
+BYTES_PER_VALUE = {"float32": 4, "f32": 4, "q8_0": 1, "fp8": 1}
 """Bytes of a value by dtype, to check for disk space; 2 for all others, which is an upper bound for quantized types."""
 
 
@@ -34,7 +35,7 @@ class WriteOptions:
     """How a whole model is written and verified."""
 
     dtype: str
-    """float32 or bfloat16; for gguf also float16, q8_0 and llama.cpp's own types."""
+    """float32, bfloat16, float16 or fp8 (not for gguf); for gguf also q8_0 and llama.cpp's own types."""
     layout: expected.ModelLayout = "hf"
     """Layout of the files."""
     lora: config.Lora | None = None
@@ -133,7 +134,7 @@ def write_model(directory: Path, model: config.Model, piece_values: PieceValues,
     dtype = checked_dtype(options.layout, options.dtype)
 
     def matrix(piece: names.WeightPiece) -> np.ndarray:
-        return piece_values(piece, np.dtype(dtype))
+        return piece_values(piece, fp8.dtype_before_writing(piece, dtype))
 
     match options.layout:
         case "hf":
@@ -145,14 +146,24 @@ def write_model(directory: Path, model: config.Model, piece_values: PieceValues,
 
 
 def check_dtype(layout: expected.ModelLayout, dtype: str) -> None:
-    """Raise ValueError if the layout does not support the dtype; gguf's dtypes are checked when it is written."""
+    """Raise ValueError if the layout does not support the dtype; gguf's other dtypes are checked when it is written."""
     if layout != "gguf":
         checked_dtype(layout, dtype)
+    elif dtype == "fp8":
+        raise ValueError("--format gguf has no FP8 numbers; use --dtype q8_0 (8 bits) or bf16, or --format hf or mistral")
 
 
-def checked_dtype(layout: str, dtype: str) -> config.Dtype:
-    """Return the dtype of safetensors files. Raises ValueError if it is not supported."""
-    for supported in get_args(config.Dtype):
+def checked_dtype(layout: str, dtype: str) -> FileDtype:
+    """Return the dtype of a whole model's safetensors files. Raises ValueError if it is not supported."""
+    for supported in get_args(FileDtype):
         if dtype == supported:
             return supported
-    raise ValueError(f"--format {layout} does not support dtype {dtype}; use {' or '.join(get_args(config.Dtype))}")
+    raise ValueError(f"--format {layout} does not support dtype {dtype}; use {', '.join(get_args(FileDtype))}")
+
+
+def checked_float_dtype(layout: str, dtype: str) -> FloatDtype:
+    """Return the dtype of an adapter's safetensors files. Raises ValueError if it is not supported."""
+    for supported in get_args(FloatDtype):
+        if dtype == supported:
+            return supported
+    raise ValueError(f"--format {layout} does not support dtype {dtype}; use {', '.join(get_args(FloatDtype))}")

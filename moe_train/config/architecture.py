@@ -1,4 +1,4 @@
-"""The architecture of a transformer: attention, positions, feed-forward layers, and the features that a model uses."""
+"""The architecture of a transformer: positions, feed-forward layers, and the features that a model uses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from moe_train.config.attention import Attention, MultiHeadLatentAttention
 from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, FileFormat, describe_features
 from moe_train.config.section import (
     NonNegative,
@@ -43,43 +44,6 @@ Rope = Annotated[DefaultRope | YarnRope, Field(discriminator="name")]
 """The tagged union of position embeddings."""
 
 
-class QueryScaling(Section):
-    """Query scaling of Llama 4: q *= 1 + beta * log(1 + floor(position / original_max_seq_len))."""
-
-    beta: PositiveFloat
-    original_max_seq_len: Positive
-
-
-class GroupedQueryAttention(Section):
-    """Grouped-query attention (GQA, arXiv:2305.13245); this is the default when `name` is left out.
-
-    `windows` describes one period of layers, and layer i uses entry i modulo the period. With null a layer attends to all
-    previous positions; with a number W it attends to the last W positions, including the current one.
-    """
-
-    name: Literal["gqa"] = "gqa"
-    num_heads: Positive
-    num_kv_heads: Positive
-    head_dim: Positive
-    windows: Annotated[tuple[Positive | None, ...], Field(min_length=1)] = (None,)
-    query_scaling: QueryScaling | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; change either")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embeddings rotate pairs of dims; use an even head_dim")
-        return self
-
-
-Attention = GroupedQueryAttention
-"""The tagged union of attention kinds, with a single member so far. To add a second kind, write
-`GroupedQueryAttention | …` here, with a discriminator that reads a missing `name` as gqa, and add a case to
-`model.attention.kinds.attention_class`.
-"""
-
-
 class DenseFfn(Section):
     """A dense SwiGLU feed-forward layer: down(silu(gate(x)) * up(x)), arXiv:2002.05202."""
 
@@ -92,10 +56,13 @@ class SoftmaxRouter(Section):
 
     bias: one value per expert, added to its probability for the selection of experts only, never to the weights. It is not
     learned by gradient: `loss.bias_update_rate` sets how far each step moves it towards an even load (arXiv:2408.15664).
+    scale: factor on the weights, `routed_scaling_factor` of Mistral Small 4.
     """
 
     name: Literal["softmax"]
     bias: bool = False
+    # A dump omits this key at its default: files that store a dump (GGUF) keep their bytes, and older readers still read them.
+    scale: Annotated[PositiveFloat, Field(exclude_if=lambda scale: scale == 1)] = 1.0
 
 
 class SigmoidRouter(Section):
@@ -212,7 +179,20 @@ class Model(Section):
                 raise ValueError(
                     f"original_max_seq_len is {of_rope} in rope and {of_queries} in query_scaling; use the same value in both"
                 )
+        _check_scale_correction(self)
         return self
+
+
+def _check_scale_correction(model: Model) -> None:
+    """Raise ValueError if the correction of the softmax scale has no effect."""
+    attention = model.attention
+    if not isinstance(attention, MultiHeadLatentAttention) or attention.scale_correction == "none":
+        return
+    if not isinstance(model.rope, YarnRope) or not model.rope.mscale_all_dim or model.rope.factor <= 1:
+        raise ValueError(
+            "attention.scale_correction mscale_squared has no effect without a yarn rope with a factor above 1 and an "
+            "mscale_all_dim other than 0; use none, or change rope"
+        )
 
 
 def _check_periods(model: Model) -> None:
@@ -232,7 +212,7 @@ def _check_periods(model: Model) -> None:
 
 
 def _check_family(model: Model) -> None:
-    """Raise ValueError if the model uses a feature that its family does not have."""
+    """Raise ValueError if the model uses a feature that its family does not have, or lacks one that every such model has."""
     family = FAMILIES[model.family]
     if family.sparse != isinstance(model.ffn, MoeFfn):
         sparse = ", ".join(name for name, row in FAMILIES.items() if row.sparse)
@@ -240,7 +220,11 @@ def _check_family(model: Model) -> None:
             f"family {model.family} cannot have a {model.ffn.name} ffn: {sparse} must have a moe ffn, and all others a dense one; "
             "change model.ffn or model.family"
         )
-    excess = features(model) - family.features
+    present = features(model)
+    for feature, phrase in FEATURES.items():
+        if feature in family.required - present:
+            raise ValueError(f"family {model.family} must have {phrase}; add it, or change model.family")
+    excess = present - family.features
     for feature, phrase in FEATURES.items():
         if feature in excess:
             owners = ", ".join(name for name, row in FAMILIES.items() if feature in row.features)
@@ -250,9 +234,10 @@ def _check_family(model: Model) -> None:
 def features(model: Model) -> frozenset[Feature]:
     """Return the features of a model that not every family, or not every file format, supports."""
     attention = model.attention
-    windows = set(model.attention.windows)
+    windows = set(attention.windows)
     ffn = model.ffn
     present: dict[Feature, bool] = {
+        "mla": isinstance(attention, MultiHeadLatentAttention),
         "window": windows != {None},
         "interleaved_windows": len(windows) > 1,
         "yarn": isinstance(model.rope, YarnRope),
@@ -263,6 +248,7 @@ def features(model: Model) -> frozenset[Feature]:
         present |= {
             "sigmoid_router": isinstance(ffn.router, SigmoidRouter),
             "router_bias": ffn.router.bias,
+            "router_scale": isinstance(ffn.router, SoftmaxRouter) and ffn.router.scale != 1,
             "shared_experts": ffn.num_shared_experts > 0,
             "dense_layers": ffn.dense_layers is not None,
         }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, assert_never
 
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model, MoeFfn, without_format
+from moe_train.config.attention import Attention, GroupedQueryAttention, MultiHeadLatentAttention
 from moe_train.config.compute import Compute, Mesh
-from moe_train.config.optimization import Loss
+from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.training import Evaluation, Train
 
 
@@ -18,6 +19,8 @@ class Sections(Protocol):
     def lora(self) -> Lora | None: ...
     @property
     def train(self) -> Train: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
     @property
     def loss(self) -> Loss: ...
     @property
@@ -64,10 +67,9 @@ def check_model(sections: Sections, model: Model) -> None:
     """Raise ValueError if `model` (stated, or read from `init_from`) does not fit the other sections."""
     mesh = sections.mesh
     loss = sections.loss
-    attention = model.attention
-    # fsdp splits D; tensor splits heads, F and V (machine/mesh.py). Key heads are the fewest, and divide the query heads.
+    # fsdp splits D; tensor splits heads, F and V (machine/mesh.py).
     _check_divides(mesh.fsdp, "fsdp", model.model_dim, "model_dim")
-    _check_divides(mesh.tensor, "tensor", attention.num_kv_heads, "num_kv_heads")
+    _check_heads(mesh.tensor, model.attention)
     _check_divides(mesh.tensor, "tensor", model.ffn.ffn_dim, "ffn_dim")
     if isinstance(model.ffn, MoeFfn) and model.ffn.dense_layers is not None:
         _check_divides(mesh.tensor, "tensor", model.ffn.dense_layers.ffn_dim, "ffn.dense_layers.ffn_dim")
@@ -85,10 +87,13 @@ def check_model(sections: Sections, model: Model) -> None:
     inexpressible = without_format(model)
     if inexpressible and sections.export != "none":
         raise ValueError(
-            f"no file format can express {inexpressible} of family {model.family}; set export: none to train it anyway"
+            f"model has {inexpressible}, which no file format of family {model.family} can express; "
+            "set export: none to train it anyway"
         )
     if not inexpressible and sections.export == "none":
         raise ValueError(f"export: none has no effect, since the model can be exported (family {model.family}); leave it out")
+    if loss.balance_over == "step" and not loss.load_balance_loss_coef:
+        raise ValueError("loss.balance_over step has no effect without loss.load_balance_loss_coef; leave it out")
     coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
     if isinstance(model.ffn, MoeFfn):
         _check_divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")
@@ -112,6 +117,32 @@ def check_model(sections: Sections, model: Model) -> None:
             raise ValueError(f"train.capacity_factor is set, but a {model.family} model has no experts; leave it out")
         if any(coefs.values()) or loss.bias_update_rate is not None:
             raise ValueError(f"loss has router coefficients, but a {model.family} model has no routers; leave them out")
+
+
+def _check_heads(tensor: int, attention: Attention) -> None:
+    """Raise ValueError if the heads do not divide evenly over mesh axis `tensor`."""
+    match attention:
+        case GroupedQueryAttention(num_kv_heads=num_kv_heads):
+            # Key heads are the fewest, and divide the query heads.
+            _check_divides(tensor, "tensor", num_kv_heads, "num_kv_heads")
+        case MultiHeadLatentAttention(num_heads=num_heads):
+            _check_divides(tensor, "tensor", num_heads, "num_heads")
+        case _:
+            assert_never(attention)
+
+
+def check_rounding(sections: Sections) -> None:
+    """Raise ValueError if `optimizer.rounding` is stated and no trained weight is bfloat16."""
+    rounding = sections.optimizer.rounding
+    if rounding == "nearest":
+        return
+    if sections.lora is not None:
+        reason = "adapters, and what is trained with them, are float32"
+    elif sections.compute.param_dtype == "float32":
+        reason = "compute.param_dtype is float32"
+    else:
+        return
+    raise ValueError(f"optimizer.rounding {rounding} has no effect: {reason}; leave it out")
 
 
 def _check_divides(size: int, axis: str, dim: int, name: str) -> None:

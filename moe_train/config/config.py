@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model
-from moe_train.config.checks import check_batch, check_model
+from moe_train.config.checks import check_batch, check_model, check_rounding
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
 from moe_train.config.objective import NextToken, Objective, check_records
@@ -55,6 +55,7 @@ class Config(Section):
         if self.data is not None:
             check_records(self.objective, self.data)
         check_batch(self)
+        check_rounding(self)
         if self.compute.attention == "cudnn" and self.compute.dtype == "float32":
             raise ValueError(
                 "compute.attention cudnn does not support float32; set compute.dtype to bfloat16, or attention to auto"

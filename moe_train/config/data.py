@@ -20,17 +20,24 @@ class HuggingFaceTokenizer(Section):
     """A Hugging Face tokenizer.
 
     path: a directory with `tokenizer.json` (and `tokenizer_config.json`, `chat_template.jinja`), or the `tokenizer.json` itself.
+    longest_stretch: most characters that are encoded at once; longer texts are split between words, and a longer text without such
+    a place, as fifty million times the same letter, is an error. A million characters take about 250 MB.
     """
 
     name: Literal["huggingface"]
     path: LocalPath
+    longest_stretch: Positive = 1 << 20
 
 
 class MistralTokenizer(Section):
-    """A Mistral tokenizer, read by mistral-common: a `tekken.json` or a sentencepiece `tokenizer.model.v*`."""
+    """A Mistral tokenizer, read by mistral-common: a `tekken.json` or a sentencepiece `tokenizer.model.v*`.
+
+    longest_stretch: as of a Hugging Face tokenizer.
+    """
 
     name: Literal["mistral"]
     path: LocalPath
+    longest_stretch: Positive = 1 << 20
 
 
 Tokenizer = Annotated[HuggingFaceTokenizer | MistralTokenizer, Field(discriminator="name")]

@@ -10,11 +10,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-FamilyName = Literal["mistral", "mixtral", "ministral", "ministral3", "llama"]
+FamilyName = Literal["mistral", "mixtral", "ministral", "ministral3", "llama", "mistral4", "deepseek_v3"]
 """The name of a model family."""
 FileFormat = Literal["hf", "mistral", "gguf"]
 """A file format of whole models; an adapter format uses the tensor names of one of these."""
 Feature = Literal[
+    "mla",
     "window",
     "interleaved_windows",
     "yarn",
@@ -22,12 +23,14 @@ Feature = Literal[
     "tied_embeddings",
     "sigmoid_router",
     "router_bias",
+    "router_scale",
     "shared_experts",
     "dense_layers",
 ]
 """An architectural feature that not every family or file format supports."""
 
 FEATURES: dict[Feature, str] = {
+    "mla": "multi-head latent attention (attention.name mla)",
     "window": "an attention window (attention.windows)",
     "interleaved_windows": "interleaved attention.windows",
     "yarn": "a yarn rope",
@@ -35,10 +38,17 @@ FEATURES: dict[Feature, str] = {
     "tied_embeddings": "tied embeddings",
     "sigmoid_router": "a sigmoid router",
     "router_bias": "a router bias",
+    "router_scale": "a softmax router with a scale (ffn.router.scale)",
     "shared_experts": "shared experts",
     "dense_layers": "dense first layers",
 }
 """The phrase for each feature in messages."""
+
+
+HuggingFaceExperts = Literal["block_sparse_moe", "mlp", "fused"]
+"""How a file of Hugging Face's layout stores routed experts: a tensor for each matrix of each expert, under Mixtral's names or
+under those of a dense layer; or all experts in one tensor, with gate and up in another one.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class HuggingFaceFamily:
     """Fields of config.json that may be missing, because every version of transformers has the same default."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Additional fields of the family's config.json, each with the only value that is supported here."""
+    experts: HuggingFaceExperts = "block_sparse_moe"
+    """How routed experts are stored in the files that are written."""
     heads_divide_model_dim: bool = False
     """Whether transformers rejects a model_dim that is not a multiple of num_heads."""
 
@@ -62,6 +74,15 @@ length, up to which the model behaves the same without a window.
 """
 
 
+_LATENT: frozenset[Feature] = frozenset({"mla", "yarn", "tied_embeddings", "shared_experts", "dense_layers"})
+"""Features that all models with multi-head latent attention may have."""
+_MISTRAL4: frozenset[Feature] = _LATENT | {"query_scaling", "router_scale"}
+"""Features of Mistral Small 4 and of Mistral Large 3, which differ in the dense first layers only."""
+_FIXED_OF_LATENT: Mapping[str, Any] = {"attention_bias": False, "rope_interleave": True, "norm_topk_prob": True}
+"""Fields that transformers has for every model with multi-head latent attention."""
+_DEEPSEEK_V3: frozenset[Feature] = _LATENT | {"sigmoid_router", "router_bias"}
+
+
 @dataclass(frozen=True)
 class Family:
     """One row of the table."""
@@ -69,6 +90,8 @@ class Family:
     hugging_face: HuggingFaceFamily
     features: frozenset[Feature]
     """The features that a model of the family may have."""
+    required: frozenset[Feature] = frozenset()
+    """The features that every model of the family has."""
     sparse: bool = False
     """Whether models of the family have (and need) a sparse ffn; otherwise a dense one."""
     formats: Mapping[FileFormat, frozenset[Feature]] = field(default_factory=lambda: _IN_EVERY_FORMAT)
@@ -81,7 +104,7 @@ FAMILIES: dict[FamilyName, Family] = {
     "mistral": Family(HuggingFaceFamily("MistralForCausalLM"), frozenset({"window", "tied_embeddings"})),
     "mixtral": Family(
         HuggingFaceFamily("MixtralForCausalLM", defaults={"sliding_window": None}),
-        frozenset({"window", "tied_embeddings", "sigmoid_router", "router_bias", "shared_experts", "dense_layers"}),
+        frozenset({"window", "tied_embeddings", "sigmoid_router", "router_bias", "router_scale", "shared_experts", "dense_layers"}),
         sparse=True,
         vllm_adapts_ends=True,
     ),
@@ -99,6 +122,21 @@ FAMILIES: dict[FamilyName, Family] = {
         frozenset({"tied_embeddings"}),
         vllm_adapts_ends=True,
     ),
+    "mistral4": Family(
+        HuggingFaceFamily("Mistral4ForCausalLM", fixed=_FIXED_OF_LATENT, experts="fused"),
+        _MISTRAL4,
+        # transformers computes the frequencies of other kinds of rope for the whole head, and fails.
+        required=frozenset({"mla", "yarn", "shared_experts"}),
+        sparse=True,
+        formats={"hf": _MISTRAL4, "mistral": _MISTRAL4, "gguf": _MISTRAL4},
+    ),
+    "deepseek_v3": Family(
+        HuggingFaceFamily("DeepseekV3ForCausalLM", fixed=_FIXED_OF_LATENT, experts="mlp"),
+        _DEEPSEEK_V3,
+        required=frozenset({"mla", "sigmoid_router", "router_bias", "shared_experts"}),
+        sparse=True,
+        formats={"hf": _DEEPSEEK_V3, "gguf": _DEEPSEEK_V3},
+    ),
 }
 """The table."""
 
@@ -115,7 +153,8 @@ def family_with(features: Collection[Feature], *, sparse: bool, file_format: Fil
         ValueError: no family has all of these features.
     """
     for name, family in FAMILIES.items():
-        if family.sparse == sparse and file_format in family.formats and set(features) <= family.features:
+        may_have = family.required <= set(features) <= family.features
+        if family.sparse == sparse and file_format in family.formats and may_have:
             return name
     kind = "sparse" if sparse else "dense"
     raise ValueError(f"no {kind} family can have all of {describe_features(features)}; remove some of them")

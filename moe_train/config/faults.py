@@ -11,22 +11,25 @@ from pydantic import ValidationError
 from pydantic.json_schema import JsonSchemaValue
 
 from moe_train.config.other_trainers import remark
-from moe_train.config.schema import all_keys, key_path, members, owners
+from moe_train.config.schema import FileSchema, schema_of
+from moe_train.config.section import Section
 from moe_train.config.strict_yaml import KeyPath, YamlValue, shown
 
 
-def explain_errors(error: ValidationError, tree: dict[str, YamlValue]) -> Iterator[tuple[KeyPath, str]]:
-    """Translate pydantic's validation errors into messages about the config file.
+def explain_errors(error: ValidationError, tree: dict[str, YamlValue], file_kind: type[Section]) -> Iterator[tuple[KeyPath, str]]:
+    """Translate pydantic's validation errors into messages about a config file.
 
     Args:
         error: the error that validating the config raised.
         tree: the config as plain values, to find the key that a check of a whole section blames.
+        file_kind: the kind of file, such as `Config`.
 
     Yields:
         The path of the key at fault, and a message in one line.
     """
+    schema = schema_of(file_kind)
     for fault in error.errors(include_url=False):
-        path, section = key_path(fault["loc"])
+        path, section = schema.key_path(fault["loc"])
         kind = fault["type"]
         invalid = fault["input"]
         context = fault.get("ctx", {})
@@ -36,11 +39,11 @@ def explain_errors(error: ValidationError, tree: dict[str, YamlValue]) -> Iterat
             message = " ".join(str(context["error"]).split())
             yield _blamed_path(path, message, tree), message
         elif kind == "extra_forbidden":
-            yield path, f"unknown key; {_suggestion(path, section)}{value}"
+            yield path, f"unknown key; {_suggestion(path, section, schema)}{value}"
         elif kind == "missing":
             names = ""
             if "discriminator" in section:
-                names = f"; a section whose name is one of {', '.join(members(section))}"
+                names = f"; a section whose name is one of {', '.join(schema.members(section))}"
             yield path, f"required, and missing{names}"
         elif kind in ("union_tag_invalid", "union_tag_not_found"):
             # pydantic reports the expected tags only as one text.
@@ -94,19 +97,32 @@ def _blamed_path(section: KeyPath, message: str, tree: dict[str, YamlValue]) -> 
     section_tree: Any = tree  # pydantic found the section, so each part of its path exists
     for part in section:
         section_tree = section_tree[part]
-    for name in re.findall(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)*", message):
+    if not isinstance(section_tree, dict):
+        return section  # the check is one of this value alone, whatever else its message mentions
+    for match in re.finditer(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)*", message):
         # A message names keys relative to its own section or by their full path.
         for base, prefix in ((section_tree, section), (tree, ())):
-            parts = name.split(".")
+            parts = match[0].split(".")
             for part in parts:
                 # None ends the walk: the rest of a path below a missing key is missing too.
                 base = base.get(part) if isinstance(base, dict) else None
-            if base is not None:
+            if base is not None and _is_key(match, base):
                 return (*prefix, *parts)
     return section
 
 
-def _suggestion(path: KeyPath, section: JsonSchemaValue) -> str:
+def _is_key(word: re.Match[str], value: YamlValue) -> bool:
+    """Return whether a word of a message means the key of that name, with this value: many keys are English words too.
+
+    It does as a path or a name of several words, as the first word of the message, or with the key's value after it.
+    """
+    if "." in word[0] or "_" in word[0] or word.start() == 0:
+        return True
+    after = word.string[word.end() :].removeprefix(":").removeprefix(" is").lstrip()
+    return not isinstance(value, dict) and after.startswith((str(value), shown(value)))
+
+
+def _suggestion(path: KeyPath, section: JsonSchemaValue, schema: FileSchema) -> str:
     """Suggest what an unknown key was meant to be.
 
     The candidates, in this order: a key of another kind of the same union, another trainer's name for a setting, a similar key of
@@ -114,12 +130,13 @@ def _suggestion(path: KeyPath, section: JsonSchemaValue) -> str:
     """
     *parents, key = path
     section_keys = list(section.get("properties", {}))
-    elsewhere = [p for p in all_keys() if p.rpartition(".")[2] == key]
+    elsewhere = [p for p in schema.all_keys() if p.rpartition(".")[2] == key]
     # `all_keys` enters lists at item 0, whatever the index in the file.
     section_path = ".".join("0" if isinstance(part, int) else part for part in parents)
     siblings = [p for p in elsewhere if p.rpartition(".")[0] == section_path]
     if siblings:
-        return f"{section['properties']['name']['const']} does not have it; it belongs to {' and '.join(owners(key, section_path))}"
+        kinds = " and ".join(schema.owners(key, section_path))
+        return f"{section['properties']['name']['const']} does not have it; it belongs to {kinds}"
     trainer_remark = remark(str(key))
     if trainer_remark:
         return trainer_remark
@@ -129,7 +146,7 @@ def _suggestion(path: KeyPath, section: JsonSchemaValue) -> str:
     if elsewhere:
         return f"did you mean {' or '.join(dict.fromkeys(elsewhere))}?"
     # Reversed, so that of several keys of one name the first in the schema remains.
-    names = {p.rpartition(".")[2]: p for p in reversed(all_keys())}
+    names = {p.rpartition(".")[2]: p for p in reversed(schema.all_keys())}
     if closest := difflib.get_close_matches(str(key), names, n=1, cutoff=0.75):
         return f"did you mean {names[closest[0]]}?"
     return f"{'.'.join(map(str, parents)) or 'a config'} has {', '.join(_nearest_first(str(key), section_keys))}"

@@ -56,14 +56,25 @@ Schedule = Annotated[ConstantSchedule | CosineSchedule | LinearSchedule | WsdSch
 """The tagged union of learning-rate schedules."""
 
 
+Rounding = Literal["nearest", "stochastic", "float32_master"]
+"""How the sum of a bfloat16 weight and its update is rounded."""
+
+
 class _OptimizerBase(Section):
-    """The settings that all optimizers have."""
+    """The settings that all optimizers have.
+
+    rounding: how updates reach weights of `compute.param_dtype` bfloat16 in full training. With nearest, updates below 1/512 of a
+    weight vanish. float32_master keeps float32 copies in the optimizer state, and rounds the weights from them; stochastic rounds
+    up or down at random, right on average. Both keep the moments in float32: with AdamW 14 and 10 bytes per parameter instead of
+    6. The setting is fixed when a run starts.
+    """
 
     learning_rate: PositiveFloat
     schedule: Schedule = ConstantSchedule(name="constant")
     weight_decay: NonNegativeFloat = 0.0
     no_decay: tuple[Literal["norms", "biases", "router", "embeddings"], ...] = ("norms", "biases")
     max_grad_norm: PositiveFloat | None = 1.0
+    rounding: Rounding = "nearest"
 
 
 class AdamW(_OptimizerBase):
@@ -117,9 +128,17 @@ class Loss(Section):
 
     load_balance_loss_coef, router_z_loss_coef: coefficients of the two router losses, applied per layer. Full training of a
     sparse model must state them. bias_update_rate: how far one step moves the bias of a router that has one: up for an expert
-    with less than the mean load of the step, down for one with more (DeepSeek-V3 uses 0.001).
+    with less than the mean load of the step, down for one with more (DeepSeek-V3 uses 0.001). balance_over: the tokens whose
+    loads the balance loss multiplies. With microbatch it is the mean of the microbatches' losses, weighted by their tokens. With
+    step (arXiv:2501.11873) loss and gradient are those of one large batch, whatever train.microbatches is; if that is more than
+    one, each step begins with a forward pass that counts the loads, a quarter to a third more work.
     """
 
     load_balance_loss_coef: NonNegativeFloat | None = None
     router_z_loss_coef: NonNegativeFloat | None = None
     bias_update_rate: NonNegativeFloat | None = None
+    balance_over: Literal["microbatch", "step"] = "microbatch"
+
+    def needs_routing_pass(self, microbatches: int) -> bool:
+        """Return whether each step begins with a forward pass that counts the loads of all microbatches."""
+        return self.balance_over == "step" and microbatches > 1 and bool(self.load_balance_loss_coef)

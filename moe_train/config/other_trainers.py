@@ -78,6 +78,8 @@ RENAMED = {
     "optimizer.b2": "adam_beta2 adam_b2 beta2",
     "optimizer.eps": "adam_epsilon adam_eps",
     "optimizer.max_grad_norm": "gradient_clipping gradient_clipping_threshold clip_grad max_norm",
+    "train.spike_guard": "loss_watchdog_threshold loss_watchdog_patience",
+    "optimizer.rounding": "bf16_stochastic_round use_stochastic_rounding master_weights main_params_dtype",
     "train.capacity_factor": "moe_expert_capacity_factor expert_capacity_factor",
     "train.steps": "max_steps num_train_steps train_iters",
     "train.epochs": "num_train_epochs num_epochs",

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import ValidationError
 
 from moe_train.config import Config, strict_yaml
 from moe_train.config.faults import explain_errors
+from moe_train.config.section import Section
 from moe_train.config.strict_yaml import ConfigError, KeyPath, YamlValue, dotted, parse_yaml, shown
 
 YamlSection: TypeAlias = dict[str, YamlValue]
@@ -33,6 +34,15 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
         FileNotFoundError: there is no such file.
         ConfigError: with every error, one per line.
     """
+    return load_section(path, Config, overrides)
+
+
+_Kind = TypeVar("_Kind", bound=Section)
+"""The kind of a file: the section that its keys belong to."""
+
+
+def load_section(path: str | Path, kind: type[_Kind], overrides: Iterable[str] = ()) -> _Kind:
+    """Read and check a YAML file of any kind; arguments and errors are those of `load_config`."""
     path = Path(path)
     if not path.is_file():
         problem = "no such config file"
@@ -49,7 +59,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     origins = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
     for override in overrides:
         _apply(tree, origins, override)
-    return _validate(tree, origins)
+    return _validate(tree, origins, kind)
 
 
 def _apply(tree: YamlSection, origins: dict[KeyPath, str], override: str) -> None:
@@ -87,13 +97,13 @@ def _apply(tree: YamlSection, origins: dict[KeyPath, str], override: str) -> Non
     origins[path] = origin
 
 
-def _validate(tree: YamlSection, origins: dict[KeyPath, str]) -> Config:
+def _validate(tree: YamlSection, origins: dict[KeyPath, str], kind: type[_Kind]) -> _Kind:
     """Validate the tree; raise ConfigError with the origin of each error."""
     try:
         # As JSON, since strict types accept a list as a tuple only when they read JSON.
-        return Config.model_validate_json(json.dumps(tree))
+        return kind.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        faults = {(path, message): None for path, message in explain_errors(error, tree)}
+        faults = {(path, message): None for path, message in explain_errors(error, tree, kind)}
     raise ConfigError("\n".join(f"{_origin(origins, path)}: {dotted(path)}{message}" for path, message in faults))
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
 
 from moe_train import config
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.mesh import BATCH, put_batch
 from moe_train.model.parameters import Parameters, combine
 from moe_train.model.transformer import empty_caches
@@ -165,3 +166,12 @@ def _choose(logits: np.ndarray, temperature: float, key: tuple[int, ...]) -> int
         return int(np.argmax(logits))
     noise = np.random.default_rng(key).gumbel(size=logits.shape)
     return int(np.argmax(logits / temperature + noise))
+
+
+def decode_after(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int]) -> str:
+    """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text."""
+    prefix = tokenizer.decode(list(before))
+    full_text = tokenizer.decode([*before, *after])
+    if full_text.startswith(prefix):
+        return full_text[len(prefix) :]
+    return tokenizer.decode(list(after))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,10 @@ from moe_train.model.parameters import Parameters
 from moe_train.train.objectives.objective import Mean, Metric
 
 
+class EvaluationStopped(Exception):
+    """An evaluation was stopped between two batches, in all processes."""
+
+
 def evaluate_held_out(
     sums: BatchSums,
     params: Parameters,
@@ -25,6 +30,7 @@ def evaluate_held_out(
     mesh: Mesh,
     batches: int | None = None,
     drift: Drift | None = None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Compute the objective's metrics on held-out batches.
 
@@ -36,11 +42,15 @@ def evaluate_held_out(
         mesh: The device mesh.
         batches: Number of batches to use; None for all.
         drift: How to compare the routing with that of the base model, on the first `drift.batches` batches; None to skip it.
+        is_stopped: Asked before each batch whether to stop; all processes must get the same answer.
 
     Returns:
         The metrics: `loss` and those that the objective names. With `drift` also `routing_drift[l]`, the share of layer l's
         assignments that differ from the base model's, and `dead_experts[l]`, the share of experts that got less than 1% of an
         even share.
+
+    Raises:
+        EvaluationStopped: `is_stopped` returned True.
     """
     assert loader.batches is not None  # only the training loader is endless
     num_batches = loader.batches if batches is None else min(batches, loader.batches)
@@ -58,6 +68,8 @@ def evaluate_held_out(
     totals: dict[str, Metric] | None = None
     in_progress = dispatch(0)  # a loader has at least one row
     for i in range(1, num_batches):
+        if is_stopped():
+            raise EvaluationStopped
         # The next batch is dispatched before the previous one is read, so that the device stays busy.
         dispatched = dispatch(i)
         totals = _add(totals, in_progress)

@@ -36,6 +36,13 @@ Inside a model, whose replicas may compute on their own, use `batch_axes()`.
 """
 
 
+HEARTBEAT_SECONDS = 600
+"""Seconds after which JAX aborts a job whose process gives no sign of life, such as one in a virtual machine that is paused.
+
+JAX's own limit of 100 s ends jobs that would continue. Processes that died are detected at once (`machine.processes`).
+"""
+
+
 def join_processes() -> None:
     """Join the other processes of this job, if the environment describes any (`processes.job`).
 
@@ -52,9 +59,9 @@ def join_processes() -> None:
     try:
         # Deactivated, since JAX would otherwise look for a cluster of its own (Slurm, MPI) and might find another one.
         if isinstance(job, processes.Job):
-            jax.distributed.initialize(*job, cluster_detection_method="deactivate")
+            jax.distributed.initialize(*job, cluster_detection_method="deactivate", heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
         else:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         # The other processes may only be late, so the same command may succeed.

@@ -1,7 +1,7 @@
 """The processes of a job: how the environment describes them, and how a process detects the loss of another.
 
 A process whose peer has died would wait in a collective forever, or until JAX's coordination service misses heartbeats for
-100 s and aborts it with a page of C++ output. So each process holds a TCP connection to the first one, which the kernel
+some minutes and aborts it with a page of C++ output. So each process holds a TCP connection to the first one, which the kernel
 closes when either dies: at once, or within a minute if a whole host has vanished.
 
 When the first process is lost, JAX's coordination client also aborts the others, about 0.2 s later; by then the watch has

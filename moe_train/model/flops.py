@@ -6,6 +6,7 @@ They exclude everything else that a program computes: recomputation, and the mas
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import assert_never
 
 import jax
 from jaxtyping import Array, Shaped
@@ -21,8 +22,8 @@ def flops_per_token(
 
     Weights: 2 FLOPs per weight that the token passes through in the forward pass, and twice that in the backward pass (gradients
     of input and weight). Of the experts, the chosen and the shared ones count; the head counts once, the embedding lookup does
-    not. Attention scores and values: 2 * 2 * N * H per pair of query and visible key, also times three; a query sees T / 2 keys
-    on average (W - W^2 / 2T with a window W), as if each row were one sequence.
+    not. Attention scores and values: 2 * 2 * N * H per pair of query and visible key (2 * N * (H + W) if values have W dims), also
+    times three; a query sees T / 2 keys on average (W - W^2 / 2T with a window W), as if each row were one sequence.
 
     Args:
         model: model section of the config.
@@ -32,11 +33,7 @@ def flops_per_token(
             None or empty for full training.
     """
     D = model.model_dim
-    N = model.attention.num_heads
-    K = model.attention.num_kv_heads
-    H = model.attention.head_dim
-    # Projections of queries and outputs (N heads), and of keys and values (K heads).
-    attention = 2 * D * N * H + 2 * D * K * H
+    attention = _attention_weights(D, model.attention)
     # The head's product; the embedding is a lookup, without FLOPs.
     base = model.vocab_size * D
     keys = 0.0
@@ -44,11 +41,40 @@ def flops_per_token(
         base += stack.num_layers * (attention + _ffn_weights(D, stack.ffn))
         keys += stack.repeats * sum(_visible_keys(seq_len, window) for window in stack.windows)
     # Scores and weighted values, 2 FLOPs per entry each; the backward pass takes twice the forward pass.
-    pairs = 3 * 4 * N * H * keys
+    pairs = 3 * 2 * _pair_entries(model.attention) * keys
     if not adapters:
         return 6 * base + pairs
     trained = sum(_adapter_flops(model, ParameterPath.parse(path), x.size) for path, x in adapters.items())
     return 4 * base + trained + pairs
+
+
+def _attention_weights(model_dim: int, attention: config.Attention) -> int:
+    """Return the number of weights of a layer's attention; a token passes through all of them."""
+    D = model_dim
+    a = attention
+    match a:
+        case config.GroupedQueryAttention():
+            # Projections of queries and outputs, and of keys and values.
+            return 2 * D * a.num_heads * a.head_dim + 2 * D * a.num_kv_heads * a.head_dim
+        case config.MultiHeadLatentAttention():
+            query_dims = a.num_heads * a.qk_head_dim
+            queries = D * query_dims if a.q_lora_rank is None else a.q_lora_rank * (D + query_dims)
+            into_latent = D * (a.kv_lora_rank + a.qk_rope_head_dim)
+            from_latent = a.kv_lora_rank * a.num_heads * (a.qk_nope_head_dim + a.v_head_dim)
+            return queries + into_latent + from_latent + a.num_heads * a.v_head_dim * D
+        case _:
+            assert_never(a)
+
+
+def _pair_entries(attention: config.Attention) -> int:
+    """Return the number of products of a query with a key, and of a weight with its value, over all heads."""
+    match attention:
+        case config.GroupedQueryAttention(num_heads=N, head_dim=H):
+            return 2 * N * H
+        case config.MultiHeadLatentAttention(num_heads=N):
+            return N * (attention.qk_head_dim + attention.v_head_dim)
+        case _:
+            assert_never(attention)
 
 
 def _ffn_weights(model_dim: int, ffn: config.Ffn) -> int:

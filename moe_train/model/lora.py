@@ -76,15 +76,16 @@ def _modules(model: Any) -> Iterator[tuple[str, nnx.Module]]:
                 if isinstance(part, RMSNorm):
                     yield name, part
                 elif isinstance(part, nnx.Module):
-                    yield from _adapted(name, part)
+                    yield from _parts(name, part)
 
 
-def _adapted(name: str, module: nnx.Module) -> Iterator[tuple[str, Adapted]]:
+def _parts(name: str, module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """Yield (name, module) for every module with weights of its own inside `module`."""
     for n, part in vars(module).items():
-        if isinstance(part, Adapted):
+        if isinstance(part, Adapted | RMSNorm):  # norms of latents
             yield f"{name}.{n}", part
         elif isinstance(part, nnx.Module):  # shared experts
-            yield from _adapted(f"{name}.{n}", part)
+            yield from _parts(f"{name}.{n}", part)
 
 
 def _check_patterns(key: str, patterns: Iterable[str], names: Iterable[str]) -> None:

@@ -22,8 +22,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_train import config
 from moe_train.machine.mesh import use_default_mesh
-from moe_train.model.attention.gqa import Cache
-from moe_train.model.attention.kinds import attention_class
+from moe_train.model.attention.kinds import Cache, apply_attention, attention_layer, empty_cache
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Embedding, Head, Linear, RMSNorm, keys_of
 from moe_train.model.lora import adaptable, add_lora
@@ -54,7 +53,7 @@ class Layer(nnx.Module):
     def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None, ffn: config.Ffn):
         dtype = jnp.dtype(compute.param_dtype)
         self.attention_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
-        self.attention = attention_class(model.attention)(rngs, model, compute, window)
+        self.attention = attention_layer(rngs, model, compute, window)
         self.ffn_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
         self.ffn = _feed_forward(rngs, model, compute, ffn)
 
@@ -72,14 +71,15 @@ class Layer(nnx.Module):
             x_BTD: hidden states.
             positions_BT: positions, which restart in each segment.
             segment_ids_BT: packed segments; 0 for padding.
-            cache: keys and values of earlier positions; None outside generation.
+            cache: what the attention keeps of earlier positions; None outside generation.
             key: PRNG key for the dropout of the adapters; None for no dropout.
 
         Returns:
             The hidden states, the extended cache or None, and the router's statistics or None in a dense layer.
         """
         attention_key, ffn_key = keys_of(key, 2)
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segment_ids_BT, cache, attention_key)
+        h_BTD = self.attention_norm(x_BTD)
+        y_BTD, cache = apply_attention(self.attention, h_BTD, positions_BT, segment_ids_BT, cache, attention_key)
         x_BTD += y_BTD
         h_BTD = self.ffn_norm(x_BTD)
         stats = None
@@ -351,7 +351,6 @@ def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.
 
     There is a list for each stack, with one cache for each layer of its period.
     """
-    empty_cache = attention_class(model.attention).empty_cache
 
     def stack_caches(stack: config.LayerStack) -> list[Cache]:
         return [empty_cache(model.attention, stack.repeats, batch_size, max_len, dtype) for _ in range(stack.period)]

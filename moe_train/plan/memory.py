@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from moe_train import config
 from moe_train.model.sharding.collectives import LANES
+from moe_train.plan.attention_sizes import attention_sizes
 from moe_train.plan.traffic import MicrobatchShape, microbatch_shape
 from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes
 from moe_train.train.logits import CHUNK_ELEMENTS
@@ -31,7 +32,8 @@ class Memory(NamedTuple):
     layer: int
     """Gathered weights, exchanged rows and products of the one layer being computed, at its peak."""
     loss: int
-    """The head, its gradient and the logits of a chunk, as far as they exceed gradients and layer, whose space they reuse."""
+    """What computing the loss takes beyond gradients and layer, whose space it reuses; or, if more, what the gradients of embedding
+    and head take beyond the layer after the backward pass of all layers."""
 
     @property
     def total(self) -> int:
@@ -67,7 +69,9 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
         _layer_bytes(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
         for i, stack in enumerate(stacks)
     )
-    loss = max(0, _loss_bytes(model, layout, sizes, shape) - gradients - layer)
+    at_loss = _loss_bytes(model, layout, sizes, shape) - gradients - layer
+    at_end = _table_gradient_bytes(model, layout, sizes, shape) - layer
+    loss = max(0, at_loss, at_end)
     if M > 1:  # float32 copies of the sum so far and of the next summand
         gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
     return Memory(
@@ -119,11 +123,9 @@ def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[st
     b = shape.itemsize
     t = sizes["tensor"]
     D = model.model_dim
-    a = model.attention
-    heads = a.num_heads * a.head_dim // t
-    keys = a.num_kv_heads * a.head_dim // t
-    # q, k, v, the output, attention, and log-sum-exps in float32
-    saved = m * (heads + 2 * keys + D + heads) * b + m * a.num_heads // t * 4
+    a = attention_sizes(model)
+    # Results of all projections, attention, and log-sum-exps in float32.
+    saved = m * (a.latents + (a.projections_of_heads + a.outputs) // t + D) * b + m * a.num_heads // t * 4
     f = ffn.ffn_dim // t
     if not isinstance(ffn, config.MoeFfn):
         return saved + m * 2 * f * b
@@ -150,7 +152,7 @@ def _layer_bytes(
     m = shape.tokens
     b = shape.itemsize
     t = sizes["tensor"]
-    a = model.attention
+    a = attention_sizes(model)
     projections = 0
     for w in stacked:
         if w.kind == "linear" and not w.path.is_ffn and not w.path.is_adapter:
@@ -160,9 +162,8 @@ def _layer_bytes(
     else:
         parts = _dense_ffn_bytes(run, ffn, stacked, sizes, shape)
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
-    heads = a.num_heads * a.head_dim // t
-    keys = a.num_kv_heads * a.head_dim // t
-    attention = m * (heads * b + a.num_heads // t * 128 * 4) + m * (heads + 2 * keys) * b + 3 * m * model.model_dim * b
+    heads = (a.outputs + a.queries + a.keys + a.values) // t
+    attention = m * (heads * b + a.num_heads // t * 128 * 4) + 3 * m * model.model_dim * b
     # The product of gate and up involves six arrays in the backward pass (both, their product, and the gradient of each);
     # three of them reuse the space of the others, unless adapters need them again.
     has_adapters = any(w.path.is_adapter and w.path.is_ffn for w in stacked)
@@ -237,3 +238,17 @@ def _loss_bytes(model: config.Model, layout: WeightLayout, sizes: dict[str, int]
     rows = min(shape.tokens, max(128, CHUNK_ELEMENTS // v))
     head = v * D * (shape.itemsize + (4 if trained else 0))
     return head + rows * v * 4 + 2 * shape.tokens * D * shape.itemsize
+
+
+def _table_gradient_bytes(model: config.Model, layout: WeightLayout, sizes: dict[str, int], shape: MicrobatchShape) -> int:
+    """Return the bytes of the gradients of embedding and head before they are scattered.
+
+    XLA scatters the head's, in float32, only when the layers are done. The embedding's is then there three times in the compute
+    dtype: as it is summed over tokens, in another layout, and being scattered. Only large vocabularies make this the peak: in
+    Mistral Small 4 (131072 x 4096) and Large 3, which were compiled for v5p.
+    """
+    gathered = model.vocab_size // sizes["tensor"] * model.model_dim
+    trained = [w for w in layout.weights if w.kind == "table" and w.trainable and not w.path.is_adapter]
+    head = 4 if any(w.path.is_head or model.tie_embeddings for w in trained) else 0
+    embedding = 3 * shape.itemsize if any(w.path.is_embedding for w in trained) else 0
+    return gathered * (head + embedding)

@@ -19,6 +19,7 @@ from moe_train import config
 from moe_train.machine.devices import Device
 from moe_train.machine.mesh import AXES
 from moe_train.model.flops import flops_per_token
+from moe_train.plan.attention_sizes import attention_sizes
 from moe_train.plan.topology import Topology
 from moe_train.plan.traffic import Flow, MicrobatchShape, microbatch_shape
 from moe_train.plan.weights import WeightLayout, axis_sizes
@@ -85,6 +86,8 @@ def step_work(run: config.Run, layout: WeightLayout, flows: list[Flow], topology
     trained = layout.trainable if run.lora is not None else None
     model_flops = tokens * flops_per_token(model, train.seq_len, trained)
     recomputed_flops = tokens * _recomputed_flops(run, model, shape)
+    if run.loss.needs_routing_pass(train.microbatches):
+        recomputed_flops += tokens * _forward_flops(run)
     sizes = axis_sizes(run.mesh)
     dcn_bytes = sum(_bytes_between_slices(flow, sizes, topology.devices_per_slice) for flow in flows)
     return Work(
@@ -102,13 +105,17 @@ def _recomputed_flops(run: config.Run, model: config.Model, shape: MicrobatchSha
     With remat `full` it is the layers' whole forward pass, otherwise that of experts whose transport recomputes them.
     """
     D = model.model_dim
-    V = model.vocab_size
     if run.compute.remat == "full":
-        # A third of full training is its forward pass. The head is outside of the layers and so not rematerialized.
-        return flops_per_token(model, run.train.seq_len) / 3 - 2 * V * D
+        return _forward_flops(run)
     if isinstance(model.ffn, config.MoeFfn) and shape.recomputes_experts:
         return len(config.sparse_layers(model)) * 2 * 3 * D * model.ffn.ffn_dim * model.ffn.experts_per_token
     return 0.0
+
+
+def _forward_flops(run: config.Run) -> float:
+    """Return the FLOPs per token of the layers' forward pass, without the head."""
+    # A third of full training is its forward pass.
+    return flops_per_token(run.model, run.train.seq_len) / 3 - 2 * run.model.vocab_size * run.model.model_dim
 
 
 def _hbm_bytes(run: config.Run, model: config.Model, layout: WeightLayout, shape: MicrobatchShape) -> float:
@@ -121,7 +128,7 @@ def _hbm_bytes(run: config.Run, model: config.Model, layout: WeightLayout, shape
     sizes = axis_sizes(run.mesh)
     M = run.train.microbatches
     b = shape.itemsize
-    recomputations = 1 if run.compute.remat == "full" else 0
+    recomputations = (run.compute.remat == "full") + run.loss.needs_routing_pass(M)
     total = 0.0
     for w in layout.weights:
         gather_axes = ("fsdp",) if w.kind == "expert" else ("fsdp", "expert")
@@ -132,11 +139,11 @@ def _hbm_bytes(run: config.Run, model: config.Model, layout: WeightLayout, shape
             # The update (the last three) reads the gradient, and reads and writes the weight.
             total += M * weight_bytes * 3 + 3 * w.stored_bytes(sizes)
     total += 2 * layout.optimizer_bytes
-    a = model.attention
+    a = attention_sizes(model)
     t = sizes["tensor"]
     D = model.model_dim
     m = shape.tokens
-    heads = (2 * a.num_heads + 2 * a.num_kv_heads) * a.head_dim // t
+    heads = (a.projections_of_heads + a.outputs) // t + a.latents
     layers = 0
     for stack in config.stacks(model):
         ffn = stack.ffn

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from moe_train import config
 from moe_train.model.moe.transport.choose import choose_transport, exchange_sizes
 from moe_train.model.moe.transport.transport import TransportName
+from moe_train.plan.attention_sizes import attention_sizes
 from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -100,6 +101,8 @@ def flows(run: config.Run, layout: WeightLayout, platform: str | None = None) ->
     for w in layout.weights:
         collectives += _weight_flows(w, sizes, shape.itemsize, run.model.tie_embeddings)
     collectives += _token_flows(run, run.model, sizes, shape, platform)
+    if run.loss.needs_routing_pass(M):
+        collectives += [_in_forward_pass(flow) for flow in collectives]
     collectives = [flow._replace(bytes=M * flow.bytes) for flow in collectives]
     trained = (w for w in layout.weights if w.trainable)
     # Accumulated gradients are all-reduced in the compute dtype (`StepDefinition.gradient_dtype`).
@@ -111,6 +114,18 @@ def flows(run: config.Run, layout: WeightLayout, platform: str | None = None) ->
         combined[without_bytes] = combined.get(without_bytes, 0.0) + flow.bytes
     nonzero = [flow._replace(bytes=received) for flow, received in combined.items() if received]
     return sorted(nonzero, key=lambda flow: -flow.bytes)
+
+
+def _in_forward_pass(flow: Flow) -> Flow:
+    """Return what a forward pass alone moves of the same kind."""
+    share = 0.0
+    if flow.what == "tokens to experts":
+        share = 2 / 5  # there and back, which the backward pass repeats for inputs and for gradients
+    elif flow.what in ("activations", "queries"):
+        share = 1 / 3
+    elif flow.kind == "all-gather":  # of weights, keys and values: gathered again in the backward pass
+        share = 1 / 2
+    return flow._replace(bytes=share * flow.bytes)
 
 
 def _received_bytes(kind: str, devices: int, size: float) -> float:
@@ -165,7 +180,7 @@ def _token_flows(
     b = shape.itemsize
     D = model.model_dim
     L = model.num_layers
-    a = model.attention
+    a = attention_sizes(model)
     tensor = sizes["tensor"]
     context = sizes["context"]
     transfers = []
@@ -187,7 +202,7 @@ def _token_flows(
     # the tokens of all devices of `expert`; XLA:TPU scatters them before summing, so that only a device's own are left.
     x = m * D * b
     num_outputs = 2 if run.compute.remat == "full" else 1
-    attention = x * (num_outputs + 3)
+    attention = x * num_outputs + m * a.input_gradients * b
     dense = x * (1 + 2)
     y = x if shape.transport in (None, "all_gather") else m * D * 4  # other transports combine rows in float32
     num_shares = sizes["expert"] if shape.transport == "all_gather" and platform != "tpu" else 1
@@ -197,10 +212,10 @@ def _token_flows(
     # Along `context` each device gathers all keys and values, again in the backward pass, and scatters their gradients.
     # Queries and the outputs of attention are exchanged in zig-zag order (`context_parallel`) and back: in the forward pass,
     # in its recomputation, and for their gradients. With two devices, one half of each stays where it is.
-    keys = m * context * 2 * a.num_kv_heads * a.head_dim // tensor * b
-    queries = m * a.num_heads * a.head_dim // tensor * b
+    keys = m * context * (a.keys + a.values) // tensor * b
+    queries = m * (a.queries + a.outputs) // tensor * b
     add("keys and values", "all-gather", "context", keys, 2 * L)
     add("keys and values", "reduce-scatter", "context", keys, L)
     sent_queries = {1: 0.0, 2: queries / 2}.get(context, queries)
-    transfers.append(Flow("queries", "collective-permute", "context", 6 * L * sent_queries, False))
+    transfers.append(Flow("queries", "collective-permute", "context", 3 * L * sent_queries, False))
     return transfers

@@ -16,9 +16,9 @@ from moe_train import config
 from moe_train.machine import progress
 from moe_train.model.lora import scale_of_expert
 from moe_train.model.paths import ParameterPath
-from moe_train.proof import expected, reread
+from moe_train.proof import expected, fp8, reread
 from moe_train.proof.checks import Fault, Finding, MetricValue
-from moe_train.proof.expected import Part
+from moe_train.proof.expected_tensor import Part
 from moe_train.proof.reread import Stored
 from moe_train.proof.rounding import MANTISSA, decode_with_tolerance
 from moe_train.weights.on_disk import WeightFiles
@@ -189,7 +189,10 @@ def _change(stored: Stored, i: int, parts: int, b_oi: np.ndarray) -> _Change:
             stop = min(start + step, rows)
             base_chunk = b_oi[start:stop].astype(np.float64)
             raw = stored.read(file.fileno(), i * rows + start, i * rows + stop)
-            written, allowed = decode_with_tolerance(stored.kind, raw, base_chunk)
+            scales = None
+            if stored.scales is not None:
+                scales = fp8.scales_of_rows(fp8.read_scales(stored), start, stop, base_chunk.shape[1])
+            written, allowed = decode_with_tolerance(stored.kind, raw, base_chunk, scales)
             difference = written - base_chunk
             if stored.kind in MANTISSA:
                 stored_chunk = np.frombuffer(raw, reread.FLOAT_DTYPES[stored.kind]).reshape(base_chunk.shape)

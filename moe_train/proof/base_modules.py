@@ -27,6 +27,7 @@ _IN_MEMORY = {
     "multi_modal_projector.": "model.multi_modal_projector.",
 }
 """Prefixes of a wrapper's tensors in its files, and in memory if these differ."""
+_SCALES = ("_scale_inv", "_scale")
 _PREFIX = "base_model.model."
 _LORA_NAME = re.compile(r"(?P<module>.*)\.lora_(A\.weight|B\.weight|embedding_A|embedding_B)")
 
@@ -49,6 +50,8 @@ def read_base_modules(base: Path) -> BaseModules:
     is_wrapper = bool(set(architectures) & set(WRAPPERS)) or settings.get("model_type") == _WRAPPER_TYPE
     weights: set[str] = set()
     for name, stored in reread.tensors(base).items():
+        if stored.name.endswith(_SCALES):  # scales of FP8 weights and activations belong to no module that PEFT could adapt
+            continue
         if not stored.file.name.startswith("consolidated"):  # Mistral's own layout, which may be in the same folder
             weights.update(_weights_in_memory(name, stored, is_wrapper))
     weights.add("lm_head.weight")  # a tied head has no tensor

@@ -17,9 +17,9 @@ import numpy as np
 from moe_train import config
 from moe_train.machine import progress
 from moe_train.model.paths import ParameterPath
-from moe_train.proof import expected, reread
+from moe_train.proof import expected, fp8, reread
 from moe_train.proof.checks import Fault, Finding, MetricValue, NotChecked, first_and_count
-from moe_train.proof.expected import ExpectedTensor, Part
+from moe_train.proof.expected_tensor import ExpectedTensor, Part, as_is
 from moe_train.proof.reread import Stored
 from moe_train.proof.rounding import DECODED_KINDS, MANTISSA, decode_with_tolerance
 from moe_train.weights import together
@@ -41,6 +41,7 @@ FILE_KINDS = {
     "bfloat16": "BF16",
     "bf16": "BF16",
     "q8_0": "Q8_0",
+    "fp8": reread.FP8,
 }
 """Name of a dtype in numpy or llama.cpp -> its name in the headers of files."""
 
@@ -87,14 +88,23 @@ class TensorResults(NamedTuple):
 def stored_kind(layout: expected.ModelLayout, tensor: ExpectedTensor, dtype: str) -> str | None:
     """Return how a file of `dtype` stores a tensor; None if llama.cpp's own tool decides."""
     kind = FILE_KINDS.get(dtype.lower())
+    if kind == reread.FP8 and not _is_linear_of_layer(tensor):
+        return "BF16"
     if layout != "gguf":
-        return kind
+        # transformers keeps the biases of routers in float32.
+        return "F32" if tensor.name.endswith("e_score_correction_bias") else kind
     # llama.cpp keeps vectors and routers in float32, whatever the file's dtype.
     if len(tensor.shape) == 1 or tensor.name.endswith("ffn_gate_inp.weight"):
         return "F32"
     if kind == "Q8_0" and tensor.shape[-1] % 32:  # the rows are no whole number of blocks
         return "F16"
     return kind
+
+
+def _is_linear_of_layer(tensor: ExpectedTensor) -> bool:
+    """Return whether a tensor is a linear map of a layer, but no router: what FP8 files have quantized."""
+    path = ParameterPath.parse(tensor.parts[0].path)
+    return path.in_layer and path.leaf == "weight" and not path.is_router
 
 
 def check_names(stored: Mapping[str, Stored], expected_tensors: Sequence[ExpectedTensor], kinds: Mapping[str, str | None]) -> None:
@@ -154,7 +164,7 @@ def examine_tensors(
 
 def hash_only(stored: Mapping[str, Stored]) -> list[ExpectedTensor]:
     """Describe every tensor of the files as one that is hashed and not compared."""
-    unknown_part = (Part("", (), expected.as_is),)
+    unknown_part = (Part("", (), as_is),)
     return [ExpectedTensor(name, tensor.shape, unknown_part) for name, tensor in stored.items()]
 
 
@@ -172,6 +182,8 @@ def _examine(stored: Stored, tensor: ExpectedTensor, parameters: LazyParameters 
                 comparison = _PartComparison(part, parameters, lora)
             if not together.is_first():  # other processes have contributed their part of the values when they were fetched
                 continue
+            if comparison is not None and stored.scales is not None:
+                comparison.use_scales(stored)
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
                 raw = stored.read(file.fileno(), i * rows + start, i * rows + stop)
@@ -181,8 +193,14 @@ def _examine(stored: Stored, tensor: ExpectedTensor, parameters: LazyParameters 
                     problem = comparison.compare(stored, raw, start, stop)
                     if problem:
                         fault = f"{stored.name} {problem}"
+            if comparison is not None and comparison.maxima is not None and fault is None:
+                problem = comparison.maxima.fault()
+                if problem:
+                    fault = f"{stored.name} {problem}"
             if comparison is not None and comparison.adapter is not None:
                 merged.append(comparison.merge_result())
+    if stored.scales is not None:
+        total.update(fp8.read_scales(stored).tobytes())
     return TensorResult(total.hexdigest(), fault, tuple(merged))
 
 
@@ -198,10 +216,23 @@ class _PartComparison:
         self.adapter: tuple[np.ndarray, np.ndarray] | None = None
         if lora is not None and path.has_adapter(parameters):
             self.adapter = adapter_in_file_order(part, parameters, lora)
+        self.maxima: fp8.BlockMaxima | None = None
         self.squared_norm = 0.0
         self.inner_product = 0.0
         self.noise = 0.0
         self.changed = False
+
+    def use_scales(self, stored: Stored) -> None:
+        """Read the scales of an FP8 tensor, before its rows are compared."""
+        self.maxima = fp8.BlockMaxima(fp8.read_scales(stored))
+
+    def _decode(self, stored: Stored, raw: bytearray, exact: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Decode rows that begin at `start`; returns the numbers, and how far each may be from `exact`."""
+        if self.maxima is None:
+            return decode_with_tolerance(stored.kind, raw, exact)
+        self.maxima.add(exact, start)
+        scales = fp8.scales_of_rows(self.maxima.scales, start, start + len(exact), exact.shape[1])
+        return decode_with_tolerance(stored.kind, raw, exact, scales)
 
     def compare(self, stored: Stored, raw: bytearray, start: int, stop: int) -> str | None:
         """Compare rows start to stop of the part; returns what is wrong, or None."""
@@ -214,13 +245,13 @@ class _PartComparison:
             # Compared as bits, so that signed zeros and NaNs are compared too.
             return None if np.array_equal(_bits(written), _bits(rounded)) else mismatch
         if self.adapter is None:
-            written, allowed = decode_with_tolerance(stored.kind, raw, base.astype(np.float64))
+            written, allowed = self._decode(stored, raw, base.astype(np.float64), start)
             error = np.abs(written - base)
             return None if np.all(error <= allowed) else f"{mismatch}: off by {error.max():.3g}"
         a, b = self.adapter
         delta = b[start:stop] @ a
         exact = base.astype(np.float64) + delta
-        written, allowed = decode_with_tolerance(stored.kind, raw, exact)
+        written, allowed = self._decode(stored, raw, exact, start)
         error = np.abs(written - exact)
         self._add_delta(stored.kind, base, delta, written, error)
         if np.all(error <= allowed):
@@ -257,6 +288,10 @@ def adapter_in_file_order(part: Part, parameters: LazyParameters, lora: config.L
         return b, scale * a
     if path.is_head:  # (V, D) = (A (D, J) · B (J, V)) transposed
         return a.T, scale * b.T
+    if part.mixes_factors:
+        # The product, written as itself times an identity matrix.
+        product = part.to_file(scale * np.tensordot(a, b, axes=1))
+        return np.eye(product.shape[1]), product
     # Only outputs change their order in files (q and k: rotary pairs), so `to_file` applies to B and not to A.
     return a.reshape(-1, a.shape[-1]).T, scale * part.to_file(b)
 
@@ -305,6 +340,6 @@ def summarize_merge(tensors: TensorResults) -> Finding:
         "untrained": untrained,
         "delta_kept": delta_kept,
         "least_kept": least_kept,
-        "tolerance": "one unit in the last place of the file's dtype; Q8_0: half a step of the block; others as `tensors` says",
+        "tolerance": "one unit in the last place of the file's dtype; Q8_0 and FP8: half a step; others as `tensors` says",
     }
     return Finding(summary, metrics)

@@ -18,7 +18,7 @@ from moe_train.proof.compare import (
     examine_tensors,
     hash_only,
 )
-from moe_train.proof.expected import ExpectedTensor, Part
+from moe_train.proof.expected_tensor import ExpectedTensor, Part
 from moe_train.proof.reread import Stored
 from moe_train.proof.rounding import MANTISSA
 from moe_train.weights.arrays import LazyParameters

@@ -22,11 +22,12 @@ from moe_train import config
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.model.paths import ParameterPath
-from moe_train.proof import compare, expected, logits, reread, texts
+from moe_train.proof import compare, expected, fp8, logits, reread, texts
 from moe_train.proof.checks import Check, Fault, Finding, MetricValue, NotChecked, ProofRecord, require, run
 from moe_train.proof.compare_logits import Difference, compare_logits, to_reference
 from moe_train.proof.round_weights import round_weights
 from moe_train.proof.rounding import QUANTIZATION_BOUNDS
+from moe_train.proof.softmax_scale import check_softmax_scale
 from moe_train.proof.surroundings import RECORD_FILE, file_hashes, hardware, versions
 from moe_train.weights import external, together
 from moe_train.weights.arrays import LazyParameters
@@ -36,8 +37,8 @@ Depth = Literal["full", "tensors"]
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-3, "float16": 2e-3, "q8_0": 0.1}
 """Tolerance of logits by dtype: largest difference over the largest logit.
 
-The weights that they are compared with are rounded to the file's dtype, except for Q8_0. Files that llama.cpp has quantized to
-fewer bits are measured but not judged: no tolerance could tell a fault from the effect of the quantization.
+The weights that they are compared with are rounded to the file's dtype, except for Q8_0. FP8 files, and those that llama.cpp has
+quantized to fewer bits, are measured but not judged: no tolerance could tell a fault from the effect of the quantization.
 """
 STORED_LOGITS = 8
 """Number of logits per position that the record keeps."""
@@ -89,6 +90,8 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
     tensors: list[compare.TensorResults] = []
     checks.append(run("tensors", partial(check_tensors, export, tensors)))
     checks.append(run("merge", partial(_check_merge, export, tensors)))
+    if isinstance(export.model.attention, config.MultiHeadLatentAttention):
+        checks.append(run("softmax scale", partial(check_softmax_scale, export.directory, export.layout, export.model)))
     checks.append(run("answers", partial(_check_logits, export, depth, record)))
     checks += texts.check_texts(
         export.directory, export.layout, export.tokenizer, export.chat_template, export.conversations, record
@@ -190,14 +193,15 @@ def check_tensors(export: Export, out: list[compare.TensorResults]) -> Finding:
     stored = reread.tensors(export.directory)
     expected_kinds = {w.name: compare.stored_kind(export.layout, w, export.dtype) for w in expected_tensors}
     compare.check_names(stored, expected_tensors, expected_kinds)
+    fp8.check_claim(export.directory, export.layout, stored)
     results = compare.examine_tensors(stored, expected_tensors, export.parameters, export.lora)
     out.append(results)
     results.raise_faults()
     metrics: dict[str, MetricValue] = {
         "count": len(stored),
         "parameters": sum(int(np.prod(tensor.shape)) for tensor in stored.values()),
-        "bytes": sum(tensor.nbytes for tensor in stored.values()),
-        "tolerance": "bits; merged matrices and Q8_0 as `merge` says",
+        "bytes": sum(tensor.nbytes + (tensor.scales.nbytes if tensor.scales else 0) for tensor in stored.values()),
+        "tolerance": "bits; merged matrices, Q8_0 and FP8 as `merge` says",
     }
     quantized_kinds = sorted({tensor.kind for tensor in stored.values()} & QUANTIZATION_BOUNDS.keys())
     if quantized_kinds:
@@ -234,7 +238,9 @@ def _check_logits(export: Export, depth: Depth, record: ProofRecord) -> Finding:
     is_rounded = dtype in ("bfloat16", "float16") and _is_rounded_by_writing(export.parameters)
     if is_rounded:
         plain, _ = logits.structure_and_shapes(model, None, "float32")
-        as_in_file = partial(round_weights, lora=export.lora, dtype=jnp.dtype(dtype))
+        as_in_file = partial(
+            round_weights, lora=export.lora, dtype=jnp.dtype(dtype), keep_small=export.layout == "gguf" and dtype == "float16"
+        )
         compared_logits = logits.probe_logits(plain, export.parameters, prompts, as_in_file)
         compared_with = f"the trainer's weights, merged and rounded to {dtype}"
     file_logits = logits_of_files(export.directory, model, dtype, prompts)

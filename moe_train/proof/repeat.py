@@ -12,7 +12,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
-from moe_train.proof import against_base, base_modules, compare, expected, logits, prove, reread, surroundings, texts
+from moe_train.proof import against_base, base_modules, compare, expected, fp8, logits, prove, reread, surroundings, texts
 from moe_train.proof.checks import Check, Fault, Finding, NotChecked, ProofRecord, first_and_count, run
 from moe_train.proof.compare_adapter import AdapterFiles, examine_adapter, summarize_deltas
 from moe_train.proof.compare_logits import Reference, compare_logits
@@ -103,6 +103,7 @@ def _check_tensors(directory: Path, record: ProofRecord, model: config.Model) ->
         expected_tensors = expected.model_tensors(record["format"], model)
         expected_kinds = {w.name: compare.stored_kind(record["format"], w, record["dtype"]) for w in expected_tensors}
         compare.check_names(stored, expected_tensors, expected_kinds)
+        fp8.check_claim(directory, record["format"], stored)
     faults = [f"{name} is missing" for name in recorded.keys() - stored.keys()]
     faults += [f"{name} is not a tensor of the export" for name in stored.keys() - recorded.keys()]
     if faults:

@@ -20,6 +20,12 @@ FLOAT_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16"
 """Kinds of tensors whose numbers are stored one by one."""
 Q8_0 = np.dtype([("scale", "<f2"), ("q", "i1", 32)])
 """A block of 32 numbers: scale * q."""
+FP8 = "FP8"
+"""Kind of a tensor of e4m3 numbers that was joined with its scales; `proof.fp8` decodes it."""
+SCALE_BLOCK = 128
+"""Outputs, and inputs, that share a scale of an FP8 tensor with several scales."""
+_SCALE_NAMES = ("weight_scale_inv", "qscale_weight")
+"""What takes the place of `weight` in the names of scales: in Hugging Face's layout and in Mistral's."""
 _GGUF_TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -50,10 +56,12 @@ class Stored(NamedTuple):
     name: str
     file: Path
     kind: str
-    """F32, F16, BF16, Q8_0, or whatever else the file states."""
+    """F32, F16, BF16, Q8_0, FP8, or whatever else the file states."""
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    scales: Stored | None = None
+    """The scales of a tensor of kind FP8."""
 
     @property
     def rows(self) -> int:
@@ -94,7 +102,23 @@ def tensors(directory: Path) -> dict[str, Stored]:
             if tensor.name in by_name:
                 raise ValueError(f"{tensor.name} is in {by_name[tensor.name].file.name} and in {file.name}")
             by_name[tensor.name] = tensor
-    return by_name
+    return _with_scales(by_name)
+
+
+def _with_scales(by_name: dict[str, Stored]) -> dict[str, Stored]:
+    """Join FP8 tensors with their scales, which are no tensors of their own then. What does not fit is left as it is."""
+    joined = dict(by_name)
+    for name, tensor in by_name.items():
+        if tensor.kind != "F8_E4M3" or not name.endswith(".weight"):
+            continue
+        blocks = tuple(-(-size // SCALE_BLOCK) for size in tensor.shape)
+        for scale_name in _SCALE_NAMES:
+            scales = by_name.get(name.removesuffix("weight") + scale_name)
+            if scales is not None and scales.kind == "F32" and scales.shape in ((), blocks):
+                joined[name] = tensor._replace(kind=FP8, scales=scales)
+                del joined[scales.name]
+                break
+    return joined
 
 
 def dequantize_gguf(kind: str, raw: bytearray, rows: int) -> np.ndarray:

@@ -15,13 +15,16 @@ from moe_train.model.sharding.specs import spec_of
 from moe_train.weights.merge import scale_of
 
 
-def round_weights(parameters: Mapping[str, jax.Array], lora: config.Lora | None, dtype: jnp.dtype) -> dict[str, jax.Array]:
+def round_weights(
+    parameters: Mapping[str, jax.Array], lora: config.Lora | None, dtype: jnp.dtype, keep_small: bool = False
+) -> dict[str, jax.Array]:
     """Merge the weights with their adapters and round them to `dtype`.
 
     Args:
         parameters: weights and adapters by path.
         lora: the section of the adapters; None without adapters.
         dtype: dtype of the file.
+        keep_small: whether norms and routers are not rounded: GGUF keeps them in F32.
 
     Returns:
         The weights without adapters: bfloat16 for a file of bfloat16, otherwise rounded values in float32.
@@ -31,8 +34,10 @@ def round_weights(parameters: Mapping[str, jax.Array], lora: config.Lora | None,
         path = ParameterPath.parse(name)
         if path.is_adapter:
             continue
-        # Only GGUF files are float16, and they keep these tensors in F32.
-        if dtype == jnp.float16 and (path.is_norm or path.is_router):
+        if path.is_router_bias:  # float32 in every file
+            rounded[name] = weight
+            continue
+        if keep_small and (path.is_norm or path.is_router):
             rounded[name] = weight
             continue
         if lora is None or not path.has_adapter(parameters):

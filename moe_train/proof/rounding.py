@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_train.proof import reread
+from moe_train.proof import fp8, reread
 
 MANTISSA = {"F32": 23, "F16": 10, "BF16": 7}
 """Explicit mantissa bits of each dtype."""
@@ -45,22 +45,29 @@ QUANTIZATION_BOUNDS = {
     "IQ4_XS": QuantizationBound(256, 0.17, 4064),
 }
 """Bounds by kind, except for Q8_0, whose exact bound is in `decode_with_tolerance`."""
-DECODED_KINDS = (*MANTISSA, "Q8_0", *QUANTIZATION_BOUNDS)
+DECODED_KINDS = (*MANTISSA, "Q8_0", reread.FP8, *QUANTIZATION_BOUNDS)
 """Kinds of numbers that can be decoded here; tensors of other kinds are hashed only."""
 
 
-def decode_with_tolerance(kind: str, raw: bytearray, exact: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def decode_with_tolerance(
+    kind: str, raw: bytearray, exact: np.ndarray, scales: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Decode a chunk of a file.
 
     Args:
         kind: how the numbers are stored.
         raw: the bytes.
         exact: the exact numbers, (rows, numbers) in float64.
+        scales: the scale of each number, for FP8.
 
     Returns:
         The numbers in float64, and how far each may be from `exact`: one unit in the last place; for Q8_0, half a step of its
-        block's scale plus the rounding of the scale itself, a float16; for other kinds as in `QUANTIZATION_BOUNDS`.
+        block's scale plus the rounding of the scale itself, a float16; for FP8, half a step of the format; for other kinds as in
+        `QUANTIZATION_BOUNDS`.
     """
+    if kind == reread.FP8:
+        assert scales is not None
+        return fp8.decode(raw, scales, exact)
     if kind in QUANTIZATION_BOUNDS:
         written = reread.dequantize_gguf(kind, raw, len(exact)).astype(np.float64)
         block, share, levels = QUANTIZATION_BOUNDS[kind]

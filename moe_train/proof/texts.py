@@ -9,8 +9,9 @@ from pathlib import Path
 
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.records.normal_form import Conversation
-from moe_train.data.tokenizers.huggingface import ADDITIONAL_TEMPLATES, HuggingFace
+from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.data.tokenizers.template_files import ADDITIONAL_TEMPLATES
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import read_object
 from moe_train.proof import reread

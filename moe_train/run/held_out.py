@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jax.sharding import Mesh
 
 from moe_train import config
-from moe_train.evaluate.held_out import evaluate_held_out
+from moe_train.evaluate.held_out import EvaluationStopped, evaluate_held_out
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.evaluate.routing import Drift, make_drift_sums
 from moe_train.run.inputs import RunInputs
@@ -22,6 +24,8 @@ class HeldOutLoss:
     """Measure the held-out loss at the steps where it is due; without held-out data it is never due."""
 
     def __init__(self, run: config.Run, mesh: Mesh, inputs: RunInputs, begin: Start, objective: Objective, writer: Writer) -> None:
+        self.was_stopped = False
+        """Whether the last measurement was stopped before its end, in all processes."""
         self._run = run
         self._mesh = mesh
         self._loader = inputs.held_out
@@ -39,12 +43,21 @@ class HeldOutLoss:
         is_step = step % self._run.evaluation.every_steps == 0 or step == self._total_steps
         return self._loader is not None and is_step
 
-    def measure(self, step: int, state: TrainState) -> float | None:
-        """Measure the held-out loss after `step`, write its metrics and return it; returns None without held-out data."""
+    def measure(self, step: int, state: TrainState, is_stopped: Callable[[], bool] = lambda: False) -> float | None:
+        """Measure the held-out loss after `step`, write its metrics and return it.
+
+        Returns None without held-out data, or if `is_stopped`, which is asked before each batch, says so in all processes.
+        """
         if self._loader is None:
             return None
         batches = self._run.evaluation.batches
-        measured = evaluate_held_out(self._sums, state.learned, state.frozen, self._loader, self._mesh, batches, self._drift)
+        self.was_stopped = False
+        weights = (state.learned, state.frozen)
+        try:
+            measured = evaluate_held_out(self._sums, *weights, self._loader, self._mesh, batches, self._drift, is_stopped)
+        except EvaluationStopped:
+            self.was_stopped = True
+            return None
         self._writer.evaluation(step, measured)
         return measured["loss"]
 

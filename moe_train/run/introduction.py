@@ -42,10 +42,10 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"not read: {unread.in_words(loader.unread)}")
     epochs = loader.epochs(inputs.total_steps)
     say(f"{inputs.total_steps:,} steps = {_describe_epochs(epochs)}")
-    if run.train.microbatches > 1 and run.loss.load_balance_loss_coef:
+    if run.train.microbatches > 1 and run.loss.load_balance_loss_coef and run.loss.balance_over == "microbatch":
         say(
-            f"load_balance_loss is that of each of the {run.train.microbatches} microbatches, averaged evenly, whatever their "
-            "padding; train.microbatches 1 balances over the whole step"
+            f"load_balance_loss is that of each of the {run.train.microbatches} microbatches, averaged over their tokens; "
+            "loss.balance_over step balances over the whole step, for a second forward pass"
         )
     if begin.resumed:
         say(f"continuing after step {int(begin.state.step)}")

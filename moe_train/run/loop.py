@@ -23,10 +23,10 @@ from moe_train.run.held_out import HeldOutLoss
 from moe_train.run.inputs import open_inputs
 from moe_train.run.metrics import MetricsReader
 from moe_train.run.record import check_checkpoints_kept, run_log
-from moe_train.run.saving import Saving, UnusableCheckpoint
+from moe_train.run.saving import RolledBack, Saving, UnusableCheckpoint
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import starting_state
-from moe_train.run.stopping import StopRequested, Votes, signals, vote
+from moe_train.run.stopping import StopRequest, StopRequested, StopVotes, Votes, signals, vote
 from moe_train.run.writer import MetricsRecord, Writer
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
@@ -85,27 +85,42 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
         FileNotFoundError: a file that the run needs does not exist. Existing checkpoints are kept.
         RuntimeError: a fault while running. Existing checkpoints are kept.
     """
+    rolled_back: RolledBack | None = None
+    # One for all attempts, so that a signal during a roll-back is not forgotten.
+    stop_request = StopRequest()
     while True:
         try:
-            return (yield from _steps_from_newest(run, objective))
+            return (yield from _steps_from_newest(run, objective, stop_request, rolled_back))
         except StopRequested as stop:
             print(f"moe-train: stopped before the first step ({stop}); start again to continue", file=sys.stderr)
             exit_process(UNFINISHED)  # other processes may not have received the signal
             return UNFINISHED
         except UnusableCheckpoint as unusable:
             introduction.print_warning(str(unusable))
+        except RolledBack as event:
+            introduction.print_warning(str(event))
+            rolled_back = event
 
 
-def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generator[MetricsRecord, None, int]:
+def _steps_from_newest(
+    run: config.Run, objective: Objective | None, stop_request: StopRequest, rolled_back: RolledBack | None
+) -> Generator[MetricsRecord, None, int]:
     """Train as `steps` does.
+
+    Args:
+        run: the resolved run.
+        objective: as for `steps`.
+        stop_request: the signals so far.
+        rolled_back: the last spike, whose data and all before are not used again; None to continue where the checkpoint was saved.
 
     Raises:
         UnusableCheckpoint: no step can be taken from the newest checkpoint; it was renamed, and there is an older one.
+        RolledBack: a step was a spike, and an older checkpoint is the newest now.
     """
     mesh = make_mesh(run.mesh)
     # Before any data is opened or any array allocated, since it needs neither.
     check_fits(run, mesh.local_devices[0])
-    with jax.set_mesh(mesh), signals() as stop_request, contextlib.ExitStack() as exit_stack:
+    with jax.set_mesh(mesh), signals(stop_request), contextlib.ExitStack() as exit_stack:
         check_transport(run.compute.transport)
         objective = objective or objective_of(run.objective)
         # Under `signals`, since tokenizing may take long and must be interruptible.
@@ -115,6 +130,8 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
         folder = exit_stack.enter_context(RunFolder(Path(run.run_dir)))
         checkpoints = exit_stack.enter_context(manager.open_for_saving(folder.path, run.checkpoint))
         begin = starting_state(run, inputs.train, checkpoints, inputs.total_steps)
+        if rolled_back is not None:
+            begin = begin.after_roll_back(rolled_back.spike_step, rolled_back.spikes)
         state = begin.state
         start = int(begin.state.step)
         total_steps = inputs.total_steps
@@ -156,12 +173,14 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
         if start == 0:
             # The loss before training, with which every later one is compared; a resumed run has it in metrics.jsonl.
             held_out.measure(0, state)
+        elif held_out.is_due(start) and rolled_back is None and begin.held_out_loss is None:
+            held_out.measure(start, state)  # a signal stopped the evaluation after this step
         # From here on, a signal takes effect after a step.
         stop_request.starting = None
         if start == 0:
             yield from writer.new_records()
         saving = Saving(run, checkpoints, begin, inputs)
-        figures = MetricsReader(run, mesh, state.learned, total_steps, start, int(state.skipped))
+        figures = MetricsReader(run, mesh, state.learned, total_steps, start, state)
         writer.say(f"MFU is the share of {figures.peak_source}")
         unread: tuple[int, StepMetrics, jax.Array] | None = None
 
@@ -173,6 +192,15 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
                 if done == start + 1 and not figures.finite:
                     saving.fall_back()
 
+        def roll_back_after_spike() -> None:
+            """Return to an older checkpoint if the step that was read last was a spike, unless no steps are left."""
+            guard = run.train.spike_guard
+            spike = figures.spike
+            if guard is None or guard.action == "skip" or spike is None or spike.step == total_steps:
+                return
+            saving.roll_back(*spike)
+            writer.say(f"there is no checkpoint before step {spike.step} to roll back to, so it is only skipped")
+
         for step in range(start + 1, total_steps + 1):
             state, step_metrics = run_step(state, batch, begin.base_weights)
             # All processes vote at every step, since a collective that only some of them enter would hang.
@@ -181,8 +209,11 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
                 # The next batch is fetched while the device still computes the step that was just dispatched.
                 batch = put_batch(figures.next_batch(batches), mesh)
             # Metrics and votes are read one step late, so that the device never waits for the host.
-            votes = Votes() if unread is None else read(*unread, step_metrics)
-            yield from writer.new_records()
+            votes = Votes()
+            if unread is not None:
+                votes = read(*unread, step_metrics)
+                yield from writer.new_records()
+                roll_back_after_spike()
             unread = step, step_metrics, voted
             stopped.step = step
 
@@ -195,11 +226,16 @@ def _steps_from_newest(run: config.Run, objective: Objective | None) -> Generato
             # The loop pauses here anyway, so this step's metrics and vote are read at once.
             votes = read(*unread, step_metrics).combined_with(votes)
             unread = None
-            loss = held_out.measure(step, state) if evaluates else None
+            yield from writer.new_records()
+            roll_back_after_spike()
+            loss = None
+            if evaluates:
+                loss = held_out.measure(step, state, StopVotes(stop_request, mesh))
+                votes = votes.combined_with(Votes(stop=held_out.was_stopped))
             yield from writer.new_records()
             saves |= votes.stop or votes.save or saving.is_best(loss)
-            # After a non-finite step the weights may be unusable, so no save rotates the last good checkpoint away.
-            if saves and (figures.finite or votes.stop or step == total_steps):
+            # After a non-finite step or a spike the weights may be unusable, so no save rotates the last good checkpoint away.
+            if saves and (figures.usable or votes.stop or step == total_steps):
                 saving.save(step, state, loss)
             # Evaluation and saving are no part of the time of a step.
             figures.restart_timer(step)

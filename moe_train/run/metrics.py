@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,32 @@ from moe_train.model.parameters import Parameters
 from moe_train.run.stopping import Votes
 from moe_train.run.writer import Writer
 from moe_train.train.optimizer import make_schedule
+from moe_train.train.state import TrainState
 from moe_train.train.step import StepMetrics
+
+VANISHED_WARNING = 0.1
+"""Share of vanished updates from which on a run warns."""
+
+
+class SpikeEvent(NamedTuple):
+    """A step that the spike guard skipped."""
+
+    step: int
+    spikes: int
+    """Number of spikes so far, this one included."""
 
 
 class MetricsReader:
     """Read the metrics of steps, count the skipped steps and measure the speed of training in tokens that are no padding."""
 
-    def __init__(self, run: config.Run, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, skipped: int):
+    def __init__(self, run: config.Run, mesh: Mesh, trainable: Parameters, total_steps: int, start: int, state: TrainState):
         self._run = run
-        self._skipped = skipped
+        self._skipped = int(state.skipped)
+        discarded = 0 if state.guard is None else int(state.guard.discarded)
+        # Skipped steps that were spikes, or undone by a roll-back, are no reason to stop.
+        self._not_finite = self._skipped - discarded
+        self.spike: SpikeEvent | None = None
+        """The spike at the step that was read last, if it was one."""
         self._sparse_layers = config.sparse_layers(run.model)
         self._positions = run.train.batch_size * run.train.seq_len
         self._flops_per_token = flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
@@ -41,6 +58,7 @@ class MetricsReader:
         self._input_wait = math.nan
         self._tokens = math.nan  # tokens of a step that are no padding, averaged like `_seconds`
         self.finite = True
+        self._has_warned = False
         self.restart_timer(start)
 
     def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: Writer) -> Votes:
@@ -75,18 +93,58 @@ class MetricsReader:
         if not now.finite:
             # The device has left the state unchanged; this count only follows it.
             self._skipped += 1
+            self._not_finite += 1
             problem = f"loss {now.loss} or gradient norm {now.grad_norm} is not finite"
-            writer.say(f"step {step} skipped, {self._skipped} so far: {problem}")
-        if not now.finite or step % self._run.metrics.every_steps == 0:
+            writer.say(f"step {step} skipped, {self._not_finite} so far: {problem}")
+        self._read_spike(step, now, writer)
+        self._warn_of_vanished(step, now, writer)
+        if not self.usable or step % self._run.metrics.every_steps == 0:
             writer.train(step, self._to_json(step, now))
         if now.routers is not None:
             check_dropped(step, now.routers, self._run.train, self._sparse_layers)
-        if self._skipped > limit:
+        if self._not_finite > limit:
             raise RuntimeError(
-                f"{self._skipped} steps had a loss or gradient that is not finite, the last one step {step}, and "
+                f"{self._not_finite} steps had a loss or gradient that is not finite, the last one step {step}, and "
                 f"train.max_skipped_steps is {limit}; check the data, or lower optimizer.learning_rate (checkpoints are kept)"
             )
+        guard = self._run.train.spike_guard
+        if self.spike is not None and guard is not None and self.spike.spikes > guard.max_events:
+            raise RuntimeError(
+                f"{self.spike.spikes} steps were spikes, the last one step {step}, and train.spike_guard.max_events is "
+                f"{guard.max_events}; check the data, lower optimizer.learning_rate, or raise train.spike_guard.factor "
+                "(checkpoints are kept)"
+            )
         return Votes(*(bool(vote) for vote in voted))
+
+    @property
+    def usable(self) -> bool:
+        """Whether the step that was read last was neither a spike nor not finite."""
+        return self.finite and self.spike is None
+
+    def _read_spike(self, step: int, now: StepMetrics, writer: Writer) -> None:
+        """Say that a step was a spike, and follow the count of skipped steps."""
+        self.spike = None
+        guard = self._run.train.spike_guard
+        if now.spike is None or guard is None or not now.spike.is_spike:
+            return
+        self.spike = SpikeEvent(step, int(now.spike.spikes))
+        self._skipped += 1
+        value = now.loss if guard.metric == "loss" else now.grad_norm
+        writer.say(
+            f"step {step} skipped as a spike, {self.spike.spikes} so far: {guard.metric} {value:.4g} exceeds {now.spike.limit:.4g} "
+            f"(median of {guard.window} steps and {guard.factor:g} deviations)"
+        )
+
+    def _warn_of_vanished(self, step: int, now: StepMetrics, writer: Writer) -> None:
+        """Say once that updates are rounded away, if they are."""
+        if now.vanished is None or self._has_warned or float(now.vanished) < VANISHED_WARNING:
+            return
+        self._has_warned = True
+        writer.say(
+            f"WARNING: step {step} leaves {now.vanished:.1%} of the weights as they are, since their updates are too small for "
+            "bfloat16 (metric vanished_updates); set optimizer.rounding to float32_master or stochastic, or compute.param_dtype to "
+            "float32, in a new run_dir"
+        )
 
     def restart_timer(self, step: int) -> None:
         """Restart the timer after `step`, so that a pause before it (an evaluation, a save) is not counted."""
@@ -114,6 +172,8 @@ class MetricsReader:
             # A skipped step does not advance the schedule.
             "learning_rate": float(self._rates[step - 1 - self._skipped]),
             "skipped": self._skipped,
+            **({} if now.spike is None else {"spikes": int(now.spike.spikes)}),
+            **({} if now.vanished is None else {"vanished_updates": float(now.vanished)}),
             "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds,
             "input_wait": self._input_wait,

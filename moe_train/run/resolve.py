@@ -64,6 +64,8 @@ def _architecture(written: config.Config) -> config.Model:
             f"init_from {written.init_from} is a run with adapters; export it with --merge, and set init_from to the export"
         )
     read = read_model(written.init_from)
+    if written.model is not None and _differs_in_scale_alone(written.model, read):
+        return written.model
     if written.model is not None and written.model != read:
         stated_keys = yaml_file.flat(written.model.model_dump(mode="json"))
         read_keys = yaml_file.flat(read.model_dump(mode="json"))
@@ -73,6 +75,17 @@ def _architecture(written: config.Config) -> config.Model:
             "leave model out, since init_from determines it"
         )
     return read
+
+
+def _differs_in_scale_alone(stated: config.Model, read: config.Model) -> bool:
+    """Return whether the config states another softmax scale than files whose readers are known to disagree about it."""
+    if not isinstance(stated.attention, config.MultiHeadLatentAttention):
+        return False
+    attention = read.attention
+    if not isinstance(attention, config.MultiHeadLatentAttention):
+        return False
+    corrected = attention.model_copy(update={"scale_correction": stated.attention.scale_correction})
+    return stated != read and stated == read.model_copy(update={"attention": corrected})
 
 
 def _with_tokenizer(data: config.Data, init_from: str | None) -> config.Data:

@@ -14,6 +14,7 @@ from moe_train.checkpoint.manager import CheckpointMetadata
 from moe_train.model.parameters import Parameters
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
+from moe_train.train.spike_guard import guard_to_json
 from moe_train.train.state import TrainState
 
 
@@ -28,6 +29,18 @@ def _are_usable(weights: Parameters) -> jax.Array:
     return jnp.all(jnp.isfinite(jnp.stack(squares)))
 
 
+class RolledBack(Exception):
+    """A step was a spike, and the run continues from an older checkpoint with the data after the spike."""
+
+    def __init__(self, spike_step: int, spikes: int, checkpoint_step: int) -> None:
+        super().__init__(
+            f"step {spike_step} was a spike (number {spikes}): back to the checkpoint of step {checkpoint_step}, continuing with "
+            f"the data after step {spike_step}"
+        )
+        self.spike_step = spike_step
+        self.spikes = spikes
+
+
 class Saving:
     """Save every so many steps and minutes, at the end, and when the held-out loss is the best so far."""
 
@@ -36,8 +49,7 @@ class Saving:
         self._checkpoints = checkpoints
         self._begin = begin
         self._inputs = inputs
-        # Read now, since the first step takes over the state.
-        self._resumed_step = int(begin.state.step) if begin.resumed else None
+        self._resumed_step = begin.checkpoint_step
         self._best = manager.best_loss(checkpoints)
         self._saved_at = time.monotonic()
 
@@ -83,6 +95,7 @@ class Saving:
             base=self._begin.base,
             manifest=loader.manifest_hash,
             adapter=self._begin.adapter,
+            guard=None if state.guard is None else guard_to_json(state.guard),
         )
         manager.save(self._checkpoints, step, state, about, held_out_loss)
         self._saved_at = time.monotonic()
@@ -103,6 +116,27 @@ class Saving:
                 f"the first step after the checkpoint of step {step} is not finite, so the checkpoint was renamed to "
                 f"unusable-{step}; continuing from step {older}"
             )
+
+    def roll_back(self, spike_step: int, spikes: int) -> None:
+        """Make the newest checkpoint far enough before a spike the newest of all, by renaming those after it.
+
+        Every process of the job must call this. Nothing happens if there is no such checkpoint: the spike is only skipped.
+
+        Args:
+            spike_step: the step of the spike.
+            spikes: number of spikes so far.
+
+        Raises:
+            RolledBack: the run must start again from that checkpoint.
+        """
+        settings = self._run.train.spike_guard
+        assert settings is not None
+        self.finish()
+        newest = spike_step - (settings.steps_back or 1)
+        # Checkpoints at these steps only, so that saves by the clock or after a signal do not decide how the run goes on.
+        target = manager.set_newer_aside(self._checkpoints, newest, self._run.checkpoint.every_steps)
+        if target is not None:
+            raise RolledBack(spike_step, spikes, target)
 
     def check(self) -> None:
         """Raise RuntimeError if the save in progress has already failed; does not wait for it."""

@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, assert_never
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +177,7 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
         RuntimeError: the error is larger than rounding in the compute dtype explains.
     """
     dtype = jnp.dtype(compute.dtype)
-    sizes = model.attention
+    sizes = _head_sizes(model.attention)
     kernel = kernels.choose_attention_kernel(compute.attention, seq_len, dtype)
     device = jax.local_devices()[0]
     tolerance = _tolerance(dtype, device)
@@ -185,15 +185,16 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     rows = _packed_rows(T)
     # Two key heads suffice, as long as each serves as many query heads as in the model.
     K = 2
-    N = 2 * sizes.num_heads // sizes.num_kv_heads
+    N = 2 * sizes.group
     rng = np.random.default_rng(0)
-    q, k, v, dy = (rng.normal(size=(2, T, heads, sizes.head_dim)).astype(np.float32) for heads in (N, K, K, N))
+    shapes = ((N, sizes.query), (K, sizes.query), (K, sizes.value), (N, sizes.value))
+    q, k, v, dy = (rng.normal(size=(2, T, *shape)).astype(np.float32) for shape in shapes)
     # Kernels may return anything at padding; without a gradient it cannot reach the results that are compared.
     dy[rows.segments_BT == 0] = 0
 
     worst = 0.0
     # Windows are shortened, so that they mask something within the test's sequences.
-    for window in sorted({min(w or T, T // 4) if w else 0 for w in sizes.windows}):
+    for window in sorted({min(w or T, T // 4) if w else 0 for w in model.attention.windows}):
         with jax.set_mesh(make_mesh(config.Mesh(), [device])):
             rounded = [jnp.asarray(x, dtype) for x in (q, k, v, dy)]
             actual = jax.device_get(_attention_and_gradients(rounded, rows, kernel, window or None))
@@ -215,13 +216,34 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     return worst
 
 
+class _HeadSizes(NamedTuple):
+    """Sizes of attention that a kernel depends on."""
+
+    group: int
+    """Query heads per key head."""
+    query: int
+    """Dims of a query and of a key."""
+    value: int
+    """Dims of a value."""
+
+
+def _head_sizes(attention: config.Attention) -> _HeadSizes:
+    match attention:
+        case config.GroupedQueryAttention(head_dim=H):
+            return _HeadSizes(attention.num_heads // attention.num_kv_heads, H, H)
+        case config.MultiHeadLatentAttention():
+            return _HeadSizes(1, attention.qk_head_dim, attention.v_head_dim)
+        case _:
+            assert_never(attention)
+
+
 def _attention_and_gradients(
     arrays: Sequence[jax.Array], rows: _PackedRows, kernel: str, window: int | None
 ) -> tuple[jax.Array, ...]:
     """Return the attention of q, k and v, and its gradients for dy, on the mesh in force.
 
     Args:
-        arrays: q, k, v and dy, each (B, T, heads, H).
+        arrays: q and k (B, T, heads, dims of a query), v and dy (B, T, heads, dims of a value).
         rows: positions and segments of the tokens.
         kernel: name of the kernel.
         window: attention window; None for full attention.

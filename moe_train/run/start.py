@@ -22,6 +22,7 @@ from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized_shapes
 from moe_train.model.transformer import init_model
 from moe_train.train.optimizer import make_optimizer
+from moe_train.train.spike_guard import guard_of_json
 from moe_train.train.state import TrainState, create_state, partition
 
 
@@ -48,6 +49,27 @@ class Start(NamedTuple):
     """Newer checkpoints that could not be read, {step: reason}."""
     sizes: tuple[int, int]
     """Numbers of parameters: (all, trained)."""
+    checkpoint_step: int | None = None
+    """Step of the checkpoint that the state comes from; None without one."""
+    held_out_loss: float | None = None
+    """Held-out loss that the checkpoint states; None if it was not measured there."""
+
+    def after_roll_back(self, position: int, spikes: int) -> Start:
+        """Return the same start at a later position in the data: the steps in between count as skipped.
+
+        Args:
+            position: the step after which training continues.
+            spikes: number of spikes so far.
+        """
+        state = self.state
+        assert state.guard is not None
+        discarded = position - int(state.step)
+        # Sums and not new arrays, so that each keeps its sharding.
+        guard = state.guard._replace(
+            spikes=state.guard.spikes + (spikes - int(state.guard.spikes)), discarded=state.guard.discarded + discarded
+        )
+        step = state.step + discarded
+        return self._replace(state=state._replace(step=step, skipped=state.skipped + discarded, guard=guard))
 
 
 def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointManager, total_steps: int) -> Start:
@@ -97,10 +119,13 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         if adapter is not None:
             loaded |= model_dir.load_adapter(adapter, run.model, learned)
         state = new_state(initial_parameters(model, learned.keys() - loaded) | loaded)
+    guard = None
+    if run.train.spike_guard is not None:
+        guard = guard_of_json(run.train.spike_guard, None if restored is None else restored.about.guard)
     return Start(
         structure,
         optimizer,
-        state._replace(frozen={path: weights[path] for path in frozen}),
+        state._replace(frozen={path: weights[path] for path in frozen}, guard=guard),
         restored is not None,
         base_weights,
         base,
@@ -108,12 +133,14 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         changed,
         {} if restored is None else restored.damaged,
         (sum(x.size for x in unquantized_shapes(shapes).values()), sum(x.size for x in learned.values())),
+        None if restored is None else int(state.step),
+        None if restored is None else restored.held_out_loss,
     )
 
 
 _DECIDED_AT_START = (
     *("seed", "model", "lora", "objective", "train.batch_size", "train.seq_len", "compute.param_dtype"),
-    *("optimizer.name", "optimizer.min_dim_size_to_factor"),
+    *("optimizer.name", "optimizer.min_dim_size_to_factor", "optimizer.rounding"),
 )
 """Settings that a run cannot change: its checkpoint would no longer fit, or its batches would differ."""
 

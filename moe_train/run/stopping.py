@@ -25,6 +25,10 @@ EXIT_SECONDS = 4.0
 """Seconds that a start may take to end after a signal, before the process is ended where it is."""
 
 
+OPENING = "opening the data"
+"""What a run does first."""
+
+
 class StopRequested(BaseException):
     """A signal before the first step. It is no `Exception`, so that nothing takes it for a damaged file."""
 
@@ -35,28 +39,33 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason: str | None = None
         """Name of the first signal; None before one has arrived."""
-        self.starting: str | None = "opening the data"
+        self.starting: str | None = OPENING
         """What the run does before its first step; None from the first step on."""
         self.ended = False
 
     def waits_for(self) -> str:
         """Return what the process is waiting for, in words."""
         if self.starting is None:
-            return "the step in progress, then for its checkpoint"
+            return "the step or evaluation batch in progress, then for its checkpoint"
         return f"{self.starting}, for {EXIT_SECONDS:g} s at most; nothing is lost"
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[StopRequest]:
+def signals(stop_request: StopRequest | None = None) -> Iterator[StopRequest]:
     """Catch SIGTERM and SIGINT while the block runs; the first one is answered at once with a line on stderr.
 
     Before the first step, a signal raises StopRequested in the main thread. If that is inside a long call of C code, such as a
     compilation, the process ends with exit code 75 after `EXIT_SECONDS`; nothing is lost then. Later, `reason` is set, and the
     caller stops after a step. A second signal has its usual effect.
 
+    Args:
+        stop_request: receives the signals; None for a new one.
+
     Handlers can only be installed in the main thread; in another thread nothing is caught.
     """
-    stop_request = StopRequest()
+    stop_request = stop_request or StopRequest()
+    stop_request.starting = OPENING
+    stop_request.ended = False
     if threading.current_thread() is not threading.main_thread():
         yield stop_request
         return
@@ -136,6 +145,24 @@ def vote(wishes: tuple[bool, bool], mesh: Mesh) -> jax.Array:
     # One row per local device, so that the rows of all processes form one sharded array.
     local_wishes = np.tile(np.array(wishes, np.int32), (len(mesh.local_devices), 1))
     return _any(jax.make_array_from_process_local_data(NamedSharding(mesh, P(AXES)), local_wishes))
+
+
+class StopVotes:
+    """Ask, again and again between two steps, whether any process was asked to stop. All processes must ask equally often."""
+
+    def __init__(self, stop_request: StopRequest, mesh: Mesh) -> None:
+        self._stop_request = stop_request
+        self._mesh = mesh
+        self._previous: jax.Array | None = None
+
+    def __call__(self) -> bool:
+        """Return what was voted at the previous call, so that no process waits for the device; one process answers at once."""
+        is_asked = self._stop_request.reason is not None
+        if jax.process_count() == 1:
+            return is_asked
+        answer = self._previous is not None and bool(jax.device_get(self._previous)[0])
+        self._previous = vote((is_asked, False), self._mesh)
+        return answer
 
 
 @jax.jit

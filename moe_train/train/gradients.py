@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Key, Num, Shaped
+from jaxtyping import Array, Float, Int, Key, Num, Shaped
 
 from moe_train import config
 from moe_train.machine.mesh import axis_size, batch_axes, platform
-from moe_train.model.moe.router import RouterStats, merge_microbatches
+from moe_train.model.moe.router import RouterStats, balance_loss, merge_microbatches
 from moe_train.model.parameters import Parameters
 from moe_train.model.sharding.specs import sum_over_replicas
 from moe_train.train.objectives.objective import ModelWeights, Terms, divide, objective_inputs
@@ -24,7 +24,7 @@ class StepGradients(NamedTuple):
     """Result of `step_gradients`."""
 
     loss: Float[Array, ""]
-    """total(sum) / total(weight) plus the routers' losses, which are summed over layers and averaged over microbatches."""
+    """total(sum) / total(weight) plus the routers' losses, which are summed over layers and averaged over tokens."""
     weight: Num[Array, ""]
     """The total weight of the step, total(weight)."""
     terms: Terms
@@ -39,6 +39,10 @@ class _Totals(NamedTuple):
     weight: Num[Array, ""]
     first_pass: Any
     """Result of the objective's first pass, summed over microbatches; None if it has none."""
+    tokens: Int[Array, ""] | None
+    """Number of positions that are no padding; None if the batch type does not state padding."""
+    load_LE: Float[Array, "L E"] | None
+    """Share of the assignments of each layer that each expert gets; None if the balance loss is that of each microbatch."""
 
 
 def step_gradients(
@@ -58,7 +62,11 @@ def step_gradients(
         key: PRNG key for the dropout of the adapters; None for no dropout.
     """
     first_pass = _first_pass(definition, trainable, fixed, batch, key)
-    totals = _Totals(definition.objective.weight(batch, first_pass), first_pass)
+    weight = definition.objective.weight(batch, first_pass)
+    load_LE = None
+    if definition.router_loss.needs_routing_pass(definition.microbatches):
+        load_LE = _load_of_step(definition, trainable, fixed, first_pass, batch, key)
+    totals = _Totals(weight, first_pass, count_tokens(batch), load_LE)
     # A single microbatch needs no sums, so its gradients keep the parameters' dtypes throughout.
     if definition.microbatches == 1:
         (loss, terms), gradients = _share_and_gradients(definition, trainable, fixed, totals, batch, key)
@@ -92,7 +100,7 @@ def _accumulate(
     microbatches = _split(batch, key, definition.microbatches)
     (loss, terms, gradients), routers = _sum_merge_microbatches(share_of, microbatches)
     if routers is not None:
-        terms = terms._replace(routers=merge_microbatches(routers))
+        terms = terms._replace(routers=merge_microbatches(routers, totals.load_LE is not None))
     # The dtype of the sum decides how many bytes cross the slow network between replicas.
     gradients = jax.tree.map(lambda g, x: g.astype(gradient_dtype or x.dtype), gradients, trainable)
     gradients = sum_over_replicas(gradients)
@@ -137,9 +145,39 @@ def _first_pass(
 
     if definition.microbatches == 1:
         return sums_of((batch, key))[0]
+    return _sum_without_gradients(sums_of, definition, batch, key)
+
+
+def _load_of_step(
+    definition: StepDefinition,
+    trainable: Parameters,
+    fixed: ModelWeights,
+    first_pass: Any,
+    batch: Any,
+    key: Key[Array, ""] | None,
+) -> Float[Array, "L E"]:
+    """Run a forward pass over all microbatches, in global view, that only counts the assignments of each expert."""
+    weights = fixed._replace(learned=jax.lax.stop_gradient(trainable) | fixed.learned)
+
+    def sums_of(microbatch: Any) -> tuple[Int[Array, "L E"], None]:
+        inputs = objective_inputs(definition.objective, definition.structure, weights, *microbatch)
+        # Only the statistics are used, so XLA leaves out the head, the loss and the last layer's experts.
+        routers = definition.objective.loss(inputs, first_pass).routers
+        if routers is None:
+            raise ValueError(_NO_STATISTICS.format(definition.router_loss.model_dump(exclude_none=True)))
+        return routers.chosen_E, None
+
+    chosen_LE = _sum_without_gradients(sums_of, definition, batch, key)
+    return chosen_LE / jnp.maximum(jnp.sum(chosen_LE, axis=-1, keepdims=True), 1)
+
+
+def _sum_without_gradients(
+    function: Callable[[Any], tuple[Any, None]], definition: StepDefinition, batch: Any, key: Key[Array, ""] | None
+) -> Any:
+    """Sum the results of `function` over microbatches, in global view and before the first gradient."""
     # XLA:CPU may run the collectives of this loop at the same time as others, and all devices may then wait for each other.
     unrolled = platform() == "cpu"
-    return _sum_merge_microbatches(sums_of, _split(batch, key, definition.microbatches), unrolled)[0]
+    return _sum_merge_microbatches(function, _split(batch, key, definition.microbatches), unrolled)[0]
 
 
 def _share_and_gradients(
@@ -157,20 +195,44 @@ def _share_and_gradients(
         total, metrics = sum_over_replicas((terms.sum, jax.tree.map(jnp.asarray, dict(terms.metrics))))
         loss = divide(total, totals.weight)
         if terms.routers is not None:
-            loss += _router_loss(terms.routers, coefs) / definition.microbatches
+            loss += _share_of_tokens(definition, totals, batch) * _router_loss(terms.routers, coefs, totals.load_LE)
         # `fixed.learned` holds router biases, which move by the statistics only.
-        elif fixed.learned or any(coefs.model_dump().values()):
-            raise ValueError(
-                f"loss {coefs.model_dump(exclude_none=True)} balances routers, but the objective returns no router statistics; "
-                "return those of model(...) as its fourth value, or leave the coefficients out"
-            )
+        elif fixed.learned or any(coefs.model_dump(exclude={"balance_over"}).values()):
+            raise ValueError(_NO_STATISTICS.format(coefs.model_dump(exclude_none=True)))
         return loss, terms._replace(sum=total, metrics=metrics)
 
     return jax.value_and_grad(share, has_aux=True)(trainable)
 
 
-def _router_loss(routers: RouterStats, coefs: config.Loss) -> Float[Array, ""]:
-    balance = (coefs.load_balance_loss_coef or 0.0) * jnp.sum(routers.load_balance_loss)
+_NO_STATISTICS = (
+    "loss {} balances routers, but the objective returns no router statistics; return those of model(...) as its fourth value, or "
+    "leave the coefficients out"
+)
+
+
+def _share_of_tokens(definition: StepDefinition, totals: _Totals, batch: Any) -> Float[Array, ""] | float:
+    """Return the share of the step's tokens that a microbatch has, so that the shares' mean is the mean over all tokens."""
+    if definition.microbatches == 1:
+        return 1.0
+    tokens = count_tokens(batch)
+    if tokens is None or totals.tokens is None:
+        return 1 / definition.microbatches
+    return divide(sum_over_replicas(tokens), totals.tokens)
+
+
+def count_tokens(batch: Any) -> Int[Array, ""] | None:
+    """Count the positions of a batch that are no padding; None for a batch type without `segment_ids`."""
+    segment_ids = getattr(batch, "segment_ids", None)
+    return None if segment_ids is None else jnp.sum(segment_ids != 0, dtype=jnp.int32)
+
+
+def _router_loss(routers: RouterStats, coefs: config.Loss, load_LE: Float[Array, "L E"] | None) -> Float[Array, ""]:
+    """Return the routers' losses, with the loads of the whole step if they are known."""
+    losses_L = routers.load_balance_loss
+    if load_LE is not None:
+        assert routers.mean_probability_E is not None
+        losses_L = balance_loss(load_LE, routers.mean_probability_E)
+    balance = (coefs.load_balance_loss_coef or 0.0) * jnp.sum(losses_L)
     z = (coefs.router_z_loss_coef or 0.0) * jnp.sum(routers.router_z_loss)
     return balance + z
 

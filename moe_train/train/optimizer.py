@@ -15,6 +15,7 @@ import optax
 from moe_train import config
 from moe_train.model.paths import ParameterPath
 from moe_train.train.muon import matrix_dims, orthogonalize
+from moe_train.train.rounding import with_rounding
 
 
 def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> optax.Schedule:
@@ -93,7 +94,7 @@ def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.Gradi
             # Muon applies to matrices only; embeddings, head, router and norms use AdamW with a learning rate of their own.
             update = optax.partition(parts, lambda params: {p: "matrix" if matrix_dims(p) else "other" for p in params})
     # The norm is that of all gradients, so clipping comes before Muon's split into matrices and others.
-    return optax.chain(clip, update)
+    return with_rounding(optax.chain(clip, update), optimizer.rounding)
 
 
 def make_optimizer_of_any_length(optimizer: config.Optimizer) -> optax.GradientTransformation:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from moe_train import config
 from moe_train.model.parameters import Parameters
 from moe_train.model.paths import ParameterPath
+from moe_train.train.spike_guard import GuardState
 
 Leaf = TypeVar("Leaf")
 """Array of a model, or its shape: how parameters are split depends on their paths only."""
@@ -31,7 +32,9 @@ class TrainState(NamedTuple):
     """Arrays that are changed after each step by a rule and not by a gradient: the routers' biases."""
     opt_state: Any
     skipped: Int[Array, ""]
-    """Number of steps that changed nothing because their loss or gradient was not finite (int32)."""
+    """Number of steps whose update was left out or undone: not finite, or a spike (int32)."""
+    guard: GuardState | None = None
+    """Recent losses and counts of the spike guard; None without one."""
 
     @property
     def learned(self) -> dict[str, Any]:

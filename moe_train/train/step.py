@@ -9,16 +9,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from moe_train.machine.compiler_options import compiler_options
 from moe_train.model.moe.router import RouterStats, next_bias
 from moe_train.model.parameters import Parameters
 from moe_train.model.paths import router_rows
-from moe_train.train.gradients import step_gradients
+from moe_train.train.gradients import count_tokens, step_gradients
 from moe_train.train.objectives.objective import Mean, ModelWeights, divide, step_metrics
+from moe_train.train.rounding import apply_updates
+from moe_train.train.spike_guard import Spike, guard_step
 from moe_train.train.state import TrainState
 from moe_train.train.step_definition import StepDefinition
+
+ROUNDING_STREAM = 1
+"""Number of the stream of random bits for rounding; dropout has stream 0."""
 
 
 class StepMetrics(NamedTuple):
@@ -36,6 +41,10 @@ class StepMetrics(NamedTuple):
     """Number of positions of the batch that are no padding; None for a batch type without `segment_ids`."""
     routers: RouterStats | None
     """Router statistics (L, …), averaged over microbatches (counts are summed); None for a dense model."""
+    spike: Spike | None = None
+    """What the spike guard found; None without one."""
+    vanished: Float[Array, ""] | None = None
+    """Share of the bfloat16 weights that an update does not change, since it is rounded away; None without such weights."""
 
 
 def train_step(
@@ -43,7 +52,7 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """Take one optimizer step.
 
-    If the loss or the gradient norm is not finite, only the counters `step` and `skipped` change.
+    If the loss or the gradient norm is not finite, or a spike, only counters change.
 
     Args:
         definition: what the step does.
@@ -55,40 +64,51 @@ def train_step(
     Returns:
         The new state, and the metrics of the step.
     """
-    key = None
-    if definition.dropout_seed is not None:
-        # One fixed generator implementation, so that dropout masks do not depend on the platform.
-        key = jax.random.fold_in(jax.random.key(definition.dropout_seed, impl="threefry2x32"), state.step)
+    key = _step_key(definition.dropout_seed, state)
     fixed = ModelWeights(state.buffers, state.frozen, base_weights or {})
     loss, weight, terms, gradients = step_gradients(definition, state.trainable, fixed, batch, key)
     grad_norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    guard = state.guard
+    spike = None
+    applies = finite
+    # A state without a guard is one for measuring or planning.
+    if definition.spike_guard is not None and guard is not None:
+        value = loss if definition.spike_guard.metric == "loss" else grad_norm
+        guard, spike = guard_step(definition.spike_guard, guard, value, finite)
+        applies = finite & ~spike.is_spike
     updates, opt_state = definition.optimizer.update(gradients, state.opt_state, state.trainable)
+    rounding_key = _step_key(definition.rounding_seed, state, ROUNDING_STREAM)
+    trainable, vanished = apply_updates(definition.rounding, state.trainable, updates, opt_state, rounding_key)
     buffers = _updated_biases(state.buffers, terms.routers, definition.router_loss.bias_update_rate)
 
     def keep(new: Shaped[Array, "*dims"], old: Shaped[Array, "*dims"]) -> Shaped[Array, "*dims"]:
         # A select and not a branch: the decision stays on the device, and the host need not wait for it.
-        return jnp.where(finite, new, old)
+        return jnp.where(applies, new, old)
 
     state = TrainState(
         # A skipped step counts too, since `step` is the position in the data.
         step=state.step + 1,
-        trainable=jax.tree.map(keep, optax.apply_updates(state.trainable, updates), state.trainable),
+        trainable=jax.tree.map(keep, trainable, state.trainable),
         frozen=state.frozen,
         buffers=jax.tree.map(keep, buffers, state.buffers),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-        skipped=state.skipped + jnp.where(finite, 0, 1),
+        skipped=state.skipped + jnp.where(applies, 0, 1),
+        guard=guard,
     )
     metrics = {}
     for name, metric in step_metrics(definition.objective, terms, weight).items():
         metrics[name] = divide(*metric) if isinstance(metric, Mean) else metric
-    return state, StepMetrics(loss, metrics, grad_norm, finite, _valid_tokens(batch), terms.routers)
+    return state, StepMetrics(loss, metrics, grad_norm, finite, count_tokens(batch), terms.routers, spike, vanished)
 
 
-def _valid_tokens(batch: Any) -> Int[Array, ""] | None:
-    """Count the positions of a batch that are no padding."""
-    segment_ids = getattr(batch, "segment_ids", None)
-    return None if segment_ids is None else jnp.sum(segment_ids != 0, dtype=jnp.int32)
+def _step_key(seed: int | None, state: TrainState, stream: int = 0) -> Key[Array, ""] | None:
+    """Return the PRNG key of this step; None without a seed."""
+    if seed is None:
+        return None
+    # One fixed generator implementation, so that random bits do not depend on the platform.
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(key, stream) if stream else key, state.step)
 
 
 def _updated_biases(buffers: Parameters, routers: RouterStats | None, rate: float | None) -> Parameters:

@@ -25,6 +25,9 @@ class StepDefinition:
         router_loss: coefficients that keep the routers balanced.
         microbatches: number of parts that the batch is split into; their gradients are summed.
         dropout_seed: seed of the adapters' dropout, used together with the step; None for no dropout.
+        rounding: how updates reach bfloat16 weights.
+        rounding_seed: seed of stochastic rounding, used together with the step; None for another rounding.
+        spike_guard: which steps are spikes, whose update is skipped; None for no guard.
         gradient_dtype: dtype in which accumulated gradients are all-reduced over replicas; None for the parameters' own.
     """
 
@@ -35,6 +38,9 @@ class StepDefinition:
     microbatches: int = 1
     dropout_seed: int | None = None
     gradient_dtype: jnp.dtype | None = None
+    spike_guard: config.SpikeGuard | None = None
+    rounding: config.Rounding = "nearest"
+    rounding_seed: int | None = None
 
 
 def definition_of(
@@ -57,4 +63,7 @@ def definition_of(
         microbatches=run.train.microbatches,
         dropout_seed=run.seed if run.lora and run.lora.dropout else None,
         gradient_dtype=jnp.dtype(run.compute.dtype),
+        spike_guard=run.train.spike_guard,
+        rounding=run.optimizer.rounding,
+        rounding_seed=run.seed if run.optimizer.rounding == "stochastic" else None,
     )

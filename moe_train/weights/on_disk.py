@@ -6,14 +6,19 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
 from moe_train import config
 from moe_train.machine import progress
+from moe_train.model.paths import ParameterPath
 from moe_train.weights.names import WeightPiece
 
+FloatDtype = Literal["float32", "bfloat16", "float16"]
+"""Dtypes of the numbers in files."""
+FileDtype = Literal["float32", "bfloat16", "float16", "fp8"]
+"""Dtypes of safetensors files: of all tensors, or of linear maps alone (fp8)."""
 HASH_CHUNK_BYTES = 2**22
 """Bytes that are hashed at once; with much more, the system would allocate and free the memory each time."""
 
@@ -55,10 +60,14 @@ class WeightFiles(NamedTuple):
     """Names of tensors that are not read: those of a vision tower and its projector."""
 
     @property
-    def dtype(self) -> config.Dtype | None:
-        """The dtype of all tensors; None if they have several, or one that this package does not write."""
-        dtypes = {tensor.dtype.name for tensor in self.tensors.values()}
-        for dtype in get_args(config.Dtype):
+    def dtype(self) -> FloatDtype | None:
+        """The dtype of all tensors but the routers' biases, which are always float32.
+
+        None if they have several, or one that this package does not write.
+        """
+        biases = {piece.name for piece in self.pieces if ParameterPath.parse(piece.path).is_router_bias}
+        dtypes = {tensor.dtype.name for name, tensor in self.tensors.items() if name not in biases}
+        for dtype in get_args(FloatDtype):
             if dtypes == {dtype}:
                 return dtype
         return None

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,14 +26,16 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 """Default size limit of a shard."""
 
-# Dtypes that are read; integers and float8 belong to quantized models.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+"""Dtypes that are read; integers and other kinds of float8 belong to quantized models that are not supported."""
+_QUANTIZED = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+"""Dtypes of values that mean nothing without the scales next to them."""
+_CODES = {dtype: code for code, dtype in (_DTYPES | _QUANTIZED).items()}
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,8 @@ def _single_and_index(directory: str | Path, stem: str) -> tuple[Path, Path]:
 def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, SafetensorsTensor]:
     """Open the tensors of a model's directory, single file or sharded.
 
+    FP8 tensors are returned as they are stored; `fp8.dequantize_tensors` joins them with their scales.
+
     Args:
         directory: the folder.
         stem: first part of the file names.
@@ -137,11 +142,11 @@ def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, 
         _refuse_pickle(Path(directory))
         raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}; download the weights")
     if not index.is_file():
-        return open_safetensors(single)
+        return open_safetensors(single, _DTYPES | _QUANTIZED)
     weight_map = _weight_map(index)
     tensors: dict[str, SafetensorsTensor] = {}
     for file in sorted(set(weight_map.values())):
-        opened = open_safetensors(index.parent / file)
+        opened = open_safetensors(index.parent / file, _DTYPES | _QUANTIZED)
         listed = {name for name, shard in weight_map.items() if shard == file}
         if different := sorted(listed ^ set(opened)):
             raise ValueError(
@@ -151,8 +156,12 @@ def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, 
     return tensors
 
 
-def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
+def open_safetensors(file: Path, dtypes: Mapping[str, np.dtype] = _DTYPES) -> dict[str, SafetensorsTensor]:
     """Open the tensors of one file, after checking its header and size.
+
+    Args:
+        file: the file.
+        dtypes: the dtypes that are accepted, by their names in the format; by default those of unquantized tensors.
 
     Raises:
         FileNotFoundError: there is no file.
@@ -181,10 +190,13 @@ def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
         shape = entry["shape"]
         # Offsets count from the end of the header: 8 bytes for its length, then its text.
         start, _ = entry["data_offsets"]
-        if code not in _DTYPES:
-            supported = ", ".join(_DTYPES)
-            raise ValueError(f"{file}: {name} has dtype {code}; supported: {supported}; quantized models are not supported")
-        tensors[name] = SafetensorsTensor(name, file, tuple(shape), _DTYPES[code], 8 + length + start, opened)
+        if code not in dtypes:
+            supported = ", ".join(dtypes)
+            raise ValueError(
+                f"{file}: {name} has dtype {code}; supported: {supported}; of quantized models only FP8 (e4m3) is read: fetch the "
+                "BF16 or FP8 release, or save the weights in bfloat16"
+            )
+        tensors[name] = SafetensorsTensor(name, file, tuple(shape), dtypes[code], 8 + length + start, opened)
     return tensors
 
 
@@ -226,6 +238,10 @@ class TensorSpec(NamedTuple):
     dtype: np.dtype
 
 
+TensorValues = np.ndarray | Iterator[np.ndarray]
+"""Values of a tensor to be written: an array of its shape, or its consecutive parts in the order of the file."""
+
+
 class WriterShare(NamedTuple):
     """The files of a model that this process writes: every `of`th, starting with `first`."""
 
@@ -240,7 +256,7 @@ SOLE_WRITER = WriterShare()
 def write_shards(
     directory: Path,
     specs: Sequence[TensorSpec],
-    tensor: Callable[[TensorSpec], np.ndarray],
+    tensor: Callable[[TensorSpec], TensorValues],
     max_shard_bytes: int = MAX_SHARD_BYTES,
     share: WriterShare = SOLE_WRITER,
 ) -> list[Path]:
@@ -249,7 +265,7 @@ def write_shards(
     Args:
         directory: the folder.
         specs: tensors in the order in which they are written.
-        tensor: returns the array of a spec; called for one array at a time.
+        tensor: returns the values of a spec; called for one tensor at a time.
         max_shard_bytes: size limit of a shard.
         share: the part of one of several processes. All of them ask for all arrays in the same order, and write one file each at a
             time; the first process writes the index. An error in one is raised after all arrays were asked for, so that no other
@@ -299,7 +315,7 @@ def _write_own_shard(
     files: Sequence[Path],
     shards: Sequence[Sequence[TensorSpec]],
     own_index: int,
-    tensor: Callable[[TensorSpec], np.ndarray],
+    tensor: Callable[[TensorSpec], TensorValues],
 ) -> OSError | None:
     """Write one of the shards that the processes write at the same time, one each.
 
@@ -310,21 +326,38 @@ def _write_own_shard(
     in_order: list[tuple[int, TensorSpec]] = []
     for kth_specs in itertools.zip_longest(*shards):
         in_order += [(i, spec) for i, spec in enumerate(kth_specs) if spec is not None]
-    requested = ((i, tensor(spec)) for i, spec in in_order)
-    # Arrays of other processes are computed and dropped on the way to the next own one.
-    own_arrays = (array for i, array in requested if i == own_index)
+    own_values = _own_values(in_order, own_index, tensor)
     write_error = None
     if own_index < len(shards):
         try:
-            write_safetensors(files[own_index], shards[own_index], lambda spec: next(own_arrays))
+            write_safetensors(files[own_index], shards[own_index], lambda spec: next(own_values))
         except OSError as error:
             write_error = error
-    for _ in requested:  # the remaining arrays belong to other processes, but asking for them is collective
-        pass
+    # What remains belongs to other processes, but asking for it is collective; after an error, own tensors remain too.
+    for values in own_values:
+        _drop(values)
     return write_error
 
 
-def write_safetensors(file: Path, specs: Iterable[TensorSpec], tensor: Callable[[TensorSpec], np.ndarray]) -> None:
+def _own_values(
+    in_order: Iterable[tuple[int, TensorSpec]], own_index: int, tensor: Callable[[TensorSpec], TensorValues]
+) -> Iterator[TensorValues]:
+    """Yield the values of the own tensors; those of other processes are computed and dropped on the way to the next one."""
+    for i, spec in in_order:
+        values = tensor(spec)
+        if i == own_index:
+            yield values
+        _drop(values)  # parts that an error has left unread, or all of them
+
+
+def _drop(values: TensorValues) -> None:
+    """Compute parts that are not written."""
+    if not isinstance(values, np.ndarray):
+        for _ in values:
+            pass
+
+
+def write_safetensors(file: Path, specs: Iterable[TensorSpec], tensor: Callable[[TensorSpec], TensorValues]) -> None:
     """Write one safetensors file: u64 length of the header, the header in JSON, then the tensors back to back."""
     specs = list(specs)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers rejects a file without it
@@ -339,10 +372,23 @@ def write_safetensors(file: Path, specs: Iterable[TensorSpec], tensor: Callable[
         with file.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for spec in specs:
-                array = tensor(spec)
-                assert array.shape == spec.shape and array.dtype == spec.dtype, (spec, array.shape, array.dtype)
-                for part in strided.contiguous_parts(array):
-                    out.write(part.reshape(-1).view(np.uint8).data)
+                for array in _checked_parts(spec, tensor(spec)):
+                    for part in strided.contiguous_parts(array):
+                        out.write(part.reshape(-1).view(np.uint8).data)
     except OSError as error:
         error.filename = error.filename or str(file)  # a failed write does not state its file
         raise
+
+
+def _checked_parts(spec: TensorSpec, values: TensorValues) -> Iterator[np.ndarray]:
+    """Yield the parts of a tensor, and check that they fill it."""
+    if isinstance(values, np.ndarray):
+        assert values.shape == spec.shape and values.dtype == spec.dtype, (spec, values.shape, values.dtype)
+        yield values
+        return
+    size = 0
+    for part in values:
+        assert part.dtype == spec.dtype and part.shape[1:] == spec.shape[-part.ndim :][1:], (spec, part.shape, part.dtype)
+        size += part.size
+        yield part
+    assert size == math.prod(spec.shape), (spec, size)

@@ -6,10 +6,13 @@ This is taken from their sources in 2026 and from tests of vLLM 0.32.0 (tests/ju
 - vLLM applies adapters of routed experts and of the router. It applies those of embedding and head in Mixtral and Llama, and
   rejects them in what it runs as MistralForCausalLM (`embedding_modules`, vllm/model_executor/models/mistral.py).
 - vLLM does not know a Mixtral's tensors by Mistral's names (vllm/model_executor/models/mixtral.py); dense models work with both.
+- vLLM runs Mistral Small 4 and Large 3 from Mistral's own files alone: its registry has no class for `mistral4`, and so nothing to
+  put a PEFT adapter on (vllm/model_executor/models/registry.py).
 - vLLM supports interleaved windows from params.json (vllm/transformers_utils/configs/mistral.py); with config.json, it runs a
   Ministral through transformers' layers.
 - llama.cpp reads only GGUF, including adapters (`gguf_lora`).
-- transformers and PEFT read everything that we write.
+- transformers and PEFT read everything that we write; AutoModelForCausalLM does not know vision wrappers and `mistral4`, which
+  AutoModelForImageTextToText loads.
 """
 
 from __future__ import annotations
@@ -47,6 +50,9 @@ _PEFT_CODE = (
     "m, t = PeftModel.from_pretrained(M.from_pretrained({base!r}), {out!r}), T.from_pretrained({out!r}); "
     "print(t.decode(m.generate(**t('Hello', return_tensors='pt'), max_new_tokens=20)[0]))"
 )
+_NO_MISTRAL4_IN_VLLM = (
+    "vLLM runs mistral4 from Mistral's own files alone; export the model, with adapters merged, with --format mistral"
+)
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Maximum ranks that vLLM can be started with."""
 
@@ -77,6 +83,8 @@ def adapter_shapes(
     """
     if server != "vllm":
         return dict(shapes)
+    if family == "mistral4":
+        raise ValueError(_NO_MISTRAL4_IN_VLLM)
     if trained_in_full:
         raise ValueError(
             f"vLLM loads only adapters, but {sorted(trained_in_full)[0]} was trained in full; export the merged model with --merge"
@@ -123,13 +131,16 @@ def serving_command(
     readable = SERVING_COMMANDS[server]
     if layout not in readable:
         raise ValueError(f"{server} does not read --format {layout}; use --format {' or '.join(readable)}")
-    if server == "vllm" and layout == "mistral" and isinstance(model.ffn, config.MoeFfn):
+    is_mistral4 = model.family == "mistral4"
+    if server == "vllm" and layout == "mistral" and isinstance(model.ffn, config.MoeFfn) and not is_mistral4:
         raise ValueError("vLLM does not know the names that --format mistral gives to experts; use --format hf")
+    if server == "vllm" and layout != "mistral" and is_mistral4:
+        raise ValueError(_NO_MISTRAL4_IN_VLLM)
     base = base_model or "BASE_MODEL"
     max_rank = rank
     if server == "vllm":
         max_rank = next(supported for supported in VLLM_RANKS if supported >= rank)
-    auto_class = "AutoModelForImageTextToText" if in_wrapper else "AutoModelForCausalLM"
+    auto_class = "AutoModelForImageTextToText" if in_wrapper or is_mistral4 else "AutoModelForCausalLM"
     return readable[layout].format(
         out=shlex.quote(str(out_dir)),
         base=shlex.quote(base),

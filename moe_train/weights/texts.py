@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_train.data.tokenizers.huggingface import ADDITIONAL_TEMPLATES
+from moe_train.data.tokenizers.template_files import ADDITIONAL_TEMPLATES
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.weights import mistral
 

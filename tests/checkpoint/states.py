@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.manager import CheckpointMetadata
+from moe_train.train.rounding import with_rounding
 from moe_train.train.state import TrainState, create_state
 
-OPTIMIZER = optax.adamw(1e-2)
+OPTIMIZER = with_rounding(optax.adamw(1e-2), "float32_master")
 SETTINGS = config.Checkpoint(keep_last=2)
 ABOUT = CheckpointMetadata({"name": "test"}, 16, "an identity", None)
 MESHES = {"one": config.Mesh(fsdp=8), "other": config.Mesh(data=2, fsdp=2, tensor=2)}

@@ -62,7 +62,8 @@ def test_another_mesh_gets_the_same_numbers(tmp_path):
     with jax.set_mesh(make_mesh(MESHES["other"])):
         found = restored(tmp_path).state
     assert same(found, saved[1])
-    for tree in (found.trainable, found.opt_state[0].mu):
+    assert found.opt_state.masters.keys() == {"gate"}  # the weight in bfloat16
+    for tree in (found.trainable, found.opt_state.masters, found.opt_state.inner[0].mu):
         assert tree["gate"].sharding.spec == P("expert", "fsdp", "tensor")
         assert tree["gate"].sharding.mesh.shape["tensor"] == 2
         assert tree["gate"].addressable_shards[0].data.shape == (4, 32, 16)
@@ -93,7 +94,19 @@ def test_without_the_best(tmp_path, mesh):
     with manager.open_for_saving(tmp_path, settings) as checkpoints:
         for step, loss in ((1, 1.0), (2, 2.0)):
             manager.save(checkpoints, step, jax.jit(new_state)(), ABOUT, loss)
-    assert steps_in(tmp_path) == ["2"]
+        manager.finish_saving(checkpoints)
+        # Weights can be ruined although they were saved, so the one before goes when the next save begins.
+        assert steps_in(tmp_path) == ["1", "2"]
+        manager.save(checkpoints, 3, jax.jit(new_state)(), ABOUT)
+    assert steps_in(tmp_path) == ["2", "3"]
+
+
+def test_with_the_best_and_the_last(tmp_path, mesh):
+    with manager.open_for_saving(tmp_path, config.Checkpoint(keep_last=1)) as checkpoints:
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)):
+            manager.save(checkpoints, step, jax.jit(new_state)(), ABOUT, loss)
+            manager.finish_saving(checkpoints)
+    assert steps_in(tmp_path) == ["2", "4", "5"]
 
 
 def test_nothing_is_made_before_the_first_save(tmp_path, mesh):
@@ -288,7 +301,9 @@ def test_reading_the_weights_passes_a_damaged_checkpoint_over_and_says_so(tmp_pa
     params, _, step = manager.load_params(tmp_path, shapes)
     assert same(params, saved[1].learned) and step == 1 and steps_in(tmp_path) == ["1", "2"]
     assert "the checkpoint of step 2 in" in caplog.text
-    with pytest.raises(RuntimeError, match=r"the checkpoint of step 2 in .* cannot be read"):
+    with pytest.raises(
+        RuntimeError, match=r"the checkpoint of step 2 in .* cannot be read: .*; restore it, or name another one, such as .*@1$"
+    ):
         manager.load_params(tmp_path, shapes, 2)
     with pytest.raises(FileNotFoundError, match="has no checkpoint of step 7"):
         manager.load_params(tmp_path, shapes, 7)

@@ -22,7 +22,20 @@ from moe_train.config import Config
 from tests.cli.command import run
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["train", "inspect", "evaluate", "generate", "export", "verify", "upcycle", "bench", "tokenizer", "schema", "quickstart"]
+COMMANDS = [
+    "doctor",
+    "train",
+    "inspect",
+    "evaluate",
+    "generate",
+    "export",
+    "verify",
+    "upcycle",
+    "bench",
+    "tokenizer",
+    "schema",
+    "quickstart",
+]
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["tokenizer", "train"]], ids=" ".join)
@@ -184,7 +197,7 @@ def test_schema_is_json(capsys) -> None:
 
 def test_what_takes_a_while_says_what_it_does(monkeypatch, capsys):
     log = logging.getLogger("moe_train.data.prepared.store")
-    monkeypatch.setattr("moe_train.config.schema.json_schema", lambda: log.info("tokenising %s", "a.jsonl") or {})
+    monkeypatch.setattr("moe_train.config.schema.json_schema", lambda kind: log.info("tokenising %s", "a.jsonl") or {})
     with pytest.raises(SystemExit):
         main.main(["schema"])
     shown = capsys.readouterr()

@@ -36,8 +36,9 @@ def test_generate(stand_in, capsys) -> None:
         *,
         chat: bool,
         chat_template: str | None,
+        reasoning_effort: str | None,
     ) -> list[str]:
-        return [f" {max_tokens} {temperature} {seed} {chat_template or chat}" for _ in prompts]
+        return [f" {max_tokens} {temperature} {seed} {reasoning_effort or chat_template or chat}" for _ in prompts]
 
     stand_in("moe_train.commands.generate", generate_text=generate_text)
     options = ["--max-tokens", "3", "--temperature", "0.5", "--seed", "7"]
@@ -52,6 +53,8 @@ def test_generate(stand_in, capsys) -> None:
     assert capsys.readouterr().out == "a\n 64 0.0 0 True\n"
     assert run("generate", "runs/tiny", "--prompt", "a", "--chat", "--chat-template", "chatml") == 0
     assert capsys.readouterr().out == "a\n 64 0.0 0 chatml\n"
+    assert run("generate", "runs/tiny", "--prompt", "a", "--chat", "--reasoning-effort", "high") == 0
+    assert capsys.readouterr().out == "a\n 64 0.0 0 high\n"
 
 
 CHECK = {"name": "tensors", "passed": True, "said": "3 tensors", "figures": {"tolerance": "bits"}, "seconds": 0.25}

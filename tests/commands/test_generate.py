@@ -30,3 +30,11 @@ def test_a_model_directory_completes_text_and_answers_a_user(tmp_path: Path) -> 
     assert answer != completion and other != completion
     with pytest.raises(ValueError, match="the prompt has half a surrogate pair"):  # a byte that is no UTF-8, from a shell
         generate_text(tmp_path / "model", ["\udcff"], 6)
+    effort = "{{ 'think ' if reasoning_effort == 'high' }}{{ messages[0].content }}"
+    chat = {"chat": True, "chat_template": effort}
+    assert generate_text(tmp_path / "model", ["the quick"], 6, **chat, reasoning_effort="high") == generate_text(
+        tmp_path / "model", ["think the quick"], 6, **chat
+    )
+    for options, said in (({}, "has no effect on text to continue"), ({"chat": True}, "does not read it; leave it out")):
+        with pytest.raises(ValueError, match=f"--reasoning-effort.* {said}"):
+            generate_text(tmp_path / "model", ["the quick"], 6, **options, reasoning_effort="high")

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from moe_train import config
 from moe_train.commands import write_and_prove
 from moe_train.commands.train_tokenizer import train_tokenizer
-from moe_train.commands.upcycle import upcycle
+from moe_train.commands.upcycle import NewExperts, mixtral_of, upcycle
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine, parameters
 from moe_train.model.transformer import init_model
@@ -69,7 +69,7 @@ def logits(directory: Path) -> np.ndarray:
 @pytest.mark.parametrize("model", [LLAMA, MISTRAL], ids=["llama, tied", "mistral, window"])
 def test_without_noise_the_logits_are_the_dense_models(model: config.Model, tokenizer: Any, tmp_path: Path) -> None:
     base = dense_dir(tmp_path / "dense", model, tokenizer)
-    report = upcycle(base, tmp_path / "sparse", num_experts=4, experts_per_token=2, max_shard_bytes=5000)
+    report = upcycle(base, tmp_path / "sparse", NewExperts(4, 2), max_shard_bytes=5000)
     made = external.read_external_model(tmp_path / "sparse")
     assert made.family == "mixtral" and made.ffn == config.MoeFfn(name="moe", ffn_dim=12, num_experts=4, experts_per_token=2)
     assert (made.tie_embeddings, made.attention.windows) == (model.tie_embeddings, model.attention.windows)
@@ -80,9 +80,48 @@ def test_without_noise_the_logits_are_the_dense_models(model: config.Model, toke
     assert report["active_parameters"] == report["parameters"] - 2 * ffn
 
 
+@pytest.mark.parametrize(
+    ("experts", "dtype"),
+    [(NewExperts(8, 4, granularity=4), "bfloat16"), (NewExperts(9, 6, granularity=3), "float32")],
+    ids=["one copy a token", "two copies a token"],
+)
+def test_fine_grained_experts_compute_what_the_dense_layer_did(
+    experts: NewExperts, dtype: config.Dtype, tokenizer: Any, tmp_path: Path
+) -> None:
+    base = dense_dir(tmp_path / "dense", LLAMA, tokenizer, dtype)
+    report = upcycle(base, tmp_path / "sparse", experts)
+    made = external.read_external_model(tmp_path / "sparse").ffn
+    assert isinstance(made, config.MoeFfn)
+    assert (made.ffn_dim, made.num_experts, made.experts_per_token) == (12 // experts.granularity, experts.count, experts.per_token)
+    wanted, found = logits(base), logits(tmp_path / "sparse")
+    assert np.abs(found - wanted).max() <= 2e-6 * np.abs(wanted).max()
+    copies = experts.count // experts.granularity
+    assert report["parameters"] == report["parameters_of_base"] + 2 * ((copies - 1) * 3 * 16 * 12 + 16 * experts.count)
+    written = safetensors_files.open_model_tensors(tmp_path / "sparse")
+    router = written["model.layers.1.block_sparse_moe.gate.weight"].read().astype(np.float32).reshape(copies, -1, 16)
+    assert (
+        np.array_equal(router, np.repeat(router[:, :1], experts.granularity, axis=1)) and len(np.unique(router[:, 0, 0])) == copies
+    )
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (NewExperts(8, 2, granularity=4), "--experts-per-token 2 is not a multiple of --granularity 4"),
+        (NewExperts(6, 4, granularity=4), "--experts 6 is not a multiple of --granularity 4"),
+        (NewExperts(10, 5, granularity=5), "--granularity 5 does not divide the feed-forward width 12"),
+        (NewExperts(4, 4, granularity=4), "is a single copy; use at least 8 experts"),
+        (NewExperts(4, 4, granularity=0), "--granularity 0 is not a number"),
+    ],
+)
+def test_a_granularity_that_does_not_fit_is_refused(experts: NewExperts, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mixtral_of(LLAMA, experts, "BASE")
+
+
 def test_every_tensor_is_from_its_place(tokenizer: Any, tmp_path: Path) -> None:
     base = dense_dir(tmp_path / "dense", MISTRAL, tokenizer, "bfloat16")
-    upcycle(base, tmp_path / "sparse", num_experts=3)
+    upcycle(base, tmp_path / "sparse", NewExperts(3))
     old, new = (safetensors_files.open_model_tensors(path) for path in (base, tmp_path / "sparse"))
     renamed = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
     routers = []
@@ -105,7 +144,7 @@ def test_every_tensor_is_from_its_place(tokenizer: Any, tmp_path: Path) -> None:
 def test_noise_parts_the_experts_and_nothing_else(tokenizer: Any, tmp_path: Path) -> None:
     base = dense_dir(tmp_path / "dense", LLAMA, tokenizer)
     for out, seed in (("a", 1), ("again", 1), ("b", 2)):
-        upcycle(base, tmp_path / out, num_experts=2, noise=0.1, seed=seed)
+        upcycle(base, tmp_path / out, NewExperts(2, noise=0.1, seed=seed))
     plain = safetensors_files.open_model_tensors(base)
     a, again, b = (safetensors_files.open_model_tensors(tmp_path / out) for out in ("a", "again", "b"))
     shares = []
@@ -136,9 +175,9 @@ def test_what_cannot_be_upcycled_is_refused_and_leaves_nothing(tokenizer: Any, t
         with pytest.raises(ValueError, match=error):
             upcycle(tmp_path / source, tmp_path / "out")
     with pytest.raises(ValueError, match="--experts-per-token 3 does not fit --experts 2"):
-        upcycle(base, tmp_path / "out", 2, 3)
+        upcycle(base, tmp_path / "out", NewExperts(2, 3))
     with pytest.raises(ValueError, match="--noise -1 is not a standard deviation"):
-        upcycle(base, tmp_path / "out", noise=-1)
+        upcycle(base, tmp_path / "out", NewExperts(noise=-1))
     with pytest.raises(FileExistsError, match="already exists"):
         upcycle(base, tmp_path / "sparse")
     with pytest.raises(FileNotFoundError):

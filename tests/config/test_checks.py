@@ -17,8 +17,11 @@ LORA = {"targets": [{"modules": ["attention.*"], "rank": 4, "alpha": 8.0}]}
         ({"train.seq_len": 40000}, "train.seq_len 40000 exceeds the model's max_seq_len 32768"),
         ({"loss": {}}, "state loss.load_balance_loss_coef, loss.router_z_loss_coef"),
         ({"loss.router_z_loss_coef": ...}, "state loss.router_z_loss_coef, since"),
-        ({"model.ffn.router": SIGMOID}, "no file format can express a sigmoid router of family mixtral; set export: none"),
-        ({"model.ffn.num_shared_experts": 1}, "no file format can express shared experts of family mixtral"),
+        (
+            {"model.ffn.router": SIGMOID},
+            "model has a sigmoid router, which no file format of family mixtral can",
+        ),
+        ({"model.ffn.num_shared_experts": 1}, "model has shared experts, which no file format of family mixtral can express"),
         ({"export": "none"}, "export: none has no effect, since the model can be exported (family mixtral)"),
         ({"loss.bias_update_rate": 0.001}, "loss.bias_update_rate has no effect: the routers have no bias"),
         ({"model.ffn.router": {**SIGMOID, "bias": True}, "export": "none"}, "state loss.bias_update_rate, since"),
@@ -60,3 +63,12 @@ def test_a_model_without_a_format_trains_where_no_export_is_wanted() -> None:
     config_with(**biased, lora=LORA)  # its router is frozen
     message = "bias_update_rate has no effect: the routers' bias is frozen"
     assert message in refusal(**biased, lora=LORA, **{"loss.bias_update_rate": 0.001})
+
+
+def test_rounding_needs_bfloat16_weights() -> None:
+    rounded = {"optimizer.rounding": "float32_master"}
+    config_with(**rounded, **{"compute.param_dtype": "bfloat16"})
+    assert "optimizer.rounding float32_master has no effect: compute.param_dtype is float32; leave it out" in refusal(**rounded)
+    assert "adapters, and what is trained with them, are float32" in refusal(
+        **rounded, **{"compute.param_dtype": "bfloat16", "loss": {}, "lora": LORA}
+    )

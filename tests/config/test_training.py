@@ -27,3 +27,10 @@ def test_a_value_beyond_its_limit_is_refused(changes: dict[str, Any], message: s
 
 def test_one_step_of_tokens_is_enough() -> None:
     assert config.Train(tokens=256, batch_size=8, seq_len=32).tokens == 256
+
+
+def test_a_spike_guard_without_effect_is_refused() -> None:
+    guard = {"action": "skip", "window": 4}
+    assert "spike_guard.window 4 is never full in 4 steps" in refusal(**{"train.spike_guard": guard, "train.steps": 4})
+    guard |= {"steps_back": 2}
+    assert "steps_back has no effect with action skip" in refusal(**{"train.spike_guard": guard, "train.steps": 9})

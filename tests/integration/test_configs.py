@@ -29,7 +29,25 @@ SMOLLM2 = config.Model.model_validate_json(
     "attention": {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64}, "tie_embeddings": true, "max_seq_len": 8192,
     "ffn": {"name": "moe", "ffn_dim": 1536, "num_experts": 4, "experts_per_token": 2}}"""
 )
-PUBLISHED = {"mixtral_8x7b": (MIXTRAL, 46.70e9, 12.88e9), "mistral_7b": (MISTRAL, 7.248e9, 7.248e9)}
+SMALL4 = config.Model.model_validate_json(
+    """{"family": "mistral4", "vocab_size": 131072, "model_dim": 4096, "num_layers": 36, "norm_eps": 1e-6, "max_seq_len": 1048576,
+    "rope": {"name": "yarn", "theta": 1e4, "factor": 128.0, "original_max_seq_len": 8192},
+    "attention": {"name": "mla", "num_heads": 32, "q_lora_rank": 1024, "kv_lora_rank": 256, "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "query_scaling": {"beta": 0.1, "original_max_seq_len": 8192}},
+    "ffn": {"name": "moe", "ffn_dim": 2048, "num_experts": 128, "experts_per_token": 4, "num_shared_experts": 1}}"""
+)
+MINISTRAL3 = config.Model.model_validate_json(
+    """{"family": "ministral3", "vocab_size": 131072, "model_dim": 4096, "num_layers": 34, "max_seq_len": 262144,
+    "rope": {"name": "yarn", "theta": 1e6, "factor": 16.0, "original_max_seq_len": 16384},
+    "attention": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
+        "query_scaling": {"beta": 0.1, "original_max_seq_len": 16384}}, "ffn": {"name": "dense", "ffn_dim": 14336}}"""
+)
+PUBLISHED = {
+    "mixtral_8x7b": (MIXTRAL, 46.70e9, 12.88e9),
+    "mistral_7b": (MISTRAL, 7.248e9, 7.248e9),
+    "mistral_small4": (SMALL4, 118.97e9, 6.63e9),
+    "ministral3_8b": (MINISTRAL3, 8.49e9, 8.49e9),
+}
 
 
 def model_of(path: Path, run: config.Config) -> config.Model:
@@ -47,9 +65,11 @@ def model_of(path: Path, run: config.Config) -> config.Model:
 def test_there_are_recipes() -> None:
     stems = {path.stem for path in CONFIGS}
     assert {"quickstart_pretrain", "quickstart_lora"} <= stems
-    for size in PUBLISHED:
+    for size in ("mixtral_8x7b", "mistral_7b"):
         for kind in ("pretrain_v5p", "lora_h100x8", "lora_v5e", "full_finetune"):
             assert any(stem.startswith(f"{size}_{kind}") for stem in stems), (size, kind)
+    assert {"mistral_small4_lora_h100x8", "mistral_small4_lora_v5p", "mistral_small4_qlora_h100x2"} <= stems
+    assert "ministral3_8b_lora_h100x8" in stems
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -57,6 +57,25 @@ YARN = config.YarnRope(
 SCALED = ATTENTION.model_copy(update={"query_scaling": config.QueryScaling(beta=0.1, original_max_seq_len=8)})
 WINDOW = ATTENTION.model_copy(update={"windows": (48,)})
 INTERLEAVED = ATTENTION.model_copy(update={"windows": (None, 48)})
+LATENT = config.MultiHeadLatentAttention(
+    name="mla",
+    num_heads=4,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=24,
+    query_scaling=config.QueryScaling(beta=0.1, original_max_seq_len=8),
+)
+SHARED = MOE.model_copy(
+    update={
+        "router": config.SoftmaxRouter(name="softmax", scale=1.5),
+        "num_shared_experts": 2,
+        "dense_layers": config.DenseLayers(count=1, ffn_dim=64),
+    }
+)
+SIGMOID = config.SigmoidRouter(name="sigmoid", bias=True, scale=2.5, num_groups=2, groups_per_token=1)
+MISTRAL4 = config.Model(family="mistral4", attention=LATENT, ffn=SHARED, rope=YARN, norm_eps=1e-6, **SIZES)
 MODELS = {
     "mixtral": config.Model(family="mixtral", attention=ATTENTION, ffn=MOE, **SIZES),
     "mistral": config.Model(family="mistral", attention=WINDOW, ffn=DENSE, **SIZES),
@@ -71,6 +90,18 @@ MODELS = {
     ),
     "ministral3 without yarn": config.Model(family="ministral3", attention=SCALED, ffn=DENSE, **SIZES),
     "llama": config.Model(family="llama", attention=ATTENTION, ffn=DENSE, tie_embeddings=True, **SIZES),
+    "mistral4": MISTRAL4,
+    "mistral4 with mscale squared": MISTRAL4.model_copy(
+        update={"attention": LATENT.model_copy(update={"scale_correction": "mscale_squared"})}
+    ),
+    "deepseek_v3": config.Model(
+        family="deepseek_v3",
+        attention=LATENT.model_copy(update={"query_scaling": None, "scale_correction": "mscale_squared"}),
+        ffn=SHARED.model_copy(update={"router": SIGMOID, "dense_layers": None}),
+        rope=YARN,
+        norm_eps=1e-6,
+        **SIZES,
+    ),
 }
 PROMPTS = [np.random.default_rng(0).integers(5, 300, length).tolist() for length in (40, 7)]
 
@@ -215,10 +246,13 @@ LORAS = {
     "ranks and alphas that differ": [("attention.[qk]_proj", 6, 9.0), ("attention.o_proj", 2, 4.0), ("ffn.[gu]*", 3, 5.0)],
     "down alone": [("ffn.down_proj", 4, 8.0)],
     "router and head": [("ffn.router", 2, 3.0), ("head", 4, 8.0)],
+    "outputs of latent attention": [("attention.o_proj", 4, 8.0), ("ffn.*", 2, 8.0)],
 }
+_ADAPTED = [("mixtral", targets) for targets in LORAS]
+_ADAPTED += [("ministral3", "everything"), ("mistral4", "outputs of latent attention")]
 
 
-@pytest.mark.parametrize(("name", "targets"), [*(("mixtral", targets) for targets in LORAS), ("ministral3", "everything")])
+@pytest.mark.parametrize(("name", "targets"), _ADAPTED)
 def test_llama_cpp_adds_an_adapter(name: str, targets: str, mesh: Any, tokenizer: HuggingFace, tmp_path: Path) -> None:
     model = MODELS[name]
     lora = config.Lora(targets=tuple(config.LoraTarget(modules=(m,), rank=r, alpha=alpha) for m, r, alpha in LORAS[targets]))
@@ -236,6 +270,22 @@ def test_llama_cpp_adds_an_adapter(name: str, targets: str, mesh: Any, tokenizer
         ours = our_logits(structure, parameters, ids)
         without, merged, beside = (distance(answer["logits"][i], ours) for answer in answers)
         assert max(merged, beside) < BOUNDS["f32"] < 1e-2 < without, (without, merged, beside)
+
+
+@pytest.mark.parametrize("module", ["attention.q_a_proj", "attention.q_b_proj", "attention.kv_a_proj", "head"])
+def test_llama_cpp_ignores_adapters_that_are_refused(
+    module: str, mesh: Any, tokenizer: HuggingFace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The day that it applies them, this test fails, and the refusal can go."""
+    monkeypatch.setattr(gguf_lora, "_IGNORED_WITH_LATENTS", ())
+    lora = config.Lora(targets=(config.LoraTarget(modules=(module,), rank=4, alpha=8.0),))
+    _, parameters = random_parameters(MISTRAL4, lora)
+    base = {path: array for path, array in parameters.items() if not path.endswith((".lora_a", ".lora_b"))}
+    file = write(tmp_path / "base", MISTRAL4, base, "f32", tokenizer)
+    gguf_lora.export_adapter(parameters, MISTRAL4, lora, tmp_path / "adapter", base_model="base")
+    adapter = tmp_path / "adapter" / gguf_lora.ADAPTER_FILE
+    plain, adapted = llama_cpp({"model": file, "prompts": PROMPTS}, {"model": file, "lora": str(adapter), "prompts": PROMPTS})
+    assert plain["logits"] == adapted["logits"]
 
 
 # --- tokenizers and chats ------------------------------------------------------------------------------------------

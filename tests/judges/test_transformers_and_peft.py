@@ -134,7 +134,7 @@ def test_logits_and_gradients_equal_transformers(family: str, mesh: jax.sharding
         count += len(columns) - 1
     (total / count).backward()
     state = dict(judge.named_parameters())
-    table = names.weight_pieces(model, names.hugging_face(fused=True))
+    table = names.weight_pieces(model, names.hugging_face(experts="fused"))
     assert {piece.name for piece in table} == set(state)
     for piece in table:
         ours = piece.to_file(gradients[piece.path][piece.lead])

@@ -26,3 +26,8 @@ def test_the_kinds_of_weights_and_what_a_device_stores_of_them() -> None:
     assert gate.stored_bytes(sizes) == 4 * gate.elements(sizes) * gate.itemsize
     trained = sum(weight.stored_bytes(sizes) for weight in laid.weights if weight.trainable)
     assert laid.optimizer_bytes == pytest.approx(2 * trained, rel=1e-3)  # two moments, and counters
+    for rounding, copies in (("nearest", 2), ("stochastic", 4), ("float32_master", 6)):  # of two bytes, for each parameter
+        low = layout(
+            pretrain_run(*SMALL, "mesh={fsdp: 2, expert: 4}", "compute.param_dtype=bfloat16", f"optimizer.rounding={rounding}")
+        )
+        assert low.optimizer_bytes == pytest.approx(copies * trained / 2, rel=1e-3)

@@ -12,7 +12,7 @@ import safetensors.numpy
 from moe_train.proof import compare, reread
 from moe_train.proof.checks import Fault, NotChecked
 from moe_train.proof.compare import MergeResult, TensorResult, TensorResults
-from moe_train.proof.expected import ExpectedTensor, Part, as_is
+from moe_train.proof.expected_tensor import ExpectedTensor, Part, as_is
 from moe_train.proof.reread import Stored
 
 

@@ -40,8 +40,10 @@ def test_adapters_of_embedding_and_head_are_merged() -> None:
         np.testing.assert_allclose(rounded[name].astype(np.float64), merged, atol=np.abs(merged).max() * 2**-8)
 
 
-def test_norms_of_float16_files_keep_float32(weights: dict[str, jax.Array]) -> None:
+def test_norms_of_gguf_files_of_float16_keep_float32(weights: dict[str, jax.Array]) -> None:
     with jax.set_mesh(ONE):
-        kept, rounded = (jax.device_get(round_weights(weights, LORA, jnp.dtype(d))[NORM]) for d in ("float16", "bfloat16"))
+        kept, rounded = (
+            jax.device_get(round_weights(weights, LORA, jnp.dtype(d), d == "float16")[NORM]) for d in ("float16", "bfloat16")
+        )
     assert np.array_equal(kept, weights[NORM])
     assert rounded.dtype == jnp.bfloat16

@@ -23,8 +23,8 @@ from tests.run.tiny_config import LORA, MODEL, written
 from tests.run_dir import lines
 
 
-def test_held_out_loss_is_the_mean_over_loss_tokens(finished, small_run, text):
-    """Against log-softmax of all logits at once, and against the command's function."""
+def test_held_out_loss_is_the_mean_over_loss_tokens(finished, small_run, text, tmp_path):
+    """Against log-softmax of all logits at once, and against the command's function, which names what it does not read."""
     run = small_run(finished)
     loader = Loader(run.data, "eval", load_tokenizer(run.data.tokenizer), BatchRows(8, 32), seed=0)
     total = count = 0.0
@@ -38,7 +38,10 @@ def test_held_out_loss_is_the_mean_over_loss_tokens(finished, small_run, text):
             total, count = total - float(np.sum(chosen * batch.loss_mask)), count + batch.loss_mask.sum()
     said = lines(finished, "eval")[-1]
     assert said["loss_tokens"] == count and said["loss"] == pytest.approx(total / count, rel=1e-5)
-    answer = evaluate_model(finished, [text / "eval.jsonl"])
+    noted = tmp_path / "noted.jsonl"
+    noted.write_text("".join(line.replace("{", '{"note": 1, ', 1) for line in (text / "eval.jsonl").open()))
+    answer = evaluate_model(finished, [noted])
+    assert answer["not_read"] == "note (20 records)"
     assert answer["loss"] == pytest.approx(said["loss"], rel=1e-5) and answer["loss_tokens"] == count
     assert answer["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
 

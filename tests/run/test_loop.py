@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 
 from moe_train import config
 from moe_train.checkpoint import model_dir
+from moe_train.checkpoint.metadata import read_saved
 from moe_train.commands import evaluate
+from moe_train.commands.export import export
 from moe_train.commands.train import train
 from moe_train.config import yaml_file
 from moe_train.data.batches.batch import BatchRows
@@ -144,13 +147,13 @@ def test_refused_before_anything_is_written(tmp_path, small_run, changes, error,
 def faster(run_dir: Path, rate: float, small_run: Callable[..., config.Config], **changes: Any) -> config.Config:
     """The run with another learning rate, and a checkpoint after each step."""
     optimizer = {"name": "adamw", "learning_rate": rate, "schedule": {"name": "constant"}}
-    settings = {"every_steps": 1, "keep_last": 3}
+    settings = {"every_steps": 1, "keep_last": 1}
     return small_run(run_dir, optimizer=optimizer, checkpoint=settings, train__max_skipped_steps=0, data__eval=[], **changes)
 
 
 @pytest.mark.parametrize("rate", [1e30, 1e12])
 def test_weights_that_a_learning_rate_ruins_do_not_replace_the_last_good_ones(after_two, small_run, rate, capfd):
-    """Ruined weights with a finite loss: not saved if they are too large, else set aside at the next start."""
+    """Ruined weights with a finite loss: not saved if they are too large, else set aside at the next start, whatever keep_last."""
     with pytest.raises(RuntimeError, match=r"lower optimizer.learning_rate"):
         train(faster(after_two, rate, small_run))
     assert 2 in steps_in(after_two)
@@ -169,3 +172,135 @@ def test_padding_is_not_counted_as_tokens(small_run, tmp_path):
     tokens = [int((loader.batch(step).segment_ids != 0).sum()) for step in range(4)]
     assert min(tokens) < 8 * 64
     assert [line["tokens_per_second"] * line["seconds"] for line in lines(tmp_path)] == pytest.approx(tokens, rel=0.01)
+
+
+# --- bfloat16 weights --------------------------------------------------------------------------------------------------
+
+
+ONE_LAYER: dict[str, Any] = {"model__num_layers": 1, "mesh": {"data": 8}, "data__eval": []}
+"""Changes that make a run quick to compile."""
+
+
+def bits_of(run_dir: Path, step: int) -> dict[str, list[int]]:
+    """The bit sums of all arrays of a checkpoint."""
+    return read_saved(run_dir / "checkpoints" / str(step)).sums
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounding", ["float32_master", "stochastic"])
+def test_a_run_in_bfloat16_resumes_bit_for_bit(tmp_path, small_run, rounding):
+    def run(name: str, **changes: Any) -> config.Config:
+        optimizer = {"name": "adamw", "learning_rate": 1e-2, "rounding": rounding}
+        dtypes = {"param_dtype": "bfloat16"}
+        return small_run(tmp_path / name, optimizer=optimizer, compute=dtypes, **ONE_LAYER, **changes)
+
+    assert train(run("whole")) == loop.FINISHED
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(step))
+    assert train(run("resumed")) == loop.FINISHED
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "whole")
+    assert bits_of(tmp_path / "resumed", 6) == bits_of(tmp_path / "whole", 6)
+    assert "vanished_updates" not in lines(tmp_path / "whole")[0]
+    record = export(tmp_path / "whole", tmp_path / "hf")
+    assert record["dtype"] == "bfloat16" and all(check["passed"] for check in record["checks"])
+    with pytest.raises(ValueError, match=f"optimizer.rounding is nearest, but the run in .* was started with {rounding}"):
+        train(small_run(tmp_path / "resumed", compute={"param_dtype": "bfloat16"}, train__steps=8, **ONE_LAYER))
+
+
+@pytest.mark.slow
+def test_updates_that_vanish_are_counted_and_named(tmp_path, small_run, capsys):
+    optimizer = {"name": "adamw", "learning_rate": 1e-5}
+    changes = {"compute": {"param_dtype": "bfloat16"}, "train__steps": 2, **ONE_LAYER}
+    assert train(small_run(tmp_path, optimizer=optimizer, **changes)) == loop.FINISHED
+    assert all(line["vanished_updates"] > 0.5 for line in lines(tmp_path))
+    assert capsys.readouterr().err.count("of the weights as they are, since their updates are too small for bfloat16") == 1
+
+
+# --- spikes of the loss ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spike(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small_run, tmp_path: Path) -> None:
+    """The loss of the batch of step 8, or of other steps, is five times what it would be, as of broken records."""
+    run = small_run(tmp_path)
+    loader = Loader(run.data, "train", load_tokenizer(run.data.tokenizer), BatchRows(8, 32), seed=0)
+    marks = np.stack([loader.batch(step - 1).tokens[0] for step in getattr(request, "param", (8,))])
+    plain = next_token.loss
+
+    def loss(inputs, of_step):
+        terms = plain(inputs, of_step)
+        first = jax.sharding.reshard(inputs.batch.tokens, jax.sharding.PartitionSpec())[0]
+        return terms._replace(sum=jnp.where(jnp.any(jnp.all(first == marks, axis=1)), 5.0, 1.0) * terms.sum)
+
+    monkeypatch.setattr(next_token, "loss", loss)
+
+
+def guarded(run_dir: Path, small_run: Callable[..., config.Config], **changes: Any) -> config.Config:
+    guard = {"window": 4, "factor": 8.0, **changes}
+    settings = {"every_steps": 3, "keep_last": 9}
+    return small_run(run_dir, train__steps=12, train__spike_guard=guard, checkpoint=settings, **ONE_LAYER)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{"action": "skip"}, {"action": "roll_back"}, {"action": "roll_back", "steps_back": 3}], ids=str
+)
+def test_a_spike_is_skipped_or_rolled_back_and_a_resume_does_the_same(tmp_path, small_run, spike, changes, capfd):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train(guarded(whole, small_run, **changes)) == loop.FINISHED
+    error = capfd.readouterr().err
+    assert error.count("step 8 skipped as a spike, 1 so far: loss") == 1
+    assert [line["spikes"] for line in lines(whole)] == [0] * 7 + [1] * 5
+    assert [line["step"] for line in lines(whole)] == list(range(1, 13))
+    back = {"skip": 7, "roll_back": 6}[changes["action"]] if "steps_back" not in changes else 3
+    # The schedule counts only updates that are kept.
+    assert lines(whole)[-1]["skipped"] == 8 - back
+    if changes["action"] == "roll_back":
+        assert f"back to the checkpoint of step {back}, continuing with the data after step 8" in error
+        assert (whole / "checkpoints" / "spike-6").exists() == (back == 3)
+    # Killed between the spike and the next save, and once more after it.
+    for kept in ({3, back if back != 7 else 6}, {3, 6, 9} if back != 3 else {3, 9}):
+        shutil.rmtree(resumed, ignore_errors=True)
+        shutil.copytree(whole, resumed)
+        for step in set(steps_in(resumed)) - kept:
+            shutil.rmtree(resumed / "checkpoints" / str(step))
+        assert train(guarded(resumed, small_run, **changes)) == loop.FINISHED
+        assert losses(resumed) == losses(whole)
+        assert bits_of(resumed, 12) == bits_of(whole, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spike", [(8, 10)], indirect=True)
+def test_spikes_are_bounded_and_the_first_has_nothing_to_go_back_to(tmp_path, small_run, spike, capfd):
+    run = guarded(tmp_path, small_run, action="roll_back", steps_back=9)
+    assert train(run) == loop.FINISHED
+    assert "there is no checkpoint before step 8 to roll back to, so it is only skipped" in capfd.readouterr().err
+    shutil.rmtree(tmp_path)
+    low = guarded(tmp_path, small_run, action="skip", max_events=1)
+    with pytest.raises(RuntimeError, match=r"2 steps were spikes, the last one step \d+, and train.spike_guard.max_events is 1"):
+        train(low)
+    assert events(tmp_path)[-1]["reason"].startswith("RuntimeError: 2 steps were spikes")
+
+
+@pytest.mark.slow
+def test_masters_follow_float32_at_a_small_learning_rate(tmp_path, small_run):
+    """39 steps at 1e-5, after which the loss on the same held-out data has fallen by nearly as much."""
+    falls = {}
+    for name, dtype, rounding in (
+        ("float32", "float32", "nearest"),
+        ("masters", "bfloat16", "float32_master"),
+        ("stochastic", "bfloat16", "stochastic"),
+        ("nearest", "bfloat16", "nearest"),
+    ):
+        optimizer = {"name": "adamw", "learning_rate": 1e-5, "rounding": rounding}
+        changes = {"model__num_layers": 1, "mesh": {"data": 8}, "evaluation__every_steps": 39}
+        run = small_run(
+            tmp_path / name, optimizer=optimizer, compute={"param_dtype": dtype}, train__steps=39, checkpoint={}, **changes
+        )
+        assert train(run) == loop.FINISHED
+        before, after = (line["loss"] for line in lines(tmp_path / name, "eval"))
+        falls[name] = before - after
+    assert falls["masters"] == pytest.approx(falls["float32"], rel=0.15), falls
+    assert falls["stochastic"] == pytest.approx(falls["float32"], rel=0.3), falls
+    assert falls["nearest"] < 0.7 * falls["float32"], falls

@@ -56,7 +56,7 @@ def saving(small_run, tmp_path, monkeypatch):
     def make(**settings):
         monkeypatch.setattr(manager, "best_loss", lambda checkpoints: 2.0)
         run = config.run_of(small_run(tmp_path, checkpoint=settings))
-        return Saving(run, checkpoints=None, begin=SimpleNamespace(resumed=False), inputs=SimpleNamespace(total_steps=6))
+        return Saving(run, checkpoints=None, begin=SimpleNamespace(checkpoint_step=None), inputs=SimpleNamespace(total_steps=6))
 
     return make
 

@@ -15,11 +15,11 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.run import loop
 from moe_train.run.stopping import Votes, signals, vote
 from moe_train.run.writer import Writer
-from tests.run_dir import events, losses, steps_in
+from tests.run_dir import events, lines, losses, steps_in
 
 
 def test_interrupted_and_started_again(tmp_path, finished, small_run, monkeypatch, capsys):
-    """Ctrl-C during step 3, in this process; the handlers are as before afterwards."""
+    """Ctrl-C after step 3, in this process: the evaluation is left out and made up for; the handlers are as before afterwards."""
     write, before = Writer.train, signal.getsignal(signal.SIGINT)
 
     def interrupt(writer: Writer, step: int, figures: dict) -> None:
@@ -31,10 +31,12 @@ def test_interrupted_and_started_again(tmp_path, finished, small_run, monkeypatc
     run = small_run(tmp_path)
     assert train(run) == loop.UNFINISHED
     assert signal.getsignal(signal.SIGINT) is before
-    assert events(tmp_path)[-1]["reason"] == "SIGINT" and steps_in(tmp_path)[-1] == events(tmp_path)[-1]["step"] == 4
+    assert events(tmp_path)[-1]["reason"] == "SIGINT" and steps_in(tmp_path)[-1] == events(tmp_path)[-1]["step"] == 3
     assert train(run) == loop.FINISHED
     assert losses(tmp_path) == losses(finished)
-    assert "continuing after step 4" in capsys.readouterr().err
+    held_out = [[(line["step"], line["loss"]) for line in lines(path, "eval")] for path in (tmp_path, finished)]
+    assert held_out[0] == held_out[1] and len(held_out[0]) == 3
+    assert "continuing after step 3" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -72,15 +72,19 @@ def gradients(
     microbatches: int = 1,
     lora: config.Lora | None = None,
     make: Callable[[], Parameters] | None = None,
+    router_loss: config.Loss = config.Loss(),  # noqa: B008  # immutable
+    rows: Batch | None = None,
 ) -> StepGradients:
     """Of `step_gradients`, on the host. make: the weights, drawn at random unless stated; the base's are others."""
     with jax.set_mesh(mesh):
         params = random_parameters(MODEL, lora=lora, scale=0.3) if make is None else make()
         learned, frozen = partition(params, lora)
         base = trained_in_full(learned, lora) if make else {path: x + 0.5 for path, x in trained_in_full(learned, lora).items()}
-        definition = StepDefinition(structure_of(lora), objective, optax.identity(), microbatches=microbatches)
+        definition = StepDefinition(
+            structure_of(lora), objective, optax.identity(), microbatches=microbatches, router_loss=router_loss
+        )
         run = quick_jit(partial(step_gradients, definition, key=None))
-        return jax.device_get(run(learned, ModelWeights({}, frozen, base), put_batch(batch(), mesh)))
+        return jax.device_get(run(learned, ModelWeights({}, frozen, base), put_batch(rows or batch(), mesh)))
 
 
 @cache

@@ -17,7 +17,7 @@ from moe_train.weights.hf.config_json import write_model_config
 from moe_train.weights.serve import AdapterShape
 from tests.random_parameters import random_parameters
 from tests.tiny import LORA, MINISTRAL, MIXTRAL, ONE
-from tests.weights.mistral.models import MODELS
+from tests.weights.mistral.models import MISTRAL4, MODELS
 
 Q, K, UP = "stacks.0.layers.0.attention.q_proj", "stacks.0.layers.0.attention.k_proj", "stacks.0.layers.0.ffn.up_proj"
 
@@ -113,3 +113,14 @@ def test_the_class_that_loads_a_wrapper_is_named() -> None:
     for in_wrapper, name in ((False, "AutoModelForCausalLM"), (True, "AutoModelForImageTextToText")):
         line = serve.serving_command("transformers", "peft", MIXTRAL, "out", base_model="base", in_wrapper=in_wrapper)
         assert f"from transformers import {name} as M" in line
+
+
+def test_mistral4_is_served_by_vllm_from_mistrals_own_files_alone() -> None:
+    assert serve.serving_command("vllm", "mistral", MISTRAL4, "out", tokenizer="mistral").startswith("vllm serve out")
+    for layout in ("hf", "peft"):
+        with pytest.raises(ValueError, match=r"runs mistral4 from Mistral's own files alone; .*--format mistral"):
+            serve.serving_command("vllm", layout, MISTRAL4, "out")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="runs mistral4 from Mistral's own files alone"):
+        serve.adapter_shapes("vllm", "mistral4", {Q: AdapterShape(4, 8.0)})
+    line = serve.serving_command("transformers", "peft", MISTRAL4, "out", base_model="base")
+    assert "from transformers import AutoModelForImageTextToText as M" in line

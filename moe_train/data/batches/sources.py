@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +18,11 @@ from moe_train.data.prepared.shard_pool import ProgressReport
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.data.prepared.tokenize_ahead import prepare
 from moe_train.data.prepared.tokenize_shard import Recipe
+from moe_train.data.records.local_files import LocalFiles, suffixes_in_words
 from moe_train.data.records.open_source import open_source
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 _MASKS_AT_ONCE = 1024  # loss masks read together, so that a store of any size needs little memory
 
 
@@ -106,6 +109,8 @@ def open_store(
             # The date is written into the template, so that it belongs to the identity of the set and does not change overnight.
             template = dated(template, data.chat_date or keep_date(data.cache_dir))
         records = open_source(source)
+        if isinstance(records, LocalFiles) and records.left_out:
+            log.warning("%s: files not read: %s", source_name(source), suffixes_in_words(records.left_out))
         directory = prepare(Recipe(source, records, tokenizer, template), data.cache_dir, data.num_proc, report)
         prepared = TokenStore(directory, records, vocab_size=tokenizer.vocab_size)
         # A set from an earlier run may have been damaged since; hashes of unchanged files are remembered.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_train import config
 from moe_train.data.chat import template as templates
@@ -99,9 +100,25 @@ def _convert(conversations: list[Conversation], template: str | None, tokenizer:
             raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
 
 
-def render_prompt(messages: list[Message], template: str | None, tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens of a conversation up to where the assistant's next turn begins."""
-    conversation = Conversation(messages, [])
+def render_prompt(
+    messages: list[Message],
+    template: str | None,
+    tokenizer: Tokenizer,
+    tools: Sequence[dict[str, Any]] = (),
+    reasoning_effort: str | None = None,
+) -> list[int]:
+    """Return the tokens of a conversation up to where the assistant's next turn begins.
+
+    Args:
+        messages: The messages.
+        template: The chat template; None for a Mistral tokenizer.
+        tokenizer: The tokenizer.
+        tools: The tools that the assistant may call.
+        reasoning_effort: How long the model may think; None for the default of the tokenizer or template.
+    """
+    conversation = Conversation(messages, list(tools), ModelSettings(reasoning_effort=reasoning_effort))
+    if tools:
+        check_has_tools(template, tokenizer)
     _check(conversation)
     match tokenizer:
         case Mistral():
@@ -132,23 +149,37 @@ def check_section(record: config.Record, template: str | None, tokenizer: Tokeni
     if not isinstance(record, config.ConversationRecord):
         return
     settings = default_settings(record)
-    if settings == ModelSettings():
-        return
     try:
-        match tokenizer:
-            case Mistral():
-                from moe_train.data.chat.mistral_settings import check_settings
-
-                check_settings(settings, tokenizer)
-            case HuggingFace():
-                template_reasoning.check_settings(settings, _needed(template, tokenizer), tokenizer)
-            case _:
-                raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
+        check_settings(settings, template, tokenizer)
     except Problem as problem:
         names = " and ".join(f"{name}: {value}" for name, value in settings._asdict().items() if value is not None)
         # The problem is worded for a record of a file; here the section `record` of the config states the setting.
         message = problem.message.replace("the record has", "record has")
         raise ValueError(f"data: the record section states {names}: {message}; leave it out of the section") from problem
+
+
+def check_effort_option(effort: str | None, template: str | None, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if the option --reasoning-effort states an effort that is not written with this tokenizer and template."""
+    try:
+        check_settings(ModelSettings(reasoning_effort=effort), template, tokenizer)
+    except Problem as problem:
+        message = problem.message.replace("the record has reasoning_effort, and ", "")
+        raise ValueError(f"--reasoning-effort {effort}: {message}; leave it out, or state one that is written") from problem
+
+
+def check_settings(settings: ModelSettings, template: str | None, tokenizer: Tokenizer) -> None:
+    """Raise Problem if settings are not written with this tokenizer and template."""
+    if settings == ModelSettings():
+        return
+    match tokenizer:
+        case Mistral():
+            from moe_train.data.chat import mistral_settings
+
+            mistral_settings.check_settings(settings, tokenizer)
+        case HuggingFace():
+            template_reasoning.check_settings(settings, _needed(template, tokenizer), tokenizer)
+        case _:
+            raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
 
 
 def load_template(setting: str | None, tokenizer: Tokenizer) -> str | None:

@@ -12,19 +12,18 @@ share a text if their renderings continue one another.
 from __future__ import annotations
 
 import re
-import string
 from collections.abc import Generator
 from typing import NamedTuple
 
+from moe_train.data.chat.call_ids import differing, has_call_ids, with_other_ids
 from moe_train.data.chat.environment import GENERATION
-from moe_train.data.chat.example import OTHER_TEMPLATE, by_turn, is_trained_on, restart_reason, turns
+from moe_train.data.chat.example import by_turn, is_trained_on, restart_reason, turns
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Span
-from moe_train.machine.files import JsonObject
 
 
 class TurnText(NamedTuple):
@@ -287,42 +286,3 @@ def _characters(spans: list[Span]) -> set[int]:
     for start, end in spans:
         positions.update(range(start, end))
     return positions
-
-
-def has_call_ids(message: Message) -> bool:
-    """Return whether a message has a call with an id."""
-    return any("id" in call for call in message.get("tool_calls", ()))
-
-
-def with_other_ids(message: Message) -> Message:
-    """Return the message with every character of the ids of calls replaced by another, in calls and in results."""
-    if "tool_calls" in message:
-        return message | {"tool_calls": [_with_other_id(call) for call in message["tool_calls"]]}
-    if "tool_call_id" in message:
-        return message | {"tool_call_id": message["tool_call_id"].translate(_OTHER)}
-    return message
-
-
-def _with_other_id(call: JsonObject) -> JsonObject:
-    """Return the call with every character of its id, if it has one, replaced by another."""
-    if "id" not in call:
-        return call
-    return call | {"id": call["id"].translate(_OTHER)}
-
-
-def differing(text: str, id_variant: str) -> list[Span]:
-    """Find the ids of calls in a text: the characters that change when every character of the ids is replaced."""
-    if len(id_variant) != len(text):
-        message = "the chat template writes calls differently for different ids, so that what is random cannot be told"
-        raise Problem("template", message, f"name another template {OTHER_TEMPLATE}")
-    spans: list[Span] = []
-    for i, (a, b) in enumerate(zip(text, id_variant, strict=True)):
-        if a != b:
-            # Extend the span that ends here, or begin one.
-            spans.append((spans.pop()[0] if spans and spans[-1][1] == i else i, i + 1))
-    return spans
-
-
-# Each digit or letter is replaced by the next of its kind, so an id keeps its length and its form.
-_KINDS = (string.digits, string.ascii_lowercase, string.ascii_uppercase)
-_OTHER = str.maketrans("".join(_KINDS), "".join(kind[1:] + kind[0] for kind in _KINDS))

@@ -22,13 +22,14 @@ from mistral_common.protocol.instruct.tool_calls import Tool, ToolCall
 from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import SpecialTokens, TokenizerVersion
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
-from pydantic import ValidationError
 
 from moe_train.data.chat.example import EXTEND_VOCAB, Example, turns, uses_tools, without_tools
 from moe_train.data.chat.mistral_prefixes import Prefixes
+from moe_train.data.chat.mistral_refusals import refusal
 from moe_train.data.chat.mistral_settings import check_written, request_fields
 from moe_train.data.chat.mistral_trajectory import merged_examples
 from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.mistral import Mistral
 
 _FIRST_WITH_TOOLS = TokenizerVersion.v2
@@ -45,7 +46,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
         One example, or several for a conversation with tools (see `mistral_trajectory`); none if no turn is trained on.
 
     Raises:
-        ValueError: In one line, if mistral-common rejects the conversation.
+        Problem: If mistral-common rejects the conversation.
     """
     messages = conversation.messages
     check_written(conversation, tokenizer)
@@ -58,14 +59,16 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     request = _validated(conversation._replace(messages=messages[: trained[-1].end]), tokenizer, ValidationMode.finetuning)
     _, normalizer = _rules(tokenizer, ValidationMode.finetuning)
     prefixes = Prefixes(request, normalizer, _instruct(tokenizer), tokenizer.finetuning.version >= _FIRST_WITHOUT_IDS)
-    with _refusals():
+    with _refusals(conversation, tokenizer):
         return merged_examples(messages, prefixes)
 
 
 def prompt(conversation: Conversation, tokenizer: Mistral) -> list[int]:
     """Return the tokens up to where the assistant's next turn begins."""
     check_written(conversation, tokenizer)
-    return _encode(_request(conversation, tokenizer, ValidationMode.test), tokenizer)
+    request = _request(conversation, tokenizer, ValidationMode.test)
+    with _refusals(conversation, tokenizer):
+        return _instruct(tokenizer).encode_instruct(request).tokens
 
 
 def check_has_tools(tokenizer: Mistral) -> None:
@@ -82,7 +85,8 @@ def _all_turns(conversation: Conversation, tokenizer: Mistral) -> Example:
     Each turn ends with EOS, and EOS occurs nowhere else: the length of a turn is counted back from its EOS.
     """
     request = _request(conversation, tokenizer, ValidationMode.finetuning)
-    tokens = _encode(request, tokenizer)
+    with _refusals(conversation, tokenizer):
+        tokens = _instruct(tokenizer).encode_instruct(request).tokens
     mask = [False] * len(tokens)
     ends = [i + 1 for i, token in enumerate(tokens) if token == tokenizer.eos_id]
     assistant_messages = [message for message in request.messages if isinstance(message, AssistantMessage)]
@@ -140,12 +144,6 @@ def _no_decoding(*_: Any, **__: Any) -> str:
     return ""
 
 
-def _encode(request: InstructRequest, tokenizer: Mistral) -> list[int]:
-    """Encode a request; raise ValueError in one line if mistral-common rejects it."""
-    with _refusals():
-        return _instruct(tokenizer).encode_instruct(request).tokens
-
-
 def _request(conversation: Conversation, tokenizer: Mistral, mode: ValidationMode) -> InstructRequest:
     """Validate and normalize a conversation.
 
@@ -153,13 +151,13 @@ def _request(conversation: Conversation, tokenizer: Mistral, mode: ValidationMod
     """
     request = _validated(conversation, tokenizer, mode)
     _, normalizer = _rules(tokenizer, mode)
-    with _refusals():
+    with _refusals(conversation, tokenizer):
         return normalizer.from_chat_completion_request(request)
 
 
 def _validated(conversation: Conversation, tokenizer: Mistral, mode: ValidationMode) -> ChatCompletionRequest[Any]:
     """Parse a conversation, and validate it."""
-    with _refusals():
+    with _refusals(conversation, tokenizer):
         parsed_tools = [Tool.from_openai(tool) for tool in conversation.tools] or None
         messages = [_plain(message) for message in conversation.messages]
         fields = {"messages": messages, "tools": parsed_tools, **request_fields(conversation.settings)}
@@ -189,14 +187,12 @@ def _plain(message: Message) -> Message:
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Convert what mistral-common raises to a ValueError in one line."""
+def _refusals(conversation: Conversation, tokenizer: Mistral) -> Iterator[None]:
+    """Convert what mistral-common raises for a conversation to a Problem."""
     try:
         yield
-    except ValidationError as error:
-        first = error.errors()[0]
-        location = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"mistral-common refuses the record: {location}: {first['msg']}") from error
-    # After `ValidationError`, which is a ValueError too. Messages span several lines; ours are one line.
-    except (MistralCommonException, NotImplementedError, AssertionError, ValueError) as error:
-        raise ValueError(f"mistral-common refuses the record: {' '.join(str(error).split())}") from error
+    except Problem:  # of our own, such as a text that is too long
+        raise
+    # A RuntimeError is of sentencepiece, for text that is not Unicode, or of Python, for JSON that is nested too deep.
+    except (MistralCommonException, RuntimeError, AssertionError, ValueError) as error:
+        raise refusal(error, conversation, tokenizer) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from mistral_common.tokens.tokenizers.model_settings_builder import ModelSettingsBuilder
 
 from moe_train.data.chat.settings import NO_SETTINGS, check_effort, not_written, reasoning_not_written
@@ -29,7 +30,11 @@ def check_written(conversation: Conversation, tokenizer: Mistral) -> None:
         return
     name = _name(tokenizer)
     if not _has_think(tokenizer):
-        raise reasoning_not_written(reasons[0], f"{name} has no [THINK]", "use a tokenizer of version v13 or v15 with it")
+        otherwise = "use a tokenizer of version v13 or v15 with it"
+        if tokenizer.finetuning.version == TokenizerVersion.v11:
+            # Magistral Small of June and July 2025, whose system prompt asks for these letters.
+            otherwise = "write it into the text as the model does (<think>…</think>), use its tokenizer.json and chat template"
+        raise reasoning_not_written(reasons[0], f"{name} has no [THINK]", otherwise)
     if builder is None:
         return
     for i in reasons:

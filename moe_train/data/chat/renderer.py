@@ -1,9 +1,8 @@
-"""The program of the child process that renders chat templates for `sandbox`. It imports nothing else from this package."""
+"""The program of the child process that renders chat templates for `sandbox`. Of this package it imports only `environment`."""
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import resource
@@ -11,8 +10,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
+
+import jinja2
+
+from moe_train.data.chat.environment import Endless, Environment, Refusal
 
 
 class Limits(NamedTuple):
@@ -32,8 +34,7 @@ class Limits(NamedTuple):
 
 def _serve(connection: Connection, limits: Limits) -> None:
     """Answer requests until the other end of the connection is closed."""
-    environments = _environments()
-    environment = environments.Environment(limits.output)
+    environment = Environment(limits.output)
 
     @functools.lru_cache(maxsize=8)
     def compiled(source: str) -> Any:
@@ -51,19 +52,18 @@ def _serve(connection: Connection, limits: Limits) -> None:
         except EOFError:
             return
         signal.setitimer(signal.ITIMER_PROF, limits.seconds)  # the default action of SIGPROF ends the process
-        answer = json.dumps(_answer(question, compiled, limits, environments)).encode()
+        answer = json.dumps(_answer(question, compiled, limits)).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
         connection.send_bytes(answer)
 
 
-def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Limits, environments: Any) -> dict[str, Any]:
+def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Limits) -> dict[str, Any]:
     """Render all requests of a question.
 
     Args:
         question: The template and the requests.
         compiled: Compiles a template.
         limits: The limits for each request.
-        environments: The module `environment`.
 
     Returns:
         `unreadable` if the template cannot be compiled, `over` if a limit is exceeded (`exhausted`: the memory is used up, and
@@ -71,8 +71,6 @@ def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Li
         renderings, where a number stands for a prefix of the first one, and a list holds an error message and whether the template
         rejects the record with it.
     """
-    import jinja2
-
     try:
         template = compiled(question["template"])
     except (jinja2.TemplateError, RecursionError, MemoryError) as error:
@@ -91,9 +89,9 @@ def _answer(question: dict[str, Any], compiled: Callable[[str], Any], limits: Li
                 if isinstance(error, MemoryError):
                     message = f"the chat template takes more than {limits.memory >> 20} MiB of memory for one record"
                     return {"over": message, "exhausted": True}
-                if isinstance(error, environments.Endless):
+                if isinstance(error, Endless):
                     return {"over": f"the chat template takes more than {limits.steps:,} steps for one record; is a loop endless?"}
-                refused = isinstance(error, environments.Refusal)
+                refused = isinstance(error, Refusal)
                 texts.append([f"the chat template {'refuses the record' if refused else 'fails'}: {_line(error)}", refused])
                 continue
             if text is None:
@@ -128,16 +126,6 @@ def _limited(pieces: Iterable[str], limit: int) -> str | None:
 def _line(error: BaseException) -> str:
     """Format an error in one line of at most 500 characters."""
     return " ".join(str(error).split())[:500] or type(error).__name__
-
-
-def _environments() -> Any:
-    """Load `environment.py`, which lies beside this file; the package is not on the path of this process."""
-    spec = importlib.util.spec_from_file_location("environment", Path(__file__).with_name("environment.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["environment"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

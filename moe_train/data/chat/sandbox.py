@@ -30,6 +30,7 @@ from moe_train.data.records.problem import Problem
 
 GENERATION = environment.GENERATION
 _BATCH = 1 << 20  # bytes of requests that are sent at once
+_PACKAGE_ROOT = Path(__file__).parents[3]  # the folder that contains the package
 
 Prefix = tuple[int, bool]
 """The number of messages, and whether the assistant's turn comes next (add_generation_prompt)."""
@@ -207,9 +208,10 @@ class _Child:
         """Start the process, connected by a socket pair."""
         parent_end, child_end = socket.socketpair()
         with child_end:
-            # -P keeps that file's folder out of sys.path. In a session of its own, the child gets no Ctrl-C of this process.
+            # -P keeps the current folder out of sys.path. In a session of its own, the child gets no Ctrl-C of this process.
             # The limits are passed in the order of the fields of `Limits`, which the program reads in that order.
-            command = [sys.executable, "-P", str(Path(renderer.__file__)), str(child_end.fileno()), *map(str, self._limits)]
+            command = [sys.executable, "-P", "-m", renderer.__name__, str(child_end.fileno()), *map(str, self._limits)]
+            search_path = [str(_PACKAGE_ROOT), os.environ.get("PYTHONPATH", "")]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -217,6 +219,6 @@ class _Child:
                 start_new_session=True,
                 cwd="/",
                 # A fixed seed of hashes, so that no order of iteration differs between processes.
-                env={**os.environ, "PYTHONHASHSEED": "0"},
+                env={**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, search_path))},
             )
         self._connection = Connection(parent_end.detach())

@@ -10,6 +10,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator
 
+from moe_train.data.chat.call_ids import differing, has_call_ids, with_other_ids
+from moe_train.data.chat.completeness import LeftOut, Rendering
 from moe_train.data.chat.example import Turn, by_turn, restart_reason, turns
 from moe_train.data.chat.loss_mask import (
     Answers,
@@ -17,13 +19,10 @@ from moe_train.data.chat.loss_mask import (
     Steps,
     Text,
     TurnText,
-    differing,
-    has_call_ids,
     joined,
     trained_texts,
-    with_other_ids,
 )
-from moe_train.data.chat.rendered_checks import LeftOut, Rendering, check_rendered
+from moe_train.data.chat.rendered_checks import check_rendered
 from moe_train.data.chat.renderings import marked_text, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.normal_form import Conversation

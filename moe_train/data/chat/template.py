@@ -20,6 +20,7 @@ from moe_train.data.chat.served import checked_texts
 from moe_train.data.chat.template_reasoning import check_reasoning_rendered, spelled
 from moe_train.data.chat.text_to_ids import encode_texts
 from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
 
@@ -35,7 +36,11 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
     for texts in rendered:
         if not isinstance(texts, ValueError):
             all_texts += texts
-    encoded = iter(encode_texts(all_texts, tokenizer))
+    try:
+        encoded = iter(encode_texts(all_texts, tokenizer))
+    except Problem:
+        # The tokenizer refuses one of the texts; only its conversation is to have the problem.
+        return [texts if isinstance(texts, ValueError) else _encoded_alone(texts, tokenizer) for texts in rendered]
     results: list[list[Example] | ValueError] = []
     for texts in rendered:
         if isinstance(texts, ValueError):
@@ -44,6 +49,14 @@ def examples(conversations: Sequence[Conversation], template: str, tokenizer: Hu
             # A text gives one example, or several where its turns cannot share tokens.
             results.append(list(itertools.chain.from_iterable(itertools.islice(encoded, len(texts)))))
     return results
+
+
+def _encoded_alone(texts: list[Text], tokenizer: HuggingFace) -> list[Example] | Problem:
+    """Encode the texts of one conversation; return the problem if the tokenizer refuses one."""
+    try:
+        return list(itertools.chain.from_iterable(encode_texts(texts, tokenizer)))
+    except Problem as problem:
+        return problem
 
 
 def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def check_data(
         if source.record is not None:
             check_section(source.record, settings.template, tokenizer)
     tokens_per_second = estimate.tokens_per_second(settings.bench)
-    places = places_of(sources, settings.sample is not None)
+    places, left_out = places_of(sources, settings.sample is not None)
     held_out = HeldOutRecords(settings.against)
     question = _question(sources, places, tokenizer, settings, held_out)
     sizes = [size_of(place.file) for place in places]
@@ -75,6 +76,7 @@ def check_data(
         if "mixed-kinds" not in settings.allowed:
             gathered.add_mixed_kinds()
         result = gathered.result(sources, settings, tokens_per_second)
+        result["left_out"] = dict(Counter(file.suffix.lower() or file.name for file in left_out).most_common())
         if coverage is not None:
             result["sample"] = coverage.result(gathered.num_records)
             # The number of duplicates in a sample says little about the whole corpus.
@@ -101,5 +103,6 @@ def _question(
         allowed=settings.allowed,
         repairing=settings.repairing,
         ignore=tuple(dict.fromkeys(ignored)),
+        reasoning_effort=settings.reasoning_effort,
         held_out=held_out.hashes,
     )

@@ -63,7 +63,7 @@ class Corrected:
             place: Index of the file.
             chunk: The records and the changes.
         """
-        if self._directory is not None:
+        if self._directory is not None and chunk.lines:  # no empty copy of a file of which nothing is kept
             self._write(self._directory, place, chunk.lines)
         self.num_kept += chunk.num_records
         for action in ("changed", "left", "dropped"):

@@ -39,7 +39,7 @@ from moe_train.data.records.unread import count
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _FAULTS_OF_TEMPLATES = {"template", "no-template", "tools"}  # no reason to drop a record: another template may render it
-_STILL_TOKENISED = {"control-token"}  # training accepts records that break these rules, and treats the tokens as plain text
+_STILL_TOKENISED = {"control-token", "empty-user"}  # training accepts records that break these rules
 
 
 class _ReadChunk(NamedTuple):
@@ -137,7 +137,7 @@ def _read_chunk(chunk: Chunk, question: Question) -> _ReadChunk:
             records.unreadable.append((number, item))
             continue
         try:
-            section = question.records[chunk.place] or recognise(item, question.ignore)
+            section = question.records[chunk.place] or question.with_effort(recognise(item, question.ignore))
             check_usable(item, read_columns(section))
             records.read.append(ReadRecord(number, item, section, *read_record(item, section)))
         except Problem as problem:
@@ -214,7 +214,8 @@ def _encode_texts(texts: list[ReadRecord], tokenizer: Tokenizer) -> None:
                 [(_, entry.examples)] = encode([record], str, section, tokenizer, None)
             except ValueError as error:
                 # The cause, since `encode` puts a location before its message, which here would be a mere index.
-                entry.problems.append(Problem("refused", str(error.__cause__), "change or drop it"))
+                cause = error.__cause__
+                entry.problems.append(cause if isinstance(cause, Problem) else Problem("refused", str(cause), "change or drop it"))
 
 
 def _shape(entry: ReadRecord) -> str:

@@ -34,8 +34,16 @@ class Question:
     """Whether to correct records."""
     ignore: tuple[str, ...] = ()
     """Keys that are not to be read in records that are recognized by their columns."""
+    reasoning_effort: str | None = None
+    """The effort of conversations that are recognized by their columns and state none; None if they have none."""
     held_out: np.ndarray | None = None
     """Sorted hashes of the word sequences of the evaluation set; None without one."""
+
+    def with_effort(self, section: config.Record) -> config.Record:
+        """Return the section of a record with the reasoning effort for records that state none."""
+        if self.reasoning_effort is None or not isinstance(section, config.ConversationRecord):
+            return section
+        return section.model_copy(update={"reasoning_effort": self.reasoning_effort})
 
 
 class Chunk(NamedTuple):

@@ -32,7 +32,8 @@ class HeldOutRecords:
             return
         records: list[NormalRecord] = []
         # Never sampled: an evaluation record that is left out could not be found in the corpus.
-        for place in places_of(sources, picked=False):
+        places, _ = places_of(sources, picked=False)
+        for place in places:
             section = sources[place.source].record
             ignore = sources[place.source].ignore
             for number, item in read_checked(place, section):

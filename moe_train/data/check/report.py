@@ -69,6 +69,8 @@ def _record_rows(result: CheckResult) -> Iterator[tuple[str, str]]:
     """Yield the rows on files, records and tokens."""
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in result["shapes"].items())
     yield "files", f"{result['files']:,} ({result['bytes'] / 1e6:,.1f} MB)"
+    if result.get("left_out"):
+        yield "files not read", in_words(result["left_out"], unit="file")
     sample = result.get("sample")
     if sample:
         yield "sample", _sample(sample)

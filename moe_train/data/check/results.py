@@ -144,6 +144,8 @@ class CheckResult(TypedDict):
     """All results of a check."""
 
     files: int
+    left_out: NotRequired[dict[str, int]]
+    """Ending of a name -> number of files that are in no known format, and not read."""
     bytes: int
     records: int
     records_with_problems: int

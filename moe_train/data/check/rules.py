@@ -46,6 +46,7 @@ RULES = (
     Rule("role", "roles are system, user, assistant, tool; other names go into record.roles", turns.bad_role, turns.fix_role),
     Rule("system-first", "put it first, or drop the record", turns.system_not_first, turns.fix_system_not_first),
     Rule("empty-assistant", "write the answer, or cut the conversation before it", turns.empty_answer, turns.fix_empty_answer),
+    Rule("empty-user", "write the question, or drop the record", turns.empty_question),
     Rule("role-order", "after an optional system message, user and assistant take turns", turns.role_order, turns.fix_role_order),
     Rule("call-role", "only the assistant calls tools", calls.caller),
     Rule("function-name", "a name has 1 to 64 of a-z, A-Z, 0-9, _ and -", calls.function_name),

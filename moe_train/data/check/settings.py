@@ -10,10 +10,10 @@ from moe_train.data.check.sources import CheckedSource
 from moe_train.machine.files import refuse_existing
 
 _RULES_OF_READING = {
-    "arguments", "call-text", "columns", "effort", "no-template", "pair", "settings", "template", "text-and-content", "thinking",
-    "tools", "type", "unread-key", "weight", "image",
+    "arguments", "call-text", "columns", "effort", "no-template", "pair", "settings", "template", "text-and-call",
+    "text-and-content", "thinking", "tool-schema", "tools", "type", "unread-key", "weight", "image",
 }  # fmt: skip
-_RULES_OF_TRAINING = {"empty-text", "mixed-kinds", "no-loss", "no-objective", "refused", "too-long"}
+_RULES_OF_TRAINING = {"empty-text", "mixed-kinds", "no-loss", "no-objective", "refused", "stretch", "too-long"}
 _RULES_OF_FILES = {"empty-file", "not-a-record", "not-json", "not-utf-8", "unreadable"}  # these concern no record
 
 RULE_NAMES = frozenset(rule.name for rule in rules.RULES) | _RULES_OF_READING | _RULES_OF_TRAINING | _RULES_OF_FILES
@@ -26,6 +26,8 @@ class CheckSettings:
 
     template: str | None = None
     """The chat template; None if there is none."""
+    reasoning_effort: str | None = None
+    """The effort of conversations that are recognized by their columns and state none; None if they have none."""
     allowed: frozenset[str] = frozenset()
     """Rules that may be broken."""
     seq_len: int | None = None

@@ -86,12 +86,13 @@ def _not_files(source: config.HubSource | config.PythonSource | config.PreparedS
             return path, "those that its manifest.json names"
 
 
-def section_of(columns: Sequence[str], ignore: Sequence[str] = ()) -> config.Record | None:
+def section_of(columns: Sequence[str], ignore: Sequence[str] = (), effort: str | None = None) -> config.Record | None:
     """Return the record section that FIELD=COLUMN pairs describe; None if there are no pairs.
 
     Args:
         columns: The pairs.
         ignore: Keys that are not to be read.
+        effort: The reasoning effort of conversations that state none.
 
     Raises:
         ValueError: If they describe no kind of record, or two.
@@ -107,29 +108,37 @@ def section_of(columns: Sequence[str], ignore: Sequence[str] = ()) -> config.Rec
             case {"text": column, **rest} if not rest:
                 return config.TextRecord(name="text", column=column, ignore=ignored)
             case {"messages": column, **rest} if not rest:
-                return config.ChatRecord(name="chat", column=column, ignore=ignored)
+                return config.ChatRecord(name="chat", column=column, ignore=ignored, reasoning_effort=effort)
             case {"prompt": prompt, "completion": completion, **rest} if not rest:
-                return config.CompletionRecord(name="completion", prompt=prompt, completion=completion, ignore=ignored)
+                return config.CompletionRecord(
+                    name="completion", prompt=prompt, completion=completion, ignore=ignored, reasoning_effort=effort
+                )
     raise ValueError(f"--map {' '.join(columns)} should be text=COLUMN, messages=COLUMN, or prompt=COLUMN and completion=COLUMN")
 
 
-def places_of(sources: Sequence[CheckedSource], picked: bool) -> list[CheckedFile]:
+def places_of(sources: Sequence[CheckedSource], picked: bool) -> tuple[list[CheckedFile], list[Path]]:
     """Return the files of all sources.
 
     Args:
         sources: The sources.
         picked: Whether lines will be sampled, so that uncompressed JSON lines are located by byte.
+
+    Returns:
+        The files, and those of their folders that are in no known format.
     """
-    places = []
+    places: list[CheckedFile] = []
+    left_out: list[Path] = []
     for i, source in enumerate(sources):
         # Only the files and their format matter here, but a FileSource has to have some record section.
         record = source.record or config.TextRecord(name="text")
         section = config.FileSource.model_validate(
             {"name": "files", "files": source.files, "format": source.format, "record": record}
         )
-        for file, kind in expand_files(section):
+        expanded = expand_files(section)
+        left_out += expanded.left_out
+        for file, kind in expanded.files:
             places.append(CheckedFile(file, kind, i, _unit(file, kind, picked)))
-    return places
+    return places, left_out
 
 
 def _unit(file: Path, kind: str, picked: bool) -> Literal["line", "row", "byte"]:

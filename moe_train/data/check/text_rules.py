@@ -67,13 +67,26 @@ def _texts(conversation: Conversation) -> Iterator[tuple[str, str]]:
     for i, message in enumerate(conversation.messages):
         for text in _content(message):
             yield f"message {i} ({message['role']})", text
+            # Mistral's v3 decodes a result that is JSON, so an escape becomes the character that it means.
+            if message["role"] == "tool" and _decoded(text) != text:
+                yield f"message {i} (tool), decoded,", _decoded(text)
         for call in message.get("tool_calls", ()):
             yield f"a call in message {i}", call["function"]["name"]
             # Arguments may be an object, too.
             if isinstance(call["function"].get("arguments"), str):
-                yield f"the arguments of a call in message {i}", call["function"]["arguments"]
+                yield f"the arguments of a call in message {i}", _decoded(call["function"]["arguments"])
     for i, tool in enumerate(conversation.tools):
         yield f"tool {i}", json.dumps(tool, ensure_ascii=False)
+
+
+def _decoded(text: str) -> str:
+    """Return JSON text with its escapes decoded; other text stays as it is."""
+    if "\\u" not in text:
+        return text
+    try:
+        return json.dumps(json.loads(text), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return text
 
 
 def unusable_characters(conversation: Conversation, form: Requirements) -> Iterator[str]:

@@ -145,6 +145,13 @@ def empty_answer(conversation: Conversation, form: Requirements) -> Iterator[str
             yield f"message {i} is an assistant turn without text"
 
 
+def empty_question(conversation: Conversation, form: Requirements) -> Iterator[str]:
+    """Find user messages without text, to which any answer would be learnt."""
+    for i, message in enumerate(conversation.messages):
+        if message["role"] == "user" and not _visible_text(message):
+            yield f"message {i} is a user turn without text"
+
+
 def fix_empty_answer(conversation: Conversation, form: Requirements) -> Iterator[str]:
     """Cut the conversation before the question that gets an empty answer.
 

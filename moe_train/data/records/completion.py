@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from moe_train import config
@@ -14,7 +15,7 @@ from moe_train.data.records.tool_calls import read_calls
 from moe_train.data.records.tools import json_value, take_tools
 from moe_train.data.records.unread import Unread, is_empty
 
-SYSTEM_COLUMNS = ("system_prompt", "system")
+SYSTEM_COLUMNS = ("system_prompt", "system", "system_message", "system_instruction")
 """Columns of a record that may hold its system text."""
 MORE_PROMPT = ("input", "context")
 """Columns of a record that may hold more of its prompt."""
@@ -64,7 +65,7 @@ def take_prompt(remaining: dict[str, Any], column: str, unread: Unread, weight: 
         messages = read_messages(prompt, column, PLAIN, unread)
         if weight is not None:
             messages = [m | {"weight": weight} if m.get("role") == "assistant" else m for m in messages]
-        return [*take_system(remaining), *messages]
+        return with_system(remaining, messages)
     if not isinstance(prompt, str):
         raise Problem("type", f"column {column!r} should be text, not {brief(prompt)}", "write it as a string")
     texts = [prompt]
@@ -76,21 +77,31 @@ def take_prompt(remaining: dict[str, Any], column: str, unread: Unread, weight: 
             raise Problem("type", f"column {name!r} should be text, not {brief(more)}", "write it as a string")
         texts.append(more)
     question = "\n".join(text for text in texts if text)
-    return [*take_system(remaining), *_take_history(remaining), {"role": "user", "content": question}]
+    return with_system(remaining, [*_take_history(remaining), {"role": "user", "content": question}])
 
 
-def take_system(remaining: dict[str, Any]) -> list[Message]:
-    """Take the system text out of a record, as at most one message."""
+def with_system(remaining: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """Take the system text out of a record, and return it with the messages, which may repeat it.
+
+    Raises:
+        Problem: If the record has several system texts, or one that is not text.
+    """
     present = {column: remaining.pop(column) for column in SYSTEM_COLUMNS if column in remaining}
     filled = {column: text for column, text in present.items() if not is_empty(text)}
-    # repr, since a value of the wrong type may not be hashable; its type is checked below.
-    if len(set(map(repr, filled.values()))) > 1:
-        raise Problem("columns", f"the record has both {' and '.join(filled)}, which differ", "keep the one that is meant")
     for column, text in filled.items():
         if not isinstance(text, str):
             raise Problem("type", f"column {column!r} should be text, not {brief(text)}", "write it as a string")
-        return [{"role": "system", "content": text}]
-    return []
+    if not filled:
+        return messages
+    column, text = next(iter(filled.items()))
+    if len(set(filled.values())) > 1:
+        raise Problem("columns", f"the record has both {' and '.join(filled)}, which differ", "keep the one that is meant")
+    if not messages or messages[0].get("role") != "system":
+        return [{"role": "system", "content": text}, *messages]
+    if messages[0].get("content") != text:
+        what = f"the record has a system text in column {column!r} and another in message 0"
+        raise Problem("columns", what, f"keep the one that is meant, or leave the column out by name: --ignore {column}")
+    return messages
 
 
 def _take_history(remaining: dict[str, Any]) -> list[Message]:
@@ -122,7 +133,7 @@ def read_answer(value: Any, column: str, has_tools: bool, unread: Unread) -> lis
     """
     value = messages_in(value)
     if isinstance(value, str):
-        calls = _calls_in(value) if has_tools else None
+        calls = _entries_in(value, _is_call) if has_tools else None
         if calls is None:
             return [{"role": "assistant", "content": value}]
         value = calls
@@ -130,23 +141,19 @@ def read_answer(value: Any, column: str, has_tools: bool, unread: Unread) -> lis
         value = [value]
     if isinstance(value, list | tuple) and value and all(_is_call(entry) for entry in value):
         return [{"role": "assistant", "tool_calls": read_calls(value, f"column {column!r}", unread)}]
-    if not isinstance(value, list | tuple):
-        raise Problem("type", f"column {column!r} should be text, not {brief(value)}", "write it as a string")
+    # A list of anything else than messages is no answer; of several texts, which one is meant would be a guess.
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, dict) for entry in value):
+        raise Problem("type", f"column {column!r} should be text or messages, not {brief(value)}", "write it as a string")
     return read_messages(value, column, PLAIN, unread)
 
 
 def messages_in(value: Any) -> Any:
     """Return the messages in a text that is nothing but their JSON text, as CSV holds them; any other value stays as it is."""
     # The cheap test comes first: most values are plain text, which is not worth parsing.
-    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")) or ('"role"' not in value and '"from"' not in value):
+    if not isinstance(value, str) or ('"role"' not in value and '"from"' not in value):
         return value
-    try:
-        parsed = json_value(value, "", "")
-    except Problem:
-        return value
-    # An answer may be JSON itself, so text is taken for messages only if every entry is one.
-    entries = [parsed] if isinstance(parsed, dict) else parsed
-    return parsed if entries and all(_is_message(entry) for entry in entries) else value
+    messages = _entries_in(value, _is_message)
+    return value if messages is None else messages
 
 
 def _is_message(entry: Any) -> bool:
@@ -157,16 +164,21 @@ def _is_message(entry: Any) -> bool:
     return {"from", "value"} <= keys or ("role" in keys and ("content" in keys or "tool_calls" in keys))
 
 
-def _calls_in(text: str) -> list[Any] | None:
-    """Return the calls in a text that is nothing but the JSON text of calls; otherwise None."""
+def _entries_in(text: str, is_entry: Callable[[Any], bool]) -> list[Any] | None:
+    """Return the entries in a text that is nothing but the JSON text of a list of such entries, or of one; otherwise None.
+
+    Args:
+        text: The text, which may be JSON of another kind, as an answer in JSON is.
+        is_entry: Tells whether a value is an entry.
+    """
     if not text.lstrip().startswith(("[", "{")):
         return None
     try:
         value = json_value(text, "", "")
     except Problem:
         return None
-    value = [value] if isinstance(value, dict) else value
-    return value if value and all(_is_call(entry) for entry in value) else None
+    entries = [value] if isinstance(value, dict) else value
+    return entries if entries and all(map(is_entry, entries)) else None
 
 
 def _is_call(entry: Any) -> bool:

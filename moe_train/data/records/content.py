@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from moe_train.data.records.flags import take_flag
+from moe_train.data.records.meaning import PART
 from moe_train.data.records.normal_form import JOINT
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.records.tool_calls import read_calls
-from moe_train.data.records.unread import PART, Unread, is_empty
+from moe_train.data.records.unread import Unread, is_empty
 
 _TEXT = ("text", "input_text", "output_text")
 _REASONING = ("thinking", "reasoning")

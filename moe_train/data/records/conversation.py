@@ -22,7 +22,7 @@ from that only what cannot be interpreted is rejected: an unknown role, or a cal
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from moe_train import config
@@ -31,8 +31,9 @@ from moe_train.data.records.completion import (
     SYSTEM_COLUMNS,
     read_completion,
     take,
-    take_system,
+    with_system,
 )
+from moe_train.data.records.meaning import RECORD, lost_meaning
 from moe_train.data.records.messages import MESSAGE_COLUMNS, read_messages
 from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord, PreferencePair
 from moe_train.data.records.preference import read_pair, take_label
@@ -41,7 +42,7 @@ from moe_train.data.records.recognise import TEXT_COLUMNS
 from moe_train.data.records.settings import SETTINGS, default_settings, take_settings
 from moe_train.data.records.tool_call_text import read_tool_call_text
 from moe_train.data.records.tools import TOOL_COLUMNS, take_tools
-from moe_train.data.records.unread import MEANING_KEYS, RECORD, Unread, is_empty
+from moe_train.data.records.unread import Unread, is_empty
 
 
 class Reading(NamedTuple):
@@ -61,10 +62,16 @@ def trainable(record: NormalRecord) -> str | Conversation:
     """Return a record that can be trained on. Raises Problem if no objective reads records of its kind."""
     if isinstance(record, PreferencePair):
         message = "the record is a preference pair (chosen, rejected), which no objective reads yet"
-        raise Problem("no-objective", message, "name chosen as the completion, and ignore rejected, to train on that alone")
+        remedy = (
+            "to train on chosen alone, name it as the completion or the messages (--map prompt=COLUMN --map completion=chosen, or "
+            "--map messages=chosen), and leave rejected out (--ignore rejected)"
+        )
+        raise Problem("no-objective", message, remedy)
     if isinstance(record, LabelledAnswer):
         message = f"the record is an answer labelled as {'good' if record.good else 'bad'}, which no objective reads yet"
-        raise Problem("no-objective", message, "drop the bad answers, and ignore the label, to train on the good ones")
+        raise Problem(
+            "no-objective", message, "to train on the good ones, drop the bad ones, and leave the label out (--ignore label)"
+        )
     return record
 
 
@@ -98,10 +105,16 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
     return Reading(normal, tuple(unread.names))
 
 
-def columns(record: config.Record) -> tuple[str, ...]:
-    """Return the columns to load for `read`: those that it may read, and those that change the meaning of a record."""
-    # Columns that change the meaning are loaded only to be refused if they hold anything. Sorted: a set has no fixed order.
-    return tuple(dict.fromkeys((*_may_read(record), *sorted(MEANING_KEYS))))
+def columns_to_load(record: config.Record, present: Iterable[str]) -> list[str]:
+    """Return those columns of a table that `read` needs: those that it may read, and those that change the meaning of a record."""
+    may_read = _may_read(record)
+    # Columns that change the meaning are loaded only to be refused where they hold anything.
+    return [name for name in present if name in may_read or lost_meaning(RECORD, name) is not None]
+
+
+def text_column(record: config.Record) -> str:
+    """Return the column in which `read` expects the text of a text file."""
+    return record.column if isinstance(record, config.TextRecord) else TEXT_COLUMNS[0]
 
 
 def read_columns(record: config.Record) -> tuple[str, ...]:
@@ -170,7 +183,7 @@ def _take_conversation(remaining: dict[str, Any], record: config.ChatRecord, unr
     for name in _message_columns(record):
         remaining.pop(name, None)  # empty, or read
     tools = take_tools(remaining, unread)
-    messages = [*take_system(remaining), *read_tool_call_text(messages, tools, unread)]
+    messages = read_tool_call_text(with_system(remaining, messages), tools, unread)
     return Conversation(messages, tools, take_settings(remaining, record))
 
 

@@ -21,7 +21,13 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 """File name suffixes of the supported compressions."""
 BLOCK = 1 << 20  # bytes per read
 MAX_RECORD = 64 << 20  # bytes of a record; a longer one is skipped without being kept in memory
+_MAGIC = {
+    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstandard",
+    b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet", b"ARROW1": "Arrow",
+}  # fmt: skip
+"""The first bytes of files that are no text -> their format."""
 BOM = codecs.BOM_UTF8
+_ENCODE = "save it as UTF-8: iconv -f ENCODING -t utf-8"
 CUT_SHORT = "is it cut short? fetch or write it again"
 """The remedy for a file that ends too early."""
 
@@ -127,8 +133,17 @@ def not_utf8(error: UnicodeDecodeError, before: int = 0) -> Problem:
         error: The decoding error.
         before: Number of bytes of the file before those that were decoded, so that the message counts from the file's start.
     """
+    start = error.object[:100]
+    for magic, name in _MAGIC.items():
+        if not before and start.startswith(magic):
+            return Problem("not-utf-8", f"not UTF-8 (it looks like {name})", "give the file the ending of its format")
     # UTF-16 has a NUL in every second byte of text that is ASCII.
-    if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in error.object[:100]:
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or looks_like_utf16(start):
         return utf16()
     message = f"not UTF-8 ({error.reason}, byte {error.object[error.start]:#04x} at {before + error.start})"
-    return Problem("not-utf-8", message, "save it as UTF-8: iconv -f ENCODING -t utf-8")
+    return Problem("not-utf-8", message, _ENCODE)
+
+
+def not_utf8_on_line(byte: int, line: int) -> Problem:
+    """Return the problem for a byte on a line that is not UTF-8."""
+    return Problem("not-utf-8", f"not UTF-8 (byte {byte:#04x} before the end of line {line})", _ENCODE)

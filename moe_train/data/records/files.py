@@ -6,15 +6,16 @@ parsed here, line by line or element by element, so that an error names its line
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
+from moe_train.data.records import zip_archive
 from moe_train.data.records.file_bytes import COMPRESSIONS
 from moe_train.data.records.json_document import is_lines, read_document
 from moe_train.data.records.json_lines import read_lines
 from moe_train.data.records.plain_text import read_text
 from moe_train.data.records.problem import Item, Problem
-from moe_train.data.records.tables import read_csv, read_rows
+from moe_train.data.records.tables import Choice, read_csv, read_rows
 
 FILE_FORMATS = {
     ".txt": "text", ".md": "text", ".rst": "text",
@@ -59,7 +60,7 @@ def read_file(
     kind: str,
     by_line: bool,
     text_column: str,
-    wanted: Sequence[str] | None = None,
+    wanted: Choice | None = None,
     span: tuple[int, int | None, int] = (0, None, 1),
 ) -> Iterator[tuple[int, Item]]:
     """Read the records of a file.
@@ -69,7 +70,7 @@ def read_file(
         kind: Its format.
         by_line: Whether records are numbered by line (text and JSON lines) or by row.
         text_column: The column name for the text of a text file.
-        wanted: The only columns to read from Parquet and Arrow; None for all.
+        wanted: Returns the columns to read of those that a Parquet or Arrow file has; None for all.
         span: The part of a JSON lines file to read, as (start, stop, line) of `json_lines.blocks`.
 
     Yields:
@@ -85,5 +86,9 @@ def read_file(
             yield from read_document(file)
         case "csv" | "tsv":
             yield from read_csv(file, kind)
+        case "zip":  # an archive that cannot be read, in place of its members
+            damage = zip_archive.fault(file)
+            if damage is not None:
+                yield 1, damage
         case _:
             yield from read_rows(file, kind, wanted)

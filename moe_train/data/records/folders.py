@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_train.data.records import dataset_card, zip_archive
 from moe_train.data.records.file_bytes import open_bytes
@@ -30,12 +30,21 @@ _ABOUT_SUFFIXES = ("", ".md", ".txt", ".rst")
 _BOOKKEEPING = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"}
 
 
-def files_of(root: Path, suffixes: Iterable[str] | None) -> list[Path]:
-    """Return the files of a folder, or of an archive or a folder in it, that hold records, sorted.
+class FolderFiles(NamedTuple):
+    """The files of a folder or an archive."""
+
+    files: list[Path]
+    """Those that hold records, sorted; an archive that cannot be read is among them."""
+    left_out: list[Path]
+    """Those of other formats, which may hold records all the same."""
+
+
+def files_of(root: Path, suffixes: Iterable[str] | None) -> FolderFiles:
+    """Return the files of a folder, or of an archive or a folder in it.
 
     Args:
         root: The folder or archive.
-        suffixes: The endings of the names of files to take; None for all files.
+        suffixes: The endings of the names of files that hold records; None for all files.
 
     Raises:
         ValueError: If the folder has several splits, or its description cannot be used.
@@ -44,17 +53,20 @@ def files_of(root: Path, suffixes: Iterable[str] | None) -> list[Path]:
     described = _described_folders(all_files)
     # The folder itself says which files are its data; files beside those that it names are left out.
     if root in described:
-        return described[root]
+        return FolderFiles(described[root], [])
     claimed = set(described)
     # A described folder beneath the root contributes exactly the files of its description, added below.
     files = [file for file in all_files if not claimed.intersection(file.parents) and is_data(file)]
+    left_out: list[Path] = []
     if suffixes is not None:
-        files = [file for file in files if file.name.lower().endswith(tuple(suffixes))]
+        known = (*suffixes, zip_archive.SUFFIX)
+        left_out = [file for file in files if not file.name.lower().endswith(known)]
+        files = [file for file in files if file.name.lower().endswith(known)]
     for folder_files in described.values():
         files += folder_files
     files.sort()
     check_one_split(files, root)
-    return files
+    return FolderFiles(files, left_out)
 
 
 def is_data(file: PurePath) -> bool:
@@ -66,18 +78,27 @@ def is_data(file: PurePath) -> bool:
 
 
 def listed(root: Path) -> list[Path]:
-    """Return all files beneath a folder or archive, those in archives included, except hidden ones; sorted."""
-    archive = root if zip_archive.is_archive(root) else zip_archive.archive_of(root)
-    if archive is not None:
+    """Return all files beneath a folder or archive, except hidden ones; sorted.
+
+    Archives are replaced by their members, except those that cannot be read.
+    """
+    if zip_archive.is_archive(root):
+        found = _opened(root)
+    elif (archive := zip_archive.archive_of(root)) is not None:
         found = [file for file in zip_archive.members(archive) if root in file.parents]
     else:
         found = []
         for file in sorted(root.rglob("*")):
             if zip_archive.is_archive(file) and not _is_hidden(file.relative_to(root)):
-                found += zip_archive.members(file)
+                found += _opened(file)
             elif file.is_file():
                 found.append(file)
     return [file for file in found if not _is_hidden(file.relative_to(root))]
+
+
+def _opened(archive: Path) -> list[Path]:
+    """Return the members of an archive, or the archive itself if it cannot be read."""
+    return [archive] if zip_archive.fault(archive) else zip_archive.members(archive)
 
 
 def _is_hidden(path: PurePath) -> bool:

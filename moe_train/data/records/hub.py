@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train import config
-from moe_train.data.records.conversation import columns, read_columns
+from moe_train.data.records.conversation import columns_to_load, read_columns
 from moe_train.data.records.problem import Item, usable
 from moe_train.data.records.scan import Scan
 from moe_train.data.records.source import OpenSource, Place, Span
@@ -47,7 +47,7 @@ class HubDataset(OpenSource):
                 f"{self.places[0].name} cannot be had ({reason}); fetch it where there is a network, or use files"
             ) from error
         # If no wanted column exists all are loaded, so that the error of the first record can name them.
-        present = [column for column in rows.column_names if column in columns(source.record)]
+        present = columns_to_load(source.record, rows.column_names)
         left_out = {column: NOT_LOADED for column in rows.column_names if present and column not in present}
         # As Arrow, so that nulls and typed values are converted by the same rules as those of local Parquet files.
         typed = (rows.select_columns(present) if present else rows).with_format("arrow")

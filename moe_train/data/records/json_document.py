@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from moe_train.data.records.file_bytes import BOM, open_bytes
+from moe_train.data.records.file_bytes import BOM, CUT_SHORT, open_bytes
 from moe_train.data.records.json_array import Window, element, elements, missing_comma
 from moe_train.data.records.json_parser import Parser, parse_strictly
 from moe_train.data.records.problem import Item, Problem, brief
@@ -57,7 +57,9 @@ def read_document(file: Path) -> Iterator[tuple[int, Item]]:
             for number, item in enumerate(_records(Window(stream)), start=1):
                 yield number, item
     except Problem as problem:
-        yield number + 1, problem
+        # After what is malformed, where the next record begins is unknown.
+        end = "" if problem.remedy == CUT_SHORT else "; nothing after it is read"
+        yield number + 1, Problem(problem.rule, problem.message + end, problem.remedy)
 
 
 def _records(window: Window) -> Iterator[Item]:

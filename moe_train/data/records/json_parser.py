@@ -61,6 +61,8 @@ class Parser:
         except json.JSONDecodeError as error:
             if looks_like_utf16(line):
                 return utf16()
+            if text.startswith("\ufeff"):
+                return Problem("not-json", "not JSON: a byte order mark, which only a file may begin with", "remove it")
             if "\0" in text:
                 return Problem("not-json", f"not JSON: a NUL at column {text.index(chr(0)) + 1}", "is it a damaged text file?")
             message = f"{error.msg.removesuffix(' at')} at column {error.colno}"

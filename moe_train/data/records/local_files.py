@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import glob
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_train import config
 from moe_train.data.records import dataset_card, files, folders, zip_archive
-from moe_train.data.records.conversation import columns, read_columns
+from moe_train.data.records.conversation import columns_to_load, read_columns, text_column
 from moe_train.data.records.file_bytes import COMPRESSIONS, is_compressed
-from moe_train.data.records.problem import Item, usable
+from moe_train.data.records.problem import Item, located, usable
 from moe_train.data.records.scan import Scan, scan_file
 from moe_train.data.records.source import OpenSource, Place, Span
 from moe_train.data.records.splits import check_one_split
+from moe_train.data.records.unread import in_words
 
 
 class LocalFiles(OpenSource):
     """The files of a config section. Only uncompressed JSON lines can be cut into parts."""
 
     def __init__(self, source: config.FileSource) -> None:
-        self._files = expand_files(source)
-        self._columns = columns(source.record)
+        self._files, self.left_out = expand_files(source)
+        for file, _ in self._files:
+            damage = zip_archive.fault(file) if zip_archive.is_archive(file) else None
+            if damage is not None:
+                raise ValueError(f"{file}: {damage}") from damage
+        self._record = source.record
         self._read_columns = read_columns(source.record)
         json_lines = [files.is_json_lines(file, kind) for file, kind in self._files]
         # A compressed stream cannot be entered in the middle.
@@ -38,22 +46,30 @@ class LocalFiles(OpenSource):
         """Yield the records of a part of a file."""
         by_line = self.places[span.place].by_line
         file, kind = self._files[span.place]
-        # The first column is that of the text, so a text file gives its records in the column that the section reads.
-        records = files.read_file(file, kind, by_line, self._columns[0], self._columns, span[1:])
+        wanted = functools.partial(columns_to_load, self._record)
+        records = files.read_file(file, kind, by_line, text_column(self._record), wanted, span[1:])
         # Only typed columns can hold values that JSON lacks; a Problem in a column that nothing reads does no harm.
         if kind not in ("parquet", "arrow"):
             return records
         return ((number, usable(record, self._read_columns)) for number, record in records)
 
 
-def expand_files(source: config.FileSource) -> list[tuple[Path, str]]:
+class ExpandedFiles(NamedTuple):
+    """The files of a section."""
+
+    files: list[tuple[Path, str]]
+    """Each file once with its format, in the order of the patterns, and sorted within a pattern."""
+    left_out: list[Path]
+    """Files of the folders and archives that are in no known format, which are not read."""
+
+
+def expand_files(source: config.FileSource) -> ExpandedFiles:
     """Expand the patterns of a section to files with their formats.
+
+    An archive that cannot be read is a file of the format zip, of which `read_file` gives the problem.
 
     Args:
         source: The section.
-
-    Returns:
-        Each file once, in the order of the patterns, and sorted within a pattern.
 
     Raises:
         FileNotFoundError: If a pattern matches nothing.
@@ -61,6 +77,7 @@ def expand_files(source: config.FileSource) -> list[tuple[Path, str]]:
             text file is to hold conversations.
     """
     formats: dict[Path, str] = {}
+    left_out: list[Path] = []
     for pattern in source.files:
         if "://" in pattern:
             raise ValueError(
@@ -68,12 +85,18 @@ def expand_files(source: config.FileSource) -> list[tuple[Path, str]]:
                 "`moe-train data prepare CONFIG --to URL` where they are, and train from {name: prepared, path: URL/tokens-…}"
             )
         matching = _matching(pattern, source.format)
-        if not matching:
-            raise FileNotFoundError(f"data: no file matches {pattern} (looked in {Path.cwd()})")
-        for file in matching:
+        left_out += matching.left_out
+        if not matching.files and matching.left_out:
+            raise FileNotFoundError(f"data: {pattern} has no file of a known format, only {suffixes_in_words(left_out)}")
+        if not matching.files:
+            reason = f"{pattern} holds no file" if Path(pattern).exists() else f"no file matches {pattern}"
+            raise FileNotFoundError(f"data: {reason} (looked in {Path.cwd()})")
+        for file in matching.files:
             if file in formats:
                 raise ValueError(f"data: {file} is named twice in files; name it once (weight sets how often it is seen)")
-            if source.format == "auto":
+            if zip_archive.is_archive(file):
+                formats[file] = "zip"
+            elif source.format == "auto":
                 formats[file] = files.format_of(file)
             else:
                 formats[file] = source.format
@@ -81,10 +104,15 @@ def expand_files(source: config.FileSource) -> list[tuple[Path, str]]:
         for file, kind in formats.items():
             if kind == "text":
                 raise ValueError(f"{file} is plain text, which has no {source.record.name} records; use record: {{name: text}}")
-    return list(formats.items())
+    return ExpandedFiles(list(formats.items()), left_out)
 
 
-def _matching(pattern: str, file_format: str) -> list[Path]:
+def suffixes_in_words(paths: Sequence[Path]) -> str:
+    """Describe files by the endings of their names, such as `.png (12 files), .pdf (1)`."""
+    return in_words(Counter(path.suffix.lower() or path.name for path in paths), unit="file")
+
+
+def _matching(pattern: str, file_format: str) -> folders.FolderFiles:
     """Return the files that a path, a folder, an archive, a path in an archive, or a glob of any of these names.
 
     From folders and archives, only files of known formats are taken unless a format is stated.
@@ -97,12 +125,12 @@ def _matching(pattern: str, file_format: str) -> list[Path]:
     if path.is_dir() or zip_archive.is_archive(path):
         return folders.files_of(path, suffixes)
     if path.is_file():
-        return [path]
+        return folders.FolderFiles([path], [])
     archive = zip_archive.archive_of(path)
     if archive is not None:
-        candidates = zip_archive.members(archive)
+        candidates = located(str(archive), zip_archive.members, archive)
         if path in candidates:
-            return [path]
+            return folders.FolderFiles([path], [])
         if any(path in member.parents for member in candidates):
             return folders.files_of(path, suffixes)
         inner = path.relative_to(archive).as_posix()
@@ -110,15 +138,18 @@ def _matching(pattern: str, file_format: str) -> list[Path]:
     else:
         matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     found: list[Path] = []
+    left_out: list[Path] = []
     for match in matches:
         # `**` matches folders and the files in them; opening the folders as well would name each file twice.
         if zip_archive.is_archive(match) or (match.is_dir() and "**" not in pattern):
-            found += folders.files_of(match, suffixes)
+            of_match = folders.files_of(match, suffixes)
+            found += of_match.files
+            left_out += of_match.left_out
         # A wildcard is not meant for README.md and the like; a name that is written out is.
         elif not match.is_dir() and (folders.is_data(match) or not glob.has_magic(path.name)):
             found.append(match)
     check_one_split(found, _fixed_folder(path))
-    return found
+    return folders.FolderFiles(found, left_out)
 
 
 def _fixed_folder(pattern: Path) -> Path:

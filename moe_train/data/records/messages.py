@@ -7,16 +7,20 @@ from typing import Any
 from moe_train import config
 from moe_train.data.records.content import Content, normal_content, read_parts, take_reasoning
 from moe_train.data.records.flags import common_flag, take_flag
+from moe_train.data.records.meaning import MESSAGE
 from moe_train.data.records.normal_form import Message
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.records.tool_calls import CallIds, read_calls
 from moe_train.data.records.tools import json_value
-from moe_train.data.records.unread import MESSAGE, Unread, is_empty
+from moe_train.data.records.unread import Unread, is_empty
 
-_SHAREGPT = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
-    "function_call": "function_call", "observation": "tool", "tool": "tool",
+_SPEAKERS = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system",
+    "observation": "tool", "tool_response": "tool", "ipython": "tool", "function": "tool",
 }  # fmt: skip
+"""Names of roles in ShareGPT, LLaMA-Factory, ms-swift, Gemini and OpenAI that mean one of ours."""
+_CALL_ROLES = ("function_call", "tool_call")
+"""Roles of messages whose content is a call of the assistant."""
 MESSAGE_COLUMNS = ("messages", "interactions", "conversations")
 """Columns of a record that may hold messages."""
 PLAIN = config.ChatRecord(name="chat")
@@ -58,45 +62,54 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
         if ids is None:
             ids = CallIds()
         remaining = unread.opened(MESSAGE, entry)
-        # Decided for each message, since a list may mix both spellings.
-        if record.role not in remaining and "from" in remaining:
-            read = _sharegpt(remaining, i, ids, unread)
-        else:
-            read = _message(remaining, i, record, ids, unread)
+        read = _message(remaining, i, record, ids, unread)
         unread.close(f"message {i}", MESSAGE, remaining)
         messages += read
+        if _continues_call(value, i, messages):
+            messages[-2]["tool_calls"] += messages.pop()["tool_calls"]
     return messages
+
+
+def _continues_call(entries: list[Any], i: int, messages: list[Message]) -> bool:
+    """Return whether entry `i`, read as the last message, is one more of the parallel calls of the message before."""
+    # Spellings that write a call as a message of its own write parallel calls as several messages.
+    for entry in entries[max(i - 1, 0) : i + 1]:
+        if entry.get("from", entry.get("role")) not in _CALL_ROLES:
+            return False
+    if i == 0 or messages[-1].keys() - {"role", "tool_calls", "weight"}:
+        return False
+    return messages[-1].get("weight") == messages[-2].get("weight")
 
 
 def _is_plain(entry: Any) -> bool:
     """Return whether an entry is already in the normal form, with only a role and a content."""
     if entry.__class__ is not dict or len(entry) != 2 or not isinstance(entry.get("content"), str):
         return False
-    role = entry.get("role")
-    # The role "function" is renamed to tool and given the id of the call that it answers.
-    return role is not None and role != "function"
+    return entry.get("role") in ("user", "assistant", "system")
 
 
 def _message(remaining: dict[str, Any], i: int, record: config.ChatRecord, ids: CallIds, unread: Unread) -> list[Message]:
-    """Convert a message with `role` and `content`, or the keys that `record` names; what is read is taken out of `remaining`."""
+    """Convert a message; what is read is taken out of `remaining`.
+
+    Returns:
+        The message, after the results that stand in it.
+    """
     location = f"message {i}"
-    role = remaining.pop(record.role, None)
-    role = record.roles.get(role, role) if isinstance(role, str) else role
-    content = remaining.pop(record.content, None)
-    if role == "function":  # OpenAI's old spelling of a result, which names the function and has no id
-        name = remaining.get("name")
-        answered = ids.unanswered(name if isinstance(name, str) else None)
-        remaining |= {} if answered is None or "tool_call_id" in remaining else {"tool_call_id": answered}
-        role = "tool"
+    # ShareGPT states no ids in results, whatever its calls have.
+    states_ids = record.role in remaining
+    speaker = _take_speaker(remaining, record)
+    role = _our_role(speaker)
+    content = _take_content(remaining, record, location)
+    calls: list[dict[str, Any]] = []
+    if speaker in _CALL_ROLES:
+        calls = ids.numbered(read_calls(content, location, unread))
+        content = None
     parts = Content(content, [], [], [])
     if isinstance(content, list | tuple):
         parts = read_parts(list(content), location, role, unread)
     flag = common_flag(location, take_flag(remaining, location, role), parts.flags)
     reasoning = take_reasoning(remaining, location, role)
-    calls = parts.calls + _calls(remaining, location, ids, unread)
-    # `value` is ShareGPT's content, so it would be text of the turn that is lost.
-    if not is_empty(remaining.get("value")):
-        raise Problem("columns", f"{location} has both {record.content} and value", "keep the one that is meant")
+    calls += ids.numbered(parts.calls) + _calls(remaining, location, ids, unread)
     if remaining.get("prefix") is False:  # the default of Mistral's API
         del remaining["prefix"]
     message = {} if role is None else {"role": role}
@@ -109,7 +122,11 @@ def _message(remaining: dict[str, Any], i: int, record: config.ChatRecord, ids: 
     if flag is not None:
         message["weight"] = flag
     if role == "tool":
+        name = remaining.get("name")
         message |= {key: remaining.pop(key) for key in ("tool_call_id", "name") if key in remaining}
+        answered = ids.unanswered(name if isinstance(name, str) else None, by_number=states_ids and speaker == "tool")
+        if "tool_call_id" not in message and answered is not None:
+            message["tool_call_id"] = answered
     messages = [*parts.results, message]
     if parts.results and "content" not in message and "tool_calls" not in message:
         messages = parts.results  # Anthropic's user messages may hold nothing but results
@@ -117,6 +134,35 @@ def _message(remaining: dict[str, Any], i: int, record: config.ChatRecord, ids: 
     for read in messages:
         ids.add(read)
     return messages
+
+
+def _take_speaker(remaining: dict[str, Any], record: config.ChatRecord) -> Any:
+    """Take the role out of a message as it is written, in `role` or ShareGPT's `from`, or as the section names it."""
+    # Decided for each message, since a list may mix both spellings.
+    key = record.role if record.role in remaining or "from" not in remaining else "from"
+    speaker = remaining.pop(key, None)
+    # What the section says of a name comes before what it usually means.
+    if isinstance(speaker, str):
+        speaker = record.roles.get(speaker, speaker)
+    if "from" in remaining and _our_role(remaining["from"]) == _our_role(speaker):
+        del remaining["from"]  # the same in both spellings
+    return speaker
+
+
+def _our_role(speaker: Any) -> Any:
+    """Return our name for a role; an unknown one stays as it is."""
+    if not isinstance(speaker, str):
+        return speaker
+    return "assistant" if speaker in _CALL_ROLES else _SPEAKERS.get(speaker, speaker)
+
+
+def _take_content(remaining: dict[str, Any], record: config.ChatRecord, location: str) -> Any:
+    """Take the content out of a message, from `content` or ShareGPT's `value`."""
+    content = remaining.pop(record.content, None)
+    value = remaining.pop("value", None)
+    if content is not None and not is_empty(value) and value != content:
+        raise Problem("columns", f"{location} has both {record.content} and value", "keep the one that is meant")
+    return value if content is None else content
 
 
 def _with_reasoning(reasoning: list[dict[str, Any]], content: Any, location: str) -> Any:
@@ -136,44 +182,13 @@ def _calls(remaining: dict[str, Any], location: str, ids: CallIds, unread: Unrea
     """Take the calls out of a message: `tool_calls`, or the old `function_call`, which has no id."""
     calls = remaining.pop("tool_calls", None)
     old = remaining.pop("function_call", None)
+    # As JSON text, no calls are "[]" or "null".
+    if isinstance(calls, str) and calls.strip() in ("[]", "null"):
+        calls = None
     if is_empty(calls) and is_empty(old):
         return []
     if not is_empty(calls) and not is_empty(old):
         raise Problem("columns", f"{location} has both tool_calls and function_call", "keep the one that is meant")
     if not is_empty(old):
         return ids.numbered(read_calls(old, location, unread))
-    if not isinstance(calls, list | tuple | str):
-        raise Problem("type", f"tool_calls should be a list, not {brief(calls)}", "write a list of calls")
     return read_calls(calls, location, unread)
-
-
-def _sharegpt(remaining: dict[str, Any], i: int, ids: CallIds, unread: Unread) -> list[Message]:
-    """Convert a ShareGPT message to the normal form; what is read is taken out of `remaining`.
-
-    ShareGPT has no call ids: calls are numbered, and a result answers the first call that has none yet.
-    """
-    location = f"message {i}"
-    speaker = remaining.pop("from")
-    value = remaining.pop("value", None)
-    role = _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else speaker
-    # Parts in place of text: the same as a message with role and content, but for the names of the keys.
-    if isinstance(value, list) and role != "function_call":
-        remaining |= {"role": role, "content": value}
-        return _message(remaining, i, PLAIN, ids, unread)
-    # A function_call is the assistant's own turn, so it may bear a loss.
-    flag = take_flag(remaining, location, "assistant" if role == "function_call" else role)
-    reasoning = take_reasoning(remaining, location, role)
-    weight = {} if flag is None else {"weight": flag}
-    message: Message
-    if role == "function_call":
-        calls = ids.numbered(read_calls(value, location, unread))
-        content = {"content": reasoning} if reasoning else {}
-        message = {"role": "assistant", **content, "tool_calls": calls, **weight}
-    else:
-        content = _with_reasoning(reasoning, value, location)
-        message = {"role": role, **({} if content is None else {"content": content}), **weight}
-        answered = ids.unanswered() if role == "tool" else None
-        if answered is not None:
-            message["tool_call_id"] = answered
-    ids.add(message)
-    return [message]

@@ -43,7 +43,7 @@ def first_record(paths: Sequence[str], file_format: str = "auto") -> tuple[str, 
         ValueError: If the record is malformed, or a format is not known.
     """
     section = {"name": "files", "files": tuple(paths), "format": file_format, "record": {"name": "text"}}
-    for file, kind in expand_files(config.FileSource.model_validate(section)):
+    for file, kind in expand_files(config.FileSource.model_validate(section)).files:
         by_line = kind == "text" or files.is_json_lines(file, kind)
         for number, item in files.read_file(file, kind, by_line, "text"):
             location = numbered(str(file), number, by_line)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from moe_train import config
-from moe_train.data.records.completion import messages_in, read_answer, take, take_prompt, take_system
+from moe_train.data.records.completion import messages_in, read_answer, take, take_prompt, with_system
 from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.normal_form import Conversation, Message, PreferencePair
 from moe_train.data.records.problem import Problem, brief
@@ -22,6 +23,7 @@ def read_pair(remaining: dict[str, Any], record: config.PreferenceRecord, unread
     Raises:
         Problem: If a value cannot be interpreted, or an answer does not begin with the prompt.
     """
+    _open_request(remaining, record.prompt)
     tools = take_tools(remaining, unread)
     settings = take_settings(remaining, record)
     # Both answers are in one column, with ranks.
@@ -30,12 +32,14 @@ def read_pair(remaining: dict[str, Any], record: config.PreferenceRecord, unread
         values = _best_two(take(remaining, record.chosen), record.chosen, unread)
     elif record.chosen == record.prompt:  # the messages end with the chosen answer
         messages = read_messages(take(remaining, record.chosen), record.chosen, PLAIN, unread)
-        prompt = [*take_system(remaining), *messages[:-1]]
+        prompt = with_system(remaining, messages[:-1])
         values = messages[-1:], take(remaining, record.rejected)
     else:
         values = take(remaining, record.chosen), take(remaining, record.rejected)
         if record.prompt is None:
-            return _without_prompt(values, record, Conversation(take_system(remaining), tools, settings), unread)
+            pair = _without_prompt(values, record, Conversation([], tools, settings), unread)
+            messages = with_system(remaining, pair.prompt.messages)
+            return pair._replace(prompt=pair.prompt._replace(messages=messages))
         # None leaves weights alone: the answers may repeat the prompt, and must compare equal to it.
         prompt = take_prompt(remaining, record.prompt, unread, weight=None)
     answers = []
@@ -45,12 +49,37 @@ def read_pair(remaining: dict[str, Any], record: config.PreferenceRecord, unread
     return PreferencePair(Conversation(prompt, tools, settings), chosen, rejected)
 
 
+def _open_request(remaining: dict[str, Any], column: str | None) -> None:
+    """Take a request of OpenAI's preference format, {messages, tools, …}, apart into columns.
+
+    Raises:
+        Problem: If the record has one of its keys as a column, too.
+    """
+    if column is None:
+        return
+    request = remaining.get(column)
+    if not isinstance(request, dict) or "messages" not in request:
+        return
+    for name, value in request.items():
+        if name == "messages":
+            remaining[column] = value
+        elif name in remaining:
+            raise Problem("columns", f"the record has {name} as a column and in {column}", "keep the one that is meant")
+        elif value is not None:
+            remaining[name] = value
+
+
+def _is_rank(value: Any) -> bool:
+    """Return whether a value is a rank: a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _best_two(value: Any, column: str, unread: Unread) -> tuple[Any, Any]:
     """Return the answers of the best two ranks in a list of {answer, rank}."""
     remedy = 'write [{"answer": …, "rank": 1}, {"answer": …, "rank": 2}]'
     ranked = json_value(value, column, remedy)
     for entry in ranked if isinstance(ranked, list | tuple) else [ranked]:
-        if not isinstance(entry, dict) or entry.get("answer") is None or not isinstance(entry.get("rank"), int | float):
+        if not isinstance(entry, dict) or entry.get("answer") is None or not _is_rank(entry.get("rank")):
             raise Problem("type", f"{column} should be a list of answers with ranks, and has {brief(entry)}", remedy)
     if not isinstance(ranked, list | tuple) or len(ranked) < 2:
         raise Problem("pair", f"{column} has fewer than two answers", remedy)
@@ -77,7 +106,7 @@ def _without_prompt(
             size -= 1  # a token begins with the space before its word
         if not chosen[:size].strip():
             raise Problem("pair", "the pair has no prompt, and its texts do not begin alike", "write the prompt as a column")
-        messages = [*prompt.messages, {"role": "user", "content": chosen[:size]}]
+        messages = [{"role": "user", "content": chosen[:size]}]
         answers = [[{"role": "assistant", "content": text[size:]}] for text in (chosen, rejected)]
         return PreferencePair(prompt._replace(messages=messages), *answers)
     answers = [
@@ -87,8 +116,7 @@ def _without_prompt(
     size = _common(*answers)
     if not size:
         raise Problem("pair", "the pair has no prompt, and its conversations do not begin alike", "write the prompt as a column")
-    messages = [*prompt.messages, *answers[0][:size]]
-    return PreferencePair(prompt._replace(messages=messages), answers[0][size:], answers[1][size:])
+    return PreferencePair(prompt._replace(messages=answers[0][:size]), answers[0][size:], answers[1][size:])
 
 
 def _common(first: Any, second: Any) -> int:

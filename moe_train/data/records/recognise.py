@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from moe_train import config
@@ -12,6 +12,7 @@ from moe_train.data.records.messages import MESSAGE_COLUMNS
 from moe_train.data.records.preference import is_label
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.records.tools import TOOL_COLUMNS
+from moe_train.data.records.unread import is_empty
 
 TEXT_COLUMNS = ("text", "content")
 """Columns that may hold a plain text."""
@@ -19,7 +20,12 @@ _TURNS = (
     ("prompt", "completion"), ("question", "answer"), ("instruction", "output"), ("query", "response"),
     ("instruction", "response"), ("question", "response"), ("prompt", "response"), ("input", "output"),
 )  # fmt: skip
-_PAIRS = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_messages", "rejected_messages"))
+_QUESTIONS = ("prompt", "question", "instruction", "query")
+_ANSWERS = ("completion", "answer", "output", "response")
+_PAIRS = (
+    ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_messages", "rejected_messages"),
+    ("preferred_output", "non_preferred_output"),
+)  # fmt: skip
 _REJECTED = ("rejected_response", "rejected_messages")
 _PROMPTS = ("prompt", "question", "instruction", "query", *MESSAGE_COLUMNS, "input")
 _LABELS = ("label", "kto_tag")
@@ -75,12 +81,18 @@ def _text(fields: Mapping[str, Any], ignored: tuple[str, ...]) -> config.TextRec
     columns = [name for name in TEXT_COLUMNS if fields.get(name) is not None and name not in ignored]
     if len(columns) > 1:
         raise Problem("text-and-content", "the record has both text and content", "keep the one that is meant")
+    if "role" in fields or {"from", "value"} <= fields.keys():
+        message = "the record is one message, and not a conversation"
+        raise Problem("columns", message, 'write one object for each conversation: {"messages": […]}')
     for column in columns:
         return config.TextRecord(name="text", column=column, ignore=ignored)
+    if not fields:
+        raise Problem("columns", "the record has no columns", "drop it")
     supported = "text, messages, interactions, conversations, prompt and completion, question and answer, instruction and output"
+    names = ", ".join(str(name) or "''" for name in fields)
     raise Problem(
         "columns",
-        f"no column is one of {supported}; the record has {brief(', '.join(map(str, fields)))}",
+        f"no column is one of {supported}; the record has {brief(names)}",
         "name the columns with --map (in a config: in the record section)",
     )
 
@@ -90,6 +102,8 @@ def _pair(fields: Mapping[str, Any], present: set[str]) -> tuple[str | None, str
     prompt = next((name for name in _PROMPTS if name in present), None)
     for chosen, rejected in _PAIRS:
         if {chosen, rejected} <= present:
+            if prompt in _QUESTIONS:
+                _check_only(prompt, _QUESTIONS, fields, present)
             return prompt, chosen, rejected
     # ms-swift: the conversation or the answer itself is the chosen one, and only the rejected one has a column of its own.
     for rejected in _REJECTED:
@@ -118,7 +132,18 @@ def _answered(fields: Mapping[str, Any], present: set[str]) -> str | tuple[str, 
             return column
     for prompt, completion in _TURNS:
         if {prompt, completion} <= present:
+            _check_only(prompt, _QUESTIONS, fields, present)
+            _check_only(completion, _ANSWERS, fields, present)
             return prompt, completion
     if "query" in present and ANSWERS in present and any(fields.get(column) for column in TOOL_COLUMNS):
         return "query", ANSWERS  # xLAM's calls
     return None
+
+
+def _check_only(column: str, alternatives: Sequence[str], fields: Mapping[str, Any], present: set[str]) -> None:
+    """Raise Problem if another column of the same meaning holds something else: which one is meant would be a guess."""
+    for name in alternatives:
+        # "input" follows an instruction, and is the question itself only where there is no other.
+        if name in present and not is_empty(fields[name]) and fields[name] != fields[column] and column != "input":
+            message = f"the record has both {column} and {name}, which differ"
+            raise Problem("columns", message, f"name the columns with --map, or leave one out by name: --ignore {name}")

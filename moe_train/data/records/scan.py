@@ -32,7 +32,8 @@ class Scan(NamedTuple):
 def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[int, int] = _BYTES) -> Scan:
     """Hash a file and, if it is `cuttable`, choose where to cut it.
 
-    The result is cached in the folder `memory` until the file changes its size or its modification time.
+    The result is cached in the folder `memory` until the file changes: its size, its modification time, or the time at which the
+    file system saw a change, which a program cannot set back.
 
     Args:
         file: The file.
@@ -42,7 +43,8 @@ def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[in
     """
     # A member has no status of its own; it changes with its archive.
     status = (zip_archive.archive_of(file) or file).stat()
-    cache_key = json.dumps([str(file.absolute()), status.st_size, status.st_mtime_ns, status.st_ino, cuttable, bytes_per_part])
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    cache_key = json.dumps([str(file.absolute()), status.st_size, times, status.st_ino, cuttable, bytes_per_part])
     cache_file = memory / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:32]}.json"
     # Everything that decides the result is in the name of the file, so it need not be compared.
     if cache_file.exists():

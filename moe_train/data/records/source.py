@@ -39,7 +39,10 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Mapping[str, Any]:
-        """Return the columns of a record, which the section `record` names."""
+        """Return the columns of a record, which the section `record` names.
+
+        Arguments and schemas must not hold nulls, since it is unclear whether a table has filled them in; state them as JSON text.
+        """
         ...
 
     def where(self, index: int) -> str:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_train.data.records.file_bytes import CUT_SHORT, MAX_RECORD, not_utf8, on_disk, open_bytes
+from moe_train.data.records.file_bytes import (
+    CUT_SHORT,
+    MAX_RECORD,
+    looks_like_utf16,
+    not_utf8_on_line,
+    on_disk,
+    open_bytes,
+    utf16,
+)
 from moe_train.data.records.problem import Item, Problem, brief
 from moe_train.data.records.unread import NOT_LOADED, NotLoaded
 
+Choice = Callable[[Sequence[str]], list[str]]
+"""A function that returns those of a table's columns that are to be read."""
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what decoding with surrogateescape makes of such bytes
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
@@ -28,42 +40,67 @@ def read_csv(file: Path, kind: str = "csv") -> Iterator[tuple[int, Item]]:
     # Python's default limit of 128 KiB is less than many conversations take.
     csv.field_size_limit(MAX_RECORD)
     try:
-        # newline="" leaves line ends inside quoted fields alone, as the csv module demands.
-        with open_bytes(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        # newline="" leaves line ends inside quoted fields alone, as the csv module demands. Bytes that are not UTF-8 are kept as
+        # halves of surrogate pairs, so that only their row is refused.
+        with open_bytes(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="") as text:
             rows = csv.reader(text, strict=True, delimiter=_DELIMITERS[kind])
-            header = next(rows, [])
-            if len(set(header)) < len(header):
-                yield 0, Problem("unreadable", f"the header names a column twice: {brief(header)}", "give each its own name")
+            header = _header(next(_rows_of_text(rows, kind), []))
+            if isinstance(header, Problem):
+                yield 0, header
                 return
-            for row in rows:
-                # Blank lines are no rows.
-                if row:
-                    number += 1
-                    if len(row) == len(header):
-                        values = [value if value else None for value in row]
-                        yield number, dict(zip(header, values, strict=True))
-                    else:
-                        message = f"line {rows.line_num} has {len(row)} values for {len(header)} columns"
-                        delimiter = "tabs" if kind == "tsv" else "commas"
-                        yield number, Problem("unreadable", message, f"put text with {delimiter} in it into quotes")
-    except UnicodeDecodeError as error:
-        yield number + 1, not_utf8(error)
-    except csv.Error as error:
-        yield (
-            number + 1,
-            Problem("unreadable", f"line {rows.line_num} is no {kind.upper()}: {error}", "double the quotes inside of quotes"),
-        )
+            for row in _rows_of_text(rows, kind):
+                number += 1
+                if isinstance(row, Problem):
+                    yield number, row
+                elif len(row) == len(header):
+                    values = [value if value else None for value in row]
+                    yield number, dict(zip(header, values, strict=True))
+                else:
+                    message = f"line {rows.line_num} has {len(row)} values for {len(header)} columns"
+                    delimiter = "tabs" if kind == "tsv" else "commas"
+                    yield number, Problem("unreadable", message, f"put text with {delimiter} in it into quotes")
     except Problem as problem:
         yield number + 1, problem
 
 
-def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[tuple[int, Item]]:
+def _rows_of_text(rows: Any, kind: str) -> Iterator[list[str] | Problem]:
+    """Yield the values of each row, or the Problem with it, from a reader of the csv module; blank lines are no rows."""
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            # The reader goes on with the next line.
+            message = f"line {rows.line_num} is no {kind.upper()}: {error}"
+            yield Problem("unreadable", message, "double the quotes inside of quotes")
+            continue
+        text = "".join(row)
+        escaped = None if text.isascii() else _NOT_UTF8.search(text)
+        if escaped is not None:
+            data = text.encode("utf-8", "surrogateescape")
+            yield utf16() if looks_like_utf16(data) else not_utf8_on_line(ord(escaped[0]) & 0xFF, rows.line_num)
+        elif row:
+            yield row
+
+
+def _header(names: list[str] | Problem) -> list[str] | Problem:
+    """Return the names of the columns, given the first row; or the Problem with them."""
+    if isinstance(names, Problem):
+        return names
+    if len(set(names)) < len(names):
+        return Problem("unreadable", f"the header names a column twice: {brief(names)}", "give each its own name")
+    text = "".join(names)
+    return utf16() if text and looks_like_utf16(text.encode()) else names
+
+
+def read_rows(file: Path, kind: str, wanted: Choice | None) -> Iterator[tuple[int, Item]]:
     """Yield the rows of a Parquet or Arrow file, counted from 1, with values as `column_values.rows` converts them.
 
     Args:
         file: The file.
         kind: "parquet" or "arrow".
-        wanted: Columns to read, if they exist; None for all. The values of the others are `NOT_LOADED`.
+        wanted: Returns the columns to read; None for all. The values of the others are `NOT_LOADED`.
     """
     import pyarrow
 
@@ -87,8 +124,8 @@ def read_rows(file: Path, kind: str, wanted: Sequence[str] | None) -> Iterator[t
         yield number, Problem("unreadable", f"cannot be read as {kind} ({reason})", CUT_SHORT)
 
 
-def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[tuple[Any, dict[str, NotLoaded]]]:
-    """Yield record batches of up to 1024 rows, with the given columns that exist, and the names of the other columns."""
+def _batches(file: Path, kind: str, wanted: Choice | None) -> Iterator[tuple[Any, dict[str, NotLoaded]]]:
+    """Yield record batches of up to 1024 rows, with the wanted columns, and the names of the other columns."""
     import pyarrow
 
     rows = 1024
@@ -98,8 +135,8 @@ def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[t
         with pyarrow.parquet.ParquetFile(file) as table:
             _check_names(table.schema_arrow.names)
             names = None
-            if columns is not None:
-                names = [name for name in table.schema_arrow.names if name in columns]
+            if wanted is not None:
+                names = wanted(table.schema_arrow.names)
             if names == [] and table.metadata.num_rows:  # read all columns, so that the error of the record can name them
                 names = table.schema_arrow.names
             for batch in table.iter_batches(rows, columns=names):
@@ -114,7 +151,7 @@ def _batches(file: Path, kind: str, columns: Sequence[str] | None) -> Iterator[t
             source.seek(0)
             reader = batches = pyarrow.ipc.open_stream(source)
         _check_names(reader.schema.names)
-        names = [name for name in reader.schema.names if columns is None or name in columns] or reader.schema.names
+        names = (None if wanted is None else wanted(reader.schema.names)) or reader.schema.names
         for batch in batches:
             batch.validate(full=True)  # in a damaged file offsets may point outside the data
             batch = batch.select(names)

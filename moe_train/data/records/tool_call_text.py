@@ -16,6 +16,8 @@ from moe_train.data.records.unread import Unread
 
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
+# The marks of other models and data sets: glaive's <functioncall>, Llama's <function=…> and <|python_tag|>.
+_OTHER_CALL = re.compile(r"<\|?(?:tool_?calls?|function_?calls?|python_tag)\|?>|<function[=.]", re.IGNORECASE)
 _REMEDY = "write them as tool_calls, or drop the record"
 
 
@@ -25,8 +27,11 @@ def read_tool_call_text(messages: list[Message], tools: list[dict[str, Any]], un
     Raises:
         Problem: If the record has tools, and calls in texts that cannot be read as calls.
     """
+    if not tools or any("tool_calls" in message for message in messages):
+        return messages
     written = [i for i, message in enumerate(messages) if _has_call_text(message)]
-    if not tools or not written or any("tool_calls" in message for message in messages):
+    if not written:
+        _refuse_other_calls(messages)
         return messages
     # Converted, the calls would be in another form than the one that the system text asks for.
     if any(message.get("role") == "system" and "<tool" in str(message.get("content")) for message in messages):
@@ -46,6 +51,16 @@ def read_tool_call_text(messages: list[Message], tools: list[dict[str, Any]], un
             ids.add(result)
             converted.append(result)
     return converted
+
+
+def _refuse_other_calls(messages: list[Message]) -> None:
+    """Raise Problem if a text of the assistant has a call in a form that is not read, while the record has tools."""
+    for i, message in enumerate(messages):
+        mark = _OTHER_CALL.search(joined_texts(message) or "") if message.get("role") == "assistant" else None
+        # Where the user or the system text speaks of the mark, the text may be about it.
+        if mark and not any(mark[0] in str(other.get("content")) for other in messages if other.get("role") in ("system", "user")):
+            what = f"message {i} has {mark[0]} in its text, and the record has tools beside that"
+            raise Problem("call-text", what, "write the calls as tool_calls, or leave the tools out by name: --ignore tools")
 
 
 def _has_call_text(message: Message) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from moe_train.data.records.json_parser import parse_strictly
+from moe_train.data.records.meaning import CALL, CALLED_FUNCTION
 from moe_train.data.records.normal_form import Message
 from moe_train.data.records.problem import Problem, brief
-from moe_train.data.records.unread import CALL, CALLED_FUNCTION, Unread
+from moe_train.data.records.unread import Unread
 
 _ARGUMENTS = ("arguments", "parameters", "input", "args")
 _KINDS = ("function", "tool_call", "tool_use")
@@ -22,11 +24,18 @@ class CallIds:
     def __init__(self) -> None:
         self.count = 0
         self._unanswered: dict[str, str] = {}  # id -> name of the function
+        self._numbered: set[str] = set()
 
     def numbered(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Return the calls of a message of a spelling that has no ids, with numbers as their ids."""
-        # Nine characters, as Mistral's v3 format demands of an id.
-        return [{"id": f"call{number:05d}", **call} for number, call in enumerate(calls, start=self.count)]
+        numbered_calls = []
+        for number, call in enumerate(calls, start=self.count):
+            if "id" not in call:
+                # Nine characters, as Mistral's v3 format demands of an id.
+                call = {"id": f"call{number:05d}", **call}
+                self._numbered.add(call["id"])
+            numbered_calls.append(call)
+        return numbered_calls
 
     def add(self, message: Message) -> None:
         """Note the calls or the result of the next message."""
@@ -38,9 +47,17 @@ class CallIds:
         if isinstance(answered, str):
             self._unanswered.pop(answered, None)
 
-    def unanswered(self, name: str | None = None) -> str | None:
-        """Return the id of the first call that has no result yet; only of the function `name`, if it is stated."""
-        return next((call_id for call_id, called in self._unanswered.items() if name in (None, called)), None)
+    def unanswered(self, name: str | None = None, by_number: bool = False) -> str | None:
+        """Return the id of the first call that has no result yet; None if there is none.
+
+        Args:
+            name: The function that it calls; None for any.
+            by_number: Whether only calls that were numbered here are meant, since others state their ids in their results.
+        """
+        for call_id, called in self._unanswered.items():
+            if name in (None, called) and (call_id in self._numbered or not by_number):
+                return call_id
+        return None
 
 
 def read_calls(value: Any, location: str, unread: Unread) -> list[dict[str, Any]]:
@@ -83,6 +100,7 @@ def _call(call: Any, location: str, unread: Unread) -> dict[str, Any]:
         if not isinstance(inner, dict):
             message = f"a call in {location} should have id and function (name, arguments), not {brief(call)}"
             raise Problem("type", message, _REMEDY)
+        remaining = without_repeated(remaining, inner)
         inner = unread.opened(CALLED_FUNCTION, inner)
         normal["function"] = _function(inner, location)
         unread.close(f"a call in {location}", CALLED_FUNCTION, inner)
@@ -90,6 +108,11 @@ def _call(call: Any, location: str, unread: Unread) -> dict[str, Any]:
         normal["function"] = _function(remaining, location)
     unread.close(f"a call in {location}", CALL, remaining)
     return normal
+
+
+def without_repeated(outer: dict[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object without the keys that an object inside of it repeats with the same value."""
+    return {key: value for key, value in outer.items() if key not in inner or inner[key] != value}
 
 
 def _function(remaining: dict[str, Any], location: str) -> dict[str, Any]:
@@ -124,9 +147,11 @@ def arguments_text(value: Any, what: str) -> str:
     if isinstance(value, dict):
         try:
             # Characters stay as they are, since escapes would be other tokens than those that the model sees in text.
-            return json.dumps(value, ensure_ascii=False, allow_nan=False)
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise Problem("arguments", f"{what} that have no form in JSON: {brief(value)} ({error})", remedy) from None
+        _check_unicode(text, what)
+        return text
     if not isinstance(value, str):
         raise Problem("arguments", f"{what} that are no object: {brief(value)}", remedy)
     try:
@@ -137,5 +162,16 @@ def arguments_text(value: Any, what: str) -> str:
         # Text inside of JSON text: the data were encoded twice, and decoding again would be a guess.
         kind = " after a second decoding" if isinstance(arguments, str) else ""
         raise Problem("arguments", f"{what} that are no object{kind}: {brief(value)}", remedy)
+    # Chat formats write the decoded arguments, so an escape of half a surrogate pair becomes one.
+    if "\\u" in value:
+        _check_unicode(json.dumps(arguments, ensure_ascii=False), what)
     # Kept as written rather than dumped anew, with its spacing and its order of keys.
     return value
+
+
+def _check_unicode(text: str, what: str) -> None:
+    """Raise Problem if a text has half a surrogate pair, which no tokenizer accepts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Problem("unicode", f"{what} that have half a surrogate pair: {brief(text)}", "remove it") from None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from moe_train.data.records.json_parser import parse_strictly
-from moe_train.data.records.problem import Problem, brief
-from moe_train.data.records.unread import TOOL, TOOL_FUNCTION, Unread
+from moe_train.data.records.meaning import TOOL, TOOL_FUNCTION
+from moe_train.data.records.problem import Problem, brief, checked_text
+from moe_train.data.records.tool_calls import without_repeated
+from moe_train.data.records.unread import Unread, is_empty
 
 TOOL_COLUMNS = ("tools", "available_tools", "functions")
 """Columns of a record that may hold its tools."""
@@ -22,20 +25,34 @@ def take_tools(remaining: dict[str, Any], unread: Unread) -> list[dict[str, Any]
         Problem: If they cannot be interpreted, or stand in two columns.
     """
     present = {column: remaining.pop(column) for column in TOOL_COLUMNS if column in remaining}
-    # An empty column beside the one in use says nothing.
-    filled = [column for column, value in present.items() if value]
-    if len(filled) > 1:
-        raise Problem("columns", f"the record has both {filled[0]} and {filled[1]}", "keep the one that is meant")
-    if not filled:
+    filled: dict[str, Any] = {}
+    for column, stated in present.items():
+        # Columnar files cannot store values of varying schema, so tools are JSON text there, null included.
+        value = json_value(stated, column, "write a list of tools") if stated else stated
+        # An empty column beside the one in use says nothing.
+        if not is_empty(value):
+            filled[column] = list(value) if isinstance(value, tuple) else value
+    columns = list(filled)
+    if not columns:
         return []
-    value = present[filled[0]]
-    if isinstance(value, str):  # columnar files cannot store values of varying schema, so tools are JSON text there
-        value = json_value(value, filled[0], "write a list of tools")
-    if isinstance(value, tuple):
-        value = list(value)
+    if any(value != filled[columns[0]] for value in filled.values()):
+        raise Problem("columns", f"the record has both {columns[0]} and {columns[1]}", "keep the one that is meant")
+    value = filled[columns[0]]
     if not isinstance(value, list):
-        raise Problem("type", f"{filled[0]} should be a list, not {brief(value)}", "write a list of tools")
-    return [_tool(json_value(tool, f"tool {i}", _REMEDY), i, unread) for i, tool in enumerate(value)]
+        raise Problem("type", f"{columns[0]} should be a list, not {brief(value)}", "write a list of tools")
+    tools = [_tool(json_value(tool, f"tool {i}", _REMEDY), i, unread) for i, tool in enumerate(value)]
+    for i, tool in enumerate(tools):
+        _check_json(tool, f"tool {i}")
+    return tools
+
+
+def _check_json(tool: dict[str, Any], what: str) -> None:
+    """Raise Problem for a tool that cannot be written as JSON, which is how every chat format writes it."""
+    try:
+        text = json.dumps(tool, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Problem("type", f"{what} has no form in JSON: {error}", "write values that JSON has") from None
+    checked_text(text, what)
 
 
 def json_value(value: Any, what: str, remedy: str) -> Any:
@@ -64,7 +81,7 @@ def _tool(tool: Any, i: int, unread: Unread) -> dict[str, Any]:
     inner = remaining.pop("function")
     if kind != "function" or not isinstance(inner, dict):
         raise Problem("type", f"tool {i} should be a function, not {brief(tool)}", _REMEDY)
-    unread.close(f"tool {i}", TOOL, remaining)
+    unread.close(f"tool {i}", TOOL, without_repeated(remaining, inner))
     inner = unread.opened(TOOL_FUNCTION, inner)
     function = _function(inner, i)
     unread.close(f"tool {i}", TOOL_FUNCTION, inner)

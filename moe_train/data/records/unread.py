@@ -2,51 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from moe_train.data.records.meaning import lost_meaning
 from moe_train.data.records.problem import Problem, brief
 
-RECORD = ""
-MESSAGE = "messages."
-PART = "content."
-CALL = "tool_calls."
-CALLED_FUNCTION = "tool_calls.function."
-TOOL = "tools."
-TOOL_FUNCTION = "tools.function."
-
-_MEDIA = ("images", "image", "audios", "audio", "videos", "video")
-_REASONS = {
-    **dict.fromkeys(("label", "labels", "kto_tag"), "it marks an answer as good or bad, and no objective reads it yet"),
-    **dict.fromkeys(
-        ("chosen", "rejected", "chosen_response", "rejected_response", "chosen_messages", "rejected_messages"),
-        "it belongs to a preference pair, and no objective reads those yet",
-    ),
-    **dict.fromkeys(_MEDIA, "images, sound and video are not read"),
-    **dict.fromkeys(
-        ("train", "training", "train_detail", "loss", "loss_weight", "loss_scale", "loss_mask", "weight", "mask", "masked"),
-        "it says what the loss covers, and is not read here; a message of the assistant has weight 0 or 1",
-    ),
-}
-MEANING_KEYS = frozenset(_REASONS) | {
-    *("system", "system_prompt", "tools", "available_tools", "functions", "function_call", "tool_calls"),
-    *("history", "input", "context", "documents", "chat_template_kwargs", "rejected_images"),
-    *("reasoning_content", "reasoning", "reasoning_details", "thinking", "prefix", "refusal"),
-}
-"""Keys that change the meaning of what they stand in."""
-# Spelling variants such as lossWeight, loss-weight and loss_weight must not slip past the check.
-_NO_LETTER = re.compile(r"[\W_]+")
-
-
-def _letters(key: str) -> str:
-    """Return the letters and digits of a key in lower case, which are the same in all of its spellings."""
-    return _NO_LETTER.sub("", key).lower()
-
-
-_SPELLED = {_letters(key): key for key in MEANING_KEYS}
 MAX_NAMES = 1000
 """Largest number of distinct names that are counted; later names are counted together."""
 OTHERS = "other keys"
@@ -101,22 +63,14 @@ class Unread:
             Problem: If a key changes the meaning.
         """
         for key, value in remaining.items():
-            meaning = meaning_key(str(key))
-            # In the definition of a tool these keys do not have that meaning, so they are only named.
-            if meaning is not None and level not in (TOOL, TOOL_FUNCTION):
+            reason = lost_meaning(level, str(key))
+            if reason is not None:
                 if is_empty(value):
                     continue
-                reason = _REASONS.get(meaning, "it changes the meaning, and is not read here")
                 name = _name(level, key)
                 remedy = f"drop the record, or leave the key out by name: --ignore {name} (in a config: ignore: [{name}] of record)"
                 raise Problem("unread-key", f"{location} has the key {brief(key)}: {reason}", remedy)
             self.names[_name(level, key)] = None
-
-
-@functools.lru_cache(maxsize=4096)
-def meaning_key(key: str) -> str | None:
-    """Return the key that changes the meaning, in its usual spelling, such as `loss_weight` for `lossWeight`; None for others."""
-    return _SPELLED.get(_letters(key))
 
 
 def is_empty(value: object) -> bool:
@@ -131,7 +85,7 @@ def is_ignored(name: str, ignore: Collection[str]) -> bool:
 
 def _name(level: str, key: object) -> str:
     """Return the name of a key of a level."""
-    text = str(key)
+    text = str(key) or "''"  # a table may have a column without a name
     return level + (text if len(text) <= 60 else text[:57] + "...")
 
 
@@ -147,15 +101,21 @@ def add_counts(total: Counter[str], counts: Mapping[str, int]) -> None:
         count(total, (name,), number)
 
 
-def in_words(counts: Mapping[str, int], shown: int = 12) -> str:
-    """Describe counts in a line, such as `label (300 records), tools (12)`; empty if there are none."""
+def in_words(counts: Mapping[str, int], shown: int = 12, unit: str = "record") -> str:
+    """Describe counts in a line, such as `label (300 records), tools (12)`; empty if there are none.
+
+    Args:
+        counts: Name -> count.
+        shown: Largest number of names to state, the most frequent ones.
+        unit: What is counted, in the singular.
+    """
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     parts: list[str] = []
     for name, number in ordered[:shown]:
-        unit = ""
+        counted = ""
         if not parts:
-            unit = " record" if number == 1 else " records"
-        parts.append(f"{name} ({number:,}{unit})")
+            counted = f" {unit}" if number == 1 else f" {unit}s"
+        parts.append(f"{name} ({number:,}{counted})")
     if len(ordered) > shown:
         parts.append(f"and {len(ordered) - shown:,} more")
     return ", ".join(parts)

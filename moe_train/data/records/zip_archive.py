@@ -64,9 +64,18 @@ def members(archive: Path) -> list[Path]:
     """Return the paths of the files in an archive, sorted.
 
     Raises:
-        ValueError: If the archive is damaged or refused.
+        Problem: If the archive is damaged or refused.
     """
     return sorted(archive / name for name in _directory(archive))
+
+
+def fault(archive: Path) -> Problem | None:
+    """Return the problem with an archive that is damaged or refused; None if its members can be read."""
+    try:
+        _directory(archive)
+    except Problem as problem:
+        return problem
+    return None
 
 
 def compressed_size(archive: Path, path: Path) -> int:
@@ -143,19 +152,19 @@ def _read_directory(archive: Path, size: int, modified: int) -> dict[str, zipfil
         if isinstance(error, FileNotFoundError | PermissionError):
             raise
         reason = " ".join(str(error).split())
-        raise ValueError(f"{archive}: cannot be read as a zip archive ({reason}); is it cut short? fetch it again") from error
+        raise Problem("unreadable", f"cannot be read as a zip archive ({reason})", "is it cut short? fetch it again") from error
     if len(entries) > MAX_MEMBERS:
-        raise _refused(archive, f"has {len(entries)} members, more than {MAX_MEMBERS}")
+        raise _refused(f"has {len(entries)} members, more than {MAX_MEMBERS}")
     expanded = sum(info.file_size for info in entries)
     # A bomb of a few kilobytes can expand to terabytes; the sizes are those that the directory states.
     if expanded > max(_SMALL, MAX_EXPANSION * size):
-        raise _refused(archive, f"expands from {size} to {expanded} bytes, more than {MAX_EXPANSION} times its size")
+        raise _refused(f"expands from {size} to {expanded} bytes, more than {MAX_EXPANSION} times its size")
     files: dict[str, zipfile.ZipInfo] = {}
     for info in entries:
-        if fault := _fault(info):
-            raise _refused(archive, f"has the member {brief(info.filename)}, which {fault}")
+        if unsafe := _fault(info):
+            raise _refused(f"has the member {brief(info.filename)}, which {unsafe}")
         if info.filename in files:
-            raise _refused(archive, f"has two members named {brief(info.filename)}")
+            raise _refused(f"has two members named {brief(info.filename)}")
         files[info.filename] = info
     return files
 
@@ -181,6 +190,6 @@ def _fault(info: zipfile.ZipInfo) -> str | None:
     return None
 
 
-def _refused(archive: Path, what: str) -> ValueError:
-    """Return the error for an archive that is not read."""
-    return ValueError(f"{archive}: {what}; unpack the archive, and name the files that are meant")
+def _refused(what: str) -> Problem:
+    """Return the problem with an archive that is not read."""
+    return Problem("unreadable", what, "unpack the archive, and name the files that are meant")

@@ -11,21 +11,21 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
 
+from moe_train.data.tokenizers.offsets import touching
+from moe_train.data.tokenizers.stretches import LONGEST_STRETCH, Stretches, stretches_of_json
+from moe_train.data.tokenizers.template_files import additional_templates, template_beside
 from moe_train.data.tokenizers.tokenizer import Span, Tokenizer, hash_files
 from moe_train.machine.files import JsonObject, read_object
 
 _MARK = "\ufdd0"  # a Unicode noncharacter, which no text contains
 _OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files next to tokenizer.json that an export includes if they exist, in the order in which the identity hashes them."""
-
-ADDITIONAL_TEMPLATES = "additional_chat_templates"
-"""Name of the folder next to tokenizer.json with further chat templates, such as `tool_use.jinja`."""
 
 
 class Marked(NamedTuple):
@@ -45,11 +45,12 @@ class Marked(NamedTuple):
 class HuggingFace(Tokenizer):
     """A `tokenizer.json` with the files next to it, read by the `tokenizers` library."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, longest_stretch: int = LONGEST_STRETCH) -> None:
         """Read the tokenizer.
 
         Args:
             path: The `tokenizer.json`, or the folder that contains it.
+            longest_stretch: Number of characters that are encoded at once (see `stretches`).
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -62,7 +63,7 @@ class HuggingFace(Tokenizer):
             raise FileNotFoundError(f"no tokenizer at {main}; give a directory with tokenizer.json, or that file")
         self.path = path
         other_files = [directory / name for name in _OTHER_FILES]
-        self.files = (main, *(file for file in other_files if file.is_file()), *_additional_templates(directory))
+        self.files = (main, *(file for file in other_files if file.is_file()), *additional_templates(directory))
         self.identity = hash_files(self.files)
         try:
             self._plain = tokenizers.Tokenizer.from_file(str(main))
@@ -71,6 +72,7 @@ class HuggingFace(Tokenizer):
         # A file may contain the padding and truncation settings of the program that saved it.
         self._plain.no_padding()
         self._plain.no_truncation()
+        self.longest_stretch = longest_stretch
         # Despite its name: special tokens in a text are then encoded as plain characters, and not recognized.
         self._plain.encode_special_tokens = True
         # Not the number of tokens: ids may have gaps, and the embedding needs a row for the largest.
@@ -85,7 +87,7 @@ class HuggingFace(Tokenizer):
         self.bos_id = self._id("bos_token") if "bos_token" in self.named_tokens else None
         self.eos_id = self._id("eos_token")
         self.special_tokens = tuple(token.content for token in self._plain.get_added_tokens_decoder().values() if token.special)
-        self.chat_template = _chat_template(directory, settings)
+        self.chat_template = template_beside(directory, settings)
         self.end_tokens = self._end_tokens(directory, settings)
         ids = (self._plain.token_to_id(token) for token in self.end_tokens)
         self.end_ids = tuple(number for number in ids if number is not None)
@@ -118,12 +120,24 @@ class HuggingFace(Tokenizer):
             texts.append(self._plain.id_to_token(number) if isinstance(number, int) else None)
         return tuple(dict.fromkeys(text for text in texts if text is not None and self.token_id(text) is not None))
 
+    @functools.cached_property
+    def _stretches(self) -> Stretches:
+        """Where the tokenizer's texts may be split."""
+        return stretches_of_json(self.longest_stretch, json.loads(self._plain.to_str()))
+
     def encode(self, text: str) -> list[int]:
-        """Return the ids of plain text, without any control token."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        """Return the ids of plain text, without any control token. Raises Problem if a stretch of it is too long."""
+        if len(text) <= self.longest_stretch:
+            return self._plain.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for part in self._stretches.parts(text):
+            ids += self._plain.encode(part, add_special_tokens=False).ids
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text."""
+        """Return the ids of each text. Raises Problem if a stretch of one is too long."""
+        if any(len(text) > self.longest_stretch for text in texts):
+            return [self.encode(text) for text in texts]
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
@@ -177,27 +191,41 @@ class HuggingFace(Tokenizer):
 
         Returns:
             For each text, its ids, and for each of its spans the ids that touch it (first, last + 1).
+
+        Raises:
+            Problem: If a stretch of a text is too long.
         """
+        if any(len(text.text) > self.longest_stretch for text in texts):
+            return [self._encode_marked_parts(text) for text in texts]
         marked = [text.text for text in texts]
         # Where all spans begin and end at control tokens, ids locate them, and the library need not compute character offsets.
-        edges = [text.edges for text in texts if text.edges is not None]
-        encoded: list[tuple[list[int], list[Span]]] = []
-        if len(edges) < len(texts):
+        if any(text.edges is None for text in texts):
             encodings = self._control.encode_batch(marked, add_special_tokens=False)
-            for encoding, text in zip(encodings, texts, strict=True):
-                encoded.append((encoding.ids, [_touching(encoding, span) for span in text.spans]))
-            return encoded
+            return [
+                (encoding.ids, [touching(encoding, span) for span in text.spans])
+                for encoding, text in zip(encodings, texts, strict=True)
+            ]
         encodings = self._control.encode_batch_fast(marked, add_special_tokens=False)  # a fifth faster, as it computes no offsets
-        for encoding, text, spans in zip(encodings, texts, edges, strict=True):
-            ids = encoding.ids
-            border_ids = [0]
-            # Plain text never gives the id of a control token, so the next such id is the token's own.
-            for control in text.control:
-                index = ids.index(control, border_ids[-1])
-                border_ids += [index, index + 1]
-            border_ids.append(len(ids))
-            encoded.append((ids, [(border_ids[start], border_ids[stop]) for start, stop in spans]))
-        return encoded
+        return [(encoding.ids, _from_edges(encoding.ids, text)) for encoding, text in zip(encodings, texts, strict=True)]
+
+    def _encode_marked_parts(self, text: Marked) -> tuple[list[int], list[Span]]:
+        """Encode one text in parts, so that memory is bounded."""
+        stretches = self._stretches
+        # Offsets are those of the whole text only if nothing is dropped between its parts.
+        if text.edges is None and stretches.dropped:
+            stretches = Stretches(self.longest_stretch)
+        ids: list[int] = []
+        touched: list[Span] = [(0, 0)] * len(text.spans)
+        begin = 0
+        for part in stretches.parts(text.text):
+            encoding = self._control.encode(part, add_special_tokens=False)
+            for i, (start, stop) in enumerate(text.spans if text.edges is None else ()):
+                first, last = touching(encoding, (max(start - begin, 0), min(stop - begin, len(part))))
+                if last:
+                    touched[i] = (touched[i][0] if touched[i][1] else len(ids) + first, len(ids) + last)
+            ids += encoding.ids
+            begin += len(part)
+        return ids, touched if text.edges is None else _from_edges(ids, text)
 
     def encode_control(self, text: str) -> list[int]:
         """Return the ids of a text in which control tokens are recognized."""
@@ -236,9 +264,9 @@ class HuggingFace(Tokenizer):
             content["model"]["unk_token"] = marked[content["model"]["unk_token"]]
         return tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
 
-    def __reduce__(self) -> tuple[type[HuggingFace], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[HuggingFace], tuple[Path, int]]:
         # Pickled by path: another process reads the files again.
-        return HuggingFace, (self.path,)
+        return HuggingFace, (self.path, self.longest_stretch)
 
 
 def _between_marks(match: re.Match[str]) -> str:
@@ -246,29 +274,15 @@ def _between_marks(match: re.Match[str]) -> str:
     return _MARK + match[0] + _MARK
 
 
-def _touching(encoding: tokenizers.Encoding, span: Span) -> Span:
-    """Return the tokens (first, last + 1) with characters in the span; a token without characters counts as one character long."""
-    start, stop = span
-    first = _first_token(encoding, range(start, stop))
-    if first is None:
-        return 0, 0
-    last = _first_token(encoding, range(stop - 1, -1, -1))
-    assert last is not None, "the first token is in reach of this search"
-    # A character may be spread over several byte-level tokens, of which `char_to_token` returns one.
-    while first and (chars := encoding.token_to_chars(first - 1)) and chars[0] >= start:
-        first -= 1
-    while last + 1 < len(encoding) and (chars := encoding.token_to_chars(last + 1)) and chars[0] < stop:
-        last += 1
-    return first, last + 1
-
-
-def _first_token(encoding: tokenizers.Encoding, positions: Iterable[int]) -> int | None:
-    """Return the token of the first of these characters that belongs to one; None if none of them does."""
-    for position in positions:
-        token = encoding.char_to_token(position)
-        if token is not None:
-            return token
-    return None
+def _from_edges(ids: list[int], text: Marked) -> list[Span]:
+    """Return the ids of each span of a text whose spans begin and end at control tokens."""
+    border_ids = [0]
+    # Plain text never gives the id of a control token, so the next such id is the token's own.
+    for control in text.control:
+        index = ids.index(control, border_ids[-1])
+        border_ids += [index, index + 1]
+    border_ids.append(len(ids))
+    return [(border_ids[start], border_ids[stop]) for start, stop in text.edges or ()]
 
 
 def _read_json(file: Path) -> JsonObject:
@@ -279,35 +293,3 @@ def _read_json(file: Path) -> JsonObject:
 def _token_text(token: str | JsonObject | None) -> str | None:
     """Return the text of a token that is stated as text or as an object."""
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _chat_template(directory: Path, settings: JsonObject) -> str | None:
-    """Return the text of the chat template; None if there is none.
-
-    Like transformers, `chat_template.jinja` and the templates in `additional_chat_templates` come before those of
-    tokenizer_config.json, which has one, or a list of them with names. Of several, transformers renders the one named `tool_use`
-    if there are tools, and the one named `default` otherwise; here both become one template that decides the same way.
-    """
-    templates: dict[str, str] = {}
-    stated = settings.get("chat_template")
-    if isinstance(stated, list):
-        for entry in stated:
-            if isinstance(entry, dict) and "name" in entry:
-                templates[entry["name"]] = entry["template"]
-    elif isinstance(stated, str):
-        templates["default"] = stated
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        templates = {"default": file.read_text(encoding="utf-8")}
-    templates |= {path.stem: path.read_text(encoding="utf-8") for path in _additional_templates(directory)}
-    if "tool_use" not in templates:
-        return templates.get("default")
-    refusal = "{{ raise_exception('there is no chat template for conversations without tools') }}"
-    # The signs + keep white space as it stands; a newline at the very end of a template is never written.
-    tool_use, default = (templates.get(name, refusal).removesuffix("\n") for name in ("tool_use", "default"))
-    return "{%+ if tools +%}" + tool_use + "{%+ else +%}" + default + "{%+ endif +%}"
-
-
-def _additional_templates(directory: Path) -> list[Path]:
-    """Return the files of chat templates with names, in order."""
-    return sorted((directory / ADDITIONAL_TEMPLATES).glob("*.jinja"))

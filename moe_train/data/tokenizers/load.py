@@ -18,9 +18,9 @@ def load_tokenizer(section: config.Tokenizer) -> HuggingFace | Mistral:
     """
     match section:
         case config.HuggingFaceTokenizer():
-            return HuggingFace(section.path)
+            return HuggingFace(section.path, section.longest_stretch)
         case config.MistralTokenizer():
-            return Mistral(section.path)
+            return Mistral(section.path, section.longest_stretch)
 
 
 def tokenizer_at(path: str | Path) -> config.Tokenizer:

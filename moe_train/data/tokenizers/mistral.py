@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from moe_train.data.tokenizers.stretches import LONGEST_STRETCH, SPACE, Stretches, words_of_pattern, words_of_vocabulary
 from moe_train.data.tokenizers.tokenizer import Tokenizer, hash_files
 
 
@@ -15,11 +16,12 @@ class Mistral(Tokenizer):
 
     chat_template = None  # the chat format is fixed
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, longest_stretch: int = LONGEST_STRETCH) -> None:
         """Read the tokenizer.
 
         Args:
             path: The file, or a folder with exactly one such file.
+            longest_stretch: Number of characters that are encoded at once (see `stretches`).
 
         Raises:
             FileNotFoundError: If there is no such file, or more than one.
@@ -52,10 +54,22 @@ class Mistral(Tokenizer):
         except (MistralCommonException, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a tokenizer that mistral-common reads: {error}") from error
         self._text = self.finetuning.instruct_tokenizer.tokenizer
+        self.longest_stretch = longest_stretch
+        # An attribute shadows the method of the class, so that mistral-common encodes long messages in parts, too.
+        vars(self._text)["encode"] = _in_parts(self._text.encode, self._stretches())
         self.vocab_size = self._text.n_words
         self.bos_id = self._text.bos_id
         self.eos_id = self._text.eos_id
         self.end_ids = (self.eos_id,)
+
+    def _stretches(self) -> Stretches:
+        """Return where the tokenizer's texts may be split."""
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+        if isinstance(self._text, Tekkenizer):
+            return words_of_pattern(self.longest_stretch, self._text._model._pat_str)
+        first_piece = self._text.id_to_piece(self._text.encode("a", bos=False, eos=False)[0])
+        return words_of_vocabulary(self.longest_stretch, self._text.vocab(), first_piece.startswith(SPACE))
 
     @functools.cached_property
     def control_ids(self) -> frozenset[int]:
@@ -93,6 +107,21 @@ class Mistral(Tokenizer):
             policy = SpecialTokenPolicy.KEEP
         return self._text.decode(list(ids), special_token_policy=policy)
 
-    def __reduce__(self) -> tuple[type[Mistral], tuple[Path]]:
+    def __reduce__(self) -> tuple[type[Mistral], tuple[Path, int]]:
         # Pickled by path: another process reads the files again.
-        return Mistral, (self.path,)
+        return Mistral, (self.path, self.longest_stretch)
+
+
+def _in_parts(encode: Callable[..., list[int]], stretches: Stretches) -> Callable[..., list[int]]:
+    """Return mistral-common's `encode`, which encodes a text without control tokens, such that it encodes long texts in parts."""
+
+    def encode_in_parts(s: str, bos: bool, eos: bool) -> list[int]:
+        if len(s) <= stretches.longest:
+            return encode(s, bos=bos, eos=eos)
+        ids: list[int] = []
+        *parts, last = stretches.parts(s)
+        for i, part in enumerate(parts):
+            ids += encode(part, bos=bos and i == 0, eos=False)
+        return ids + encode(last, bos=bos and not parts, eos=eos)
+
+    return encode_in_parts

@@ -20,25 +20,25 @@ from moe_train.model.sharding.collectives import gather_axis
 def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+    v_BTKW: Float[Array, "B T K W"],
     positions_BT: Int[Array, "B T"],
     segment_ids_BT: Int[Array, "B T"],
     window: int | None = None,
     kernel: str = "auto",
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N W"]:
     """Compute causal self-attention of packed sequences.
 
     Args:
-        q_BTNH: queries with N heads.
+        q_BTNH: queries with N heads; scores are divided by the square root of H.
         k_BTKH: keys with K heads; N is a multiple of K.
-        v_BTKH: values.
+        v_BTKW: values, which may have another width than queries and keys.
         positions_BT: positions, which restart in each segment.
         segment_ids_BT: a query sees only keys with its own segment id.
         window: a query sees only keys less than `window` positions before it; None for no limit.
         kernel: as in `config.Compute.attention`.
 
     Returns:
-        The attention output (B, T, N, H).
+        The attention output (B, T, N, W).
     """
     kernel = choose_attention_kernel(kernel, q_BTNH.shape[1], q_BTNH.dtype)
     # The kernel's tables are an argument of the `shard_map`, which splits them over `context` like the queries.
@@ -49,18 +49,17 @@ def attend(
     def local(
         q: Float[Array, "b t n H"],
         k: Float[Array, "b t k H"],
-        v: Float[Array, "b t k H"],
+        v: Float[Array, "b t k W"],
         positions: Int[Array, "b t"],
         segments: Int[Array, "b t"],
         splash: Any,
-    ) -> Float[Array, "b t n H"]:
+    ) -> Float[Array, "b t n W"]:
         k, v, positions_k, segments_k = (gather_axis(x, "context", 1) for x in (k, v, positions, segments))
         match kernel:
             case "reference":
                 return reference_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window))
             case "cudnn":
-                mask = attention_mask(positions, positions_k, segments, segments_k, window)
-                return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+                return _cudnn_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window))
             # The two kernels below skip masked blocks, so they need zig-zag order for equal work; those above take the full mask.
             case "blocked":
                 q = to_zigzag(q)
@@ -81,7 +80,29 @@ def attend(
     check_vma = kernel in ("reference", "blocked")
     in_specs = (heads, heads, heads, tokens, tokens, None if splash is None else table_specs(splash))
     run = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=check_vma)
-    return run(q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, splash)
+    return run(q_BTNH, k_BTKH, v_BTKW, positions_BT, segment_ids_BT, splash)
+
+
+def _cudnn_attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKW: Float[Array, "B S K W"],
+    visible_BTS: Bool[Array, "B T S"],
+) -> Float[Array, "B T N W"]:
+    """Compute attention with cuDNN, which needs queries, keys and values of one width. Local view."""
+    H = q_BTNH.shape[-1]
+    W = v_BSKW.shape[-1]
+    # Dims of zeros change neither a score nor the other dims of the output; they are cut off afterwards.
+    q, k, v = (_padded_to(x, max(H, W)) for x in (q_BTNH, k_BSKH, v_BSKW))
+    scale = 1 / math.sqrt(H)
+    y = jax.nn.dot_product_attention(q, k, v, mask=visible_BTS[:, None], scale=scale, implementation="cudnn")
+    return y[..., :W]
+
+
+def _padded_to(x: Float[Array, "*dims"], width: int) -> Float[Array, "..."]:
+    """Append zeros to the last dim."""
+    missing = width - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
 def choose_attention_kernel(kernel: str, seq_len: int, dtype: jnp.dtype) -> str:
@@ -128,12 +149,13 @@ def attention_mask(
 def reference_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
+    v_BSKW: Float[Array, "B S K W"],
     visible_BTS: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "B T N W"]:
     """Compute softmax(q·k / sqrt(H)) v with the full (T, S) matrix in memory and float32 scores."""
-    weights = jax.nn.softmax(attention_scores(q_BTNH, k_BSKH, visible_BTS), axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(q_BTNH.shape)
+    weights = jax.nn.softmax(attention_scores(q_BTNH, k_BSKH, visible_BTS), axis=-1).astype(v_BSKW.dtype)
+    y_BTKGW = jnp.einsum("BKGTS,BSKW->BTKGW", weights, v_BSKW)
+    return y_BTKGW.reshape(*q_BTNH.shape[:-1], v_BSKW.shape[-1])
 
 
 def attention_scores(

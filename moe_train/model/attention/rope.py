@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoPE) in half-split order, with positions that restart in each segment."""
+"""Rotary position embedding (RoPE) of half-split and of interleaved pairs, with positions that restart in each segment."""
 
 from __future__ import annotations
 
@@ -36,20 +36,53 @@ def frequencies(rope: config.DefaultRope | config.YarnRope, head_dim: int) -> tu
 
 
 def _attention_factor(rope: config.YarnRope) -> float:
-    def mscale(m: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * m * math.log(rope.factor) + 1.0
-
     # Equal settings (1 and 1 in Ministral 3) cancel to 1; without settings the factor is YaRN's own, 0.1 * ln(factor) + 1.
-    return mscale(rope.mscale) / mscale(rope.mscale_all_dim) if rope.mscale and rope.mscale_all_dim else mscale(1.0)
+    if rope.mscale and rope.mscale_all_dim:
+        return _mscale(rope, rope.mscale) / _mscale(rope, rope.mscale_all_dim)
+    return _mscale(rope, 1.0)
+
+
+def _mscale(rope: config.YarnRope, m: float) -> float:
+    """Return YaRN's temperature 0.1 * m * ln(factor) + 1 (arXiv:2309.00071, section 3.4)."""
+    return 1.0 if rope.factor <= 1 else 0.1 * m * math.log(rope.factor) + 1.0
 
 
 def rotate(
     x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], rope: config.DefaultRope | config.YarnRope
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (x[i], x[i + H/2]) by position * frequency, computed in float32."""
-    freqs, factor = frequencies(rope, x_BTNH.shape[-1])
-    angles_BTH = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)
-    cos = (jnp.cos(angles_BTH) * factor)[:, :, None, :]
-    sin = (jnp.sin(angles_BTH) * factor)[:, :, None, :]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    return _rotate_pairs(first, second, positions_BT, rope).astype(x_BTNH.dtype)
+
+
+def rotate_interleaved(
+    x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], rope: config.DefaultRope | config.YarnRope
+) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (x[2i], x[2i + 1]) by position * frequency, computed in float32.
+
+    Returns:
+        The rotated pairs in half-split order: products of queries and keys do not depend on the order that both have.
+    """
+    pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)
+    return _rotate_pairs(pairs[..., 0], pairs[..., 1], positions_BT, rope).astype(x_BTNH.dtype)
+
+
+def _rotate_pairs(
+    first_BTNP: Float[Array, "B T N P"],
+    second_BTNP: Float[Array, "B T N P"],
+    positions_BT: Int[Array, "B T"],
+    rope: config.DefaultRope | config.YarnRope,
+) -> Float[Array, "B T N H"]:
+    """Rotate pairs of numbers; the result has the first numbers of all P pairs, then the second ones."""
+    freqs, factor = frequencies(rope, 2 * first_BTNP.shape[-1])
+    angles_BTP = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)
+    cos = (jnp.cos(angles_BTP) * factor)[:, :, None, :]
+    sin = (jnp.sin(angles_BTP) * factor)[:, :, None, :]
+    return jnp.concatenate([first_BTNP * cos - second_BTNP * sin, second_BTNP * cos + first_BTNP * sin], axis=-1)
+
+
+def scale_correction(attention: config.MultiHeadLatentAttention, rope: config.DefaultRope | config.YarnRope) -> float:
+    """Return the factor on the scores of multi-head latent attention beyond the inverse square root of the query's dims."""
+    if attention.scale_correction == "none" or isinstance(rope, config.DefaultRope):
+        return 1.0
+    return _mscale(rope, rope.mscale_all_dim) ** 2

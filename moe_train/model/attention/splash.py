@@ -76,16 +76,16 @@ def splash_attention(
     splash: Callable[..., Any],
     q_BtNH: Float[Array, "B t N H"],
     k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
+    v_BTKW: Float[Array, "B T K W"],
     segment_ids: SegmentIds,
-) -> Float[Array, "B t N H"]:
+) -> Float[Array, "B t N W"]:
     """Compute attention with the kernel. Local view.
 
     Args:
         splash: result of `make_splash`: this device's part of its tables.
         q_BtNH: this device's queries, reordered by `to_zigzag`.
         k_BTKH: keys of the full sequence.
-        v_BTKH: values of the full sequence.
+        v_BTKW: values of the full sequence.
         segment_ids: segment ids of the queries, in their order, and of the keys.
 
     Returns:
@@ -98,7 +98,7 @@ def splash_attention(
     # The kernel itself does not scale the scores.
     q = _heads_first(q_BtNH, K) * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype)
     k = k_BTKH.transpose(0, 2, 1, 3)
-    v = v_BTKH.transpose(0, 2, 1, 3)
+    v = v_BTKW.transpose(0, 2, 1, 3)
     of_group = jax.vmap(splash, in_axes=(0, 0, 0, None))  # over the key heads of a sequence
     y = jax.vmap(of_group)(q, k, v, kernel.SegmentIds(*segment_ids))
-    return y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, H)
+    return y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, v_BTKW.shape[-1])

@@ -59,9 +59,9 @@ class MoE(nnx.Module):
         self.kernel = compute.grouped_matmul
         self.transport = compute.transport
         match ffn.router:
-            case config.SoftmaxRouter():
+            case config.SoftmaxRouter(scale=scale):
                 self.sigmoid = False
-                self.scale = 1.0
+                self.scale = scale
                 self.groups = (1, 1)
             case config.SigmoidRouter(scale=scale, num_groups=num_groups, groups_per_token=groups_per_token):
                 self.sigmoid = True

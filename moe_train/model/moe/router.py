@@ -31,6 +31,8 @@ class RouterStats(NamedTuple):
     """Mean entropy, in nats, of the router's distribution over all experts; log E if uniform."""
     dropped: Int[Array, "*L"]
     """Number of assignments of valid tokens that no expert computed."""
+    mean_probability_E: Float[Array, "*L E"] | None = None
+    """Mean router probability of each expert, the differentiable factor of the balance loss."""
     expert_ids: Int[Array, "*L B T A"] | None = None
     """Chosen experts (B, T, A), if `MoE.keeps_expert_ids` is set; otherwise None."""
 
@@ -42,15 +44,38 @@ class RouterStats(NamedTuple):
         return self.chosen_E / (total + (total == 0))
 
 
-def merge_microbatches(stats: RouterStats) -> RouterStats:
-    """Merge the statistics of the microbatches of a step, stacked on dim 0: sum the counts, average the means."""
-    return RouterStats(
+def balance_loss(load_E: Float[Array, "*L E"], mean_probability_E: Float[Array, "*L E"]) -> Float[Array, "*L"]:
+    """Return E * sum_e load_e * mean router probability of e, through whose second factor the gradient flows."""
+    return load_E.shape[-1] * jnp.sum(load_E * mean_probability_E, axis=-1)
+
+
+def merge_microbatches(stats: RouterStats, over_step: bool = False) -> RouterStats:
+    """Merge the statistics of the microbatches of a step: sum the counts, and average the means over all tokens.
+
+    Args:
+        stats: the statistics, stacked on dim 0.
+        over_step: whether the balance loss is that of the loads of the whole step, and not the mean of those of microbatches.
+    """
+    assert stats.mean_probability_E is not None
+    assignments_ML = jnp.sum(stats.chosen_E, axis=-1)
+    # A microbatch of padding only has no assignments, and so no weight; a step of padding only gives zeros.
+    weights_ML = assignments_ML / jnp.maximum(jnp.sum(assignments_ML, axis=0), 1)
+
+    def mean(x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.sum(weights_ML * x, axis=0)
+
+    mean_probability_E = jnp.sum(weights_ML[..., None] * stats.mean_probability_E, axis=0)
+    merged = RouterStats(
         chosen_E=jnp.sum(stats.chosen_E, axis=0),
-        load_balance_loss=jnp.mean(stats.load_balance_loss, axis=0),
-        router_z_loss=jnp.mean(stats.router_z_loss, axis=0),
-        entropy=jnp.mean(stats.entropy, axis=0),
+        load_balance_loss=mean(stats.load_balance_loss),
+        router_z_loss=mean(stats.router_z_loss),
+        entropy=mean(stats.entropy),
         dropped=jnp.sum(stats.dropped, axis=0),
+        mean_probability_E=mean_probability_E,
     )
+    if over_step:
+        merged = merged._replace(load_balance_loss=balance_loss(merged.load_E, mean_probability_E))
+    return merged
 
 
 class Router(Adapted):
@@ -183,10 +208,12 @@ def router_stats(
     )
     # A batch of padding only gives zeros and not NaN.
     tokens = jnp.maximum(count, 1).astype(jnp.float32)
+    mean_probability_E = probs_E / tokens
     return RouterStats(
         chosen_E=chosen_E,
-        load_balance_loss=E * jnp.sum(chosen_E / (tokens * A) * probs_E / tokens),
+        load_balance_loss=balance_loss(chosen_E / (tokens * A), mean_probability_E),
         router_z_loss=squares / tokens,
         entropy=entropy / tokens,
         dropped=count * A - computed,
+        mean_probability_E=mean_probability_E,
     )

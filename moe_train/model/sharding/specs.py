@@ -65,6 +65,11 @@ def split_axes(size: int) -> str | tuple[str, str]:
     return TENSOR_AND_EXPERT if size % (axis_size("tensor") * axis_size("expert")) == 0 else "tensor"
 
 
+def fsdp_axis(size: int) -> str | None:
+    """Return `fsdp` to split a dim of this size, the rank of a latent; None if `fsdp` does not divide it."""
+    return "fsdp" if size % axis_size("fsdp") == 0 else None
+
+
 def gathered_spec(spec: P) -> P:
     """Return the spec of a weight after it is gathered for a product: over `fsdp`, and over `expert` where that splits it."""
     gathered = {"fsdp": None, TENSOR_AND_EXPERT: "tensor"}

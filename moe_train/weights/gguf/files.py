@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -27,10 +27,10 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import new_directory
 from moe_train.model.paths import ParameterPath
 from moe_train.weights import names, together
-from moe_train.weights.gguf import chat_format, container, ollama
+from moe_train.weights.gguf import chat_format, container, latent_tensors, ollama
 from moe_train.weights.gguf import settings as gguf_settings
 from moe_train.weights.gguf import tokenizer as gguf_tokenizer
-from moe_train.weights.on_disk import WeightFiles
+from moe_train.weights.on_disk import FileTensor, WeightFiles
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,15 @@ _PER_EXPERT = replace(
     experts=tuple(row._replace(name=row.name.replace("_exps.weight", ".{e}.weight"), stack="") for row in names.GGUF.experts),
 )
 """The layout of files from before April 2024."""
+_FUSED = replace(
+    names.GGUF,
+    experts=(
+        names.Row("ffn_gate_up_exps.weight", "F D", "ffn.gate_proj.weight", "D F", "gate of gate_up"),
+        names.Row("ffn_gate_up_exps.weight", "F D", "ffn.up_proj.weight", "D F", "up of gate_up"),
+        names.GGUF.experts[2],
+    ),
+)
+"""The layout of files whose gate and up projections are stacked in one tensor; only read."""
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -77,10 +86,24 @@ def open_weights(path: str | Path) -> WeightFiles:
     """
     opened = _open(path)
     model = gguf_settings.read_architecture(opened)
+    tensors: Mapping[str, FileTensor] = opened.tensors
+    if isinstance(model.attention, config.MultiHeadLatentAttention):
+        try:
+            tensors = latent_tensors.join_latents(tensors)
+        except ValueError as error:
+            raise ValueError(f"{opened.file}: {error}") from error
+    names.check_counts(path, model, tensors)
+    return WeightFiles(opened.file, model, names.weight_pieces(model, _layout_of(tensors)), tensors)
+
+
+def _layout_of(tensors: Collection[str]) -> names.TensorLayout:
+    """Return the layout of a file's experts, given the names of its tensors."""
     # One expert's gate tells: newer files have all experts in blk.0.ffn_gate_exps.weight.
-    layout = _PER_EXPERT if "blk.0.ffn_gate.0.weight" in opened.tensors else names.GGUF
-    names.check_counts(path, model, opened.tensors)
-    return WeightFiles(opened.file, model, names.weight_pieces(model, layout), opened.tensors)
+    if "blk.0.ffn_gate.0.weight" in tensors:
+        return _PER_EXPERT
+    if any(name.endswith(".ffn_gate_up_exps.weight") for name in tensors):
+        return _FUSED
+    return names.GGUF
 
 
 def read_model_config(path: str | Path) -> config.Model:
@@ -191,20 +214,34 @@ def _write_file(file: Path, model: config.Model, kind: str, matrix: ReadPiece, s
     tensors: dict[str, list[names.WeightPiece]] = {}
     for piece in names.weight_pieces(model, names.GGUF):
         tensors.setdefault(piece.name, []).append(piece)
-    specs = [container.GgufSpec(name, pieces[0].shape, _encoding(pieces[0], encoding)) for name, pieces in tensors.items()]
+    specs: list[container.GgufSpec] = []
+    for name, pieces in tensors.items():
+        specs += _specs(name, pieces[0], model, encoding)
     if encoding not in container.UNQUANTIZED_DTYPES:
         container.import_gguf(f"{kind} is quantized")  # fail before the work, not after it
 
+    def values_of(piece: names.WeightPiece, stored: Sequence[container.GgufSpec]) -> Iterator[np.ndarray]:
+        """Yield what one matrix of the model becomes in the file: one part of a tensor, or two tensors."""
+        dtypes = [container.UNQUANTIZED_DTYPES.get(spec.encoding, np.dtype(np.float32)) for spec in stored]
+        if len(stored) == 1:
+            yield matrix(piece, dtypes[0])
+            return
+        assert isinstance(model.attention, config.MultiHeadLatentAttention)  # only kv_b is split
+        # One matrix for both. Their dtypes differ only if blocks of a quantized type fit one of them.
+        joined = matrix(piece, dtypes[0] if dtypes[0] == dtypes[1] else np.dtype(np.float32))
+        for values, dtype in zip(latent_tensors.split_latents(joined, model.attention), dtypes, strict=True):
+            yield values.astype(dtype, copy=False)
+
     def all_parts() -> Iterator[np.ndarray]:
         """Yield the matrices of all tensors, in the order in which the file has them."""
-        for spec in specs:
-            dtype = container.UNQUANTIZED_DTYPES.get(spec.encoding, np.dtype(np.float32))
-            for piece in tensors[spec.name]:
-                part = matrix(piece, dtype)
-                # float32 and bfloat16 have a far larger range; the rounding to float16 turns what exceeds it into infinity.
-                if spec.encoding == "F16" and not np.all(np.isfinite(part)):
-                    raise ValueError(f"{spec.name} has numbers beyond float16's 65504; use bf16")
-                yield part
+        for name, pieces in tensors.items():
+            stored = _specs(name, pieces[0], model, encoding)
+            for piece in pieces:
+                for part in values_of(piece, stored):
+                    # float32 and bfloat16 have a far larger range; the rounding to float16 turns what exceeds it into infinity.
+                    if part.dtype == np.float16 and not np.all(np.isfinite(part)):
+                        raise ValueError(f"{name} has numbers beyond float16's 65504; use bf16")
+                    yield part
 
     # 2 is the version of llama.cpp's quantized types (GGML_QUANT_VERSION of the package gguf).
     settings = {**settings, "general.file_type": np.uint32(type_code), "general.quantization_version": np.uint32(2)}
@@ -212,9 +249,18 @@ def _write_file(file: Path, model: config.Model, kind: str, matrix: ReadPiece, s
     # `parts` is one iterator over all tensors: each tensor takes from where the one before it stopped.
     def write_parts(parts: Iterator[np.ndarray]) -> None:
         """Write the file; each tensor takes as many of the parts as it has pieces."""
-        container.write_gguf(file, settings, specs, lambda spec: islice(parts, len(tensors[spec.name])))
+        container.write_gguf(file, settings, specs, lambda spec: islice(parts, len(tensors.get(spec.name, (spec,)))))
 
     together.first_writes(all_parts(), write_parts)
+
+
+def _specs(name: str, piece: names.WeightPiece, model: config.Model, encoding: str) -> list[container.GgufSpec]:
+    """Return the tensors that a tensor of the table is stored as: itself, or the two parts of the joined latents."""
+    if not name.endswith(latent_tensors.KV_B):
+        return [container.GgufSpec(name, piece.shape, _encoding(piece, encoding))]
+    assert isinstance(model.attention, config.MultiHeadLatentAttention)
+    parts = latent_tensors.split_shapes(name, model.attention)
+    return [container.GgufSpec(n, shape, encoding if container.fits(encoding, shape) else "F16") for n, shape in parts]
 
 
 def _encoding(piece: names.WeightPiece, encoding: str) -> str:

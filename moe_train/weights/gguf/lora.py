@@ -10,6 +10,8 @@ written and read:
   multiplied into B. An alpha of 0 would mean a scale of 1.
 - The router and an untied head may have an adapter too. For the embedding it expects A and B swapped, and applies them to a tied
   head as well; that is not supported here.
+- Of latent attention (`mistral4`, `deepseek2`) it computes queries, keys, values and the head without adapters, and ignores
+  those that a file has (src/models/deepseek2.cpp); such adapters are refused here in both directions.
 - general.architecture has to be the base's. Apart from that, only names and shapes are compared with the base.
 """
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ import numpy as np
 from moe_train import config
 from moe_train.machine.files import check_space, new_directory
 from moe_train.model.parameters import Parameters
-from moe_train.model.paths import ParameterPath, adapter_ranks
+from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import gguf, merge, names
 from moe_train.weights.arrays import Abstract, LazyParameters, fetch_entry, fill
 from moe_train.weights.gguf import container
@@ -37,6 +39,22 @@ ADAPTER_FILE = "adapter.gguf"
 """Name of the file that is written."""
 _LAYOUT = replace(names.GGUF, adapters_of_embed=names.GGUF.adapters)
 """llama.cpp's names, with adapters of routers, embedding and head."""
+_IGNORED_WITH_LATENTS = (
+    "attention.q_proj",
+    "attention.q_a_proj",
+    "attention.q_b_proj",
+    "attention.kv_a_proj",
+    "attention.kv_b_proj",
+    "head",
+)
+"""Modules whose adapters llama.cpp ignores in models with latent attention."""
+
+
+def _ignored(model: config.Model, modules: Iterable[str]) -> list[str]:
+    """Return the paths of modules whose adapters llama.cpp would ignore."""
+    if not isinstance(model.attention, config.MultiHeadLatentAttention):
+        return []
+    return [path for path in modules if of_module(path).module in _IGNORED_WITH_LATENTS]
 
 
 def export_adapter(
@@ -68,6 +86,11 @@ def export_adapter(
     ranks = adapter_ranks(parameters)
     if not ranks:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format gguf")
+    if ignored := _ignored(model, ranks):
+        raise ValueError(
+            f"llama.cpp ignores adapters of {ignored[0]} in {gguf_settings.architecture(model)} models, so the file would have no "
+            "effect there; export the merged model with --format gguf --merge"
+        )
     table = names.lora_pieces(model, ranks, _LAYOUT)
     if "embed" in ranks:
         raise ValueError("an adapter of embed cannot be written in this layout; export the merged model with --format gguf --merge")
@@ -144,8 +167,13 @@ def read_lora(path: str | Path, model: config.Model) -> config.Lora:
     if not isinstance(alpha, float) or not 0 <= alpha < math.inf:
         raise ValueError(f"{file}: adapter.lora.alpha is {alpha!r}; it has to be a number, 0 or larger")
     # Without embed, for which llama.cpp swaps A and B (see the top of this file).
-    modules = {_module(piece) for piece in names.weight_pieces(model) if not ParameterPath.parse(piece.path).is_norm} - {"embed"}
+    weights = [ParameterPath.parse(piece.path) for piece in names.weight_pieces(model, names.GGUF)]
+    modules = {path.module_path for path in weights if not (path.is_norm or path.is_router_bias or path.is_embedding)}
     table = names.lora_pieces(model, dict.fromkeys(modules, 1), _LAYOUT)
+    ignored = set(_ignored(model, modules))
+    for piece in table:
+        if _module(piece) in ignored and piece.name in tensors:
+            raise ValueError(f"{file} has {piece.name}, which llama.cpp ignores in {arch} models; train another adapter without it")
     if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
         raise ValueError(f"{file} has {unknown[0]}, which is not a supported adapter of this model")
     targets: dict[int, list[str]] = {}

@@ -1,15 +1,15 @@
 """Convert between the keys of a GGUF file that describe its architecture and `config.Model`.
 
 llama.cpp's `llama` covers Llama, Mistral and Mixtral, dense or with experts; it reads neither YaRN's settings nor a scaling of
-queries. `mistral3` reads both, with one original length for the two. Neither supports sliding windows. Up to its window's length
-a model is the same without the window, so that length is written as the context.
+queries. `mistral3` reads both, with one original length for the two. `mistral4` and `deepseek2` are in `latent_settings`. None
+supports sliding windows. Up to its window's length a model is the same without the window, so that length is written as the
+context.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -17,7 +17,10 @@ from pydantic import ValidationError
 from moe_train import config
 from moe_train.machine.files import JsonObject
 from moe_train.weights import names
+from moe_train.weights.gguf import latent_settings
+from moe_train.weights.gguf.architecture_keys import ArchitectureKeys
 from moe_train.weights.gguf.container import Gguf, GgufSettings
+from moe_train.weights.latent_norms import check_latent_norm_eps
 
 log = logging.getLogger(__name__)
 
@@ -57,40 +60,41 @@ def _read_own(settings: GgufSettings) -> config.Model:
     return model
 
 
-class _Keys:
-    """The keys of one architecture in a file that another tool wrote; remembers which of them were read."""
-
-    def __init__(self, arch: str, settings: GgufSettings) -> None:
-        self.arch = arch
-        self._settings = settings
-        self._read: set[str] = set()
-
-    def get(self, key: str, default: str | float | None = None) -> Any:
-        """Return the value of `ARCH.key`. Raises ValueError if it is missing and has no default."""
-        self._read.add(f"{self.arch}.{key}")
-        value = self._settings.get(f"{self.arch}.{key}", default)
-        if value is None:
-            raise ValueError(f"the key {self.arch}.{key} is missing; convert the model again")
-        if isinstance(value, np.ndarray):  # one value per layer
-            if len({*value.tolist()}) != 1:
-                raise ValueError(f"{self.arch}.{key} differs between layers, which is not implemented")
-            value = value[0].item()
-        return value
-
-    def get_float(self, key: str, default: float | None = None) -> float:
-        """Return a float32 value as the shortest decimal that rounds to it."""
-        # float32's 1e-5 would otherwise become 9.999999747378752e-06 and differ from the same model's config.json.
-        return float(str(np.float32(self.get(key, default))))
-
-    def unread(self) -> list[str]:
-        """Return the keys of the architecture that were not read."""
-        return sorted(key for key in self._settings if key.startswith(f"{self.arch}.") and key not in self._read)
-
-
 def _read_external(opened: Gguf) -> config.Model:
     """Read the architecture of a file that another tool wrote."""
     tensors = opened.tensors
-    keys = _Keys(_architecture_of(opened.settings), opened.settings)
+    keys = ArchitectureKeys(_architecture_of(opened.settings), opened.settings)
+    if keys.arch in latent_settings.ARCHITECTURES:
+        has_router_bias = any(name.endswith(".exp_probs_b.bias") for name in tensors)
+        sections = latent_settings.read_sections(keys, has_router_bias=has_router_bias)
+    else:
+        sections = _read_sections(keys, opened)
+    embedding = tensors.get(names.GGUF.embed.name)
+    model = config.Model.model_validate(
+        {
+            **sections,
+            # The key is optional; the rows of the embedding tell the same.
+            "vocab_size": keys.get("vocab_size", embedding.shape[0] if embedding else None),
+            "model_dim": keys.get("embedding_length"),
+            "num_layers": keys.get("block_count"),
+            "norm_eps": keys.get_float("attention.layer_norm_rms_epsilon"),
+            # Files leave out a tied head.
+            "tie_embeddings": names.GGUF.head.name not in tensors,
+            "max_seq_len": keys.get("context_length"),
+        }
+    )
+    check_latent_norm_eps(model, "llama.cpp")
+    if unread := keys.unread():
+        log.warning(
+            "%s has keys that are not read: %s; make sure that they do not change what the model computes",
+            opened.file,
+            ", ".join(unread),
+        )
+    return model
+
+
+def _read_sections(keys: ArchitectureKeys, opened: Gguf) -> JsonObject:
+    """Read the sections `attention`, `ffn` and `rope` of a model with grouped-query attention, and its family."""
     D = keys.get("embedding_length")
     N = keys.get("attention.head_count")
     H = keys.get("attention.key_length", D // N)
@@ -109,43 +113,23 @@ def _read_external(opened: Gguf) -> config.Model:
         family = "llama"
     else:
         family = "mistral"
-    embedding = tensors.get(names.GGUF.embed.name)
-    model = config.Model.model_validate(
-        {
-            "family": family,
-            # The key is optional; the rows of the embedding tell the same.
-            "vocab_size": keys.get("vocab_size", embedding.shape[0] if embedding else None),
-            "model_dim": D,
-            "num_layers": keys.get("block_count"),
-            "attention": {
-                "name": "gqa",
-                "num_heads": N,
-                "num_kv_heads": keys.get("attention.head_count_kv", N),
-                "head_dim": H,
-                "query_scaling": query_scaling,
-            },
-            "ffn": ffn,
-            "rope": rope,
-            "norm_eps": keys.get_float("attention.layer_norm_rms_epsilon"),
-            # Files leave out a tied head.
-            "tie_embeddings": names.GGUF.head.name not in tensors,
-            "max_seq_len": keys.get("context_length"),
-        }
-    )
-    if unread := keys.unread():
-        log.warning(
-            "%s has keys that are not read: %s; make sure that they do not change what the model computes",
-            opened.file,
-            ", ".join(unread),
-        )
-    return model
+    attention = {
+        "name": "gqa",
+        "num_heads": N,
+        "num_kv_heads": keys.get("attention.head_count_kv", N),
+        "head_dim": H,
+        "query_scaling": query_scaling,
+    }
+    return {"family": family, "attention": attention, "ffn": ffn, "rope": rope}
 
 
 def _architecture_of(settings: GgufSettings) -> str:
     """Return llama.cpp's name of the architecture. Raises ValueError unless the file is a complete, supported model."""
     arch = settings.get("general.architecture")
-    if arch not in ("llama", "mistral3"):
-        raise ValueError(f"general.architecture is {arch!r}; supported: 'llama' (Llama, Mistral, Mixtral) and 'mistral3'")
+    if arch not in ("llama", "mistral3", *latent_settings.ARCHITECTURES):
+        raise ValueError(
+            f"general.architecture is {arch!r}; supported: 'llama' (Llama, Mistral, Mixtral), 'mistral3', 'mistral4', 'deepseek2'"
+        )
     if settings.get("general.type", "model") != "model":
         raise ValueError(f"general.type is {settings['general.type']!r}; give the file of a complete model")
     if settings.get("split.count", 1) not in (0, 1):
@@ -153,7 +137,7 @@ def _architecture_of(settings: GgufSettings) -> str:
     return arch
 
 
-def _check_required(keys: _Keys, opened: Gguf, head_dim: int) -> None:
+def _check_required(keys: ArchitectureKeys, opened: Gguf, head_dim: int) -> None:
     """Raise ValueError unless every key that would change the mathematics has the only value that is implemented."""
     required = {
         "attention.value_length": head_dim,
@@ -175,7 +159,7 @@ def _check_required(keys: _Keys, opened: Gguf, head_dim: int) -> None:
             raise ValueError(f"{name} changes the rotary frequencies (Llama 3's scaling), which is not implemented")
 
 
-def _rope(keys: _Keys) -> tuple[JsonObject, JsonObject | None]:
+def _rope(keys: ArchitectureKeys) -> tuple[JsonObject, JsonObject | None]:
     """Return the section `rope` of a model config, and the scaling of queries, which uses the same original length."""
     theta = keys.get_float("rope.freq_base", 1e4)
     kind = keys.get("rope.scaling.type", "none")
@@ -213,6 +197,8 @@ def _rope(keys: _Keys) -> tuple[JsonObject, JsonObject | None]:
 
 def architecture(model: config.Model) -> str:
     """Return llama.cpp's name of the architecture that computes this model."""
+    if isinstance(model.attention, config.MultiHeadLatentAttention):
+        return latent_settings.architecture(model)
     if model.attention.query_scaling or isinstance(model.rope, config.YarnRope):
         return "mistral3"
     return "llama"
@@ -220,13 +206,25 @@ def architecture(model: config.Model) -> str:
 
 def _keys(model: config.Model) -> GgufSettings:
     """Return the keys that llama.cpp reads."""
-    a = model.attention
+    check_latent_norm_eps(model, "llama.cpp")
+    arch = architecture(model)
+    settings: GgufSettings = {"general.architecture": arch}
+    if isinstance(model.attention, config.MultiHeadLatentAttention):
+        keys = latent_settings.latent_keys(model, model.attention)
+    else:
+        keys = _grouped_query_keys(model, model.attention)
+    for key, value in keys.items():
+        settings[f"{arch}.{key}"] = _typed(value)
+    return settings
+
+
+def _grouped_query_keys(model: config.Model, a: config.GroupedQueryAttention) -> dict[str, int | float | str | bool]:
+    """Return the keys of a model with grouped-query attention, without the name of the architecture."""
     rope = model.rope
     scaling = a.query_scaling
-    arch = architecture(model)
     # llama.cpp has no windows for these architectures: up to the smallest window, attention is the same without it.
     context = min([model.max_seq_len, *(window for window in a.windows if window is not None)])
-    keys: dict[str, int | float | str] = {
+    keys: dict[str, int | float | str | bool] = {
         "vocab_size": model.vocab_size,
         "context_length": context,
         "embedding_length": model.model_dim,
@@ -258,16 +256,15 @@ def _keys(model: config.Model) -> GgufSettings:
         keys |= {"rope.scaling.type": "none", "rope.scaling.original_context_length": scaling.original_max_seq_len}
     if scaling:
         keys["attention.temperature_scale"] = float(scaling.beta)
-    settings: GgufSettings = {"general.architecture": arch}
-    for key, value in keys.items():
-        settings[f"{arch}.{key}"] = _typed(value)
-    return settings
+    return keys
 
 
-def _typed(value: int | float | str) -> str | np.generic:
+def _typed(value: int | float | str | bool) -> str | np.generic:
     """Return a value in the type in which llama.cpp expects it."""
     if isinstance(value, str):
         return value
+    if isinstance(value, bool):
+        return np.bool_(value)
     # The Python type decides, so `_keys` applies float() to what a config may state as an integral number.
     return np.uint32(value) if isinstance(value, int) else np.float32(value)
 

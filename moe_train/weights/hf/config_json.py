@@ -7,14 +7,16 @@ so what a file does not state is derived only if every version agrees.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from pydantic import ValidationError
 
 from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
 from moe_train.weights import safetensors_files
+from moe_train.weights.hf import latent
 from moe_train.weights.hf.config_keys import CONFIG_FILE, text_fields
+from moe_train.weights.on_disk import FloatDtype
 
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
@@ -34,7 +36,7 @@ def read_model_config(directory: str | Path) -> config.Model:
     if _is_tied_against_its_files(file.parent, fields):
         fields["tie_word_embeddings"] = False
     try:
-        return _model(fields)
+        model = _model(fields)
     except ValidationError as error:
         first = error.errors()[0]
         location = ".".join(str(part) for part in first["loc"])
@@ -42,31 +44,32 @@ def read_model_config(directory: str | Path) -> config.Model:
         raise ValueError(": ".join(part for part in (str(file), location, message) if part)) from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
+    is_corrected = isinstance(model.attention, config.MultiHeadLatentAttention) and model.attention.scale_correction != "none"
+    if model.family == "mistral4" and is_corrected and isinstance(model.rope, config.YarnRope):
+        latent.warn_of_scale(str(file), model.rope.factor, model.rope.mscale_all_dim)
+    return model
 
 
 def _model(fields: JsonObject) -> config.Model:
     """Convert the fields of a `config.json`."""
     family_name, fields = text_fields(fields)
-    num_heads = _stated(fields, "num_attention_heads")
     num_layers = _stated(fields, "num_hidden_layers")
     family = config.FAMILIES[family_name]
     # Only defaults that every version of transformers agrees on are filled in.
     fields = {**family.hugging_face.defaults, **fields}
-    rope, query_scaling = _rope(fields)
-    attention = {
-        "name": "gqa",
-        "num_heads": num_heads,
-        "num_kv_heads": _num_kv_heads(family, fields, num_heads),
-        # Older files state none and have the quotient; Mistral Nemo, for one, has another size and states it.
-        "head_dim": fields.get("head_dim") or _stated(fields, "hidden_size") // num_heads,
-        "windows": _windows(family, fields, num_layers),
-        "query_scaling": query_scaling,
-    }
-    ffn = {"name": "dense", "ffn_dim": _stated(fields, "intermediate_size")}
-    if family.sparse:
-        ffn["name"] = "moe"
-        ffn["num_experts"] = _stated(fields, "num_local_experts")
-        ffn["experts_per_token"] = _stated(fields, "num_experts_per_tok")
+    # transformers 5 writes rope_parameters and rope_type, earlier versions rope_scaling and type; a file may have both.
+    rope_fields = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+    if "mla" in family.required:
+        correction, rope_fields = latent.read_scale(fields, rope_fields)
+        rope, query_scaling = _rope(fields, rope_fields)
+        # The two may differ from those of other families: mscale_all_dim alone corrects the scale of scores.
+        rope |= {key: rope_fields[key] for key in ("mscale", "mscale_all_dim") if rope["name"] == "yarn"}
+        attention = latent.read_attention(fields, query_scaling, correction)
+        ffn = latent.read_ffn(family_name, fields)
+    else:
+        rope, query_scaling = _rope(fields, rope_fields)
+        attention = _grouped_query(family, fields, num_layers, query_scaling)
+        ffn = _ffn(family, fields)
     return config.Model.model_validate(
         {
             "family": family_name,
@@ -92,6 +95,30 @@ def _is_tied_against_its_files(directory: Path, fields: JsonObject) -> bool:
     if not safetensors_files.has_model(directory):
         return False
     return any(name.endswith("lm_head.weight") for name in safetensors_files.open_model_tensors(directory))
+
+
+def _grouped_query(family: config.Family, fields: JsonObject, num_layers: int, query_scaling: JsonObject | None) -> JsonObject:
+    """Return the section `attention` of a model with grouped-query attention."""
+    num_heads = _stated(fields, "num_attention_heads")
+    return {
+        "name": "gqa",
+        "num_heads": num_heads,
+        "num_kv_heads": _num_kv_heads(family, fields, num_heads),
+        # Older files state none and have the quotient; Mistral Nemo, for one, has another size and states it.
+        "head_dim": fields.get("head_dim") or _stated(fields, "hidden_size") // num_heads,
+        "windows": _windows(family, fields, num_layers),
+        "query_scaling": query_scaling,
+    }
+
+
+def _ffn(family: config.Family, fields: JsonObject) -> JsonObject:
+    """Return the section `ffn` of a dense model or a Mixtral."""
+    ffn = {"name": "dense", "ffn_dim": _stated(fields, "intermediate_size")}
+    if family.sparse:
+        ffn["name"] = "moe"
+        ffn["num_experts"] = _stated(fields, "num_local_experts")
+        ffn["experts_per_token"] = _stated(fields, "num_experts_per_tok")
+    return ffn
 
 
 def _stated(fields: JsonObject, key: str) -> Any:
@@ -137,10 +164,8 @@ def _windows(family: config.Family, fields: JsonObject, num_layers: int) -> tupl
     return windows
 
 
-def _rope(fields: JsonObject) -> tuple[JsonObject, JsonObject | None]:
-    """Read rotary positions and query scaling from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    # transformers 5 writes rope_parameters and rope_type, earlier versions rope_scaling and type; a file may have both.
-    rope_fields = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+def _rope(fields: JsonObject, rope_fields: JsonObject) -> tuple[JsonObject, JsonObject | None]:
+    """Read rotary positions and query scaling from `rope_parameters`, or the older `rope_scaling`, and `rope_theta`."""
     kind = rope_fields.get("rope_type", rope_fields.get("type", "default"))
     if kind not in ("default", "yarn"):
         raise ValueError(f"rope_type is {kind!r}; supported: default, yarn")
@@ -177,7 +202,7 @@ def _rope(fields: JsonObject) -> tuple[JsonObject, JsonObject | None]:
 def write_model_config(
     model: config.Model,
     *,
-    dtype: config.Dtype,
+    dtype: FloatDtype,
     bos_token_id: int | None,
     eos_token_id: int | None,
     pad_token_id: int | None = None,
@@ -185,17 +210,13 @@ def write_model_config(
 ) -> JsonObject:
     """Return the `config.json` of an export, with old and new spellings side by side and every default stated."""
     check_expressible(model)
-    a = model.attention
     fields: JsonObject = {
         "architectures": [config.FAMILIES[model.family].hugging_face.architecture],
         "model_type": model.family,
         "vocab_size": model.vocab_size,
         "hidden_size": model.model_dim,
-        "intermediate_size": model.ffn.ffn_dim,
         "num_hidden_layers": model.num_layers,
-        "num_attention_heads": a.num_heads,
-        "num_key_value_heads": a.num_kv_heads,
-        "head_dim": a.head_dim,
+        **_attention_and_ffn(model, router_aux_loss_coef),
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "rms_norm_eps": model.norm_eps,
@@ -213,6 +234,7 @@ def write_model_config(
     }
     family = config.FAMILIES[model.family]
     fields |= family.hugging_face.fixed
+    a = model.attention
     if "window" in family.features:
         fields["sliding_window"] = next((window for window in a.windows if window is not None), None)
     if "interleaved_windows" in family.features:
@@ -222,10 +244,30 @@ def write_model_config(
     if a.query_scaling is not None:  # vLLM reads this and not rope_parameters (vllm/model_executor/models/mistral.py)
         original = a.query_scaling.original_max_seq_len
         fields["llama_4_scaling"] = {"beta": a.query_scaling.beta, "original_max_position_embeddings": original}
-    if isinstance(model.ffn, config.MoeFfn):
+    return fields
+
+
+def _attention_and_ffn(model: config.Model, router_aux_loss_coef: float) -> JsonObject:
+    """Return the sizes of attention and of the feed-forward layers."""
+    a = model.attention
+    ffn = model.ffn
+    match a:
+        case config.MultiHeadLatentAttention():
+            assert isinstance(ffn, config.MoeFfn)  # as the families of latent attention are
+            return latent.write_fields(model, a, ffn)
+        case config.GroupedQueryAttention():
+            fields: JsonObject = {
+                "intermediate_size": ffn.ffn_dim,
+                "num_attention_heads": a.num_heads,
+                "num_key_value_heads": a.num_kv_heads,
+                "head_dim": a.head_dim,
+            }
+        case _:
+            assert_never(a)
+    if isinstance(ffn, config.MoeFfn):
         fields |= {
-            "num_local_experts": model.ffn.num_experts,
-            "num_experts_per_tok": model.ffn.experts_per_token,
+            "num_local_experts": ffn.num_experts,
+            "num_experts_per_tok": ffn.experts_per_token,
             "router_aux_loss_coef": router_aux_loss_coef,
             "router_jitter_noise": 0.0,
             "output_router_logits": False,
@@ -265,6 +307,8 @@ def _rope_parameters(model: config.Model) -> JsonObject:
             "mscale": float(rope.mscale),
             "mscale_all_dim": float(rope.mscale_all_dim),
         }
+        if isinstance(model.attention, config.MultiHeadLatentAttention):
+            parameters |= latent.write_scale(model, model.attention, rope)
     if "query_scaling" in config.FAMILIES[model.family].features:  # transformers always applies it
         original = model.max_seq_len
         beta = 0.0  # no scaling

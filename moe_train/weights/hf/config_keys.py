@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
+from moe_train.weights.fp8 import sections
 
 CONFIG_FILE = "config.json"
 """Name of the file that states a model's architecture."""
@@ -31,17 +32,33 @@ _REQUIRED: JsonObject = {
     "router_jitter_noise": 0,
     "partial_rotary_factor": 1,
     "rope_interleaved": False,
-    "quantization_config": None,
-}
-_REMEDIES = {
-    "quantization_config": "load it in transformers with dequantize=True in its quantization config, and save it in bfloat16",
 }
 _READ = (
     *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "num_local_experts", "num_experts_per_tok", "rms_norm_eps", "layer_types"),
     *("rope_theta", "rope_parameters", "rope_scaling", "sliding_window", "tie_word_embeddings", "max_position_embeddings"),
-    "initializer_range",
+    *("initializer_range", "quantization_config"),
 )
+_READ_OF_LATENT = (
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim", "n_routed_experts"),
+    *("n_shared_experts", "moe_intermediate_size", "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor"),
+)
+"""Keys of models with multi-head latent attention alone."""
+_REQUIRED_OF_LATENT: JsonObject = {
+    "rope_interleave": True,
+    "norm_topk_prob": True,
+    "moe_layer_freq": 1,
+    "num_nextn_predict_layers": 0,
+    "num_mtp_layers": 0,
+}
+_REMEDIES = {
+    "num_nextn_predict_layers": "remove the tensors of the layers after the last, which predict further tokens, and set it to 0"
+}
+_REQUIRED_BY_FAMILY: dict[config.FamilyName, JsonObject] = {
+    "mistral4": {"scoring_func": "softmax"},
+    "deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
+"""Keys that older files state; transformers' class computes nothing else."""
 # Fields that do not affect the mathematics: bookkeeping, generation, training losses.
 _IGNORED = (
     *("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "attribute_map", "dtype"),
@@ -57,6 +74,8 @@ _IGNORED = (
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "begin_suppress_tokens", "suppress_tokens"),
     *("exponential_decay_length_penalty", "remove_invalid_values", "return_dict_in_generate", "output_scores"),
     *("forced_bos_token_id", "forced_eos_token_id", "model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side"),
+    # Losses of DeepSeek's own training, and how its experts are distributed.
+    *("aux_loss_alpha", "seq_aux", "ep_size"),
     *("unsloth_version", "unsloth_fixed", "neftune_noise_alpha"),
 )
 _OF_WRAPPER = (
@@ -95,11 +114,10 @@ def text_fields(fields: JsonObject) -> tuple[config.FamilyName, JsonObject]:
                 f"text_config.model_type is {text.get('model_type')!r}; of vision models, only text models of "
                 f"{' and '.join(_WRAPPED)} are read"
             )
-        # transformers ties and quantizes by what the wrapper states, and asks its text model only if that states nothing.
-        for key in ("tie_word_embeddings", "quantization_config"):
-            if fields.get(key) is not None:
-                text[key] = fields[key]
-        _check_keys(text)
+        # transformers ties by what the wrapper states, and asks its text model only if that states nothing.
+        if fields.get("tie_word_embeddings") is not None:
+            text["tie_word_embeddings"] = fields["tie_word_embeddings"]
+        _check_keys(text, family)
         return family, text
     architectures = fields.get("architectures")
     if not architectures:  # transformers' Auto classes decide by model_type alone
@@ -113,18 +131,29 @@ def text_fields(fields: JsonObject) -> tuple[config.FamilyName, JsonObject]:
         raise ValueError(f"architectures is {architectures}; supported: {', '.join((*ARCHITECTURES, *WRAPPERS))}")
     else:
         family = ARCHITECTURES[architectures[0]]
-    _check_keys(fields)
+    _check_keys(fields, family)
     return family, fields
 
 
-def _check_keys(fields: JsonObject) -> None:
-    """Raise ValueError if a key that might change the mathematics has a value that is not implemented."""
-    for key, required in _REQUIRED.items():
+def _check_keys(fields: JsonObject, family: config.FamilyName | None = None) -> None:
+    """Raise ValueError if a key that might change the mathematics has a value that is not implemented.
+
+    Args:
+        fields: the fields.
+        family: the family of the text model that they describe; None for those of a wrapper alone.
+    """
+    read: tuple[str, ...] = _READ
+    required_values = _REQUIRED
+    if family is not None and "mla" in config.FAMILIES[family].required:
+        read += _READ_OF_LATENT
+        required_values = {**_REQUIRED, **_REQUIRED_OF_LATENT, **_REQUIRED_BY_FAMILY.get(family, {})}
+    for key, required in required_values.items():
         if fields.get(key, required) not in (required, None):
             remedy = f"; {_REMEDIES[key]}" if key in _REMEDIES else ""
             raise ValueError(f"{key} is {_shown(fields[key])}, which is not implemented; it has to be {required!r}{remedy}")
+    sections.find_section(fields)  # refuses quantizations that are not supported
     for key, value in fields.items():
-        if key not in (*_READ, *_REQUIRED, *_IGNORED) and not _is_off(value):
+        if key not in (*read, *required_values, *_IGNORED) and not _is_off(value):
             raise ValueError(
                 f"{key} is {_shown(value)}, which is not understood and may change what the model computes; if it does not, "
                 f"remove it from {CONFIG_FILE}"

@@ -12,7 +12,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject
-from moe_train.weights import names, on_disk, safetensors_files
+from moe_train.weights import fp8, names, on_disk, safetensors_files
 from moe_train.weights.hf.config_json import read_model_config, write_model_config
 from moe_train.weights.hf.config_keys import CONFIG_FILE
 from moe_train.weights.on_disk import WeightFiles
@@ -29,7 +29,7 @@ def open_weights(directory: str | Path) -> WeightFiles:
     return WeightFiles(Path(directory), model, pieces, tensors, left_out)
 
 
-def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_files.SafetensorsTensor]) -> None:
+def _drop_copied_head(directory: str | Path, tensors: dict[str, on_disk.FileTensor]) -> None:
     """Remove a copy of a tied head, which some tools write. Raises ValueError if it differs from the embedding."""
     heads = [name for name in tensors if name.endswith("lm_head.weight")]
     embeddings = [name for name in tensors if name.endswith("embed_tokens.weight")]
@@ -45,17 +45,18 @@ def _drop_copied_head(directory: str | Path, tensors: dict[str, safetensors_file
 class OpenedTensors(NamedTuple):
     """The tensors of a model's folder."""
 
-    of_text: dict[str, safetensors_files.SafetensorsTensor]
-    """Tensors of the text model by name."""
+    of_text: dict[str, on_disk.FileTensor]
+    """Tensors of the text model by name; FP8 ones are dequantized when they are read."""
     left_out: tuple[str, ...]
     """Names of the vision tower's and the projector's tensors, which are not read."""
 
 
 def open_tensors(directory: str | Path) -> OpenedTensors:
     """Open the tensors of the text model."""
-    of_text: dict[str, safetensors_files.SafetensorsTensor] = {}
+    of_text: dict[str, on_disk.FileTensor] = {}
     left_out: list[str] = []
-    for name, tensor in safetensors_files.open_model_tensors(directory).items():
+    stored = safetensors_files.open_model_tensors(directory)
+    for name, tensor in fp8.dequantize_tensors(stored, fp8.section_of_folder(Path(directory) / CONFIG_FILE)).items():
         if any(part in name for part in names.OUTSIDE_TEXT):
             left_out.append(name)
         elif not any(part in name for part in names.RECOMPUTED):
@@ -66,7 +67,7 @@ def open_tensors(directory: str | Path) -> OpenedTensors:
 def write(
     directory: Path,
     model: config.Model,
-    dtype: config.Dtype,
+    dtype: on_disk.FileDtype,
     matrix: Callable[[names.WeightPiece], np.ndarray],
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
@@ -78,18 +79,20 @@ def write(
         directory: the folder.
         model: the architecture.
         dtype: dtype of the files.
-        matrix: returns the values of a piece; called for one piece at a time.
+        matrix: returns the values of a piece in `fp8.dtype_before_writing`; called for one piece at a time.
         tokenizer: states the ids of control tokens; None if the export has none.
         max_shard_bytes: size limit of a shard.
         share: the part of one of several processes that write together.
     """
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
-    settings = write_model_config(model, dtype=dtype, bos_token_id=bos_id, eos_token_id=eos_id)
+    # Tensors that FP8 leaves out are bfloat16.
+    settings = write_model_config(model, dtype="bfloat16" if dtype == "fp8" else dtype, bos_token_id=bos_id, eos_token_id=eos_id)
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # In the layout that is written, every tensor is a single piece.
-    pieces = {piece.name: piece for piece in names.weight_pieces(model)}
-    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
-    safetensors_files.write_shards(directory, specs, lambda spec: matrix(pieces[spec.name]), max_shard_bytes, share)
+    pieces = names.weight_pieces(model)
+    if dtype == "fp8":
+        settings["quantization_config"] = fp8.write.hugging_face_section(pieces)
+    specs, values = fp8.tensors_of_dtype(pieces, dtype, matrix, fp8.write.hugging_face_scheme(pieces))
+    safetensors_files.write_shards(directory, specs, values, max_shard_bytes, share)
     # The first process writes the small files for all.
     if share.first != 0:
         return

@@ -15,7 +15,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.weights import names, on_disk, safetensors_files, together
+from moe_train.weights import fp8, names, on_disk, safetensors_files, together
 from moe_train.weights.mistral.params_json import PARAMS_FILE, read_model_config, write_model_config
 from moe_train.weights.on_disk import WeightFiles
 
@@ -34,10 +34,12 @@ def open_weights(directory: str | Path) -> WeightFiles:
         ValueError: the model is tied but has an output weight of its own.
     """
     model = read_model_config(directory)
-    all_tensors = safetensors_files.open_model_tensors(directory, STEM)
+    stored = safetensors_files.open_model_tensors(directory, STEM)
+    all_tensors = fp8.dequantize_tensors(stored, fp8.section_of_folder(Path(directory) / PARAMS_FILE))
     tensors = {name: tensor for name, tensor in all_tensors.items() if not name.startswith(_VISION_PREFIXES)}
-    head = names.MISTRAL.head.name
-    embed = names.MISTRAL.embed.name
+    layout = names.mistral_of(model)
+    head = layout.head.name
+    embed = layout.embed.name
     # A tied head may be written as well; it is accepted only as an exact copy.
     if model.tie_embeddings and head in tensors:
         if embed not in tensors or not on_disk.have_same_content(tensors[head], tensors[embed]):
@@ -47,15 +49,14 @@ def open_weights(directory: str | Path) -> WeightFiles:
             )
         del tensors[head]
     names.check_counts(directory, model, tensors)
-    return WeightFiles(
-        Path(directory), model, names.weight_pieces(model, names.MISTRAL), tensors, tuple(all_tensors.keys() - tensors.keys())
-    )
+    left_out = tuple(all_tensors.keys() - tensors.keys())
+    return WeightFiles(Path(directory), model, names.weight_pieces(model, layout), tensors, left_out)
 
 
 def write(
     directory: Path,
     model: config.Model,
-    dtype: config.Dtype,
+    dtype: on_disk.FileDtype,
     matrix: Callable[[names.WeightPiece], np.ndarray],
     tokenizer: Tokenizer | None = None,
 ) -> None:
@@ -67,7 +68,7 @@ def write(
         directory: the folder.
         model: the architecture.
         dtype: dtype of the file.
-        matrix: returns the values of a piece; called for one piece at a time.
+        matrix: returns the values of a piece in `fp8.dtype_before_writing`; called for one piece at a time.
         tokenizer: the tokenizer that is exported with the weights.
 
     Raises:
@@ -79,12 +80,13 @@ def write(
             "mistral-inference reads only tekken.json or a sentencepiece model; the tokenizer.json that is written next to the "
             "weights is for moe-train and for vLLM with --tokenizer-mode auto"
         )
-    # In this layout every tensor is a single piece.
-    pieces = {piece.name: piece for piece in names.weight_pieces(model, names.MISTRAL)}
-    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(dtype)) for piece in pieces.values()]
+    if dtype == "fp8":
+        params["quantization"] = fp8.write.MISTRAL_SECTION
+    pieces = names.weight_pieces(model, names.mistral_of(model))
+    specs, values = fp8.tensors_of_dtype(pieces, dtype, matrix, fp8.write.MISTRAL_SCHEME)
     file = directory / f"{STEM}.safetensors"
-    matrices = (matrix(pieces[spec.name]) for spec in specs)
-    together.first_writes(matrices, lambda matrices: safetensors_files.write_safetensors(file, specs, lambda spec: next(matrices)))
+    arrays = (values(spec) for spec in specs)
+    together.first_writes(arrays, lambda arrays: safetensors_files.write_safetensors(file, specs, lambda spec: next(arrays)))
     if together.is_first():
         (directory / PARAMS_FILE).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
 

@@ -19,7 +19,7 @@ from moe_train.model.paths import ParameterPath, adapter_ranks
 from moe_train.weights import merge, names, safetensors_files
 from moe_train.weights.arrays import Abstract, LazyParameters, fetch_entry, fill
 from moe_train.weights.mistral import params_json
-from moe_train.weights.on_disk import array_bytes
+from moe_train.weights.on_disk import FloatDtype, array_bytes
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
 LORA_FILE = "lora.safetensors"
@@ -34,7 +34,7 @@ def export_adapter(
     lora: config.Lora,
     out_dir: str | Path,
     *,
-    dtype: config.Dtype,
+    dtype: FloatDtype,
     texts: Texts = NO_TEXTS,
 ) -> None:
     """Write the adapters of `parameters` as a folder.
@@ -58,7 +58,7 @@ def export_adapter(
         raise ValueError("there is no adapter to export: the model was trained in full; use --format mistral")
     rank = max(ranks.values())
     file_dtype = np.dtype(dtype)
-    table = names.lora_pieces(model, dict.fromkeys(ranks, rank), names.MISTRAL)
+    table = names.lora_pieces(model, dict.fromkeys(ranks, rank), names.mistral_of(model))
     if unsupported := ranks.keys() - {_module(piece) for piece in table}:
         raise ValueError(f"mistral-inference has no adapters of {sorted(unsupported)[0]}; export with --format mistral --merge")
     if lora.train:
@@ -92,27 +92,25 @@ def export_adapter(
 def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
     """Return the section `lora` that describes the adapter in a folder; scaling comes from params.json, or is 2.0 without it."""
     tensors, scaling = _open(directory)
-    targets: dict[int, list[str]] = {}
-    # Layer 0 and expert 0 stand for all: load_adapter refuses a file in which the others differ.
-    for row in names.linear_rows(model.ffn, names.MISTRAL):
-        stem = names.MISTRAL.layer.format(l=0) + row.name.format(e=0).removesuffix(".weight")
-        a = tensors.get(names.MISTRAL.adapters[0].format(stem=stem))
-        if a is not None:
-            rank = a.shape[0]
-            targets.setdefault(rank, []).append(ParameterPath.parse(row.path).module)
-    if not targets:
-        raise ValueError(f"{Path(directory) / LORA_FILE} has no adapter for layer 0 of this model ({next(iter(tensors), 'empty')})")
-    modules = {
-        _module(piece) for piece in names.weight_pieces(model, names.MISTRAL) if not ParameterPath.parse(piece.path).is_norm
-    } - {
-        "embed",
-        "head",
-    }
-    table = names.lora_pieces(model, dict.fromkeys(modules, 1), names.MISTRAL)
+    layout = names.mistral_of(model)
+    weights = [ParameterPath.parse(piece.path) for piece in names.weight_pieces(model, layout)]
+    adaptable = {path.module_path for path in weights if not (path.is_norm or path.is_embedding or path.is_head)}
+    table = names.lora_pieces(model, dict.fromkeys(adaptable, 1), layout)
     if unknown := sorted(tensors.keys() - {piece.name for piece in table}):
         raise ValueError(
             f"{Path(directory) / LORA_FILE} has {unknown[0]}, which this model has no place for; it is another base's adapter"
         )
+    # The first layer and expert with an adapter stand for all: load_adapter refuses a file in which the others differ.
+    rank_of: dict[str, int] = {}
+    for piece in table:
+        path = ParameterPath.parse(piece.path)
+        if path.leaf == "lora_a" and piece.name in tensors:
+            rank_of.setdefault(path.module, tensors[piece.name].shape[0])
+    if not rank_of:
+        raise ValueError(f"{Path(directory) / LORA_FILE} has no adapter of this model; export the adapter again")
+    targets: dict[int, list[str]] = {}
+    for module, rank in rank_of.items():
+        targets.setdefault(rank, []).append(module)
     return config.Lora(
         targets=tuple(
             config.LoraTarget(modules=tuple(modules), rank=rank, alpha=scaling * rank) for rank, modules in targets.items()
@@ -134,7 +132,7 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     """
     tensors, _ = _open(directory)
     ranks = adapter_ranks(abstract)
-    table = names.lora_pieces(model, ranks, names.MISTRAL)
+    table = names.lora_pieces(model, ranks, names.mistral_of(model))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     names.check_file_tensors(directory, table, shapes, {path: like.shape for path, like in abstract.items()})
     return fill(abstract, table, tensors)

@@ -1,7 +1,6 @@
 """Convert Mistral's `params.json` to `config.Model` and back.
 
-Its readers are mistral-inference (`args.py`), vLLM (`transformers_utils/configs/mistral.py`) and mistral-finetune; a field for
-which they have different defaults must be stated. The file does not name a family, so the fields decide.
+A field for which readers have different defaults must be stated. The file does not name a family, so the fields decide.
 """
 
 from __future__ import annotations
@@ -9,11 +8,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from moe_train import config
-from moe_train.config import Positive, PositiveFloat
 from moe_train.machine.files import JsonObject, read_object
+from moe_train.weights.fp8 import sections
+from moe_train.weights.latent_norms import check_latent_norm_eps
+from moe_train.weights.mistral import latent_params
+from moe_train.weights.mistral.params_fields import Llama4Scaling, Moe, Params, Yarn
 
 log = logging.getLogger(__name__)
 
@@ -26,76 +28,11 @@ _REQUIRED: JsonObject = {
     "activation": "silu",
     "use_biases": False,
     "causal": True,
-    "quantization": None,
-    "quantization_config": None,
-    # The sizes of multi-head latent attention; None: not stated.
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")),
 }
 # Fields that do not affect the text model's mathematics.
-_IGNORED = {"dtype", "max_batch_size", "vision_encoder", "multimodal", "lora"}
+_IGNORED = {"dtype", "max_batch_size", "vision_encoder", "multimodal", "lora", "quantization", "quantization_config"}
 _MAX_SEQ_LEN = 128_000
 """What mistral-inference and vLLM assume if nothing is stated."""
-
-
-class Moe(BaseModel):
-    """The experts of a sparse model."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    num_experts: Positive
-    num_experts_per_tok: Positive
-
-
-class Yarn(BaseModel):
-    """YaRN's settings.
-
-    `alpha` and `beta` are the numbers of rotations at which interpolation is full and at which it ends. With `apply_scale`, cos and
-    sin are multiplied by 0.1 log(factor) + 1.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    factor: PositiveFloat
-    original_max_position_embeddings: Positive
-    alpha: PositiveFloat = 1.0
-    beta: PositiveFloat = 32.0
-    apply_scale: bool = True
-
-
-class Llama4Scaling(BaseModel):
-    """Scaling of queries by position."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    beta: PositiveFloat
-    original_max_position_embeddings: Positive
-
-
-class Params(BaseModel):
-    """The fields that are read and written, in the order of Mistral's own files."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, populate_by_name=True)
-
-    dim: Positive
-    n_layers: Positive
-    head_dim: Positive
-    hidden_dim: Positive
-    n_heads: Positive
-    n_kv_heads: Positive
-    norm_eps: PositiveFloat
-    vocab_size: Positive
-    rope_theta: PositiveFloat | None = None
-    sliding_window: Positive | list[Positive | None] | None = None
-    """One window for all layers, or a period of layers."""
-    # An alias, since pydantic takes a name with a leading underscore for a private attribute.
-    hidden_sliding_window: Positive | list[Positive | None] | None = Field(None, alias="_sliding_window")
-    """The same under a name that an older vLLM ignores."""
-    max_seq_len: Positive | None = None
-    max_position_embeddings: Positive | None = None
-    tied_embeddings: bool = False
-    moe: Moe | None = None
-    yarn: Yarn | None = None
-    llama_4_scaling: Llama4Scaling | None = None
 
 
 def read_model_config(directory: str | Path) -> config.Model:
@@ -112,6 +49,7 @@ def read_model_config(directory: str | Path) -> config.Model:
         for key, required in _REQUIRED.items():
             if fields.get(key, required) not in (required, None):
                 raise ValueError(f"{key} is {fields[key]!r}, which is not implemented; it has to be {required!r}")
+        sections.find_section(fields)  # refuses quantizations that are not supported
         params = Params.model_validate({key: value for key, value in fields.items() if key not in _REQUIRED})
         if unknown := sorted(set(params.model_extra or ()) - _IGNORED):
             log.warning(
@@ -119,7 +57,9 @@ def read_model_config(directory: str | Path) -> config.Model:
                 file,
                 ", ".join(unknown),
             )
-        return _model(params)
+        model = _model(params)
+        check_latent_norm_eps(model, "vLLM")
+        return model
     except ValidationError as error:
         first = error.errors()[0]
         problem = first["msg"].removeprefix("Value error, ")
@@ -133,28 +73,34 @@ def read_model_config(directory: str | Path) -> config.Model:
 
 def _model(params: Params) -> config.Model:
     """Convert validated fields."""
-    windows = _windows(params)
-    ffn: JsonObject = {"name": "dense", "ffn_dim": params.hidden_dim}
-    if params.moe:
-        ffn |= {"name": "moe", "num_experts": params.moe.num_experts, "experts_per_token": params.moe.num_experts_per_tok}
     query_scaling = None
     if params.llama_4_scaling:
         scaling = params.llama_4_scaling
         query_scaling = {"beta": scaling.beta, "original_max_seq_len": scaling.original_max_position_embeddings}
+    windows = _windows(params)
+    if params.has_latents:
+        if windows != (None,):
+            raise ValueError("sliding_window is stated, which is not supported together with kv_lora_rank; remove it")
+        family = latent_params.family(params)
+        attention = latent_params.attention(params)
+        ffn = latent_params.ffn(params)
+    else:
+        family = _family(params, windows)
+        attention = {
+            "name": "gqa",
+            "num_heads": params.n_heads,
+            "num_kv_heads": params.n_kv_heads,
+            "head_dim": params.head_dim,
+            "windows": windows,
+        }
+        ffn = _ffn(params)
     return config.Model.model_validate(
         {
-            "family": _family(params, windows),
+            "family": family,
             "vocab_size": params.vocab_size,
             "model_dim": params.dim,
             "num_layers": params.n_layers,
-            "attention": {
-                "name": "gqa",
-                "num_heads": params.n_heads,
-                "num_kv_heads": params.n_kv_heads,
-                "head_dim": params.head_dim,
-                "windows": windows,
-                "query_scaling": query_scaling,
-            },
+            "attention": {**attention, "query_scaling": query_scaling},
             "ffn": ffn,
             "rope": _rope(params),
             "norm_eps": params.norm_eps,
@@ -162,6 +108,25 @@ def _model(params: Params) -> config.Model:
             "max_seq_len": params.max_position_embeddings or params.max_seq_len or _MAX_SEQ_LEN,
         }
     )
+
+
+def _ffn(params: Params) -> JsonObject:
+    """Return the section `ffn` of a model with grouped-query attention."""
+    moe = params.moe
+    if moe is None:
+        return {"name": "dense", "ffn_dim": params.hidden_dim}
+    # vLLM takes a model with shared experts for one with latent attention; mistral-inference does not have them.
+    for key in ("num_shared_experts", "first_k_dense_replace"):
+        if getattr(moe, key):
+            raise ValueError(f"moe.{key} is {getattr(moe, key)}, which is supported only together with kv_lora_rank")
+    if moe.routed_scale != 1:
+        raise ValueError(f"moe.routed_scale is {moe.routed_scale}, which is supported only together with kv_lora_rank")
+    return {
+        "name": "moe",
+        "ffn_dim": moe.expert_hidden_dim or params.hidden_dim,
+        "num_experts": moe.num_experts,
+        "experts_per_token": moe.num_experts_per_tok,
+    }
 
 
 def _family(params: Params, windows: tuple[int | None, ...]) -> str:
@@ -205,7 +170,7 @@ def _rope(params: Params) -> JsonObject:
     if yarn is None:
         return {"name": "default", "theta": theta}
     # Equal mscales cancel to a factor of 1 on cos and sin; zeros stand for 0.1 log(factor) + 1.
-    mscale = 0.0 if yarn.apply_scale else 1.0
+    mscale = 0.0 if yarn.apply_scale and not params.has_latents else 1.0
     return {
         "name": "yarn",
         "theta": theta,
@@ -220,23 +185,16 @@ def _rope(params: Params) -> JsonObject:
 
 def write_model_config(model: config.Model) -> JsonObject:
     """Return the `params.json` of an export. Raises ValueError if the format cannot express the model."""
-    a = model.attention
+    check_latent_norm_eps(model, "vLLM")
     rope = model.rope
-    ffn = model.ffn
-    windows = list(a.windows)
-    moe = None
-    if isinstance(ffn, config.MoeFfn):
-        moe = Moe(num_experts=ffn.num_experts, num_experts_per_tok=ffn.experts_per_token)
+    windows = list(model.attention.windows)
+    query_scaling = model.attention.query_scaling
     scaling = None
-    if a.query_scaling is not None:
-        scaling = Llama4Scaling(beta=a.query_scaling.beta, original_max_position_embeddings=a.query_scaling.original_max_seq_len)
+    if query_scaling is not None:
+        scaling = Llama4Scaling(beta=query_scaling.beta, original_max_position_embeddings=query_scaling.original_max_seq_len)
     params = Params(
         dim=model.model_dim,
         n_layers=model.num_layers,
-        head_dim=a.head_dim,
-        hidden_dim=ffn.ffn_dim,
-        n_heads=a.num_heads,
-        n_kv_heads=a.num_kv_heads,
         norm_eps=model.norm_eps,
         vocab_size=model.vocab_size,
         rope_theta=rope.theta,
@@ -245,28 +203,48 @@ def write_model_config(model: config.Model) -> JsonObject:
         # The name that vLLM reads.
         max_position_embeddings=model.max_seq_len,
         tied_embeddings=model.tie_embeddings,
-        moe=moe,
-        yarn=_yarn(rope) if isinstance(rope, config.YarnRope) else None,
+        yarn=_yarn(model, rope) if isinstance(rope, config.YarnRope) else None,
         llama_4_scaling=scaling,
+        **_sizes(model),
     )
     # What is written must be read back as the same mathematics, also by later versions of this file.
     assert _model(params) == as_written(model), params
-    return params.model_dump(exclude_none=True, exclude={"hidden_sliding_window"})
+    # mistral-inference accepts no further field in `moe`, so defaults that are not stated above are not written.
+    return params.model_dump(exclude_none=True, exclude_unset=True)
 
 
-def _yarn(rope: config.YarnRope) -> Yarn:
+def _sizes(model: config.Model) -> JsonObject:
+    """Return the fields of attention and feed-forward layers."""
+    if isinstance(model.attention, config.MultiHeadLatentAttention):
+        return latent_params.sizes(model, model.attention)
+    a = model.attention
+    ffn = model.ffn
+    sizes: JsonObject = {
+        "head_dim": a.head_dim,
+        "hidden_dim": ffn.ffn_dim,
+        "n_heads": a.num_heads,
+        "n_kv_heads": a.num_kv_heads,
+    }
+    if isinstance(ffn, config.MoeFfn):
+        sizes["moe"] = Moe(num_experts=ffn.num_experts, num_experts_per_tok=ffn.experts_per_token)
+    return sizes
+
+
+def _yarn(model: config.Model, rope: config.YarnRope) -> Yarn:
     """Convert the section `rope`; Mistral's alpha and beta are YaRN's beta_slow and beta_fast."""
     return Yarn(
         factor=float(rope.factor),
         original_max_position_embeddings=rope.original_max_seq_len,
         alpha=float(rope.beta_slow),
         beta=float(rope.beta_fast),
-        apply_scale=_applies_scale(rope),
+        apply_scale=_applies_scale(model, rope),
     )
 
 
-def _applies_scale(rope: config.YarnRope) -> bool:
-    """Return whether cos and sin are scaled; raises ValueError for two mscales that params.json cannot express."""
+def _applies_scale(model: config.Model, rope: config.YarnRope) -> bool:
+    """Return `yarn.apply_scale`; raises ValueError for two mscales that params.json cannot express."""
+    if isinstance(model.attention, config.MultiHeadLatentAttention):
+        return latent_params.applies_scale(model.attention, rope)
     if not (rope.mscale and rope.mscale_all_dim):
         return True
     if rope.mscale != rope.mscale_all_dim:
@@ -285,7 +263,8 @@ def as_written(model: config.Model) -> config.Model:
     """
     rope = model.rope
     if isinstance(rope, config.YarnRope):
-        mscale = 0.0 if _applies_scale(rope) else 1.0
+        scales_rotations = _applies_scale(model, rope) and isinstance(model.attention, config.GroupedQueryAttention)
+        mscale = 0.0 if scales_rotations else 1.0
         rope = rope.model_copy(update={"mscale": mscale, "mscale_all_dim": mscale})
     sparse = isinstance(model.ffn, config.MoeFfn)
     family = config.family_with(config.features(model), sparse=sparse, file_format="mistral")

@@ -25,6 +25,7 @@ from moe_train.weights.peft.pieces import (
     ROUTER_OF_TRANSFORMERS,
     UP,
     adaptable_pieces,
+    has_linear_experts,
     saved_pieces,
     tied_head,
 )
@@ -124,7 +125,7 @@ def _open(directory: Path, model: config.Model) -> _Opened:
     tensors: dict[str, FileTensor] = {}
     table = (model.vocab_size, model.model_dim)
     stored = safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS)
-    layout = names.detect_adapted(stored)
+    layout = names.detect_adapted(stored, model)
     if outside := sorted(name for name in stored if any(part in name for part in names.OUTSIDE_TEXT)):
         raise ValueError(
             f"{directory / ADAPTER_WEIGHTS} has {outside[0]}: {len(outside)} of its tensors adapt the vision tower or projector, "
@@ -139,11 +140,17 @@ def _open(directory: Path, model: config.Model) -> _Opened:
                     "belongs to a base with another vocabulary"
                 )
             continue
-        if isinstance(model.ffn, config.MoeFfn) and ".lora_" in name:
+        if has_linear_experts(model) and isinstance(model.ffn, config.MoeFfn) and ".lora_" in name:
             # Files may have transformers 5's name of the router; the tables have the one that is written.
             name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
         tensors[name] = tensor
-    if isinstance(model.ffn, config.MoeFfn):
+    if not has_linear_experts(model):
+        if routed := sorted(name for name in tensors if ".mlp.experts." in name or ".mlp.gate.lora_" in name):
+            raise ValueError(
+                f"{directory / ADAPTER_WEIGHTS} has {routed[0]}: adapters of experts and routers of a {model.family} are not read; "
+                f"{MERGE_FIRST}"
+            )
+    elif isinstance(model.ffn, config.MoeFfn):
         version = read_object(directory / ADAPTER_CONFIG).get("peft_version")
         tensors = fused.split_fused(directory / ADAPTER_WEIGHTS, tensors, model, version)
     return _Opened(tensors, layout)
@@ -167,8 +174,12 @@ def _adapter_owners(
     owners: dict[str, Owners] = {}
     first_layer: dict[tuple[str, int], tuple[str, AdapterShape]] = {}  # name and shape of the first adapter of each expert
     num_layers: Counter[tuple[str, int]] = Counter()
+    num_possible: Counter[tuple[str, int]] = Counter()  # layers that have the module
     pieces = adaptable_pieces(model, layout)
     for piece_a, piece_b in zip(pieces[::2], pieces[1::2], strict=True):
+        module = ParameterPath.parse(piece_a.path).module
+        expert = piece_a.lead[1] if len(piece_a.lead) == 2 else 0
+        num_possible[module, expert] += 1
         missing = [piece.name for piece in (piece_a, piece_b) if piece.name not in tensors]
         if len(missing) == 1:
             raise ValueError(f"{directory / ADAPTER_WEIGHTS} lacks {missing[0]}; save the adapter again")
@@ -177,8 +188,6 @@ def _adapter_owners(
             continue
         stem = piece_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
         shape = AdapterShape(tensors[piece_a.name].shape[0], alpha_of(settings, stem))
-        module = ParameterPath.parse(piece_a.path).module
-        expert = piece_a.lead[1] if len(piece_a.lead) == 2 else 0
         owners.setdefault(module, {}).setdefault(shape, set()).add(expert)
         num_layers[module, expert] += 1
         first_stem, first_shape = first_layer.setdefault((module, expert), (stem, shape))
@@ -188,11 +197,10 @@ def _adapter_owners(
                 "only adapters with the same rank and alpha in all layers are supported"
             )
     for (module, expert), count in num_layers.items():
-        # The entries after the router, embedding and head, are outside the layers and exist once.
-        if module not in config.NAMED_IN_FULL[1:] and count < model.num_layers:
+        if count < num_possible[module, expert]:
             stem, _ = first_layer[module, expert]
             raise ValueError(
-                f"{directory / ADAPTER_CONFIG}: adapters such as {stem}'s are in {count} of {model.num_layers} layers; "
+                f"{directory / ADAPTER_CONFIG}: adapters such as {stem}'s are in {count} of {num_possible[module, expert]} layers; "
                 "only adapters of all layers are supported"
             )
     if not owners:

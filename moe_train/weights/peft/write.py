@@ -9,6 +9,7 @@ decides what is written:
 - Scales are written as lora_alpha / r, rank-stabilized ones too: PEFT's fusing of gate and up, and llama.cpp, know no other.
 - Dropout is written only where PEFT supports it, which excludes experts and routers.
 - Weights that were trained in full are `modules_to_save`.
+- Adapters of routed experts and routers of other families than Mixtral are refused: PEFT has no conversion for them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,17 @@ from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import hf, merge, names, safetensors_files
 from moe_train.weights.arrays import LazyParameters, fetch_entry
 from moe_train.weights.on_disk import array_bytes
-from moe_train.weights.peft.pieces import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DOWN, GATE, UP, saved_pieces
+from moe_train.weights.peft.pieces import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DOWN,
+    GATE,
+    UP,
+    has_linear_experts,
+    is_adaptable,
+    leaf_of,
+    saved_pieces,
+)
 from moe_train.weights.serve import AdapterShape, Server, adapter_shapes
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
@@ -63,6 +75,9 @@ def export_adapter(
     adapted = adapter_ranks(parameters)
     if not adapted:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
+    of_family = names.hugging_face_of(model)
+    layout = replace(layout, router=of_family.router, experts=of_family.experts)
+    _check_adaptable(model, adapted)
     shapes = _in_file(model, {module: _shape(lora, module, rank) for module, rank in adapted.items()})
     saved = _saved(model, lora, layout)
     if server is not None:
@@ -95,6 +110,16 @@ def export_adapter(
         )
         hf.write_json(directory / ADAPTER_CONFIG, settings)
         write_texts(directory, texts)
+
+
+def _check_adaptable(model: config.Model, modules: Collection[str]) -> None:
+    """Raise ValueError if PEFT has no adapter for one of the modules, given by their paths."""
+    refused = [path for path in map(of_module, modules) if not is_adaptable(path, model)]
+    if refused:
+        raise ValueError(
+            f"PEFT has no linear map for {refused[0].module} of a {model.family}: transformers keeps experts and routers of this "
+            "family in parameters of their own; export with --format mistral-lora, or merge with --merge"
+        )
 
 
 def _scale_and_pad(trained: np.ndarray, factor: float, shape: tuple[int, ...]) -> np.ndarray:
@@ -133,7 +158,7 @@ def _saved(model: config.Model, lora: config.Lora, layout: names.TensorLayout) -
 def _in_file(model: config.Model, trained: Mapping[str, AdapterShape]) -> dict[str, AdapterShape]:
     """Return the adapters of the file by module: experts have all three matrices, gate and up with the same shape."""
     shapes = dict(trained)
-    if isinstance(model.ffn, config.DenseFfn):
+    if isinstance(model.ffn, config.DenseFfn) or not has_linear_experts(model):
         return shapes
     layers: set[str] = set()
     for module in trained:
@@ -152,8 +177,7 @@ def _in_file(model: config.Model, trained: Mapping[str, AdapterShape]) -> dict[s
 
 def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: config.Lora, layout: names.TensorLayout) -> JsonObject:
     """Return adapter_config.json without the base model's name."""
-    # The last name before `.weight`, by which PEFT matches a module in all layers.
-    leaves = {ParameterPath.parse(piece.path).module: piece.name.split(".")[-2] for piece in names.weight_pieces(model)}
+    leaves = {ParameterPath.parse(piece.path).module: leaf_of(piece.name) for piece in names.weight_pieces(model)}
     by_module = {of_module(module).module: shape for module, shape in shapes.items()}  # the same in every layer
     sparse = isinstance(model.ffn, config.MoeFfn)
     # The file's own r and lora_alpha; with experts, those of w1 and w3, which the patterns cannot name (see the top of this file).
@@ -189,7 +213,7 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
         "r": usual.rank,
         "lora_alpha": _number(usual.alpha),
         "lora_dropout": 0.0 if without_dropout else lora.dropout,
-        "target_modules": _target_modules(model, by_module, layout),
+        "target_modules": _target_modules(model, shapes, layout),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "modules_to_save": to_save or None,
@@ -212,17 +236,17 @@ def _in_layer(name: str, layout: names.TensorLayout) -> str:
 
 
 def _target_modules(model: config.Model, modules: Collection[str], layout: names.TensorLayout) -> list[str] | str:
-    """Return the adapted modules as PEFT's target_modules.
+    """Return the adapted modules, given by their paths, as PEFT's target_modules.
 
     For a text model this is the list of their last names, which vLLM and llama.cpp expect. Inside a vision wrapper the vision tower
     has modules of the same names, so there it is a regular expression of the whole names of the text model's modules.
     """
     stems: set[str] = set()
     for piece in names.weight_pieces(model, layout):
-        if ParameterPath.parse(piece.path).module in modules:
+        if ParameterPath.parse(piece.path).module_path in modules:
             stems.add(piece.name.removesuffix(".weight"))
     if layout.layer == names.HUGGING_FACE.layer:
-        return sorted({stem.rpartition(".")[2] for stem in stems})
+        return sorted({leaf_of(stem) for stem in stems})
     in_layers = sorted({re.escape(_in_layer(stem, layout)) for stem in stems if _in_layer(stem, layout) != stem})
     alternatives = sorted(re.escape(stem) for stem in stems if _in_layer(stem, layout) == stem)
     if in_layers:

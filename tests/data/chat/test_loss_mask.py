@@ -12,12 +12,10 @@ from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.chat import trajectories
 from tests.data.chat.chats import (
     ANSWER,
-    CALLS,
     CHATML,
     MARKED,
     QUESTION,
     SEVERAL,
-    TOOL,
     WITH_GENERATION,
     render,
     spans,
@@ -70,14 +68,6 @@ def test_marks_that_reach_too_far_do_not_agree(tokenizer: HuggingFace) -> None:
     template = "{% generation %}" + CHATML + "{% endgeneration %}"
     with pytest.raises(ValueError, match=r"generation %} marks .*unlike"):
         conversation_to_tokens.examples(Conversation([QUESTION, ANSWER], []), template, tokenizer)
-
-
-def test_an_id_is_not_learnt(tokenizer: HuggingFace) -> None:
-    calls = [{"id": name, "type": "function", "function": {"name": "f", "arguments": '{"q": "zq7"}'}} for name in ("zq7", "x")]
-    conversation = Conversation([QUESTION, {"role": "assistant", "tool_calls": calls}], [TOOL])
-    (example,) = conversation_to_tokens.examples(conversation, CALLS, tokenizer)
-    trained_on = tokenizer.decode([t for t, m in zip(example.tokens, example.loss_mask or (), strict=True) if m], keep_special=True)
-    assert trained_on == 'f{"q": "zq7"} id f{"q": "zq7"} id </s>'
 
 
 TOOLS_CHATML = (

@@ -10,11 +10,10 @@ from hypothesis import HealthCheck, given, settings
 
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.chat_date import dated
-from moe_train.data.chat.rendered_checks import Rendering, check_rendered
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
-from tests.data.chat.chats import ANSWER, CALL, CALLS, CHATML, MARKED, QUESTION, TOOL, WITH_GENERATION, spans
+from tests.data.chat.chats import ANSWER, CALL, CHATML, QUESTION, TOOL, WITH_GENERATION, spans
 from tests.data.chat.families import FAMILIES, LLAMA_3, Family, write_family
 from tests.data.conversations import conversations
 
@@ -62,42 +61,6 @@ def test_families_with_tools(family: tuple[Family, HuggingFace, str]) -> None:
     made = conversation_to_tokens.examples(conversation, template, tokenizer)
     trained = [part for example in made for part in spans(example, tokenizer, True)]
     assert "quokka" in "".join(trained) and trained[-1].strip().endswith("b c" + chosen.end) and "marsupial" not in "".join(trained)
-
-
-def test_text_beside_a_call_that_is_left_out(tokenizer: HuggingFace, tmp_path: Path) -> None:
-    made = write_family(tmp_path / "llama", FAMILIES["llama-3"], tokenizer)
-    with pytest.raises(Problem, match=r"leaves out the text beside the calls of message 1 \(assistant\): 'I look it up.'"):
-        conversation_to_tokens.examples(Conversation([QUESTION, CALLING, RESULT, ANSWER], [TOOL]), made.chat_template, made)
-
-
-@pytest.mark.parametrize(
-    ("change", "conversation", "what"),
-    [
-        ("m.role != 'system'", [SYSTEM, QUESTION, ANSWER], r"the text of message 0 \(system\): 'Speak French.'"),
-        ("not loop.first", [QUESTION, ANSWER, *LATER], "the text of message 0"),
-        ("m.role != 'tool'", [QUESTION, CALLING | {"content": ""}, RESULT, ANSWER], "leaves results out"),
-        ("loop.index0 != 2", [QUESTION, ANSWER, {"role": "user", "content": "b"}, ANSWER], "the text of message [123]"),
-        ("m.content != 'c'", [QUESTION, ANSWER | {"content": "c"}], "the text of message 1"),
-    ],
-)
-def test_what_is_left_out_is_named(tokenizer: HuggingFace, change: str, conversation: list, what: str) -> None:
-    template = CALLS.replace("{% for m in messages %}", "{% for m in messages %}{% if " + change + " %}").replace(
-        "{% endfor %}{{ eos_token }}", "{% endfor %}{{ eos_token }}", 1
-    )
-    template = template.removesuffix("{% endfor %}") + "{% endif %}{% endfor %}"
-    tools = [TOOL] if any("tool_calls" in m for m in conversation) else []
-    with pytest.raises(Problem, match=what) as caught:
-        conversation_to_tokens.examples(Conversation(conversation, tools), template, tokenizer)
-    assert "--chat-template" in caught.value.remedy
-
-
-def test_a_changed_text_is_not_what_was_said(tokenizer: HuggingFace) -> None:
-    for change in ("m.content|upper", "m.content.split('x')[-1]", "m.content|truncate(2, True, '', 0)"):
-        template = MARKED.replace("BODY", "{{ " + change + " + eos_token }}")
-        with pytest.raises(Problem, match="leaves out the text of message 1"):
-            said = {"role": "assistant", "content": "ax bcd"}
-            conversation_to_tokens.examples(Conversation([QUESTION, said], []), template, tokenizer)
-    conversation_to_tokens.examples(Conversation([QUESTION, {"role": "assistant", "content": " a "}], []), CHATML, tokenizer)
 
 
 def test_a_turn_without_its_end(tokenizer: HuggingFace) -> None:
@@ -150,33 +113,6 @@ def test_no_image_is_trained_on(tokenizer: HuggingFace, tmp_path: Path) -> None:
     assert caught.value.rule == "image"
     typed = [QUESTION, ANSWER | {"content": "write <|image_pad|>"}]
     assert conversation_to_tokens.examples(Conversation(typed, []), family.template, made)
-
-
-def test_results_may_be_json_that_is_written_anew(tokenizer: HuggingFace) -> None:
-    conversation = Conversation([QUESTION, CALLING, RESULT | {"content": '{"a":1,"b":["x y",2]}'}, ANSWER], [TOOL])
-    said = "[INST]a[/INST]I look it up.f word quokka n 7</s>"
-    result = ' {\n  "a": 1,\n  "b": ["x y", 2]\n}'
-    call = (14, len(said))
-    for text, missing in ((said + result + "b c</s>", False), (said + "b c</s>", True)):
-        rendering = Rendering(text, [call, (len(text) - 7, len(text))], 4)
-        if missing:
-            with pytest.raises(Problem, match="leaves out the result of message 2"):
-                check_rendered(conversation, [rendering], "", tokenizer)
-        else:
-            check_rendered(conversation, [rendering], "", tokenizer)
-
-
-def test_a_result_that_a_later_call_repeats_as_json(tokenizer: HuggingFace) -> None:
-    """An agent reads a file, and writes it: the result has the lines as they stand, and the call escapes them."""
-    lines = 'a "b"\nGrüße'
-    repeating = CALL | {"function": {"name": "f", "arguments": json.dumps({"content": lines})}}
-    calling = {"role": "assistant", "tool_calls": [repeating]}
-    read, written = RESULT | {"content": lines}, RESULT | {"content": "ok"}
-    conversation = Conversation([QUESTION, CALLING, read, calling, written, ANSWER], [TOOL])
-    rows = conversation_to_tokens.examples(
-        conversation, CALLS.replace("c.function.name", "m.content|default('') + c.function.name"), tokenizer
-    )
-    assert sum(len(row.merged.ends) for row in rows if row.merged) == 3
 
 
 @settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))

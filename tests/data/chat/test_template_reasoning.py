@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
 
 from moe_train import config
 from moe_train.data.chat import template as templates
@@ -54,6 +56,27 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     file = small_tekken(directory, request.param)
     write(directory, file)
     return HuggingFace(directory), Mistral(file)
+
+
+def test_a_template_that_writes_reasoning_as_letters(tmp_path: Path) -> None:
+    """v11, as Magistral of June 2025: <think> is text in all turns and in system prompts, and mistral-common writes none."""
+    file = small_tekken(tmp_path, "v11")
+    write(tmp_path, file)
+    template = convert_tokenizer_to_chat_template(file, plain_thinking_support=True)
+    tokenizer = HuggingFace(tmp_path)
+    system = {"role": "system", "content": [{"type": "text", "text": "Draft"}, THOUGHT]}
+    middle = {"role": "assistant", "content": [SAID, THOUGHT, {"type": "text", "text": "5"}]}
+    cut_off = {"role": "assistant", "content": [THOUGHT | {"closed": False}]}
+    fields = {"messages": [system, ASKED, REASONED, ASKED, middle, ASKED, cut_off]}
+    (example,) = learned(fields, template, tokenizer)
+    thought = "<think>Two and two."
+    assert spans(example, tokenizer, True) == [f"{thought}</think>4</s>", f"4{thought}</think>5</s>", f"{thought}</s>"]
+    assert spans(example, tokenizer, False)[0] == f"<s>[SYSTEM_PROMPT]Draft{thought}</think>[/SYSTEM_PROMPT][INST]2+2?[/INST]"
+    as_text = {"messages": [ASKED, {"role": "assistant", "content": f"{thought}</think>4"}]}
+    (written,) = trained(as_text, mistral := Mistral(file))
+    assert written.tokens == learned({"messages": [ASKED, REASONED]}, template, tokenizer)[0].tokens
+    with pytest.raises(Problem, match=r"has no \[THINK\]; write it into the text as the model does \(<think>"):
+        trained({"messages": [ASKED, REASONED]}, mistral)
 
 
 def learned(fields: dict[str, Any], template: str | None, tokenizer: HuggingFace, **section: Any) -> list[Example]:

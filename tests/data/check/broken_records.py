@@ -59,6 +59,8 @@ TEXTS: list[Row] = [
     ("unicode", [USER | {"content": "\ud83d?"}, ANSWER], [USER | {"content": "\ufffd?"}, ANSWER]),
     ("unicode", [USER | {"content": "\ufdd0?"}, ANSWER], [USER | {"content": "\ufffd?"}, ANSWER]),
     ("control-token", [USER | {"content": "a</s>b"}, ANSWER], None),
+    ("unicode", [USER, CALLING, RESULT | {"content": '{"a": "\\ud83d"}'}, ANSWER], None),
+    ("control-token", [USER, calling(call(arguments='{"a": "\\u005bINST]"}')), RESULT, ANSWER], None),
     ("control-token", [USER, calling(call(arguments='{"a": "[INST]"}')), RESULT, ANSWER], None),
 ]
 TURNS: list[Row] = [
@@ -70,6 +72,8 @@ TURNS: list[Row] = [
     ("empty-assistant", [USER, ANSWER, USER, ANSWER | {"content": " \n"}], [USER, ANSWER]),
     ("empty-assistant", [USER, ANSWER, USER, ANSWER | {"content": ""}, USER, ANSWER], [USER, ANSWER]),
     ("empty-assistant", [USER, ANSWER | {"content": ""}], None),
+    ("empty-user", [USER | {"content": "\n"}, ANSWER], None),
+    ("empty-user", [USER, ANSWER, USER | {"content": ""}, ANSWER], None),
     ("role-order", [USER, USER, ANSWER], [USER | {"content": "What is 2 + 3?\n\nWhat is 2 + 3?"}, ANSWER]),
     ("role-order", [USER, ANSWER, ANSWER], [USER, ANSWER | {"content": "5\n\n5"}]),
     ("role-order", [USER, ANSWER, ANSWER | {"weight": 0}], None),

@@ -80,7 +80,5 @@ def test_a_value_without_json_cannot_be_kept(tokenizer: HuggingFace) -> None:
 def test_a_text_that_the_tokenizer_refuses_is_a_problem_of_its_own(mistral: Mistral, write_lines: Write) -> None:
     path = write_lines("a.jsonl", [{"text": "a"}, {"text": " " * 1_100_000 + "a"}, {"text": "b"}])
     answer = check_files(mistral, path)
-    assert answer["problem_counts"] == {"refused": 1} and answer["examples"] == 2
-    assert (
-        answer["problems"][0]["where"] == f"{path}:2" and "white-space characters; shorten it" in answer["problems"][0]["message"]
-    )
+    assert answer["problem_counts"] == {"stretch": 1} and answer["examples"] == 2
+    assert answer["problems"][0]["where"] == f"{path}:2" and "the text has 1,100,001 characters" in answer["problems"][0]["message"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from rich.console import Console
 
 from moe_train import config
+from moe_train.data.check.report import print_report
 from moe_train.data.check.sources import CheckedFile, section_of, sources_of
 from moe_train.data.tokenizers.huggingface import HuggingFace
-from tests.data.check.samples import Write, check_files
+from moe_train.data.tokenizers.mistral import Mistral
+from tests.data.check.samples import CHAT, Write, check_files
 
 
 def test_columns_by_a_mapping(tokenizer: HuggingFace, write_lines: Write) -> None:
@@ -38,6 +42,23 @@ def test_columns_by_a_mapping(tokenizer: HuggingFace, write_lines: Write) -> Non
 def test_what_is_not_in_files_is_refused(source: config.Source, message: str) -> None:
     with pytest.raises(ValueError, match=f"^data: {message}"):
         sources_of([source])
+
+
+def test_an_archive_that_cannot_be_read_is_a_problem_and_the_other_files_are_checked(
+    v3: Mistral, tmp_path: Path, write_lines: Write
+) -> None:
+    write_lines("a.jsonl", [CHAT])
+    write_lines("c.jsonl", [CHAT | {"id": 1}])
+    (tmp_path / "b.zip").write_bytes(b"no archive")
+    (tmp_path / "notes.pdf").write_bytes(b"")
+    answer = check_files(v3, tmp_path, fix=tmp_path / "fixed")
+    (problem,) = answer["problems"]
+    assert problem["where"].startswith(f"{tmp_path}/b.zip") and "cannot be read as a zip archive" in problem["message"]
+    assert answer["records"] == 3 and answer["left_out"] == {".pdf": 1}
+    assert sorted(file.name for file in (tmp_path / "fixed").iterdir()) == ["a.jsonl", "c.jsonl", "changes.log"]
+    shown = io.StringIO()
+    print_report(answer, Console(file=shown, width=200))
+    assert "files not read" in shown.getvalue() and ".pdf (1 file)" in shown.getvalue()
 
 
 @pytest.mark.parametrize(("counted", "location"), [("line", "a.jsonl:7"), ("row", "a.jsonl: row 7"), ("byte", "a.jsonl: byte 7")])

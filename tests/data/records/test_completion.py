@@ -46,6 +46,18 @@ def test_a_conversation_as_prompt_and_a_call_as_completion() -> None:
     assert conversation(texts) == Conversation([USER, CALLING], [TOOL])
 
 
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message", "system_instruction"])
+@pytest.mark.parametrize("turns", [{"messages": [SYSTEM, USER, ANSWER]}, {"prompt": [SYSTEM, USER], "completion": [ANSWER]}])
+def test_a_system_text_in_a_column_and_in_the_messages(column: str, turns: dict[str, Any]) -> None:
+    assert conversation(turns | {column: "Be brief."}).messages == [SYSTEM, USER, ANSWER]
+    refused = problem(turns | {column: "Be long."})
+    assert refused.rule == "columns" and f"--ignore {column}" in refused.remedy
+
+
+def test_an_answer_of_several_texts_is_no_answer() -> None:
+    assert "should be text or messages" in problem({"question": "a", "answer": ["b", "c"]}).message
+
+
 def test_xlam_calls() -> None:
     calls = [{"name": "get_tide", "arguments": {"port": "Brest"}}]
     tools = [{"name": "get_tide", "description": "Tide at a port.", "parameters": SCHEMA}]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_train import config
-from moe_train.data.records.conversation import columns, normalise
+from moe_train.data.records.conversation import columns_to_load, normalise, text_column
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
 from moe_train.data.records.recognise import recognise
@@ -109,10 +109,10 @@ def test_a_conversation_as_prompt_bears_no_loss() -> None:
         ({"messages": "hello"}, "type", "should be a list"),
         ({"messages": [USER, "hello"]}, "type", "message 1 should be an object"),
         ({"messages": [USER], "interactions": [USER]}, "columns", "both messages and interactions"),
-        ({"messages": [USER], "tools": [TOOL], "available_tools": [TOOL]}, "columns", "both tools"),
+        ({"messages": [USER], "tools": [TOOL], "available_tools": [TOOL, TOOL]}, "columns", "both tools"),
         ({"messages": [USER], "tools": "add"}, "type", "is not JSON"),
         ({"messages": [USER], "tools": {"name": "add"}}, "type", "tools should be a list"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": 3}]}, "type", "tool_calls should be a list"),
+        ({"messages": [USER, {"role": "assistant", "tool_calls": 3}]}, "type", "should be a list"),
         ({"conversations": [{"from": "function_call", "value": "add(2)"}]}, "arguments", "is not JSON"),
         ({"conversations": [{"from": "function_call", "value": "[3]"}]}, "arguments", "is no call"),
         ({"prompt": "a", "completion": 3}, "type", "column 'completion' should be text"),
@@ -155,8 +155,11 @@ def test_written_back(fields: dict[str, Any], written: dict[str, Any]) -> None:
 
 
 def test_the_columns_that_count() -> None:
-    assert columns(config.TextRecord(name="text", column="body"))[0] == "body"
-    assert "label" in columns(config.TextRecord(name="text")) and "body" not in columns(config.TextRecord(name="text"))
-    assert {"messages", "interactions", "conversations", "tools", "available_tools"} <= set(columns(CHAT))
-    assert "interactions" not in columns(config.ChatRecord(name="chat", column="dialogue"))
-    assert columns(config.CompletionRecord(name="completion"))[:2] == ("prompt", "completion")
+    present = ["body", "text", "id", "label", "imagePath", "interactions", "conversations", "tools", "prompt", "completion"]
+    refused = ["label", "imagePath", "tools"]
+    assert columns_to_load(config.TextRecord(name="text", column="body"), present) == ["body", *refused]
+    assert columns_to_load(config.TextRecord(name="text"), present) == ["text", *refused]
+    assert columns_to_load(CHAT, present) == ["label", "imagePath", "interactions", "conversations", "tools"]
+    assert columns_to_load(config.ChatRecord(name="chat", column="dialogue"), present) == refused
+    assert columns_to_load(config.CompletionRecord(name="completion"), present) == [*refused, "prompt", "completion"]
+    assert text_column(config.TextRecord(name="text", column="body")) == "body"

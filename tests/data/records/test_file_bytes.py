@@ -55,6 +55,16 @@ def test_a_byte_is_counted_from_the_start_of_the_file() -> None:
     assert str(not_utf8(caught.value, before=10)).startswith("not UTF-8 (invalid start byte, byte 0xff at 12); save it as UTF-8")
 
 
+NO_TEXT = [(compress(b"a"), suffix[1:2]) for suffix, compress in PACKED.items()]
+
+
+@pytest.mark.parametrize(("data", "name"), [*NO_TEXT, (b"PAR1", "Parquet"), (b"\xff\xfea\0", "UTF-16")])
+def test_a_file_of_another_format_is_known_by_its_first_bytes(data: bytes, name: str) -> None:
+    with pytest.raises(UnicodeDecodeError) as caught:
+        (data + b"\xff").decode()
+    assert f"it looks like {name}" in str(not_utf8(caught.value))
+
+
 @pytest.mark.parametrize(
     ("line", "expected"), [(b'{"a": 1}', False), ("{}".encode("utf-16-le"), True), (b"\0", True), (b"a\0" + b"b" * 9, False)]
 )

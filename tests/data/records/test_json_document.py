@@ -77,7 +77,7 @@ def test_a_pretty_record_is_one_record(tmp_path: Path) -> None:
         ('{"data": [{"text": "a"}] "version": 1}', 2, "no , before"),
         ('{"data": [{"text": "a"}]', 2, "without a closing bracket; is it cut short"),
         ('{"data": [{"text": "a"}, 3]}', 2, "not a number"),
-        ('[{"text": "a"}] []', 2, "something follows the array"),
+        ('[{"text": "a"}] []', 2, "something follows the array on line 1; nothing after it is read"),
         (PRETTY[:-3], 1, "not JSON: .* on line"),
         (PRETTY + "\n" + PRETTY[:20], 2, "not JSON"),
         ('{\n"text": "a", "text": "b"}', 1, "stands twice"),

@@ -10,7 +10,7 @@ import pytest
 from moe_train import config
 from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.unread import Unread
-from tests.data.records.reading import ANSWER, CALLING, RESULT, TOOL, USER, conversation, problem, reading
+from tests.data.records.reading import ANSWER, CALL, CALLING, RESULT, TOOL, USER, conversation, problem, reading
 
 MESSAGES = [USER, CALLING, RESULT, ANSWER]
 
@@ -51,6 +51,62 @@ def test_plain_messages_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize(
+    ("speaker", "role"),
+    [("human", "user"), ("gpt", "assistant"), ("model", "assistant"), ("developer", "system"), ("ipython", "tool"), ("Bob", "Bob")],
+)
+def test_names_of_roles_in_every_spelling_of_a_message(speaker: str, role: str) -> None:
+    for who in ("role", "from"):
+        for says in ("content", "value"):
+            assert conversation({"messages": [{who: speaker, says: "a"}]}).messages == [{"role": role, "content": "a"}]
+    assert conversation({"messages": [{"role": speaker, "from": role, "value": "a", "content": "a"}]}).messages[0]["role"] == role
+    renamed = config.ChatRecord(name="chat", roles={speaker: "tool"})
+    assert read_messages([{"role": speaker, "content": "a"}], "messages", renamed, Unread())[0]["role"] == "tool"
+
+
+CALL_TEXT = '{"name": "get_tide", "arguments": {"port": "Brest"}}'
+
+
+@pytest.mark.parametrize("who", ["role", "from"])
+@pytest.mark.parametrize(("calling", "answering"), [("function_call", "observation"), ("tool_call", "tool_response")])
+def test_a_call_as_a_message_of_its_own(who: str, calling: str, answering: str) -> None:
+    written = [USER, {who: calling, "content": CALL_TEXT}, {who: answering, "content": "4.2"}, ANSWER]
+    assert conversation({"messages": written, "tools": [TOOL]}).messages == [USER, CALLING, RESULT, ANSWER]
+
+
+def test_parallel_calls_as_messages_of_their_own_are_one_turn() -> None:
+    calls: list[dict[str, Any]] = [{"role": "tool_call", "content": CALL_TEXT}] * 2
+    results = [{"role": "tool_response", "content": "4.2"}, {"role": "tool_response", "content": "5.1"}]
+    second = CALL | {"id": "call00001"}
+    assert conversation({"messages": [USER, *calls, *results, ANSWER]}).messages == [
+        USER,
+        {"role": "assistant", "tool_calls": [CALL, second]},
+        RESULT,
+        {"role": "tool", "content": "5.1", "tool_call_id": "call00001"},
+        ANSWER,
+    ]
+    apart = conversation({"messages": [USER, calls[0], calls[1] | {"loss": False}, *results, ANSWER]}).messages
+    assert [message.get("weight") for message in apart[1:3]] == [None, 0]
+
+
+def test_calls_in_parts_without_ids_are_numbered() -> None:
+    parts = [{"type": "tool_call", "value": CALL_TEXT}]
+    result = {"role": "tool", "content": [{"type": "text", "value": "4.2"}]}
+    written = [USER, {"role": "assistant", "content": parts}, result, ANSWER]
+    assert conversation({"messages": written}).messages == [USER, CALLING, RESULT, ANSWER]
+
+
+def test_a_result_without_an_id_is_not_given_that_of_a_call_which_has_its_own() -> None:
+    written = [USER, CALLING, {"role": "tool", "content": "4.2"}, ANSWER]
+    assert conversation({"messages": written}).messages == written
+
+
+@pytest.mark.parametrize("none", [[], "", "[]", "null", None])
+def test_no_calls_in_every_spelling(none: object) -> None:
+    fields = {"messages": [USER, ANSWER | {"tool_calls": none}], "tools": none}
+    assert conversation(fields).messages == [USER, ANSWER]
+
+
+@pytest.mark.parametrize(
     ("messages", "said"),
     [
         ([], "at least one message"),
@@ -60,7 +116,9 @@ def test_plain_messages_are_not_copied() -> None:
         ([USER, ANSWER | {"prefix": True}], "has the key 'prefix'"),
         ([USER, {"role": "assistant", "content": "a", "refusal": "No."}], "has the key 'refusal'"),
         ([USER, None], "message 1 should be an object"),
-        ([{"role": "assistant", "tool_calls": {"id": "a"}}], "tool_calls should be a list"),
+        ([{"role": "assistant", "tool_calls": 3}], "should be a list"),
+        ([{"role": "assistant", "tool_calls": {"id": "a"}}], "has no name"),
+        ([{"role": "tool_call", "content": "get_tide()"}], "not JSON"),
     ],
 )
 def test_what_is_no_list_of_messages(messages: object, said: str) -> None:

@@ -87,6 +87,16 @@ def test_answers_beyond_the_second_rank_are_named() -> None:
         ({"prompt": "a", "answers": RANKED[:1]}, "fewer than two"),
         ({"prompt": "a", "answers": [RANKED[0], RANKED[0]]}, "several answers of rank"),
         ({"prompt": "a", "answers": [{"rank": 1}, {"answer": "b", "rank": 2}]}, "should be a list of answers"),
+        (
+            {"prompt": "a", "answers": [{"answer": "b", "rank": True}, {"answer": "c", "rank": False}]},
+            "should be a list of answers",
+        ),
+        ({"prompt": "a", "answers": [{"answer": "b", "rank": 1}, {"answer": "c", "rank": float("nan")}]}, "list of answers"),
+        ({"prompt": "a", "chosen": ["b"], "rejected": ["c"]}, "should be text or messages"),
+        (
+            {"input": {"messages": [Q], "tools": []}, "tools": [], "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+            "tools",
+        ),
         ({"prompt": "a", "chosen": 3, "rejected": "b"}, "should be text"),
         ({"prompt": "a", **TEXTS, "label": True}, "has the key 'label'"),
     ],
@@ -125,3 +135,12 @@ def test_neither_is_read_by_an_objective() -> None:
 def test_the_remedy_for_a_pair_works() -> None:
     record = config.CompletionRecord(name="completion", completion="chosen", ignore=("rejected",))
     assert reading(PAIRS[0], record) == (Conversation([Q, GOOD], []), ("rejected",))
+    messages = config.ChatRecord(name="chat", column="chosen", ignore=("rejected",))
+    assert reading({"chosen": [Q, GOOD], "rejected": [Q, BAD]}, messages).record == Conversation([Q, GOOD], [])
+
+
+def test_openai_s_request_of_a_pair() -> None:
+    request = {"messages": [Q], "tools": [TOOL], "parallel_tool_calls": True}
+    pair = {"input": request, "preferred_output": [GOOD], "non_preferred_output": [BAD]}
+    expected = PreferencePair(Conversation([Q], [TOOL]), [GOOD], [BAD])
+    assert reading(pair) == (expected, ("parallel_tool_calls",))

@@ -24,6 +24,7 @@ from moe_train.data.tokenizers.huggingface import HuggingFace
 WORDS = "the quick brown fox jumps over lazy dog".split()
 RECORDS = [{"text": " ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 23))} for i in range(60)]
 TEXT = config.TextRecord(name="text")
+USER = {"role": "user", "content": "How high is the tide?"}
 
 
 class InMemory:
@@ -70,6 +71,19 @@ def test_batches_are_those_of_the_same_records_in_a_file(
     assert own.num_records == 60 and json.loads(own.manifest)["sets"][0]["files"][0]["path"] == "records"
     assert len(own._sources[0].store.manifest.shards) == 3
     assert [[s[2:] for s in own.trace(0, row)] for row in range(4)] == [[s[2:] for s in of_file.trace(0, row)] for row in range(4)]
+
+
+@pytest.mark.parametrize("nested", [{"buoy": None}, {"at": [{"buoy": None}]}])
+def test_a_null_in_an_object_is_refused_as_a_table_may_have_filled_it_in(nested: dict[str, Any]) -> None:
+    call = {"id": "abcde1234", "type": "function", "function": {"name": "f", "arguments": nested}}
+    tool = {"type": "function", "function": {"name": "f", "description": None, "parameters": nested}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call], "tool_call_id": None}
+    chat = config.ChatRecord(name="chat")
+    for record in ({"messages": [calling]}, {"messages": [USER], "tools": [tool]}):
+        with pytest.raises(ValueError, match=r"orders\.db, row 1000: (messages|tools)\.0.*\.buoy is null, which a table may"):
+            list(open_source(section(InMemory([record]), chat)))
+    call["function"]["arguments"] = json.dumps(nested)
+    assert len(list(open_source(section(InMemory([{"messages": [USER, calling], "label": None}]), chat)))) == 1
 
 
 def test_a_data_set_of_the_datasets_library_is_such_records(tokenizer: HuggingFace, tmp_path: Path) -> None:

@@ -41,6 +41,29 @@ def test_what_is_ignored_is_not_there() -> None:
     assert recognise(fields, ("chosen",)).ignore == ("chosen",)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "a", "completion": "b", "question": "c"},
+        {"question": "a", "answer": "b", "response": "c"},
+        {"prompt": "a", "question": "b", "answer": "c"},
+        {"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"},
+    ],
+)
+def test_two_columns_of_one_meaning_are_a_choice(fields: dict[str, Any]) -> None:
+    refused = problem(fields)
+    name = refused.remedy.rpartition(" ")[2]
+    assert refused.rule == "columns" and "which differ" in refused.message
+    recognise(fields, (name,))
+    recognise(fields | {name: ""})
+    recognise({**dict.fromkeys(fields, "a"), name: "a"})
+
+
+@pytest.mark.parametrize("fields", [USER, {"from": "human", "value": "a"}, {"role": "user", "content": "a", "id": 1}])
+def test_a_message_is_no_record(fields: dict[str, Any]) -> None:
+    assert "not a conversation" in problem(fields).message
+
+
 def test_a_record_of_no_kind_names_its_columns() -> None:
     refused = problem({"prompt": "a", "chosen": "b"})
     assert refused.rule == "columns" and "prompt, chosen" in refused.message and "--map" in refused.remedy

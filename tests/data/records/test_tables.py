@@ -31,7 +31,9 @@ def test_conversations_from_parquet(tmp_path: Path) -> None:
         ("a.csv", b"text,n\na,1\nb\n", r"a\.csv: row 2: line 3 has 1 values for 2 columns"),
         ("a.csv", b"text,text\na,1\n", r"a\.csv: row 0: the header names a column twice"),
         ("a.csv", b'text\na\n"b"c\n', r"a\.csv: row 2: line 3 is no CSV"),
-        ("a.csv", b"text\na\n\xff\n", r"a\.csv: row 1: not UTF-8"),
+        ("a.csv", b"text\na\n\xff\n", r"a\.csv: row 2: not UTF-8 \(byte 0xff before the end of line 3\)"),
+        ("a.csv", "text\na\n".encode("utf-16"), r"a\.csv: row 0: not UTF-8 \(it looks like UTF-16\)"),
+        ("a.csv", "text\na\n".encode("utf-16-le"), r"a\.csv: row 0: not UTF-8 \(it looks like UTF-16\)"),
         ("a.parquet", b"PAR1", r"a\.parquet: row 1: cannot be read as parquet"),
         ("a.arrow", b"ARROW1", r"a\.arrow: row 1: cannot be read as arrow"),
     ],
@@ -42,13 +44,21 @@ def test_what_is_malformed_is_named_by_file_and_line(tmp_path: Path, name: str, 
         texts(opened(tmp_path / name))
 
 
+def test_a_malformed_row_does_not_end_the_table(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b'text,n\n"b"c,1\n\xe9,2\nd\n"e\nf",3\ng,4\n')
+    rows = list(read_csv(tmp_path / "a.csv"))
+    assert [number for number, _ in rows] == [1, 2, 3, 4, 5]
+    assert [isinstance(row, Problem) for _, row in rows] == [True, True, True, False, False]
+    assert rows[3:] == [(4, {"text": "e\nf", "n": "3"}), (5, {"text": "g", "n": "4"})]
+
+
 def test_rows_are_counted_from_1_and_have_the_columns_that_were_asked_for(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"text": ["a", "b"], "other": [1, 2]}), tmp_path / "a.parquet")
-    assert list(read_rows(tmp_path / "a.parquet", "parquet", ["text"])) == [
+    assert list(read_rows(tmp_path / "a.parquet", "parquet", lambda names: ["text"])) == [
         (1, {"text": "a", "other": NOT_LOADED}),
         (2, {"text": "b", "other": NOT_LOADED}),
     ]
-    assert next(read_rows(tmp_path / "a.parquet", "parquet", ["no such column"])) == (1, {"text": "a", "other": 1})
+    assert next(read_rows(tmp_path / "a.parquet", "parquet", lambda names: [])) == (1, {"text": "a", "other": 1})
 
 
 @pytest.mark.usefixtures("no_network")

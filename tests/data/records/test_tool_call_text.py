@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.data.records.reading import ANSWER, CALL, CALLING, RESULT, TOOL, USER, conversation, problem
+from tests.data.records.reading import ANSWER, CALL, CALLING, RESULT, TOOL, USER, conversation, problem, reading
 
 TEXT = '<tool_call>\n{"name": "get_tide", "arguments": {"port": "Brest"}}\n</tool_call>'
 CALLED = {"role": "assistant", "content": TEXT}
@@ -32,6 +32,19 @@ def test_two_calls_and_two_results_in_one_message() -> None:
 def test_without_tools_it_stays_text() -> None:
     assert conversation({"messages": [USER, CALLED]}).messages == [USER, CALLED]
     assert conversation({"messages": [USER | {"content": TEXT}, ANSWER], "tools": [TOOL]}).messages[0]["content"] == TEXT
+
+
+@pytest.mark.parametrize(
+    "mark", ["<functioncall>", "<function_call>", "<|tool_call|>", "<TOOL_CALLS>", "<function=f>", "<|python_tag|>"]
+)
+def test_a_call_in_the_form_of_another_model_is_refused_beside_tools(mark: str) -> None:
+    called = {"role": "assistant", "content": f'{mark} {{"name": "f"}}'}
+    fields = {"messages": [USER, called], "tools": [TOOL]}
+    refused = problem(fields)
+    assert refused.rule == "call-text" and "--ignore tools" in refused.remedy
+    assert reading(fields, ignore=("tools",)).record.messages == [USER, called]  # type: ignore[union-attr]
+    asked = USER | {"content": f"What does {called['content']} mean?"}
+    assert conversation({"messages": [asked, called], "tools": [TOOL]}).messages == [asked, called]
 
 
 @pytest.mark.parametrize(

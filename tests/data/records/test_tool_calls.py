@@ -61,6 +61,12 @@ def test_arguments_that_are_no_object(arguments: object) -> None:
     assert problem({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}).rule == "arguments"
 
 
+@pytest.mark.parametrize("arguments", [{"a": "\ud800"}, {"\udc00": 1}, '{"a": "\\ud800"}', '{"\\uDC00": [1]}'])
+def test_half_a_surrogate_pair_in_arguments_escaped_or_not(arguments: object) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    assert problem({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}).rule == "unicode"
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

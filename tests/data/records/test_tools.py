@@ -54,6 +54,10 @@ def test_keys_keep_their_order_and_strict_is_kept() -> None:
         ([3], "should be an object"),
         ({"name": "get_tide"}, "should be a list"),
         ('[{"name": "f", "parameters": {"a": 1, "a": 2}}]', "stands twice"),
+        ([NAMED | {"parameters": {"a": "\ud800"}}], "half a surrogate pair"),
+        ([NAMED | {"parameters": {"a": float("nan")}}], "no form in JSON"),
+        (3, "should be a list"),
+        (False, "should be a list"),
     ],
 )
 def test_what_is_no_tool(tools: object, said: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.data.chat.sandbox import render
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.hugging_face import copied
 
@@ -40,61 +38,6 @@ def test_padding_truncation_and_trimmed_offsets_saved_in_the_file_have_no_effect
         [tokenizer.marked([text], characters)]
     )
     assert changed.identity != tokenizer.identity
-
-
-def test_ids_counted_from_control_tokens_are_those_that_touch_the_characters(tokenizer: HuggingFace) -> None:
-    text = "one </s>[INST] [/INST]Grüße, 東京\n</s><s>"
-    edges = [0, *sorted({at for found in tokenizer.special_pattern.finditer(text) for at in found.span()})]
-    spans = [(start, stop) for start in edges for stop in edges if start < stop]
-    marked = tokenizer.marked([text], spans)
-    assert marked.edges is not None and len(marked.edges) == len(spans)
-    assert tokenizer.encode_marked([marked]) == tokenizer.encode_marked([marked._replace(edges=None)])
-    assert tokenizer.marked([text], [*spans, (1, 4)]).edges is None
-
-
-def test_a_control_token_that_takes_space_is_not_counted_from(tokenizer: HuggingFace, tmp_path: Path) -> None:
-    added = json.loads(tokenizer.files[0].read_text())["added_tokens"]
-    taking = [token | {"rstrip": token["content"] == "[/INST]"} for token in added]
-    changed = HuggingFace(copied(tokenizer, tmp_path / "t", added_tokens=taking))
-    marked = changed.marked(["[INST]a[/INST] b</s>"], [(14, 20)])
-    assert marked.edges is None
-    [(ids, [(first, last)])] = changed.encode_marked([marked])
-    assert changed.decode(ids[first:last], keep_special=True) == "[/INST]b</s>"
-
-
-def test_templates_in_the_config_file(tokenizer: HuggingFace, tmp_path: Path) -> None:
-    directory = copied(tokenizer, tmp_path / "t")
-    (directory / "chat_template.jinja").unlink()
-    settings = json.loads((directory / "tokenizer_config.json").read_text())
-    for value in ("one", [{"name": "default", "template": "one"}, {"name": "rag", "template": "two"}]):
-        (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": value}))
-        assert HuggingFace(directory / "tokenizer.json").chat_template == "one"
-
-
-def test_the_template_for_tools(tokenizer: HuggingFace, tmp_path: Path) -> None:
-    default, tool_use = "\n  {% if x %}\na{% endif %}\n\n", "  \n{% set tools = 1 %}b \n"
-    expected = [render(text, [{"x": 1}])[0] for text in (default, tool_use)]
-    for place in ("config", "folder", "both"):
-        directory = copied(tokenizer, tmp_path / place)
-        settings = json.loads((directory / "tokenizer_config.json").read_text())
-        named = [{"name": "default", "template": default}, {"name": "tool_use", "template": tool_use}]
-        (directory / "chat_template.jinja").unlink()
-        if place != "config":
-            (directory / "chat_template.jinja").write_text(default)
-            (directory / "additional_chat_templates").mkdir()
-            (directory / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use)
-            named = [{"name": "default", "template": "old"}, {"name": "tool_use", "template": "old"}]
-        if place != "folder":
-            (directory / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": named}))
-        loaded = HuggingFace(directory)
-        assert loaded.chat_template is not None
-        assert render(loaded.chat_template, [{"x": 1, "tools": None}, {"x": 1, "tools": [{}]}]) == expected
-        assert (directory / "additional_chat_templates" / "tool_use.jinja" in loaded.files) == (place != "config")
-    (directory / "chat_template.jinja").unlink()
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    alone = HuggingFace(directory).chat_template
-    with pytest.raises(ValueError, match="there is no chat template for conversations without tools"):
-        render(str(alone), [{"tools": None}])
 
 
 def test_tokens_that_end_a_generation(tokenizer: HuggingFace, tmp_path: Path) -> None:

@@ -26,11 +26,14 @@ def segments_of(T: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, positions
 
 
-def operands(T: int, dtype: Any = np.float32, heads: tuple[int, int, int] = (N, K, H)) -> tuple[np.ndarray, ...]:
-    """q, k, v, dy; what padding gets is not asked for."""
+def operands(
+    T: int, dtype: Any = np.float32, heads: tuple[int, int, int] = (N, K, H), width: int | None = None
+) -> tuple[np.ndarray, ...]:
+    """q, k, v, dy, where values have another `width` than queries if one is given; what padding gets is not asked for."""
     n, kv, h = heads
+    w = width or h
     rng = np.random.default_rng(0)
-    q, k, v, dy = (rng.normal(size=(B, T, x, h)).astype(dtype) for x in (n, kv, kv, n))
+    q, k, v, dy = (rng.normal(size=(B, T, *shape)).astype(dtype) for shape in ((n, h), (kv, h), (kv, w), (n, w)))
     dy[segments_of(T)[0] == 0] = 0
     return q, k, v, dy
 

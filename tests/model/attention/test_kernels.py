@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_train import config
 from moe_train.machine.mesh import make_mesh
+from moe_train.model.attention import kernels
 from tests.model.attention.against_reference import B, H, K, N, check, found, operands, segments_of
 
 
@@ -29,6 +33,29 @@ def test_reference_equals_numpy(window: int | None) -> None:
 def test_on_a_mesh(kernel: str, window: int | None) -> None:
     """Heads and sequences on several devices; splash runs in interpret mode."""
     check(kernel, window, operands(256), 1e-5, make_mesh(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4]))
+
+
+@pytest.mark.parametrize("kernel", ["blocked", "splash"])
+@pytest.mark.parametrize("width", [4, 9])
+def test_values_narrower_or_wider_than_queries(kernel: str, width: int) -> None:
+    check(kernel, None, operands(128, width=width), 1e-5)
+
+
+@pytest.mark.parametrize("width", [4, 9])
+def test_padding_to_one_width_for_cudnn_is_exact(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same product by XLA, whose widths have to be equal too."""
+    without_kernel = jax.nn.dot_product_attention
+
+    def by_xla(*arrays: Any, implementation: str, **settings: Any) -> Any:
+        assert implementation == "cudnn"
+        return without_kernel(*arrays, **settings, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    q, k, v = (jnp.asarray(x) for x in operands(20, width=width)[:3])
+    visible = jnp.broadcast_to(jnp.tri(20, dtype=bool), (B, 20, 20))
+    actual = kernels._cudnn_attention(q, k, v, visible)
+    assert actual.shape == (B, 20, N, width)
+    np.testing.assert_allclose(actual, kernels.reference_attention(q, k, v, visible), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "blocked", "splash"])

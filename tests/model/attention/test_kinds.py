@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
+from flax import nnx
 
 from moe_train import config
-from moe_train.model.attention.gqa import GroupedQueryAttention
-from moe_train.model.attention.kinds import attention_class
-from tests.tiny import ONE
+from moe_train.model.attention.gqa import GroupedQueryAttention, KeyValueCache
+from moe_train.model.attention.kinds import attention_layer, empty_cache
+from moe_train.model.attention.mla import LatentCache, MultiHeadLatentAttention
+from tests.tiny import ATTENTION, LATENT, MISTRAL4, MIXTRAL, ONE
 
 
-def test_attention_without_a_name_is_grouped_query_attention() -> None:
-    section = config.GroupedQueryAttention.model_validate({"num_heads": 4, "num_kv_heads": 2, "head_dim": 8})
-    assert attention_class(section) is GroupedQueryAttention
-
-
-def test_a_cache_has_the_key_heads_of_each_repeat() -> None:
-    section = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=8)
+@pytest.mark.parametrize(("model", "kind"), [(MIXTRAL, GroupedQueryAttention), (MISTRAL4, MultiHeadLatentAttention)])
+def test_the_layer_of_a_kind(model: config.Model, kind: type) -> None:
     with jax.set_mesh(ONE):
-        cache = attention_class(section).empty_cache(section, num_layers=3, batch_size=1, max_len=5, dtype=jnp.dtype("float32"))
-    assert cache.k_BSKH.shape == cache.v_BSKH.shape == (3, 1, 5, 2, 8)
+        layer = jax.eval_shape(lambda: attention_layer(nnx.Rngs(0), model, config.Compute(), None))
+    assert type(layer) is kind
+
+
+def test_a_cache_has_the_key_heads_or_the_latents_of_each_repeat() -> None:
+    with jax.set_mesh(ONE):
+        keys, latents = (empty_cache(section, 3, 1, 5, jnp.dtype("float32")) for section in (ATTENTION, LATENT))
+    assert isinstance(keys, KeyValueCache) and isinstance(latents, LatentCache)
+    assert keys.k_BSKH.shape == keys.v_BSKH.shape == (3, 1, 5, 2, 6)
+    assert latents.latents_BSKC.shape == (3, 1, 5, 1, 14 + 8)

@@ -119,7 +119,8 @@ def plain(weights: Any, x: Any, segments: Any, A: int) -> tuple[Any, router.Rout
     z = mean(jax.scipy.special.logsumexp(logits, axis=-1, keepdims=True) ** 2)[0]
     entropy = mean(-jnp.sum(probs * jnp.log(probs), axis=-1, keepdims=True))[0]
     counts = jnp.sum(chosen & valid, axis=(0, 1))
-    return y, router.RouterStats(counts, E * jnp.sum(jax.lax.stop_gradient(load) * mean(probs)), z, entropy, jnp.zeros((), int))
+    balance = E * jnp.sum(jax.lax.stop_gradient(load) * mean(probs))
+    return y, router.RouterStats(counts, balance, z, entropy, jnp.zeros((), int), mean(probs))
 
 
 @partial(quick_jit, static_argnums=0)

@@ -23,6 +23,33 @@ MINISTRAL3 = config.Model(family="ministral3", attention=SCALED, ffn=DENSE, rope
 WINDOWS = ATTENTION.model_copy(update={"windows": (None, 48)})
 MINISTRAL = config.Model(family="ministral", attention=WINDOWS, ffn=DENSE, **SIZES)
 MISTRAL = config.Model(family="mistral", attention=ATTENTION, ffn=DENSE, **SIZES)
+LATENT = config.MultiHeadLatentAttention(
+    name="mla",
+    num_heads=4,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=20,
+    query_scaling=config.QueryScaling(beta=0.1, original_max_seq_len=8),
+)
+SHARED = MOE.model_copy(
+    update={
+        "router": config.SoftmaxRouter(name="softmax", scale=1.5),
+        "num_shared_experts": 1,
+        "dense_layers": config.DenseLayers(count=1, ffn_dim=64),
+    }
+)
+MISTRAL4 = config.Model(family="mistral4", attention=LATENT, ffn=SHARED, rope=YARN, norm_eps=1e-6, **SIZES)
+SIGMOID = config.SigmoidRouter(name="sigmoid", bias=True, scale=2.5, num_groups=2, groups_per_token=1)
+DEEPSEEK_V3 = config.Model(
+    family="deepseek_v3",
+    attention=LATENT.model_copy(update={"query_scaling": None, "scale_correction": "mscale_squared"}),
+    ffn=SHARED.model_copy(update={"router": SIGMOID, "dense_layers": None}),
+    rope=YARN,
+    norm_eps=1e-6,
+    **SIZES,
+)
 LORA = config.Lora(
     targets=(
         config.LoraTarget(modules=("attention.[qk]_proj",), rank=2, alpha=3.0),

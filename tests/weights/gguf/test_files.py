@@ -19,11 +19,11 @@ from moe_train.weights.gguf import container
 from moe_train.weights.gguf import settings as gguf_settings
 from tests.random_parameters import random_parameters
 from tests.tiny import EIGHT, ONE
-from tests.weights.gguf.models import MINISTRAL, MINISTRAL3, MISTRAL, MIXTRAL, MOE, rewrite, shapes, write
+from tests.weights.gguf.models import DEEPSEEK_V3, MINISTRAL, MINISTRAL3, MISTRAL, MISTRAL4, MIXTRAL, MOE, rewrite, shapes, write
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", [MIXTRAL, MINISTRAL3, MINISTRAL], ids=lambda model: model.family)
+@pytest.mark.parametrize("model", [MIXTRAL, MINISTRAL3, MINISTRAL, MISTRAL4, DEEPSEEK_V3], ids=lambda model: model.family)
 def test_a_file_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dtype: Any, tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         sharded = random_parameters(model, dtype=dtype)
@@ -61,6 +61,43 @@ def test_the_package_gguf_reads_what_is_written(dtype: str, tmp_path: Path, toke
         if kind == "Q8_0":  # half a step of the block, and the rounding of the step itself
             unit = size.reshape(-1, 32).max(1, keepdims=True).repeat(32, 1).reshape(size.shape) * (0.5 / 127 + 2**-10)
         assert np.all(np.abs(theirs - wanted) <= unit), piece.name
+
+
+def test_the_package_gguf_reads_the_two_parts_of_kv_b(tmp_path: Path, tokenizer: HuggingFace) -> None:
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MISTRAL4)
+        reader = package.GGUFReader(write(tmp_path, MISTRAL4, parameters, "f32", tokenizer))
+    assert reader.get_field("general.architecture").contents() == "mistral4"
+    known = {package.TENSOR_NAMES[kind] for kind in package.MODEL_TENSORS[package.MODEL_ARCH.MISTRAL4]}
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    for name in found:
+        assert name.rpartition(".")[0].replace("blk.1.", "blk.{bid}.").replace("blk.0.", "blk.{bid}.") in known, name
+    a = MISTRAL4.attention
+    assert isinstance(a, config.MultiHeadLatentAttention)
+    kv_b = np.asarray(parameters["stacks.1.layers.0.attention.kv_b_proj.weight"])[0]  # (R, N, n + v) of layer 1
+    np.testing.assert_array_equal(found["blk.1.attn_k_b.weight"], kv_b[:, :, : a.qk_nope_head_dim].transpose(1, 0, 2))
+    np.testing.assert_array_equal(found["blk.1.attn_v_b.weight"], kv_b[:, :, a.qk_nope_head_dim :].transpose(1, 2, 0))
+    keys = ("head_count_kv", "key_length", "value_length", "key_length_mla", "value_length_mla", "temperature_length")
+    stated = [reader.get_field(f"mistral4.attention.{key}").contents() for key in keys]
+    assert stated == [1, a.kv_lora_rank + a.qk_rope_head_dim, a.kv_lora_rank, a.qk_head_dim, a.v_head_dim, 8]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_other_tools_files_of_latent_attention_are_read(fused: bool, tmp_path: Path) -> None:
+    """Without our key; and with gate and up stacked in one tensor."""
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MISTRAL4)
+        opened = container.open_gguf(write(tmp_path, MISTRAL4, parameters))
+        arrays = {name: tensor.read() for name, tensor in opened.tensors.items()}
+        if fused:
+            pair = (arrays.pop("blk.1.ffn_gate_exps.weight"), arrays.pop("blk.1.ffn_up_exps.weight"))
+            arrays["blk.1.ffn_gate_up_exps.weight"] = np.concatenate(pair, axis=1)
+        file = tmp_path / "theirs.gguf"
+        rewrite(file, {k: v for k, v in opened.settings.items() if k != gguf_settings.MODEL_KEY}, arrays)
+        found = external.load_external_parameters(file, shapes(parameters))
+    assert gguf.read_model_config(file) == MISTRAL4
+    for path, array in parameters.items():
+        assert np.array_equal(np.asarray(found[path]), np.asarray(array)), path
 
 
 @pytest.mark.parametrize("per_expert", [False, True])

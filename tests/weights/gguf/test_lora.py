@@ -16,7 +16,7 @@ from moe_train.weights.gguf import container
 from moe_train.weights.gguf import lora as gguf_lora
 from tests.random_parameters import random_parameters
 from tests.tiny import EIGHT, ONE
-from tests.weights.gguf.models import LORA, MINISTRAL3, MISTRAL, MIXTRAL, shapes
+from tests.weights.gguf.models import LORA, MINISTRAL3, MISTRAL, MISTRAL4, MIXTRAL, shapes
 
 
 def test_an_adapter_alone(tmp_path: Path) -> None:
@@ -94,3 +94,49 @@ def test_a_file_that_is_no_adapter_is_refused(change: dict[str, Any], said: str,
         write_adapter(unequal)
         with pytest.raises(ValueError, match=rf"blk.0.attn_q.weight.lora_a has rank 2, but blk.1.attn_q.weight.lora_a {state}"):
             external_adapter.read_external_lora(tmp_path, MISTRAL)
+
+
+LATENT_LORA = config.Lora(
+    targets=(
+        config.LoraTarget(modules=("attention.o_proj", "ffn.shared.*"), rank=2, alpha=3.0),
+        config.LoraTarget(modules=("ffn.gate_proj", "ffn.up_proj", "ffn.down_proj", "ffn.router"), rank=3, alpha=6.0),
+    )
+)
+
+
+def test_adapters_that_llama_cpp_applies_to_latent_attention_are_read_back(tmp_path: Path) -> None:
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MISTRAL4, lora=LATENT_LORA)
+        gguf_lora.export_adapter(parameters, MISTRAL4, LATENT_LORA, tmp_path / "out", base_model="base")
+        read = gguf_lora.read_lora(tmp_path / "out", MISTRAL4)
+        written = container.open_gguf(tmp_path / "out/adapter.gguf")
+    assert written.settings["general.architecture"] == "mistral4"
+    assert {"blk.0.ffn_gate.weight.lora_a", "blk.1.ffn_up_shexp.weight.lora_b", "blk.1.attn_output.weight.lora_a"} <= set(
+        written.tensors
+    )
+    assert {module: target.rank for target in read.targets for module in target.modules} == {
+        "attention.o_proj": 2,
+        "ffn.shared.gate_proj": 2,
+        "ffn.shared.up_proj": 2,
+        "ffn.shared.down_proj": 2,
+        "ffn.gate_proj": 3,
+        "ffn.up_proj": 3,
+        "ffn.down_proj": 3,
+        "ffn.router": 3,
+    }
+
+
+@pytest.mark.parametrize("module", ["attention.q_a_proj", "head"])
+def test_adapters_that_llama_cpp_ignores_are_refused_both_ways(module: str, tmp_path: Path) -> None:
+    lora = config.Lora(targets=(config.LoraTarget(modules=(module,), rank=2, alpha=3.0),))
+    with jax.set_mesh(ONE):
+        parameters = random_parameters(MISTRAL4, lora=lora)
+        with pytest.raises(ValueError, match=rf"llama.cpp ignores adapters of .*{module} in mistral4 models"):
+            gguf_lora.export_adapter(parameters, MISTRAL4, lora, tmp_path / "out", base_model="base")
+    assert not (tmp_path / "out").exists()
+    weight = {"attention.q_a_proj": "blk.0.attn_q_a", "head": "output"}[module]
+    keys = gguf_lora._settings(MISTRAL4, 3.0, "adapter", "base")
+    specs = [container.GgufSpec(f"{weight}.weight.lora_{x}", (2, 2), "F32") for x in "ab"]
+    container.write_gguf(tmp_path / "adapter.gguf", keys, specs, lambda _: [np.zeros((2, 2), np.float32)])
+    with pytest.raises(ValueError, match=rf"{weight}.weight.lora_a, which llama.cpp ignores in mistral4 models"):
+        gguf_lora.read_lora(tmp_path / "adapter.gguf", MISTRAL4)

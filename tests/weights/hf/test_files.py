@@ -94,7 +94,7 @@ def test_the_fused_layout_and_the_prefix_of_a_wrapper_are_read(tmp_path: Path) -
         parameters = random_parameters(MIXTRAL)
         write.export_model(parameters, MIXTRAL, tmp_path / "out", write.WriteOptions(dtype="float32"))
         fused: dict[str, np.ndarray] = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
-        for piece in names.weight_pieces(MIXTRAL, names.hugging_face("model.language_model.", "", fused=True)):
+        for piece in names.weight_pieces(MIXTRAL, names.hugging_face("model.language_model.", "", experts="fused")):
             tensor = fused.setdefault(piece.name, np.zeros(piece.shape, np.float32))
             part = tuple(at if isinstance(at, int) else slice(*at) for at in piece.part)
             tensor[part] = piece.to_file(np.asarray(parameters[piece.path])[piece.lead])

@@ -20,11 +20,11 @@ from moe_train.weights import external
 from moe_train.weights.mistral import params_json
 from tests.random_parameters import abstract, assert_equal, random_parameters
 from tests.tiny import EIGHT, MIXTRAL, ONE
-from tests.weights.mistral.models import MODELS, write
+from tests.weights.mistral.models import MISTRAL4, MODELS, write
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("model", [*MODELS.values(), MISTRAL4], ids=[*MODELS, "mistral4"])
 def test_a_model_is_read_back_bit_for_bit_on_any_mesh(model: config.Model, dtype: Any, tmp_path: Path) -> None:
     with jax.set_mesh(EIGHT):
         parameters = random_parameters(model, dtype)

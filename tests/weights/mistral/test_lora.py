@@ -16,6 +16,7 @@ from moe_train import config
 from moe_train.weights.mistral import lora as mistral_lora
 from tests.random_parameters import abstract, assert_equal, random_parameters
 from tests.tiny import EIGHT, LORA, MINISTRAL, MIXTRAL, ONE
+from tests.weights.mistral.models import MISTRAL4
 
 AT_TWO = config.Lora(  # alpha / rank is 2, as where nothing is stated
     targets=(config.LoraTarget(modules=("attention.q_proj", "attention.k_proj", "ffn.*_proj"), rank=2, alpha=4.0),)
@@ -39,6 +40,31 @@ def test_an_adapter_at_the_readers_scaling_keeps_its_bits(model: config.Model, d
     assert [(target.rank, target.alpha) for target in read.targets] == [(2, 4.0)]
     with safetensors.safe_open(tmp_path / "out/lora.safetensors", "np") as written:
         assert len(list(written.keys())) == 2 * 4 * (2 + 3 * (4 if model is MIXTRAL else 1))
+
+
+def test_latent_attention_and_shared_experts_have_native_names(tmp_path: Path) -> None:
+    """The first layer is dense, so the experts' ranks are found in later layers."""
+    targets = (
+        config.LoraTarget(modules=("attention.*",), rank=2, alpha=4.0),
+        config.LoraTarget(modules=("ffn.*_proj",), rank=3, alpha=6.0),
+    )
+    with jax.set_mesh(EIGHT):
+        lora = config.Lora(targets=targets)
+        parameters = random_parameters(MISTRAL4, lora=lora)
+        mistral_lora.export_adapter(parameters, MISTRAL4, lora, tmp_path / "out", dtype="float32")
+        read = mistral_lora.read_lora(tmp_path / "out", MISTRAL4)
+        written = safetensors.numpy.load_file(tmp_path / "out/lora.safetensors")
+    # Smaller ranks are filled up to one rank in these files, so every module is read with the largest.
+    assert [(target.rank, target.alpha) for target in read.targets] == [(3, 6.0)]
+    attention = ("wq_a", "wq_b", "wkv_a_with_mqa", "wkv_b", "wo")
+    names = {f"layers.3.attention.{part}.lora_B.weight" for part in attention}
+    names |= {f"layers.3.{part}.w{i}.lora_A.weight" for part in ("shared_experts", "experts.0") for i in (1, 2, 3)}
+    assert names | {"layers.0.feed_forward.w1.lora_A.weight"} <= written.keys()
+    assert len(written) == 2 * (4 * 5 + 3 + 3 * 3 * (1 + 4))
+    np.testing.assert_array_equal(
+        written["layers.2.attention.wkv_b.lora_B.weight"][:, :2],
+        np.asarray(parameters["stacks.1.layers.0.attention.kv_b_proj.lora_b"])[1].reshape(2, -1).T,
+    )
 
 
 def test_ranks_are_filled_up_and_the_scale_goes_into_b(tmp_path: Path) -> None:

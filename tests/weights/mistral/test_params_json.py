@@ -63,9 +63,14 @@ def test_the_files_of_released_models_are_understood(tmp_path: Path, caplog: pyt
         ({"norm_eps": float("nan")}, "norm_eps: Input should be "),
         ({"n_heads": 3}, "num_heads 3 is not a multiple of num_kv_heads 2"),
         ({"moe": {"num_experts": 4}}, "moe.num_experts_per_tok: Field required"),
+        ({"moe": {"num_experts": 4, "num_experts_per_tok": 2, "capacity": 1}}, "moe.capacity: is not implemented"),
         (
             {"moe": {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1}},
-            "moe.num_shared_experts: is not implemented",
+            "moe.num_shared_experts is 1, which is supported only together with kv_lora_rank",
+        ),
+        (
+            {"moe": {"num_experts": 4, "num_experts_per_tok": 2, "num_expert_groups": 2}},
+            "moe.num_expert_groups: Input should be 1",
         ),
         ({"moe": []}, "moe: Input should be "),
         ({"sliding_window": [4, None, 4]}, "sliding_window has 3 entries; n_layers 4 has to be a multiple of that"),
@@ -73,10 +78,9 @@ def test_the_files_of_released_models_are_understood(tmp_path: Path, caplog: pyt
         ({"sliding_window": 4, "_sliding_window": 4}, "sliding_window and _sliding_window are both stated"),
         ({"sliding_window": 4, "rope_theta": None}, "rope_theta is not stated, and its default differs"),
         ({"yarn": {"factor": 2.0}}, "yarn.original_max_position_embeddings: Field required"),
-        ({"q_lora_rank": 1024}, "q_lora_rank is 1024, which is not implemented"),
         (
-            {"quantization": {"qformat_weight": "fp8_e4m3"}},
-            "quantization is {'qformat_weight': 'fp8_e4m3'}, which is not implemented",
+            {"quantization": {"qformat_weight": "int4"}},
+            "quantization.qformat_weight is 'int4'; supported: 'fp8_e4m3'",
         ),
         ({"model_type": "mamba"}, "model_type is 'mamba', which is not implemented; it has to be 'transformer'"),
         ({"use_biases": True}, "use_biases is True"),

@@ -12,7 +12,9 @@ import safetensors.numpy
 
 from moe_train import config
 from moe_train.weights import peft, texts
+from tests.random_parameters import random_parameters
 from tests.tiny import EIGHT, ONE
+from tests.weights.mistral.models import MISTRAL4
 from tests.weights.peft.adapters import BY_EXPERT, LORA, MIXTRAL, abstract, adapters, lora_of, settings_in, trained
 
 
@@ -133,3 +135,31 @@ def test_experts_trained_in_full_are_refused(tmp_path: Path) -> None:
     with jax.set_mesh(ONE), pytest.raises(ValueError, match=r"ffn.down_proj was trained in full.*--format hf --merge"):
         peft.export_adapter(trained(lora), MIXTRAL, lora, tmp_path / "out", base_model="b")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["ffn.gate_proj", "ffn.router"])
+def test_experts_and_routers_that_peft_cannot_adapt_are_refused(module: str, tmp_path: Path) -> None:
+    lora = lora_of((module, 2, 4.0), ("attention.o_proj", 2, 4.0))
+    with jax.set_mesh(ONE):
+        weights = random_parameters(MISTRAL4, lora=lora)
+        with pytest.raises(ValueError, match=rf"PEFT has no linear map for {module} of a mistral4: .* --format mistral-lora"):
+            peft.export_adapter(weights, MISTRAL4, lora, tmp_path / "out", base_model="b")
+
+
+def test_latent_attention_and_shared_experts_have_names_of_their_own(tmp_path: Path) -> None:
+    """The last name of a shared expert's matrix is that of the dense first layer's, which has no adapter."""
+    lora = lora_of(("attention.*", 2, 4.0), ("ffn.shared.*", 3, 6.0))
+    with jax.set_mesh(ONE):
+        peft.export_adapter(random_parameters(MISTRAL4, lora=lora), MISTRAL4, lora, tmp_path / "out", base_model="b")
+    settings = settings_in(tmp_path / "out")
+    shared = [f"shared_experts.{part}_proj" for part in ("down", "gate", "up")]
+    assert settings["target_modules"] == ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj", *shared]
+    assert settings["rank_pattern"] == dict.fromkeys(shared, 3)
+    read = peft.read_lora(tmp_path / "out", MISTRAL4)
+    assert {target.rank: len(target.modules) for target in read.targets} == {2: 5, 3: 3}
+    name = "base_model.model.model.layers.1.mlp.shared_experts.up_proj.lora_A.weight"
+    tensors = safetensors.numpy.load_file(tmp_path / "out/adapter_model.safetensors")
+    renamed = {n.replace("shared_experts.up_proj", "experts.up_proj") if n == name else n: x for n, x in tensors.items()}
+    safetensors.numpy.save_file(renamed, tmp_path / "out/adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"mlp\.experts\.up_proj.*: adapters of experts and routers of a mistral4 are not read"):
+        peft.read_lora(tmp_path / "out", MISTRAL4)

@@ -1,0 +1,109 @@
+"""The kinds of attention: grouped-query attention and multi-head latent attention."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from moe_train.config.section import Positive, PositiveFloat, Section
+
+
+class QueryScaling(Section):
+    """Query scaling of Llama 4: q *= 1 + beta * log(1 + floor(position / original_max_seq_len))."""
+
+    beta: PositiveFloat
+    original_max_seq_len: Positive
+
+
+def _list_as_tuple(value: object) -> object:
+    """Convert a list to a tuple, which is what the list of a file becomes."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+class GroupedQueryAttention(Section):
+    """Grouped-query attention (GQA, arXiv:2305.13245); this is the default when `name` is left out.
+
+    `windows` describes one period of layers, and layer i uses entry i modulo the period. With null a layer attends to all
+    previous positions; with a number W it attends to the last W positions, including the current one.
+    """
+
+    name: Literal["gqa"] = "gqa"
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_dim: Positive
+    windows: Annotated[tuple[Positive | None, ...], Field(min_length=1), BeforeValidator(_list_as_tuple)] = (None,)
+    query_scaling: QueryScaling | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; change either")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd, but rotary embeddings rotate pairs of dims; use an even head_dim")
+        return self
+
+
+class MultiHeadLatentAttention(Section):
+    """Multi-head latent attention (MLA, arXiv:2405.04434, section 2.1): keys and values are computed from a latent of low rank.
+
+    q_lora_rank: rank of the queries' latent; null projects queries directly. kv_lora_rank: rank of the latent of keys and
+    values. A query and a key have `qk_nope_head_dim` dims without positions, then `qk_rope_head_dim` rotary dims, and a value
+    has `v_head_dim` dims. The rotary part of the key is shared by all heads.
+
+    scale_correction: `none` divides scores by the square root of the query's dims. `mscale_squared` also multiplies them by
+    (1 + 0.1 * rope.mscale_all_dim * ln rope.factor)^2, as transformers does for files that state mscale_all_dim. Readers of
+    one model may differ in this, so it is recorded, and exports are written so that their reader computes it.
+    """
+
+    name: Literal["mla"]
+    num_heads: Positive
+    q_lora_rank: Positive | None = None
+    kv_lora_rank: Positive
+    qk_nope_head_dim: Positive
+    qk_rope_head_dim: Positive
+    v_head_dim: Positive
+    query_scaling: QueryScaling | None = None
+    scale_correction: Literal["none", "mscale_squared"] = "none"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(
+                f"qk_rope_head_dim {self.qk_rope_head_dim} is odd, but rotary embeddings rotate pairs of dims; use an even one"
+            )
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Dims of a query and of a key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def windows(self) -> tuple[None, ...]:
+        """One period of windows, as for grouped-query attention: every layer attends to all previous positions."""
+        return (None,)
+
+
+def _with_name(value: object) -> object:
+    """Name an attention section that has no name: grouped-query attention was the only kind in older configs."""
+    return {"name": "gqa", **value} if isinstance(value, dict) and "name" not in value else value
+
+
+Attention = Annotated[GroupedQueryAttention | MultiHeadLatentAttention, Field(discriminator="name"), BeforeValidator(_with_name)]
+"""The tagged union of attention kinds."""
+
+
+def require_grouped_query(attention: Attention, purpose: str) -> GroupedQueryAttention:
+    """Return the section if it is grouped-query attention.
+
+    Args:
+        attention: the section.
+        purpose: what needs it, for the message, such as "plan".
+
+    Raises:
+        ValueError: it is multi-head latent attention, which is not supported for this purpose yet.
+    """
+    if isinstance(attention, MultiHeadLatentAttention):
+        raise ValueError(f"{purpose} is not supported for multi-head latent attention (attention.name mla) yet")
+    return attention

@@ -1,0 +1,136 @@
+"""A suite: questions with known answers, how they are put to a model, and how its answers are graded. One YAML file holds one."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from moe_train.config.section import NonNegativeFloat, Positive, Section, Seed
+
+
+def _regular_expression(pattern: str) -> str:
+    """Check that a text is a regular expression of Python's `re`."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression ({error}); see Python's re") from error
+    return pattern
+
+
+class ExactGrader(Section):
+    """1 if the answer, without white space at its ends, is one of the expected answers."""
+
+    name: Literal["exact"]
+    ignore_case: bool = False
+
+
+class ContainsGrader(Section):
+    """1 if the answer contains one of the expected answers."""
+
+    name: Literal["contains"]
+    ignore_case: bool = False
+
+
+class RegexGrader(Section):
+    """1 if what `pattern` finds last in the answer is one of the expected answers.
+
+    That is the text of the pattern's first group, or of the whole match if it has no group. An answer without a match scores 0.
+    """
+
+    name: Literal["regex"]
+    pattern: Annotated[str, AfterValidator(_regular_expression)]
+
+
+class NumberGrader(Section):
+    """1 if the last number in the answer equals the last number in an expected answer, up to `tolerance` relative to the latter.
+
+    `after` names a text that the number follows, such as the `####` of GSM8K, in the answer and in the expected answer; the last
+    number of a text without it counts all the same.
+    """
+
+    name: Literal["number"]
+    tolerance: NonNegativeFloat = 0.0
+    after: str | None = None
+
+
+class JsonSchemaGrader(Section):
+    """1 if the answer is JSON that is valid against the item's `schema`, and equals its expected answer if it has one."""
+
+    name: Literal["json_schema"]
+
+
+class ChoiceGrader(Section):
+    """1 if the expected one of the item's `choices` is the likeliest continuation of the prompt.
+
+    normalization: `none` compares log-probabilities of whole choices (`acc` of lm-evaluation-harness), `characters` divides each
+    by the number of characters of its choice (`acc_norm`).
+    """
+
+    name: Literal["choice"]
+    normalization: Literal["none", "characters"] = "none"
+
+
+Grader = Annotated[
+    ExactGrader | ContainsGrader | RegexGrader | NumberGrader | JsonSchemaGrader | ChoiceGrader, Field(discriminator="name")
+]
+"""The tagged union of graders."""
+
+
+class FewShot(Section):
+    """Solved examples that come before each question: the first `count` items of a file."""
+
+    items: str
+    count: Positive
+
+
+class Prompt(Section):
+    """How a question is put to the model.
+
+    chat: whether it is a user's turn in the model's chat format, with the solved examples as earlier turns and `system` before
+    them. Otherwise it is text to continue: the solved examples and the question, each written by `template`, in which
+    `{question}` stands for the question; the answer follows it, and `separator` follows an example's answer.
+    """
+
+    chat: bool = True
+    system: str | None = None
+    few_shot: FewShot | None = None
+    template: str = "Question: {question}\nAnswer: "
+    separator: str = "\n\n"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "{question}" not in self.template:
+            raise ValueError(f"template {self.template!r} has no {{question}}, so every item would be the same; add it")
+        if self.system is not None and not self.chat:
+            raise ValueError("system is a turn of a chat, and chat is false; write it into the template, or set chat to true")
+        return self
+
+
+class Generation(Section):
+    """How answers are generated. `stop` lists texts that end an answer, in addition to the model's own end."""
+
+    max_tokens: Positive = 256
+    temperature: NonNegativeFloat = 0.0
+    seed: Seed = 0
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+
+class Suite(Section):
+    """A suite of items.
+
+    items: a file of records, relative to the folder of the suite's file. An item has a question (`question`, `prompt` or
+    `messages`), the expected answer (`answer`, `expected_output`, or a list of equally good ones), and, depending on the grader,
+    `choices` or `schema`. Further keys: `id`, `tools`, `category`, and `source`, which names what the item was made from, so that
+    items of one source are not taken for independent ones. limit: number of items to take from the start; null for all.
+    batch_size: number of items that are answered together.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    items: str
+    limit: Positive | None = None
+    prompt: Prompt = Prompt()
+    generation: Generation = Generation()
+    grader: Grader
+    batch_size: Positive = 8

@@ -1,0 +1,54 @@
+"""Prompts of items: chats and texts, solved examples before the question, and where a choice begins."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_train import config
+from moe_train.data.chat.conversation_to_tokens import render_prompt
+from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.evaluate.suites.items import Item
+from moe_train.evaluate.suites.prompts import Prompter
+
+EXAMPLE = Item("e", "examples.jsonl:1", [{"role": "user", "content": "What is it?"}], [], ("A string.",))
+ITEM = Item("1", "items.jsonl:1", [{"role": "user", "content": "What does it do?"}], [], ("adds",), ("adds", "returns"))
+
+
+def test_chat(tokenizer: HuggingFace) -> None:
+    prompter = Prompter(config.Prompt(system="Be brief."), [EXAMPLE], tokenizer, tokenizer.chat_template)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        *EXAMPLE.messages,
+        {"role": "assistant", "content": "A string."},
+        *ITEM.messages,
+    ]
+    assert prompter.tokens(ITEM) == render_prompt(messages, tokenizer.chat_template, tokenizer)
+
+
+def test_text(tokenizer: HuggingFace) -> None:
+    prompter = Prompter(config.Prompt(chat=False), [EXAMPLE], tokenizer, None)
+    text = "Question: What is it?\nAnswer: A string.\n\nQuestion: What does it do?\nAnswer: "
+    assert prompter.tokens(ITEM) == [tokenizer.bos_id, *tokenizer.encode(text)]
+
+
+def test_a_choice_takes_the_space_before_it(tokenizer: HuggingFace) -> None:
+    prompter = Prompter(config.Prompt(chat=False), [], tokenizer, None)
+    prompt, choice = prompter.continuation(ITEM, "adds")
+    assert tokenizer.decode(prompt).endswith("Answer:")
+    assert [*prompt, *choice] == [tokenizer.bos_id, *tokenizer.encode("Question: What does it do?\nAnswer: adds")]
+
+
+def test_a_choice_in_a_chat(tokenizer: HuggingFace) -> None:
+    prompter = Prompter(config.Prompt(), [], tokenizer, tokenizer.chat_template)
+    prompt, choice = prompter.continuation(ITEM, "adds")
+    assert prompt == prompter.tokens(ITEM) and choice == tokenizer.encode("adds")
+
+
+def test_what_has_no_form(tokenizer: HuggingFace) -> None:
+    system = ITEM._replace(messages=[{"role": "system", "content": "x"}, *ITEM.messages])
+    with pytest.raises(ValueError, match=r"items.jsonl:1: both the item and the suite's prompt.system"):
+        Prompter(config.Prompt(system="y"), [], tokenizer, tokenizer.chat_template).tokens(system)
+    with pytest.raises(ValueError, match=r"items.jsonl:1: the item is a conversation"):
+        Prompter(config.Prompt(chat=False), [], tokenizer, None).tokens(system)
+    with pytest.raises(ValueError, match="the choice '' has no tokens"):
+        Prompter(config.Prompt(), [], tokenizer, tokenizer.chat_template).continuation(ITEM, "")

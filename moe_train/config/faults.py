@@ -103,10 +103,11 @@ def _blamed_path(section: KeyPath, message: str, tree: dict[str, YamlValue]) -> 
         # A message names keys relative to its own section or by their full path.
         for base, prefix in ((section_tree, section), (tree, ())):
             parts = match[0].split(".")
+            value: YamlValue = base
             for part in parts:
                 # None ends the walk: the rest of a path below a missing key is missing too.
-                base = base.get(part) if isinstance(base, dict) else None
-            if base is not None and _is_key(match, base):
+                value = value.get(part) if isinstance(value, dict) else None
+            if value is not None and _is_key(match, value):
                 return (*prefix, *parts)
     return section
 

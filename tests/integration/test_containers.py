@@ -79,18 +79,17 @@ def tool_records(draw: st.DrawFn, nulls: bool) -> Record:
     return {"messages": messages, "tools": [{"type": "function", "function": function}]}
 
 
-def answers(label: bool) -> st.SearchStrategy[Record]:
+def answers(label: bool, as_messages: bool) -> st.SearchStrategy[Record]:
     """Preference pairs, or labelled answers: texts, or lists of messages with flags."""
     flags = st.fixed_dictionaries({}, optional={"weight": st.sampled_from([0, 1, 0.0, 1.0, True]), "train": st.booleans()})
-    turn = st.builds(lambda text, flag: [{"role": "assistant", "content": text, **flag}], texts(1), flags)
-    prompt = texts(1).map(lambda text: [{"role": "user", "content": text}])
+    prompt: st.SearchStrategy[Any] = texts(1)
+    answer: st.SearchStrategy[Any] = texts(1)
+    if as_messages:
+        prompt = prompt.map(lambda text: [{"role": "user", "content": text}])
+        answer = st.builds(lambda text, flag: [{"role": "assistant", "content": text, **flag}], texts(1), flags)
+    columns = {"completion": answer, "label": st.booleans()} if label else {"chosen": answer, "rejected": answer}
     beside = {"system": texts(), "tools": st.just([]), "reasoning_effort": st.sampled_from(["none", "high"])}
-    columns = {"completion": turn, "label": st.booleans()} if label else {"chosen": turn, "rejected": turn}
-    texts_in_place = {"completion": texts(1), "label": st.booleans()} if label else {"chosen": texts(1), "rejected": texts(1)}
-    return st.one_of(
-        st.fixed_dictionaries({"prompt": prompt, **columns}, optional=beside),
-        st.fixed_dictionaries({"prompt": texts(1), **texts_in_place}, optional=beside),
-    )
+    return st.fixed_dictionaries({"prompt": prompt, **columns}, optional=beside)
 
 
 SCHEMAS = st.dictionaries(KEYS, values(nulls=False), min_size=1, max_size=2)
@@ -118,8 +117,10 @@ KINDS: dict[str, tuple[config.Record, st.SearchStrategy[Record]]] = {
         config.CompletionRecord(name="completion"),
         st.fixed_dictionaries({"prompt": texts(1), "completion": texts(1)}, optional=HISTORY),
     ),
-    "pairs": (config.PreferenceRecord(name="preference"), answers(label=False)),
-    "labelled answers": (config.LabelledRecord(name="labelled"), answers(label=True)),
+    "pairs of texts": (config.PreferenceRecord(name="preference"), answers(label=False, as_messages=False)),
+    "pairs of messages": (config.PreferenceRecord(name="preference"), answers(label=False, as_messages=True)),
+    "labelled texts": (config.LabelledRecord(name="labelled"), answers(label=True, as_messages=False)),
+    "labelled messages": (config.LabelledRecord(name="labelled"), answers(label=True, as_messages=True)),
     "settings": (CHAT, st.builds(operator.or_, conversations(tools=False), st.fixed_dictionaries({}, optional=SETTINGS))),
     "chats": (CHAT, conversations(tools=False)),
     "calls with text": (CHAT, conversations(tools=True)),

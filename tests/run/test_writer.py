@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
@@ -110,3 +111,13 @@ def test_a_damaged_line_is_dropped_and_named(tmp_path, caplog, line):
     writers.Writer(tmp_path, settings, start_step=2, total_steps=6).close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     assert f"{tmp_path / 'metrics.jsonl'}:2 is dropped: not " in caplog.text
+
+
+def test_many_experts_are_two_curves_a_layer() -> None:
+    load = np.arange(2 * 128).reshape(2, 128) / 128
+    names = dict(writers._scalars({"loss": 1.0, "load": load.tolist(), "entropy": [1.0, 2.0]}, [3, 4]))
+    assert names == {
+        **{"loss": 1.0, "entropy/layer_3": 1.0, "entropy/layer_4": 2.0},
+        **{"load/layer_3/smallest": 0.0, "load/layer_3/largest": 127 / 128},
+        **{"load/layer_4/smallest": 1.0, "load/layer_4/largest": 255 / 128},
+    }

@@ -327,11 +327,12 @@ def test_a_file_cut_anywhere_is_named(tokenizer: HuggingFace, name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["a.zip", "b.zip"])
-def test_an_archive_cut_anywhere_stops_the_check_with_one_line(tokenizer: HuggingFace, name: str) -> None:
+def test_an_archive_cut_anywhere_is_one_problem(tokenizer: HuggingFace, name: str) -> None:
     content = WHOLE[name]
     assert checked(tokenizer, name, content, "whole") is not None
     for at in sorted({len(content) * k // 9 for k in range(9)} | {len(content) - 1}):
-        assert checked(tokenizer, name, content[:at], "cut") is None
+        answer = checked(tokenizer, name, content[:at], "cut")
+        assert answer is not None and answer["problem_counts"] == {"unreadable": 1} and answer["records"] == 1
 
 
 @pytest.mark.parametrize(

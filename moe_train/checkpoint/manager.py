@@ -88,7 +88,7 @@ def _silence_failed_writes() -> None:
 
     TensorStore's threads and asyncio print one for each array. The first error is raised where the save is waited for.
     """
-    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     usual_hook = sys.unraisablehook
 
     def hook(unraisable: sys.UnraisableHookArgs) -> None:

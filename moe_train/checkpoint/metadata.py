@@ -51,6 +51,8 @@ class CheckpointMetadata(NamedTuple):
     """The hash over the manifests of the training data."""
     adapter: WeightOrigin | None = None
     """The origin of the initial adapters; None if they were newly initialized."""
+    tokenizer: str | None = None
+    """Identity of the tokenizer: a sha256 over its files."""
     guard: JsonObject | None = None
     """State of the spike guard (`train.spike_guard.guard_to_json`); None without one."""
 

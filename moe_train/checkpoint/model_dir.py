@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.checkpoint.identity import check_base
-from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin
+from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, survey
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
@@ -99,6 +99,8 @@ def open_model(directory: str | Path) -> OpenedModel:
         )
     model = run.model if run else read_model(directory)
     tokenizer = load_tokenizer(find_tokenizer_config(directory))
+    if run:
+        _check_tokenizer(directory, run, tokenizer)
     check_vocab(tokenizer, model.vocab_size)
     chat_template = None
     if run and isinstance(run.data, config.RunData):
@@ -137,6 +139,21 @@ def find_tokenizer_config(directory: str | Path) -> config.Tokenizer:
     raise FileNotFoundError(
         f"{directory} has no tokenizer.json, tekken.json or tokenizer.model; copy the model's own there, or name it in "
         "data.tokenizer for training"
+    )
+
+
+def _check_tokenizer(directory: str | Path, run: config.Run, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if the tokenizer that belongs to a run has changed since its checkpoint was saved."""
+    step = named_step(directory)
+    readable = survey(run_folder(directory)).readable
+    saved = readable.get(step) if step is not None else next(iter(readable.values()), None)
+    # Earlier versions recorded no identity.
+    if saved is None or saved.about.tokenizer in (None, tokenizer.identity):
+        return
+    original = run.data.tokenizer.path if isinstance(run.data, config.RunData) else "its original folder"
+    raise ValueError(
+        f"{tokenizer.files[0].parent} is not the tokenizer that {directory} was trained with: its files have changed; copy them "
+        f"again from {original}, or remove {run_folder(directory) / TOKENIZER_FOLDER} to use that"
     )
 
 

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal, NoReturn, cast
 
 import typer
 
@@ -197,16 +197,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Of several processes, this one ends here: it must not wait for the others at JAX's exit barrier.
             processes.exit_process(code)
         if is_program and code in (processes.UNFINISHED, INTERRUPTED, TERMINATED):
-            # Past the interpreter's own end: a signal may have come inside XLA, whose threads still run and would crash there.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            _leave(code)
         raise
     except Exception as error:
         code = _report(error, debug)
         # Of several processes, this one ends here: it must not wait for the others at JAX's exit barrier.
         processes.exit_process(code)
+        if is_program:
+            _leave(code)
         sys.exit(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process past the interpreter's own end.
+
+    After a signal threads of XLA may still run, and crash there. After a full disk libraries try to write once more, and print
+    tracebacks that hide the one line of the error.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _print_usage_error(error: typer.BadParameter) -> None:

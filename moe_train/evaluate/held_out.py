@@ -30,7 +30,7 @@ def evaluate_held_out(
     mesh: Mesh,
     batches: int | None = None,
     drift: Drift | None = None,
-    is_stopped: Callable[[], bool] = lambda: False,
+    is_stopped: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Compute the objective's metrics on held-out batches.
 
@@ -42,7 +42,7 @@ def evaluate_held_out(
         mesh: The device mesh.
         batches: Number of batches to use; None for all.
         drift: How to compare the routing with that of the base model, on the first `drift.batches` batches; None to skip it.
-        is_stopped: Asked before each batch whether to stop; all processes must get the same answer.
+        is_stopped: Asked before each batch whether to stop; all processes must get the same answer. None never to stop.
 
     Returns:
         The metrics: `loss` and those that the objective names. With `drift` also `routing_drift[l]`, the share of layer l's
@@ -68,7 +68,7 @@ def evaluate_held_out(
     totals: dict[str, Metric] | None = None
     in_progress = dispatch(0)  # a loader has at least one row
     for i in range(1, num_batches):
-        if is_stopped():
+        if is_stopped is not None and is_stopped():
             raise EvaluationStopped
         # The next batch is dispatched before the previous one is read, so that the device stays busy.
         dispatched = dispatch(i)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,14 @@ import jax
 from moe_train import config
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER
 from moe_train.config import yaml_file
+from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import new_directory, write_text
 from moe_train.run.inputs import RunInputs
 from moe_train.weights.texts import Texts, write_texts
 from moe_train.weights.together import require_shared
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -64,13 +68,29 @@ class RunFolder:
 
 
 def _keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Copy the tokenizer's files into `folder`, so that the run can be moved and exported even if the original files disappear."""
+    """Copy the tokenizer's files into `folder`, so that the run can be moved and exported even if the original files disappear.
+
+    A copy that is not the tokenizer, such as a damaged one, is renamed and replaced, with a warning.
+    """
+    if folder.exists() and not _is_copy(folder, tokenizer):
+        renamed = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(renamed, ignore_errors=True)
+        folder.rename(renamed)
+        log.warning("%s is not the tokenizer of this run; it was renamed to %s, and copied again", folder, renamed.name)
     if not folder.exists():
         with new_directory(folder) as unfinished:
             write_texts(unfinished, Texts(tokenizer))
             generation_config = tokenizer.files[0].parent / "generation_config.json"
             if generation_config.is_file():  # it names the tokens that end a generation
                 shutil.copyfile(generation_config, unfinished / generation_config.name)
+
+
+def _is_copy(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Return whether a folder holds the files of a tokenizer."""
+    try:
+        return load_tokenizer(tokenizer_at(folder)).identity == tokenizer.identity
+    except (OSError, ValueError):  # whatever is damaged, the copy is made again
+        return False
 
 
 @contextlib.contextmanager

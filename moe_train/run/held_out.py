@@ -43,7 +43,7 @@ class HeldOutLoss:
         is_step = step % self._run.evaluation.every_steps == 0 or step == self._total_steps
         return self._loader is not None and is_step
 
-    def measure(self, step: int, state: TrainState, is_stopped: Callable[[], bool] = lambda: False) -> float | None:
+    def measure(self, step: int, state: TrainState, is_stopped: Callable[[], bool] | None = None) -> float | None:
         """Measure the held-out loss after `step`, write its metrics and return it.
 
         Returns None without held-out data, or if `is_stopped`, which is asked before each batch, says so in all processes.

@@ -230,7 +230,8 @@ def _steps_from_newest(
             roll_back_after_spike()
             loss = None
             if evaluates:
-                loss = held_out.measure(step, state, StopVotes(stop_request, mesh))
+                # The last evaluation is always finished: no later start would make up for it.
+                loss = held_out.measure(step, state, None if step == total_steps else StopVotes(stop_request, mesh))
                 votes = votes.combined_with(Votes(stop=held_out.was_stopped))
             yield from writer.new_records()
             saves |= votes.stop or votes.save or saving.is_best(loss)

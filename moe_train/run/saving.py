@@ -95,6 +95,7 @@ class Saving:
             base=self._begin.base,
             manifest=loader.manifest_hash,
             adapter=self._begin.adapter,
+            tokenizer=self._inputs.tokenizer.identity,
             guard=None if state.guard is None else guard_to_json(state.guard),
         )
         manager.save(self._checkpoints, step, state, about, held_out_loss)

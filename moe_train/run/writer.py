@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import os
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -62,13 +64,15 @@ class Writer:
         self._sparse_layers = sparse_layers
         if not write:
             return
-        self._file = _open_lines(run_dir / "metrics.jsonl", start_step)
+        self._path = run_dir / "metrics.jsonl"
+        self._file = _open_lines(self._path, start_step)
         self._events: Any = None
         if settings.tensorboard:
             from tensorboardX import SummaryWriter
 
             logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # the loop already reports non-finite values
             # Events past the checkpoint are dropped, like the lines of metrics.jsonl.
+            _report_failed_events()
             self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
         self._console = Console(stderr=True, highlight=False)
         self._total = total_steps
@@ -133,10 +137,14 @@ class Writer:
         self._new_records.append(record)
         if not self._write:
             return
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        # At once, so that a reader sees each step, and a killed process loses none.
-        self._file.flush()
-        if self._events is not None:
+        try:
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            # At once, so that a reader sees each step, and a killed process loses none.
+            self._file.flush()
+        except OSError as error:
+            # Python names no file in errors of an open one.
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if self._events is not None and not _events_failed.is_set():
             for name, value in _scalars(metrics, self._sparse_layers):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
@@ -154,11 +162,34 @@ class Writer:
             return
         if self._bar is not None:
             self._bar.stop()
-        if self._events is not None:
-            self._events.close()
+        if self._events is not None and not _events_failed.is_set():
+            try:
+                self._events.close()
+            except OSError as error:  # the training itself has succeeded
+                log.warning("the last TensorBoard events could not be written: %s", error)
         # So that the last lines survive a machine that is shut down right after the run.
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+_events_failed = threading.Event()
+"""Set when TensorBoard's thread could not write."""
+
+
+@functools.cache
+def _report_failed_events() -> None:
+    """Print one line instead of a traceback if TensorBoard's thread cannot write, as on a full disk; training continues."""
+    usual_hook = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        """Report an exception that ended a thread."""
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboardX.")):
+            usual_hook(failure)
+        elif not _events_failed.is_set():
+            _events_failed.set()
+            log.warning("TensorBoard events are no longer written: %s", failure.exc_value)
+
+    threading.excepthook = hook
 
 
 def _replace_non_finite(metrics: Any) -> Any:

@@ -11,7 +11,7 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,27 +30,33 @@ class Trial(NamedTuple):
     run: Callable[[Workplace, random.Random], str]
 
 
-def all_trials(num_kills: int) -> Iterator[Trial]:
-    """Yield every trial of a campaign: one of each kind in turn, so that a campaign that is stopped has tried all kinds."""
+def all_trials(num_kills: int, per_kind: int | None = None) -> Iterator[Trial]:
+    """Yield the trials of a campaign: one of each kind in turn, so that a campaign that is stopped has tried all kinds.
+
+    Args:
+        num_kills: number of SIGKILLs.
+        per_kind: number of trials of each other kind; None for all.
+    """
     by_kind: dict[str, list[Trial]] = {}
-    for name, count in kills.trials(num_kills):
-        run_kills = partial(kills.kill_and_resume, count)
-        by_kind.setdefault(kills.KIND, []).append(Trial(kills.KIND, name, count, run_kills))
     for module in (signals, jobs, disks, outputs, damage):
         for kind, name, run in module.trials():
             by_kind.setdefault(kind, []).append(Trial(kind, name, 1, run))
-    for trials in itertools.zip_longest(*by_kind.values()):
-        yield from (trial for trial in trials if trial is not None)
+    for kind, trials in by_kind.items():
+        by_kind[kind] = trials[:per_kind]
+    for name, count in kills.trials(num_kills):
+        by_kind.setdefault(kills.KIND, []).append(Trial(kills.KIND, name, count, partial(kills.kill_and_resume, count)))
+    for turn in itertools.zip_longest(*by_kind.values()):
+        yield from (trial for trial in turn if trial is not None)
 
 
 def run_campaign(
-    folder: Path, num_kills: int, seed: int, only: str = "", seconds: float = float("inf"), retry: bool = False
+    folder: Path, trials: Iterable[Trial], seed: int = 0, only: str = "", seconds: float = float("inf"), retry: bool = False
 ) -> Ledger:
     """Run the trials that were not made before, until the time is over.
 
     Args:
         folder: state and data of the campaign.
-        num_kills: number of SIGKILLs.
+        trials: what to try.
         seed: decides the moments and bytes; each trial draws its own numbers, whatever was tried before it.
         only: a word that the kinds or names of the trials to run must contain.
         seconds: no trial is started after this time.
@@ -61,7 +67,7 @@ def run_campaign(
     if retry:
         ledger.forget_lost()
     start = time.monotonic()
-    for trial in all_trials(num_kills):
+    for trial in trials:
         if only not in f"{trial.kind} {trial.name}" or ledger.has(trial.kind, trial.name):
             continue
         if time.monotonic() - start > seconds:
@@ -83,13 +89,15 @@ def main() -> None:
     """Read the arguments, run the campaign and print its table."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
     parser.add_argument("--kills", type=int, default=30, help="number of SIGKILLs (default 30)")
+    parser.add_argument("--per-kind", type=int, help="number of trials of each other kind (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--state", type=Path, default=ROOT / ".cache" / "campaign", help="folder to keep and continue from")
     parser.add_argument("--only", default="", help="run only trials whose kind or name contains this")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no trial after this time")
     parser.add_argument("--retry", action="store_true", help="try again what was not survived before")
     arguments = parser.parse_args()
-    ledger = run_campaign(arguments.state, arguments.kills, arguments.seed, arguments.only, 60 * arguments.minutes, arguments.retry)
+    trials = all_trials(arguments.kills, arguments.per_kind)
+    ledger = run_campaign(arguments.state, trials, arguments.seed, arguments.only, 60 * arguments.minutes, arguments.retry)
     print(ledger.table())
     for result in ledger.lost():
         print(f"{result.kind}: {result.name}: {result.detail}")

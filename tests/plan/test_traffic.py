@@ -30,8 +30,9 @@ def modelled(run: config.Run) -> list[Flow]:
         pytest.param(("mesh.fsdp=2", "mesh.expert=4"), marks=pytest.mark.slow),
         pytest.param(("mesh.fsdp=1", "mesh.expert=2", "mesh.context=2", "mesh.tensor=2"), marks=pytest.mark.slow),
         pytest.param(("mesh.fsdp=2", "mesh.expert=1", "mesh.context=4"), marks=pytest.mark.slow),
+        pytest.param(("mesh.fsdp=2", "mesh.expert=4", "train.microbatches=2", "loss.balance_over=step"), marks=pytest.mark.slow),
     ],
-    ids=["data", "expert", "context and tensor", "context"],
+    ids=["data", "expert", "context and tensor", "context", "balance over the step"],
 )
 def test_bytes_are_those_of_the_compiled_program(mesh: tuple[str, ...]) -> None:
     run = pretrain_run(*SMALL, *mesh)
@@ -71,6 +72,16 @@ def test_microbatches_gather_weights_again_and_sum_over_replicas_once() -> None:
     )
     assert four["expert weights", "all-gather", "fsdp"] == 2 * one["expert weights", "all-gather", "fsdp"]
     assert four["gradients", "all-reduce", "data"] == one["gradients", "all-reduce", "data"]
+
+
+def test_balance_over_the_step_gathers_weights_for_one_more_forward_pass() -> None:
+    common = (*SMALL, "mesh.fsdp=2", "mesh.expert=4", "train.microbatches=2")
+    each, step = (
+        {(f.what, f.kind, f.axis): f.bytes for f in modelled(pretrain_run(*common, f"loss.balance_over={over}"))}
+        for over in ("microbatch", "step")
+    )
+    gathered, scattered = ("expert weights", "all-gather", "fsdp"), ("expert weights", "reduce-scatter", "fsdp")
+    assert step[gathered] == 1.5 * each[gathered] and step[scattered] == each[scattered]
 
 
 def test_the_transport_is_the_one_that_the_model_chooses() -> None:

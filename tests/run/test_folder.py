@@ -9,6 +9,7 @@ import pytest
 
 from moe_train.checkpoint import model_dir
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
+from moe_train.run import folder
 from moe_train.run.folder import RunFolder, only_one
 
 
@@ -25,6 +26,25 @@ def test_a_run_has_its_tokenizer(finished, text, tmp_path):
     opened = model_dir.open_model(moved)
     assert opened.tokenizer.files[0] == moved / "tokenizer" / "tokenizer.json"
     assert opened.tokenizer.identity == load_tokenizer(tokenizer_at(text / "tokenizer")).identity
+
+
+def test_a_changed_tokenizer_of_a_run_is_refused_and_copied_again(finished, text, tmp_path, caplog):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved, ignore=shutil.ignore_patterns("[23]"))
+    file = moved / "tokenizer" / "tokenizer_config.json"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"bos_token", b"bor_token"))
+    with pytest.raises(
+        ValueError, match=r"moved/tokenizer is not the tokenizer that .*moved was trained with"
+    ):
+        model_dir.open_model(moved)
+    original = load_tokenizer(tokenizer_at(text / "tokenizer"))
+    folder._keep_tokenizer(moved / "tokenizer", original)
+    assert "it was renamed to damaged-tokenizer, and copied again" in caplog.text and file.read_bytes() == content
+    assert model_dir.open_model(moved).tokenizer.identity == original.identity
+    caplog.clear()
+    folder._keep_tokenizer(moved / "tokenizer", original)
+    assert not caplog.text
 
 
 def test_a_folder_that_is_a_file_or_in_use_is_refused(tmp_path: Path) -> None:

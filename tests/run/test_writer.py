@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -121,3 +122,29 @@ def test_many_experts_are_two_curves_a_layer() -> None:
         **{"load/layer_3/smallest": 0.0, "load/layer_3/largest": 127 / 128},
         **{"load/layer_4/smallest": 1.0, "load/layer_4/largest": 255 / 128},
     }
+
+
+def test_a_full_disk_is_named_with_its_file(tmp_path):
+    writer = writers.Writer(tmp_path, config.Metrics(tensorboard=False), start_step=0, total_steps=4)
+    writer._file.close()
+    writer._file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        writer.train(1, FIGURES)
+    writer._file = open("/dev/null", "w", encoding="utf-8")  # noqa: SIM115
+
+
+def test_events_that_cannot_be_written_are_one_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(writers, "_events_failed", threading.Event())
+    writer = writers.Writer(tmp_path, config.Metrics(), start_step=0, total_steps=4)
+    event_writer = writer._events.file_writer.event_writer
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(event_writer._ev_writer, "write_event", fail)
+    for step in (1, 2):
+        writer.train(step, FIGURES)
+        event_writer._worker.join(5)
+    writer.close()
+    assert caplog.text.count("TensorBoard events are no longer written: [Errno 28] No space left on device") == 1
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]

@@ -34,7 +34,10 @@ from tests.config.tiny import DENSE, SIGMOID, config_with, refusal
         ),
         ({"model.ffn.dense_layers": {"count": 2, "ffn_dim": 8}}, "ffn.dense_layers.count 2 leaves no sparse layer of num_layers 2"),
         ({"model.ffn.dense_layers": {"count": 0, "ffn_dim": 8}}, "greater than or equal to 1"),
-        ({"model.ffn.router": {"name": "softmax", "scale": 2.0}}, "model has a softmax router with a scale, which no file format"),
+        (
+            {"model.ffn.router": {"name": "softmax", "scale": 2.0}},
+            "model has a softmax router with a scale (ffn.router.scale), which no file format",
+        ),
         ({"model.ffn.router": {**SIGMOID, "groups_per_token": 2}}, "groups_per_token 2 exceeds num_groups 1"),
         ({"model.ffn.router": {**SIGMOID, "num_groups": 3}}, "router.num_groups 3 does not divide num_experts 4 into groups"),
         ({"model.ffn.router": {**SIGMOID, "num_groups": 2, "groups_per_token": 2}}, "so it limits nothing; leave both out"),

@@ -138,8 +138,8 @@ def test_experts_and_whole_modules_that_cannot_be_meant(targets: Any, train: Any
 
 
 def test_modules_of_latent_attention_and_shared_experts() -> None:
-    targets = (config.LoraTarget(modules=("attention.*", "ffn.shared.*", "ffn.*_proj"), rank=2, alpha=4.0),)
-    with jax.set_mesh(EIGHT):
+    targets = (config.LoraTarget(modules=("attention.*", "ffn.*_proj"), rank=2, alpha=4.0),)
+    with jax.set_mesh(ONE):
         lora = config.Lora(targets=targets, train=("*_norm",), quantize=config.Int8(name="int8", block_size=2))
         arrays = parameters(jax.eval_shape(lambda: init_model(0, MISTRAL4, config.Compute(param_dtype="bfloat16"), lora)))[1]
     adapted = {ParameterPath.parse(path).module for path in arrays if path.endswith(".lora_a")}

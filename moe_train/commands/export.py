@@ -36,7 +36,6 @@ from moe_train.weights.mistral import lora as mistral_lora
 from moe_train.weights.on_disk import FloatDtype
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES
 from moe_train.weights.texts import Texts
-from moe_train.weights.wrappers.carry import Wrapping
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ def export(
         match layout:
             case "hf" | "mistral" | "gguf":
                 lost = left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
-                wrapping, mmproj, of_base = _of_multimodal_base(opened, loaded, layout, options.text_only)
+                wrapping, mmproj, of_base = multimodal_base.parts_of_export(opened, loaded.about, layout, options.text_only)
                 write_options = write_and_prove.WriteOptions(
                     dtype=dtype,
                     layout=layout,
@@ -162,42 +161,6 @@ def export(
             command += f" --mmproj {shlex.quote(str(Path(out_dir) / mmproj_name))}"
         record["serve"] = command
     return record
-
-
-class _OfMultimodalBase(NamedTuple):
-    """What a whole model has of a multimodal base besides the text model; all empty for a text model."""
-
-    wrapping: Wrapping | None
-    mmproj: Path | None
-    about: JsonObject
-    """Entries of the record."""
-
-
-def _of_multimodal_base(
-    opened: OpenedModel, loaded: LoadedWeights, layout: expected.ModelLayout, text_only: bool
-) -> _OfMultimodalBase:
-    """Return what is carried of the multimodal model that a run started from, or of the model itself, and say it in a line."""
-    source = opened.directory
-    if layout == "gguf":
-        if text_only:
-            raise ValueError("--text-only has no effect with --format gguf, which always has the text model alone; leave it out")
-        mmproj = multimodal_base.find_mmproj(source, _trains_embeddings(opened))
-        return _OfMultimodalBase(None, mmproj.file, mmproj.to_json())
-    text = multimodal_base.TextOfExport(opened.model, opened.tokenizer, opened.chat_template)
-    wrapping = multimodal_base.find_wrapping(source, layout, text, loaded.about, text_only)
-    lost: JsonObject = {}
-    if text_only:
-        lost = left_out.report_left_out(source, "--text-only exports the text model alone")
-    return _OfMultimodalBase(wrapping, None, lost)
-
-
-def _trains_embeddings(opened: OpenedModel) -> bool:
-    """Return whether the embeddings of an export may differ from those of the files that training started from."""
-    if opened.run is None:
-        return False
-    if opened.lora is None:
-        return True
-    return ParameterPath.parse("embed.weight").is_trained(opened.lora) or bool(opened.lora.targets_of("embed"))
 
 
 def _origin_of(opened: OpenedModel, loaded: LoadedWeights) -> _Origin:

@@ -11,9 +11,13 @@ from typing import NamedTuple
 from moe_train import config
 from moe_train.checkpoint.initial_files import carried_of, first_files, first_path
 from moe_train.checkpoint.metadata import CheckpointMetadata
+from moe_train.checkpoint.model_dir import OpenedModel
 from moe_train.checkpoint.runs import is_run, read_run
+from moe_train.commands.left_out import report_left_out
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject
+from moe_train.model.paths import ParameterPath
+from moe_train.proof import expected
 from moe_train.weights import external, gguf
 from moe_train.weights.on_disk import Carried
 from moe_train.weights.wrappers.carry import Wrapping, WrappingLayout, carry
@@ -27,6 +31,53 @@ class TextOfExport(NamedTuple):
     model: config.Model
     tokenizer: Tokenizer | None
     chat_template: str | None
+
+
+class PartsOfExport(NamedTuple):
+    """What a whole model has of a multimodal base besides the text model; all empty for a text model."""
+
+    wrapping: Wrapping | None
+    mmproj: Path | None
+    """llama.cpp's file of the tower, to be copied."""
+    about: JsonObject
+    """Entries of the record."""
+
+
+def parts_of_export(
+    opened: OpenedModel, about: CheckpointMetadata | None, layout: expected.ModelLayout, text_only: bool
+) -> PartsOfExport:
+    """Return what an export carries of the multimodal model that a run started from, or of the model itself; says so in a line.
+
+    Args:
+        opened: the run or the model.
+        about: metadata of the run's checkpoint; None for an external model.
+        layout: layout of the export.
+        text_only: whether the text model is exported alone.
+
+    Raises:
+        ValueError, FileNotFoundError: see `find_wrapping`.
+    """
+    source = opened.directory
+    if layout == "gguf":
+        if text_only:
+            raise ValueError("--text-only has no effect with --format gguf, which always has the text model alone; leave it out")
+        mmproj = find_mmproj(source, _trains_embeddings(opened))
+        return PartsOfExport(None, mmproj.file, mmproj.to_json())
+    text = TextOfExport(opened.model, opened.tokenizer, opened.chat_template)
+    wrapping = find_wrapping(source, layout, text, about, text_only)
+    lost: JsonObject = {}
+    if text_only:
+        lost = report_left_out(source, "--text-only exports the text model alone")
+    return PartsOfExport(wrapping, None, lost)
+
+
+def _trains_embeddings(opened: OpenedModel) -> bool:
+    """Return whether the embeddings of an export may differ from those of the files that training started from."""
+    if opened.run is None:
+        return False
+    if opened.lora is None:
+        return True
+    return ParameterPath.parse("embed.weight").is_trained(opened.lora) or bool(opened.lora.targets_of("embed"))
 
 
 def find_wrapping(

@@ -187,6 +187,8 @@ def test_logits_with_an_image_survive_every_layout(kind: str, text: str, tmp_pat
     export(tmp_path / "base", tmp_path / "native", "mistral", options=tensors)
     export(tmp_path / "native", tmp_path / "again", options=tensors)
     assert np.array_equal(logits_with_inputs(kind, read_wrapper(kind, tmp_path / "again")), before)
+    if text == "mistral4":  # its experts are one tensor in files, of which FP8 is refused
+        return
     export(tmp_path / "base", tmp_path / "fp8", options=ExportOptions(depth="tensors", dtype="fp8"))
     quantized = class_of(kind).from_pretrained(tmp_path / "fp8", dtype="bfloat16", attn_implementation="eager").float().eval()
     tower = dict(judge.model.vision_tower.named_parameters())

@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "checkpoint": ("config", "machine", "model", "data", "train", "weights"),
     "proof": ("config", "machine", "model", "data", "train", "weights"),
     # The second reader of an export shares no code with the writer.
-    "proof.expected": ("config", "proof.expected_latent", "proof.expected_tensor"),
+    "proof.expected": ("config", "proof.expected_hugging_face", "proof.expected_latent", "proof.expected_tensor"),
+    "proof.expected_hugging_face": ("config", "proof.expected_tensor"),
     "proof.expected_latent": ("config", "proof.expected_tensor"),
     "proof.expected_tensor": ("config",),
     "proof.softmax_scale": ("config", "proof.checks", "proof.expected", "proof.reread"),

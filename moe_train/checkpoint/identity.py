@@ -20,15 +20,20 @@ def base_origin(directory: str | Path) -> WeightOrigin:
         FileNotFoundError: If a run has no checkpoint.
     """
     if not is_run(directory):
-        return WeightOrigin(str(directory), None, external.hash_external_model(directory))
+        hashes = external.hash_external_model(directory)
+        return WeightOrigin(str(directory), None, hashes, external.hash_carried(directory))
     step = named_step(directory)
     directory = run_folder(directory)
+    readable = survey(directory).readable
     if step is None:
         # The survey lists the newest first.
-        step = next(iter(survey(directory).readable), None)
+        step = next(iter(readable), None)
     if step is None:
         raise FileNotFoundError(f"{directory} has no checkpoint; train it first, or name a model")
-    return WeightOrigin(str(directory), step, _file_hashes(Path(directory) / CHECKPOINTS_FOLDER / str(step) / "params"))
+    # A run has no tower of its own: it carries that of the files which it started from.
+    base_of_run = readable[step].about.base if step in readable else None
+    carried = {} if base_of_run is None else base_of_run.carried
+    return WeightOrigin(str(directory), step, _file_hashes(Path(directory) / CHECKPOINTS_FOLDER / str(step) / "params"), carried)
 
 
 def adapter_origin(source: str | Path) -> WeightOrigin:

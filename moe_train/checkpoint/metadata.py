@@ -10,7 +10,9 @@ import hashlib
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from moe_train.machine.agreement import exchange
@@ -30,6 +32,8 @@ class WeightOrigin(NamedTuple):
     """Step of the run's checkpoint; None for an external model."""
     hashes: dict[str, str]
     """The sha256 of each tensor, or of each file of the checkpoint's weights."""
+    carried: Mapping[str, str] = MappingProxyType({})
+    """The sha256 of each tensor of a multimodal base's tower and projector, which exports carry; empty for a text model."""
 
 
 class CheckpointMetadata(NamedTuple):
@@ -83,7 +87,7 @@ def about_json(about: CheckpointMetadata, sums: dict[str, list[int]], held_out_l
     for key in ("base", "adapter"):
         if metadata[key] is not None:
             # JSON would store a named tuple as a list without its field names.
-            metadata[key] = metadata[key]._asdict()
+            metadata[key] = {**metadata[key]._asdict(), "carried": dict(metadata[key].carried)}
     content = {"about": metadata, "sums": sums, "held_out_loss": held_out_loss}
     return {**content, "sha256": _digest(content)}
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, OutDir, help_examples
+from moe_train.cli.arguments import AsJson, OutDir, TextOnly, help_examples
 from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line, stdout_console
 
 adapter_commands = typer.Typer(name="adapters", help="Compare, merge and scale adapters.", no_args_is_help=True)
@@ -65,6 +65,7 @@ def merge_command(
         Literal["float32", "bfloat16", "float16", "fp8"] | None,
         typer.Option(help="Dtype of the written weights. Default: that of the base's files, dequantized."),
     ] = None,
+    text_only: TextOnly = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model, write the result in Hugging Face format, and verify it."""
@@ -73,7 +74,7 @@ def merge_command(
 
     use_compile_cache()
     with progress_line("merging"):
-        record = merge_into(base, adapter, out_dir, dtype)
+        record = merge_into(base, adapter, out_dir, dtype, text_only)
     if as_json:
         print_json({"directory": str(out_dir), "checks": record["checks"]})
     else:

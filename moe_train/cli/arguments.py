@@ -31,6 +31,9 @@ ProofDepth = Annotated[
 ChatTemplate = Annotated[
     str | None, typer.Option(help="Jinja file with a chat template, or chatml for the packaged one. Default: the tokenizer's own.")
 ]
+TextOnly = Annotated[
+    bool, typer.Option("--text-only", help="Leave out the vision or audio tower of a multimodal base, which is carried otherwise.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ChatTemplate, ModelDir, OutDir, ProofDepth, help_examples
+from moe_train.cli.arguments import AsJson, ChatTemplate, ModelDir, OutDir, ProofDepth, TextOnly, help_examples
 from moe_train.cli.terminal import print_checks, print_json, print_mapping, print_table, progress_line
 
 model_commands = typer.Typer()
@@ -139,6 +139,7 @@ def export_command(
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Maximum size of one file of weights, such as 5GB or 500MiB.")
     ] = None,
+    text_only: TextOnly = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run or a model as files that other tools load, and verify them.
@@ -150,7 +151,7 @@ def export_command(
 
     use_compile_cache()
     layout = layout or ("gguf" if server == "llama.cpp" else "hf")
-    options = ExportOptions(dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size)
+    options = ExportOptions(dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size, text_only=text_only)
     with progress_line("exporting"):
         record = export(source, out_dir, layout, merge, options)
     serve_command = record.get("serve")

@@ -20,7 +20,7 @@ from rich.text import Text
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
 from moe_train.checkpoint.manager import WeightOrigin
-from moe_train.commands import left_out, write_and_prove
+from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import warn_of_another_base
 from moe_train.machine.files import JsonObject, new_directory, read_object, refuse_existing
 from moe_train.machine.mesh import make_mesh
@@ -226,7 +226,9 @@ def _norm_of_product(factors: list[tuple[np.ndarray, np.ndarray] | None]) -> flo
 # --- merge and scale -----------------------------------------------------------------------------------------------
 
 
-def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype: FileDtype | None = None) -> JsonObject:
+def merge_into(
+    base: str | Path, source: str | Path, out_dir: str | Path, dtype: FileDtype | None = None, text_only: bool = False
+) -> JsonObject:
     """Merge the adapters of `source` into the base model, write it in Hugging Face format, and verify it.
 
     Args:
@@ -234,6 +236,7 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
         source: a run or an external adapter.
         out_dir: the folder to write; it must be empty or not exist yet.
         dtype: dtype of the files; None for the dtype of the base's files.
+        text_only: whether the text model of a multimodal base is written alone, without the tower and projector.
 
     Returns:
         The record of the verification.
@@ -249,7 +252,11 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
     with jax.set_mesh(opened.mesh):
         lora, weights = base_and_adapter(base, source, opened.model, dtype)
         # Warnings come after the files have been read, so that an error is alone.
-        lost = left_out.report_left_out(base) | left_out.report_rounding(base, (dtype, dtype))
+        lost = left_out.report_rounding(base, (dtype, dtype))
+        text = multimodal_base.TextOfExport(opened.model, opened.tokenizer, opened.chat_template)
+        wrapping = multimodal_base.find_wrapping(base, "hf", text, None, text_only)
+        if text_only:
+            lost |= left_out.report_left_out(base, "--text-only writes the text model alone")
         warn_of_another_base(base, source)
         options = write_and_prove.WriteOptions(
             dtype=dtype,
@@ -257,6 +264,8 @@ def merge_into(base: str | Path, source: str | Path, out_dir: str | Path, dtype:
             merge=True,
             texts=texts.Texts(opened.tokenizer, opened.chat_template),
             about={"source": str(base), "adapter": str(source), **lost},
+            wrapping=wrapping,
+            base=left_out.fp8_base(base),
         )
         return write_and_prove.export_model(weights, opened.model, out_dir, options)
 

@@ -19,7 +19,7 @@ from moe_train.evaluate.intervals import mean_interval, rate_interval
 from moe_train.evaluate.paired_comparison import Comparison, Requirement, compare, parse_requirement, verdicts
 from moe_train.evaluate.suites.answer import Answer, LoadedModel, answer_items
 from moe_train.evaluate.suites.grade import check_item
-from moe_train.evaluate.suites.items import Item, read_items
+from moe_train.evaluate.suites.items import SuiteItem, read_items
 from moe_train.evaluate.suites.prompts import Prompter
 from moe_train.machine.files import JsonObject, write_text
 
@@ -28,8 +28,8 @@ class LoadedSuite(NamedTuple):
     """A suite with its items."""
 
     suite: config.Suite
-    items: list[Item]
-    examples: list[Item]
+    items: list[SuiteItem]
+    examples: list[SuiteItem]
     """Solved examples that come before each question."""
 
 
@@ -99,7 +99,7 @@ def load_suite(file: Path) -> LoadedSuite:
     items = read_items(file.parent / suite.items, suite.limit)
     for item in items:
         check_item(item, suite.grader)
-    examples: list[Item] = []
+    examples: list[SuiteItem] = []
     few_shot = suite.prompt.few_shot
     if few_shot is not None:
         examples = read_items(file.parent / few_shot.items, few_shot.count)

@@ -15,9 +15,10 @@ from typing import Literal, NamedTuple, get_args
 import jax
 
 from moe_train import config
+from moe_train.checkpoint.initial_files import first_files
 from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run, run_folder, saved_config
-from moe_train.commands import left_out, write_and_prove
+from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
 from moe_train.config import yaml_file
 from moe_train.data.records.conversation import normalise, trainable
@@ -35,6 +36,7 @@ from moe_train.weights.mistral import lora as mistral_lora
 from moe_train.weights.on_disk import FloatDtype
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES
 from moe_train.weights.texts import Texts
+from moe_train.weights.wrappers.carry import Wrapping
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,8 @@ class ExportOptions:
     """The server that will read the files; the record then has `serve`, the command that starts it."""
     max_shard_size: str | None = None
     """Size limit of a file of weights, such as 5GB or 500MiB; None for the default."""
+    text_only: bool = False
+    """Whether the text model of a multimodal base is exported alone, without the tower and projector."""
 
 
 class _Origin(NamedTuple):
@@ -114,6 +118,9 @@ def export(
     if options.max_shard_size is not None:
         shard_bytes = _parse_size(options.max_shard_size)
     opened = unquantized_model(open_model(source))
+    files = first_files(source)
+    if files is not None and (chosen := external.describe_choice(files)):
+        log.info("%s", chosen)
     _check_source(opened, layout, merge)
     command = _serve_command(options.server, layout, opened, out_dir)
     run = opened.run
@@ -129,7 +136,8 @@ def export(
         origin = _origin_of(opened, loaded)
         match layout:
             case "hf" | "mistral" | "gguf":
-                lost = left_out.report_left_out(source) | left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
+                lost = left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
+                wrapping, mmproj, of_base = _of_multimodal_base(opened, loaded, layout, options.text_only)
                 write_options = write_and_prove.WriteOptions(
                     dtype=dtype,
                     layout=layout,
@@ -139,15 +147,57 @@ def export(
                     max_shard_bytes=shard_bytes,
                     depth=options.depth,
                     conversations=origin.conversations,
-                    about={**origin.about, **lost},
+                    about={**origin.about, **lost, **of_base},
+                    wrapping=wrapping,
+                    mmproj=mmproj,
+                    base=left_out.fp8_base(source),
                 )
                 record = write_and_prove.export_model(loaded.weights, opened.model, out_dir, write_options)
             case "peft" | "mistral-lora" | "gguf-lora":
-                files = _AdapterFiles(layout, Path(out_dir).name, dtype, options.server)
-                record = _export_adapter(opened, loaded.weights, out_dir, files, origin)
+                adapter_files = _AdapterFiles(layout, Path(out_dir).name, dtype, options.server)
+                record = _export_adapter(opened, loaded.weights, out_dir, adapter_files, origin)
     if command is not None:
+        mmproj_name = record.get("mmproj", {}).get("file")
+        if mmproj_name is not None:
+            command += f" --mmproj {shlex.quote(str(Path(out_dir) / mmproj_name))}"
         record["serve"] = command
     return record
+
+
+class _OfMultimodalBase(NamedTuple):
+    """What a whole model has of a multimodal base besides the text model; all empty for a text model."""
+
+    wrapping: Wrapping | None
+    mmproj: Path | None
+    about: JsonObject
+    """Entries of the record."""
+
+
+def _of_multimodal_base(
+    opened: OpenedModel, loaded: LoadedWeights, layout: expected.ModelLayout, text_only: bool
+) -> _OfMultimodalBase:
+    """Return what is carried of the multimodal model that a run started from, or of the model itself, and say it in a line."""
+    source = opened.directory
+    if layout == "gguf":
+        if text_only:
+            raise ValueError("--text-only has no effect with --format gguf, which always has the text model alone; leave it out")
+        mmproj = multimodal_base.find_mmproj(source, _trains_embeddings(opened))
+        return _OfMultimodalBase(None, mmproj.file, mmproj.to_json())
+    text = multimodal_base.TextOfExport(opened.model, opened.tokenizer, opened.chat_template)
+    wrapping = multimodal_base.find_wrapping(source, layout, text, loaded.about, text_only)
+    lost: JsonObject = {}
+    if text_only:
+        lost = left_out.report_left_out(source, "--text-only exports the text model alone")
+    return _OfMultimodalBase(wrapping, None, lost)
+
+
+def _trains_embeddings(opened: OpenedModel) -> bool:
+    """Return whether the embeddings of an export may differ from those of the files that training started from."""
+    if opened.run is None:
+        return False
+    if opened.lora is None:
+        return True
+    return ParameterPath.parse("embed.weight").is_trained(opened.lora) or bool(opened.lora.targets_of("embed"))
 
 
 def _origin_of(opened: OpenedModel, loaded: LoadedWeights) -> _Origin:
@@ -253,6 +303,8 @@ def _check_options(layout: serve.ExportFormat, options: ExportOptions) -> None:
     if options.dtype is not None and layout in ("peft", "gguf-lora"):
         written = "keeps the dtype of training" if layout == "peft" else "is always float32"
         raise ValueError(f"--dtype {options.dtype} has no effect with --format {layout}, which {written}; leave it out")
+    if options.text_only and layout in get_args(expected.AdapterLayout):
+        raise ValueError(f"--text-only has no effect with --format {layout}, an adapter of the text model; leave it out")
     if options.max_shard_size is not None and layout != "hf":
         raise ValueError(f"--max-shard-size has no effect with --format {layout}, which writes one file of weights; leave it out")
 
@@ -286,9 +338,11 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
         # A placeholder: only the user knows where the base should go.
         base_export = f"moe-train export {shlex.quote(base)} BASE_MODEL && "
         base = None
-    in_wrapper = layout == "peft" and _names_of_base(opened) is names.WRAPPED
+    base_folder = _hugging_face_base(opened)
+    wrapper = None if base_folder is None else hf.find_wrapper(base_folder)
+    auto_class = "AutoModelForCausalLM" if wrapper is None else wrapper.auto_class
     return base_export + serve.serving_command(
-        server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind, in_wrapper=in_wrapper
+        server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind, auto_class=auto_class
     )
 
 

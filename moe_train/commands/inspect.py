@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 
 from moe_train import config
+from moe_train.checkpoint.initial_files import describe_initial_files
 from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import abstract_mesh
 from moe_train.model.moe.transport.choose import describe_transport
@@ -30,7 +31,8 @@ class Report(NamedTuple):
     parameters: list[JsonObject]
     """Rows with path, shape, dtype, spec (the mesh axis of each dim), bytes_per_device and trainable."""
     totals: dict[str, int | str]
-    """Counts and bytes; `transport` describes what crosses the mesh axis `expert` if it has more than one device."""
+    """Counts and bytes; `transport` describes what crosses the mesh axis `expert` if it has more than one device, and
+    `init_from` what of the initial files is not trained."""
 
 
 def inspect(written: config.Config) -> Report:
@@ -64,6 +66,8 @@ def inspect(written: config.Config) -> Report:
     transport = describe_transport(run, run.mesh.model_dump())
     if transport:
         totals["transport"] = transport
+    if run.init_from and (lines := describe_initial_files(run.init_from)):
+        totals["init_from"] = "; ".join(lines)
     return Report(run.to_config(), rows, totals)
 
 

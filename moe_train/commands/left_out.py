@@ -1,42 +1,38 @@
-"""Say and record what of a base an export does not have: a vision tower, and bits that the dtype of training cannot hold."""
+"""Say and record what of a base an export does not have: a tower, and bits that the dtype of training cannot hold."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
-from moe_train.checkpoint.runs import is_run, read_run
+from moe_train.checkpoint.initial_files import carried_of, first_files
+from moe_train.machine.files import JsonObject
+from moe_train.proof import base_fp8
 from moe_train.weights import external
+from moe_train.weights.on_disk import WeightFiles
 
 log = logging.getLogger(__name__)
 
 
-def report_left_out(source: str | Path) -> dict[str, Any]:
-    """Warn of tensors of the files, from which `source` started, that a whole model exported from it does not have.
+def report_left_out(source: str | Path, reason: str) -> JsonObject:
+    """Warn of tensors of the multimodal files, from which `source` started, that a model made from it does not have.
 
     Args:
         source: a run or an external model.
+        reason: why, as the end of a sentence.
 
     Returns:
-        The entry `left_out` of the export's record; nothing if all tensors are exported.
+        The entry `left_out` of the export's record; {} for a text model.
     """
-    files = first_files(source)
-    names = external.open_external_weights(files).left_out if files is not None else ()
-    if not names:
+    carried = carried_of(source)
+    if carried is None:
         return {}
-    log.warning(
-        "vision tower and projector of %s are not in the export, which is the text model alone: %d tensors such as %s; to keep "
-        "images, export the adapter (--format peft) and load it on %s",
-        files,
-        len(names),
-        names[0],
-        files,
-    )
-    return {"left_out": {"source": str(files), "count": len(names), "tensors": list(names)}}
+    files = first_files(source)
+    log.warning("%s of %s are not in the export: %s", carried.description, files, reason)
+    return {"left_out": {"source": str(files), "count": len(carried.tensors), "tensors": list(carried.tensors)}}
 
 
-def report_rounding(source: str | Path, dtypes: tuple[str, str]) -> dict[str, Any]:
+def report_rounding(source: str | Path, dtypes: tuple[str, str]) -> JsonObject:
     """Warn if weights that were not trained lose bits on their way from float16 files to an export.
 
     Args:
@@ -61,15 +57,10 @@ def report_rounding(source: str | Path, dtypes: tuple[str, str]) -> dict[str, An
     return {"rounded_from": "float16"}
 
 
-def first_files(source: str | Path) -> Path | None:
-    """Return the files that a run started from, through other runs if need be, or the model itself; None if there are none."""
-    seen: set[Path] = set()
-    path = Path(source)
-    # `seen` ends the loop if configs name each other's runs.
-    while is_run(path) and path not in seen:
-        seen.add(path)
-        start = read_run(path).init_from
-        if start is None:
-            return None
-        path = Path(start)
-    return path if path.exists() and path not in seen else None
+def fp8_base(source: str | Path) -> WeightFiles | None:
+    """Return the files that a run or an external model started from if they are FP8; None otherwise."""
+    files = first_files(source)
+    if files is None:
+        return None
+    weights = external.open_external_weights(files)
+    return weights if base_fp8.quantized_names(weights) else None

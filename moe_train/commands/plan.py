@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from moe_train import config
+from moe_train.checkpoint.initial_files import describe_initial_files
 from moe_train.plan import answer as planning
 from moe_train.plan.topology import Topology, parse_topology
 from moe_train.run.resolve import resolve
@@ -36,7 +37,9 @@ def plan_run(
     if not options.compile_only:
         written = written.model_copy(update={"mesh": _starting_mesh(written.mesh, place)})
     run = resolve(written, place.num_devices)
-    return planning.rank_and_compile(run, place, options, say)
+    answer = planning.rank_and_compile(run, place, options, say)
+    lines = describe_initial_files(run.init_from) if run.init_from else []
+    return answer._replace(initial_files=tuple(lines))
 
 
 def _starting_mesh(mesh: config.Mesh, topology: Topology) -> config.Mesh:

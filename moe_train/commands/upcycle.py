@@ -80,7 +80,7 @@ def upcycle(
     if not 0 <= experts.noise < float("inf"):
         raise ValueError(f"--noise {experts.noise} is not a standard deviation; use 0 or more")
     dense = external.open_external_weights(base)
-    left_out.report_left_out(base)
+    left_out.report_left_out(base, "a Mixtral has no place for them")
     model = mixtral_of(dense.model, experts, base)
     names.check_file_tensors(base, dense.pieces, {n: t.shape for n, t in dense.tensors.items()}, {})
     tokenizer = load_tokenizer(model_dir.find_tokenizer_config(base))

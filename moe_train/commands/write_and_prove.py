@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,14 @@ from moe_train.machine import progress
 from moe_train.machine.files import JsonObject, check_space
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected, prove
+from moe_train.proof.carried import CarriedFrom
 from moe_train.weights import fp8, gguf, hf, mistral, names, together
 from moe_train.weights import merge as merging
 from moe_train.weights.arrays import LazyParameters
-from moe_train.weights.on_disk import FileDtype, FloatDtype
+from moe_train.weights.on_disk import FileDtype, FloatDtype, WeightFiles
 from moe_train.weights.safetensors_files import MAX_SHARD_BYTES, WriterShare
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
+from moe_train.weights.wrappers.carry import Wrapping
 
 PieceValues = Callable[[names.WeightPiece, np.dtype], np.ndarray]
 """Returns the values of a piece of the file's tensors, rounded once to a dtype."""
@@ -52,6 +55,12 @@ class WriteOptions:
     """Training conversations whose tokens are compared."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Additional entries of the record, such as where the weights come from."""
+    wrapping: Wrapping | None = None
+    """The tower and projector of a multimodal base that are carried into the files; None for a text model."""
+    mmproj: Path | None = None
+    """llama.cpp's file of the base's tower, which is copied into a GGUF export; None for none."""
+    base: WeightFiles | None = None
+    """The files that training started from, if they are FP8 (`left_out.fp8_base`)."""
 
 
 def export_model(parameters: LazyParameters, model: config.Model, out_dir: str | Path, options: WriteOptions) -> JsonObject:
@@ -80,7 +89,13 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
     lora = options.lora if options.merge else None
     # Adapters take no space of their own in a whole model: they are merged.
     num_values = sum(array.size for path, array in parameters.items() if not ParameterPath.parse(path).is_adapter)
-    check_space(out_dir, num_values * BYTES_PER_VALUE.get(options.dtype, 2))
+    if options.dtype == "fp8" and options.wrapping is not None and options.wrapping.is_quantized:
+        raise ValueError(
+            f"the {options.wrapping.parts} of {options.wrapping.source} is FP8 with scales of its own, and files state one "
+            "quantization for all; use --dtype bfloat16, or --text-only for the text model alone"
+        )
+    carried_bytes = 0 if options.wrapping is None else options.wrapping.nbytes
+    check_space(out_dir, num_values * BYTES_PER_VALUE.get(options.dtype, 2) + carried_bytes)
     report_written = progress.counted("writing", num_values)
 
     def piece_values(piece: names.WeightPiece, dtype: np.dtype) -> np.ndarray:
@@ -94,6 +109,7 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
             write_model(directory, model, piece_values, options)
             if together.is_first():
                 write_texts(directory, texts)
+                _write_carried_files(directory, options)
         exported = prove.Export(
             directory,
             options.layout,
@@ -105,12 +121,22 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
             texts.chat_template,
             options.conversations,
             options.about,
+            None if options.wrapping is None else CarriedFrom(options.wrapping.source, options.wrapping.layout_of_base),
+            options.base,
         )
         # Within the block, so that an export that fails its checks never appears as `out_dir`.
         record = prove.prove(exported, options.depth)
         if together.is_first():
             prove.write_record(directory, record)
         return record
+
+
+def _write_carried_files(directory: Path, options: WriteOptions) -> None:
+    """Write the files of a multimodal base that hold no tensors of ours: its processor, and llama.cpp's file of the tower."""
+    if options.wrapping is not None:
+        options.wrapping.write_files(directory)
+    if options.mmproj is not None:
+        shutil.copyfile(options.mmproj, directory / options.mmproj.name)
 
 
 def _check_adapters(parameters: LazyParameters, merge: bool) -> None:
@@ -140,9 +166,9 @@ def write_model(directory: Path, model: config.Model, piece_values: PieceValues,
         case "hf":
             # Each process writes the shards of its share of the tensors.
             share = WriterShare(jax.process_index(), jax.process_count())
-            hf.write(directory, model, dtype, matrix, tokenizer, options.max_shard_bytes, share)
+            hf.write(directory, model, dtype, matrix, tokenizer, options.max_shard_bytes, share, options.wrapping)
         case "mistral":
-            mistral.write(directory, model, dtype, matrix, tokenizer)
+            mistral.write(directory, model, dtype, matrix, tokenizer, options.wrapping)
 
 
 def check_dtype(layout: expected.ModelLayout, dtype: str) -> None:

@@ -5,7 +5,7 @@ default is written in one place only. Nothing in this folder imports jax, so tha
 what the user wrote; `Run` is the resolved record of what will happen.
 """
 
-from moe_train.config.adapters import NAMED_IN_FULL, Int8, Lora, LoraTarget, Nf4, names_module
+from moe_train.config.adapters import NAMED_IN_FULL, Fp8, Int8, Lora, LoraTarget, Nf4, names_module
 from moe_train.config.architecture import (
     DefaultRope,
     DenseFfn,
@@ -92,11 +92,11 @@ from moe_train.config.section import (
     Section,
 )
 from moe_train.config.suite import (
+    AnswerGeneration,
     ChoiceGrader,
     ContainsGrader,
     ExactGrader,
     FewShot,
-    Generation,
     Grader,
     JsonSchemaGrader,
     NumberGrader,
@@ -112,6 +112,7 @@ __all__ = [
     "NAMED_IN_FULL",
     "Adafactor",
     "AdamW",
+    "AnswerGeneration",
     "Attention",
     "AxisSize",
     "BestFit",
@@ -140,9 +141,9 @@ __all__ = [
     "Ffn",
     "FileFormat",
     "FileSource",
+    "Fp8",
     "Fraction",
     "FullTraining",
-    "Generation",
     "Grader",
     "GroupedQueryAttention",
     "HubSource",

@@ -65,6 +65,16 @@ class Int8(Section):
     block_size: Annotated[Positive, Field(ge=2)] = 64
 
 
+class Fp8(Section):
+    """8-bit floating-point numbers (e4m3), with one float32 scale for each block of `block_size` weights.
+
+    FP8 files keep their numbers and scales if their blocks of inputs are multiples of `block_size`.
+    """
+
+    name: Literal["fp8"]
+    block_size: Annotated[Positive, Field(ge=2)] = 128
+
+
 class Lora(Section):
     """Low-rank adapters (LoRA); all other weights are frozen.
 
@@ -79,7 +89,7 @@ class Lora(Section):
     dropout: Decay = 0.0
     train: tuple[str, ...] = ()
     init_from: LocalPath | None = None
-    quantize: Annotated[Nf4 | Int8, Field(discriminator="name")] | None = None
+    quantize: Annotated[Nf4 | Int8 | Fp8, Field(discriminator="name")] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -108,7 +108,7 @@ class Prompt(Section):
         return self
 
 
-class Generation(Section):
+class AnswerGeneration(Section):
     """How answers are generated. `stop` lists texts that end an answer, in addition to the model's own end."""
 
     max_tokens: Positive = 256
@@ -131,6 +131,6 @@ class Suite(Section):
     items: str
     limit: Positive | None = None
     prompt: Prompt = Prompt()
-    generation: Generation = Generation()
+    generation: AnswerGeneration = AnswerGeneration()
     grader: Grader
     batch_size: Positive = 8

@@ -4,9 +4,10 @@ A block consists of some of the inputs of one output, as in bitsandbytes. It lie
 over, which is not the last dim of the weight. So neither quantized nor dequantized values ever change lanes on a TPU; with
 blocks along the last dim, XLA makes a second copy, in another layout, of the quantized values of all layers before it loops
 over the layers.
-A block is divided by its largest magnitude, and each quotient is rounded to the nearest of 16 levels (nf4) or to the nearest
-of the 127ths (int8). The quantized values and scales of a weight are split over the mesh as the weight was; no block is
-split. They take the place of the weight (`fsdp.project`, `experts`) and are dequantized just before a product.
+A block is divided by its largest magnitude, and each quotient is rounded to the nearest of 16 levels (nf4), of the 127ths
+(int8) or of the numbers of e4m3 over its largest, 448 (fp8). The quantized values and scales of a weight are split over the mesh
+as the weight was; no block is split. They take the place of the weight (`fsdp.project`, `experts`) and are dequantized just
+before a product.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Int8, Shaped, UInt8
 
 from moe_train import config
 from moe_train.machine.mesh import axis_size, platform
@@ -35,8 +36,14 @@ NF4 = (
 )
 """Levels of 4-bit NormalFloat: quantiles of a normal distribution, with exact 0 and ends (appendix E of the paper)."""
 
-QuantizationFormat = Literal["nf4", "int8"]
+QuantizationFormat = Literal["nf4", "int8", "fp8"]
 """Quantization formats, named as in `lora.quantize`."""
+
+
+_MAX_LEVEL: dict[QuantizationFormat, int] = {"nf4": 1, "int8": 127, "fp8": 448}
+"""Quantized value of the largest magnitude of a block."""
+BIASED = 127 - 7
+"""Difference between the exponent biases of float32 and e4m3."""
 
 
 class Quantized(NamedTuple):
@@ -46,16 +53,30 @@ class Quantized(NamedTuple):
     codes: Any
     """Quantized values: int8 of the weight's shape, or for nf4 uint8.
 
+    For fp8 they are the bits of e4m3 numbers: XLA would widen arrays of float8, of all layers at once, to float16 for devices that
+    do not compute with float8.
+
     A byte of nf4 holds two values: the low four bits come from the first half of a block, the high four from its second half.
     """
     scales: Any
-    """Scales of the blocks (…, n, …), in the dtype of the weight."""
+    """Scales of the blocks (…, n, …), in the dtype of the weight.
+
+    For fp8 they are the bits of float32 numbers as uint32, whatever the dtype of the weight: float32 holds the scales of any file,
+    and the dtype tells fp8 from int8.
+    """
+
+    @property
+    def kind(self) -> QuantizationFormat:
+        """Format, which the dtypes tell."""
+        if self.codes.dtype == np.uint8:
+            return "nf4"
+        return "fp8" if self.scales.dtype == np.uint32 else "int8"
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
         shape = list(self.codes.shape)
-        shape[self.dim] *= 2 if self.codes.dtype == np.uint8 else 1
+        shape[self.dim] *= 2 if self.kind == "nf4" else 1
         return tuple(shape)
 
     @property
@@ -72,18 +93,19 @@ def quantize(w: Float[Array, "..."], kind: QuantizationFormat, block_size: int, 
         w: the weight, or this device's part of it.
         kind: format.
         block_size: number of values that share a scale; divides w.shape[dim].
-        dtype: dtype of the scales.
+        dtype: dtype of the scales; without effect for fp8, whose scales are float32.
         dim: dim along which blocks lie, counted from the end (negative).
     """
     lead, tail = w.shape[:dim], w.shape[w.ndim + dim + 1 :]
     blocks = w.astype(jnp.float32).reshape(*lead, -1, block_size, *tail)
-    max_level = 1 if kind == "nf4" else 127
-    scales = (jnp.max(jnp.abs(blocks), axis=dim) / max_level).astype(dtype)
+    scales = (jnp.max(jnp.abs(blocks), axis=dim) / _MAX_LEVEL[kind]).astype(jnp.float32 if kind == "fp8" else dtype)
     # Divide by the scales as rounded to `dtype`, which dequantization multiplies by. A block of zeros has scale 0.
     blocks = blocks / jnp.expand_dims(jnp.where(scales == 0, 1, scales).astype(jnp.float32), dim)
     if kind == "int8":
         # A quotient can exceed 127 where the scale was rounded down.
         return Quantized(jnp.clip(jnp.round(blocks), -127, 127).astype(jnp.int8).reshape(w.shape), scales)
+    if kind == "fp8":
+        return Quantized(_to_e4m3(jnp.clip(blocks, -448, 448)).reshape(w.shape), jax.lax.bitcast_convert_type(scales, jnp.uint32))
     codes = jnp.zeros(blocks.shape, jnp.uint8)
     # One midpoint after the other: an array of all 15 comparisons would be 15 times as large as the weight.
     for low, high in itertools.pairwise(NF4):
@@ -96,8 +118,7 @@ def quantize(w: Float[Array, "..."], kind: QuantizationFormat, block_size: int, 
 
 def quantization_of(like: Quantized) -> tuple[QuantizationFormat, int, jnp.dtype, int]:
     """Return the arguments (kind, block_size, dtype, dim) of `quantize` that give arrays like these."""
-    kind: QuantizationFormat = "nf4" if like.codes.dtype == np.uint8 else "int8"
-    return kind, like.shape[like.dim] // like.scales.shape[like.dim], like.scales.dtype, like.dim
+    return like.kind, like.shape[like.dim] // like.scales.shape[like.dim], like.scales.dtype, like.dim
 
 
 def dequantize(weight: Quantized, dtype: jnp.dtype) -> Float[Array, "..."]:
@@ -106,10 +127,37 @@ def dequantize(weight: Quantized, dtype: jnp.dtype) -> Float[Array, "..."]:
     dim = weight.dim
     after = codes.ndim + dim + 1  # index of the first dim after the blocks
     blocks = codes.reshape(*scales.shape[:after], -1, *scales.shape[after:])
-    if codes.dtype == jnp.uint8:
-        blocks = _levels(jnp.concatenate([blocks & 15, blocks >> 4], axis=dim))
+    match weight.kind:
+        case "nf4":
+            blocks = _levels(jnp.concatenate([blocks & 15, blocks >> 4], axis=dim))
+        case "fp8":
+            blocks = _from_e4m3(blocks)
+            scales = jax.lax.bitcast_convert_type(scales, jnp.float32)
     values = blocks.astype(jnp.float32) * jnp.expand_dims(scales.astype(jnp.float32), dim)
     return values.reshape(weight.shape).astype(dtype)
+
+
+def _to_e4m3(x: Float[Array, "*dims"]) -> Int8[Array, "*dims"]:
+    """Return the bits of the nearest e4m3 numbers, ties to even; x is float32 between -448 and 448.
+
+    Integer arithmetic, since not every device converts to float8, and some round twice on the way.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # 20 of float32's 23 bits of mantissa are dropped; adding just under half of them, and one if the result is odd, rounds.
+    rounded = (bits & 0x7FFFFFFF) + 0x7FFFF + (bits >> 20 & 1)
+    normal = (rounded >> 20) - (BIASED << 3)
+    subnormal = jnp.round(jnp.abs(x) * 512).astype(jnp.uint32)  # multiples of 2^-9
+    codes = jnp.where(jnp.abs(x) < 2.0**-6, subnormal, normal) | (bits >> 31 << 7)
+    return jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), jnp.int8)
+
+
+def _from_e4m3(codes: Int8[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """Return the float32 numbers of the bits of e4m3 numbers, none of which is NaN."""
+    bits = jax.lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.uint32)
+    magnitude = bits & 0x7F
+    normal = jax.lax.bitcast_convert_type((magnitude + (BIASED << 3)) << 20 | bits >> 7 << 31, jnp.float32)
+    subnormal = jnp.where(bits >> 7 == 1, -1.0, 1.0) * magnitude.astype(jnp.float32) * 2.0**-9
+    return jnp.where(magnitude < 8, subnormal, normal)
 
 
 def _levels(codes: UInt8[Array, "*dims"]) -> Float[Array, "*dims"]:
@@ -143,7 +191,7 @@ class QuantizedWeight(nnx.Module):
         return Quantized(self.codes[...], self.scales[...])
 
 
-def quantize_weights(linear_maps: Iterable[tuple[str, Any]], settings: config.Nf4 | config.Int8) -> None:
+def quantize_weights(linear_maps: Iterable[tuple[str, Any]], settings: config.Nf4 | config.Int8 | config.Fp8) -> None:
     """Quantize the weight of each linear map, in place.
 
     Args:
@@ -185,7 +233,9 @@ def unquantized_shapes(shapes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStr
         parsed = ParameterPath.parse(path)
         if parsed.part == "codes":
             scales = shapes[f"{parsed.weight}.scales"]
-            plain[parsed.weight] = jax.ShapeDtypeStruct(Quantized(like, scales).shape, scales.dtype, sharding=like.sharding)
+            quantized = Quantized(like, scales)
+            dtype = np.dtype(np.float32) if quantized.kind == "fp8" else scales.dtype
+            plain[parsed.weight] = jax.ShapeDtypeStruct(quantized.shape, dtype, sharding=like.sharding)
         elif parsed.part != "scales":
             plain[path] = jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=like.sharding)
     return plain

@@ -31,6 +31,8 @@ class Answer(NamedTuple):
     fitting: int
     """Number of those that fit into memory."""
     price: Price
+    initial_files: tuple[str, ...] = ()
+    """Lines about what of the initial files is not trained, such as a tower that takes no memory on devices."""
 
     @property
     def best(self) -> Choice | None:

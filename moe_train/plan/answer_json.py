@@ -23,6 +23,7 @@ def answer_as_json(answer: Answer) -> dict[str, Any]:
             "hbm_bytes_per_device": device_limit(topology),
         },
         "price": {"dollars_per_chip_hour": answer.price.dollars_per_hour, "source": answer.price.source},
+        "initial_files": list(answer.initial_files),
         "considered": answer.considered,
         "fitting": answer.fitting,
         # The key is a part of the format; the field is `Answer.stated`.

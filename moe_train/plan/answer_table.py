@@ -23,6 +23,7 @@ def introduction(answer: Answer) -> list[str]:
     if answer.price.dollars_per_hour is not None:
         price = f"{answer.price.dollars_per_hour:g} dollars per chip and hour ({answer.price.source})"
     lines = [f"{topology.name}: {chips} of {device.hbm_bytes / GIB:.1f} GiB; {price}"]
+    lines += answer.initial_files
     if answer.considered > 1:
         lines.append(f"{answer.considered} choices modelled, {answer.fitting} fit; the best of each mesh, in order")
     return lines

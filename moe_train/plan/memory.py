@@ -93,13 +93,28 @@ def _saved_bytes(run: config.Run, stacked: list[ShardedWeight], sizes: dict[str,
         saved += stack.repeats * shape.tokens * run.model.model_dim * b  # inputs of each period
         if run.compute.remat == "minimal":
             saved += stack.num_layers * _named_activation_bytes(run.model, stack.ffn, sizes, shape.in_layer(stack.ffn))
+    if run.compute.remat == "minimal":
+        saved += sum(_saved_adapter_bytes(w, sizes, shape) for w in stacked)
     for w in stacked:
         # XLA casts these weights for all layers before the loop over layers, and pads those whose last dim fills no lanes.
-        if w.kind == "linear" and w.is_float and w.itemsize > b:
+        if w.kind == "linear" and not w.path.part and w.itemsize > b:
             saved += w.layers * w.elements(sizes) * b
         if _is_narrow(w):
             saved += _padded_bytes(w, sizes)
     return saved
+
+
+def _saved_adapter_bytes(w: ShardedWeight, sizes: dict[str, int], shape: MicrobatchShape) -> int:
+    """Return the bytes that remat `minimal` keeps for the adapter of a linear map with this B: its result, and that of A.
+
+    Both are results of projections like the weight's own. Experts add their adapters before the sum is named.
+    """
+    if w.path.leaf != "lora_b" or w.kind == "expert" or not w.path.in_layer:
+        return 0
+    rank = w.shape[0]
+    # `tensor` splits the outputs of projections to heads, and nothing else of them.
+    outputs = w.elements(sizes, ("data", "fsdp", "expert", "context")) // rank
+    return w.layers * shape.tokens * (outputs + rank) * shape.itemsize
 
 
 def _padded_bytes(w: ShardedWeight, sizes: dict[str, int]) -> int:

@@ -138,8 +138,7 @@ def _weight_flows(w: ShardedWeight, sizes: dict[str, int], itemsize: int, tied: 
     """Return the gathers of a weight and the sums of its gradient, for all layers and one microbatch."""
     name = {"expert": "expert weights", "linear": "weights", "table": "embeddings", "small": "small weights"}[w.kind]
     # Quantized values and scales are sent as they are; other weights in the compute dtype.
-    is_quantized = not w.is_float or w.path.part == "scales"
-    b = w.itemsize if is_quantized else min(w.itemsize, itemsize)
+    b = w.itemsize if w.path.part else min(w.itemsize, itemsize)
     # Along these axes no two devices have the same weight, so nothing is gathered.
     expert_axes = ("expert",) if w.kind == "expert" else ()
     spec_axes = set(itertools.chain.from_iterable(w.spec))

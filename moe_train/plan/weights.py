@@ -43,7 +43,6 @@ class ShardedWeight(NamedTuple):
     """The mesh axes of each dim of that shape."""
     itemsize: int
     """Bytes of an element as stored."""
-    is_float: bool
     trainable: bool
 
     def elements(self, sizes: dict[str, int], gathered_over: tuple[str, ...] = ()) -> int:
@@ -139,8 +138,7 @@ def _weight(path: ParameterPath, x: jax.ShapeDtypeStruct, trainable: bool) -> Sh
         kind = "expert"
     elif any(spec) and len(shape) > 1:
         kind = "linear"
-    is_float = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
-    return ShardedWeight(path, kind, layers, tuple(shape), tuple(spec), x.dtype.itemsize, is_float, trainable)
+    return ShardedWeight(path, kind, layers, tuple(shape), tuple(spec), x.dtype.itemsize, trainable)
 
 
 def _axes_of_dim(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ Young; Frobenius norms). A matrix that was not adapted must be the base's, round
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +16,9 @@ from moe_train import config
 from moe_train.machine import progress
 from moe_train.model.lora import scale_of_expert
 from moe_train.model.paths import ParameterPath
-from moe_train.proof import expected, fp8, reread
+from moe_train.proof import fp8, reread
 from moe_train.proof.checks import Fault, Finding, MetricValue
-from moe_train.proof.expected_tensor import Part
+from moe_train.proof.expected_tensor import ExpectedTensor, Part
 from moe_train.proof.reread import Stored
 from moe_train.proof.rounding import MANTISSA, decode_with_tolerance
 from moe_train.weights.on_disk import WeightFiles
@@ -44,12 +44,16 @@ class _Tally:
 
 
 def compare_with_base(
-    layout: expected.ModelLayout, stored: Mapping[str, Stored], base: WeightFiles, lora: config.Lora | None, untrained: int
+    expected_tensors: Sequence[ExpectedTensor],
+    stored: Mapping[str, Stored],
+    base: WeightFiles,
+    lora: config.Lora | None,
+    untrained: int,
 ) -> Finding:
     """Compare every matrix of the files with the base's, whatever the base's layout. One matrix is in memory at a time.
 
     Args:
-        layout: layout of the files.
+        expected_tensors: the tensors of the text model in the layout of the files, for the base's architecture.
         stored: tensors of the files by name.
         base: the base model.
         lora: the section of the adapters that were merged; None if every matrix must be the base's.
@@ -61,7 +65,6 @@ def compare_with_base(
     """
     base_pieces = {(piece.path, piece.lead): piece for piece in base.pieces}
     tally = _Tally()
-    expected_tensors = expected.model_tensors(layout, base.model)
     report_tensors = progress.counted("comparing with the base", len(expected_tensors), "tensors")
     for tensor in expected_tensors:
         report_tensors(1)

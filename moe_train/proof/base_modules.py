@@ -17,13 +17,17 @@ from moe_train.proof import expected, reread
 from moe_train.proof.checks import Fault, Finding
 from moe_train.proof.reread import Stored
 
-WRAPPERS = ("Mistral3ForConditionalGeneration",)
-"""Classes of transformers in which the text model is a part beside a vision tower."""
-_WRAPPER_TYPE = "mistral3"
+WRAPPERS = {
+    "Mistral3ForConditionalGeneration": "mistral3",
+    "LlavaForConditionalGeneration": "llava",
+    "VoxtralForConditionalGeneration": "voxtral",
+}
+"""Classes of transformers in which the text model is a part beside a tower, and their model types."""
 _IN_MEMORY = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
     "vision_tower.": "model.vision_tower.",
+    "audio_tower.": "model.audio_tower.",
     "multi_modal_projector.": "model.multi_modal_projector.",
 }
 """Prefixes of a wrapper's tensors in its files, and in memory if these differ."""
@@ -38,7 +42,7 @@ class BaseModules(NamedTuple):
     architecture: str
     """Class in transformers, for messages."""
     is_wrapper: bool
-    """Whether the text model is inside a vision wrapper."""
+    """Whether the text model is inside a multimodal model."""
     weights: frozenset[str]
     """Names of the weights, with a matrix for each expert."""
 
@@ -47,7 +51,7 @@ def read_base_modules(base: Path) -> BaseModules:
     """Read the modules of a base in Hugging Face's layout from its config.json and the headers of its files."""
     settings = read_object(base / "config.json")
     architectures = settings.get("architectures") or []
-    is_wrapper = bool(set(architectures) & set(WRAPPERS)) or settings.get("model_type") == _WRAPPER_TYPE
+    is_wrapper = bool(set(architectures) & set(WRAPPERS)) or settings.get("model_type") in WRAPPERS.values()
     weights: set[str] = set()
     for name, stored in reread.tensors(base).items():
         if stored.name.endswith(_SCALES):  # scales of FP8 weights and activations belong to no module that PEFT could adapt
@@ -98,6 +102,7 @@ def check_adapter_names(adapter: Collection[str], settings: Mapping[str, Any], b
         Fault: a tensor would be left out, or a module without a tensor would get a new adapter.
     """
     adapted: set[str] = set()
+    in_full: set[str] = set()
     for name in sorted(adapter):
         lora = _LORA_NAME.fullmatch(name.removeprefix(_PREFIX))
         module = lora["module"] if lora else _old_router(name.removeprefix(_PREFIX)).removesuffix(".weight")
@@ -107,6 +112,7 @@ def check_adapter_names(adapter: Collection[str], settings: Mapping[str, Any], b
             )
         # A weight that was trained in full; PEFT lists it under modules_to_save and not under target_modules.
         if lora is None:
+            in_full.add(module)
             continue
         adapted.add(module)
         if not _is_selected(module, settings):
@@ -117,10 +123,43 @@ def check_adapter_names(adapter: Collection[str], settings: Mapping[str, Any], b
             raise Fault(
                 f"target_modules {settings.get('target_modules')!r} also selects {module} of the base, which has no adapter here"
             )
-    return Finding(
-        f"{len(adapted):,} modules of the base ({base.architecture}) get an adapter, and no others",
-        {"count": len(adapted), "architecture": base.architecture},
-    )
+    _check_saved(in_full, settings, base)
+    summary = f"{len(adapted):,} modules of the base ({base.architecture}) get an adapter, and no others"
+    if in_full:
+        summary += f"; {len(in_full):,} are replaced"
+    return Finding(summary, {"count": len(adapted), "replaced": len(in_full), "architecture": base.architecture})
+
+
+def _check_saved(in_full: Collection[str], settings: Mapping[str, Any], base: BaseModules) -> None:
+    """Check that PEFT replaces exactly the modules whose full weights are in the adapter.
+
+    Args:
+        in_full: these modules.
+        settings: adapter_config.json.
+        base: the modules of the base.
+
+    Raises:
+        Fault: modules_to_save does not select a module of `in_full`, or selects another one.
+    """
+    targets = settings.get("modules_to_save") or []
+    # PEFT finds the other end of a tied table itself.
+    tied = {"lm_head"} if settings.get("ensure_weight_tying") else set()
+    for module in sorted(set(in_full) - tied):
+        if not _is_saved(module, targets):
+            raise Fault(f"{module} is not selected by modules_to_save {targets!r}; PEFT would leave its weight out")
+    for weight in sorted(base.weights):
+        module = weight.rpartition(".")[0]
+        if module not in in_full and _is_saved(module, targets):
+            raise Fault(f"modules_to_save {targets!r} also selects {module} of the base, whose weight is not in the adapter")
+
+
+def _is_saved(module: str, targets: Collection[str]) -> bool:
+    """Return whether modules_to_save selects a module or one that contains it: PEFT compares ends of names, not at dots."""
+    parts = module.split(".")
+    containing = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+    # A router is saved under its name in transformers 5.
+    containing.append(module.replace(".block_sparse_moe.gate", ".mlp.gate"))
+    return any(name.endswith(target) for name in containing for target in targets)
 
 
 def _is_selected(module: str, settings: Mapping[str, Any]) -> bool:

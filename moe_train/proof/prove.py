@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,7 +22,8 @@ from moe_train import config
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.model.paths import ParameterPath
-from moe_train.proof import compare, expected, fp8, logits, reread, texts
+from moe_train.proof import base_fp8, compare, expected, fp8, logits, reread, texts
+from moe_train.proof.carried import CarriedFrom, carried_names, carries_quantized, check_carried, is_audio, text_tensors
 from moe_train.proof.checks import Check, Fault, Finding, MetricValue, NotChecked, ProofRecord, require, run
 from moe_train.proof.compare_logits import Difference, compare_logits, to_reference
 from moe_train.proof.round_weights import round_weights
@@ -31,6 +32,7 @@ from moe_train.proof.softmax_scale import check_softmax_scale
 from moe_train.proof.surroundings import RECORD_FILE, file_hashes, hardware, versions
 from moe_train.weights import external, together
 from moe_train.weights.arrays import LazyParameters
+from moe_train.weights.on_disk import WeightFiles
 
 Depth = Literal["full", "tensors"]
 """`full` also runs the model; `tensors` compares files and weights only."""
@@ -60,6 +62,10 @@ class Export(NamedTuple):
     """Conversations of the training data, rendered to the tokens of training."""
     about: Mapping[str, Any] = {}
     """What else the record states: the origin, and hashes of config and data."""
+    carried_from: CarriedFrom | None = None
+    """The multimodal base whose tower and projector are in the directory; None for a text model alone."""
+    base: WeightFiles | None = None
+    """The files that training started from, if they are FP8, so that they are dequantized a second time."""
 
 
 def prove(export: Export, depth: Depth) -> ProofRecord:
@@ -86,9 +92,14 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
         **export.about,
     }
     checks = [run("architecture", partial(_check_architecture_of_files, export))]
+    if export.base is not None:
+        checks.append(run("base", partial(base_fp8.check_base, export.base)))
     # `check_tensors` fills this list, which `_check_merge` and the record read, so the order of the checks matters.
     tensors: list[compare.TensorResults] = []
-    checks.append(run("tensors", partial(check_tensors, export, tensors)))
+    carried: list[str] = []
+    if export.carried_from is not None:
+        carried = carried_names(export.carried_from, export.layout)
+    checks.append(run("tensors", partial(check_tensors, export, tensors, carried)))
     checks.append(run("merge", partial(_check_merge, export, tensors)))
     if isinstance(export.model.attention, config.MultiHeadLatentAttention):
         checks.append(run("softmax scale", partial(check_softmax_scale, export.directory, export.layout, export.model)))
@@ -101,8 +112,10 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
         adapted += [name for name, result in results.results.items() if result.merged]
     record["adapted"] = adapted
     record["lora"] = None if export.lora is None else export.lora.model_dump(mode="json")
-    record |= {"tensors": describe_tensors(tensors), **finish_record(export.directory, checks, start)}
-    return record
+    record["tensors"] = describe_tensors(tensors)
+    if export.carried_from is not None:
+        checks.append(run("carried", partial(check_carried, export.carried_from, export.layout, export.directory, record)))
+    return record | finish_record(export.directory, checks, start)
 
 
 def describe_tensors(tensors: Iterable[compare.TensorResults]) -> dict[str, dict[str, Any]]:
@@ -179,21 +192,24 @@ def check_architecture(described: config.Model, exported: config.Model, layout: 
             raise Fault(f"the files describe another model: {key} is {described_fields[key]}, not {value}")
 
 
-def check_tensors(export: Export, out: list[compare.TensorResults]) -> Finding:
+def check_tensors(export: Export, out: list[compare.TensorResults], carried: Collection[str] = ()) -> Finding:
     """Compare every tensor of the files with the exported weights.
 
     Args:
         export: the files and the weights.
         out: receives the results, even if a fault is raised.
+        carried: names of the tensors of a multimodal base's other parts, which `check_carried` compares.
 
     Raises:
         Fault: a tensor is missing, does not belong to the model, or differs.
     """
-    expected_tensors = expected.model_tensors(export.layout, export.model)
     stored = reread.tensors(export.directory)
+    stored = {name: tensor for name, tensor in stored.items() if name not in carried}
+    expected_tensors = text_tensors(export.layout, export.model, bool(carried), is_audio(carried))
     expected_kinds = {w.name: compare.stored_kind(export.layout, w, export.dtype) for w in expected_tensors}
     compare.check_names(stored, expected_tensors, expected_kinds)
-    fp8.check_claim(export.directory, export.layout, stored)
+    if not carries_quantized(export.carried_from):
+        fp8.check_claim(export.directory, export.layout, stored)
     results = compare.examine_tensors(stored, expected_tensors, export.parameters, export.lora)
     out.append(results)
     results.raise_faults()

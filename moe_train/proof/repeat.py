@@ -12,7 +12,8 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
-from moe_train.proof import against_base, base_modules, compare, expected, fp8, logits, prove, reread, surroundings, texts
+from moe_train.proof import against_base, base_fp8, base_modules, compare, expected, fp8, logits, prove, reread, surroundings, texts
+from moe_train.proof.carried import CarriedFrom, check_carried, is_audio, text_tensors
 from moe_train.proof.checks import Check, Fault, Finding, NotChecked, ProofRecord, first_and_count, run
 from moe_train.proof.compare_adapter import AdapterFiles, examine_adapter, summarize_deltas
 from moe_train.proof.compare_logits import Reference, compare_logits
@@ -73,7 +74,11 @@ def repeat(
     if is_model:
         checks.append(run("architecture", partial(_check_architecture, directory, model, layout)))
     checks.append(run("tensors", partial(_check_tensors, directory, record, model)))
+    if base is not None and base_fp8.quantized_names(base):
+        checks.append(run("base", partial(base_fp8.check_base, base)))
     checks.append(run("merge" if is_model else "deltas", partial(_check_weights, directory, record, model, trained, base)))
+    if "carried" in record:
+        checks.append(run("carried", partial(_check_carried, directory, record, base)))
     if is_model:
         checks.append(run("answers", partial(_check_logits, directory, depth, record, model)))
     checks.append(run("template", partial(_check_template, directory, record)))
@@ -100,10 +105,13 @@ def _check_tensors(directory: Path, record: ProofRecord, model: config.Model) ->
     stored = reread.tensors(directory)
     recorded = record["tensors"]
     if _is_model(record):
-        expected_tensors = expected.model_tensors(record["format"], model)
+        carried = _carried_names(record)
+        expected_tensors = text_tensors(record["format"], model, bool(carried), is_audio(carried))
         expected_kinds = {w.name: compare.stored_kind(record["format"], w, record["dtype"]) for w in expected_tensors}
-        compare.check_names(stored, expected_tensors, expected_kinds)
-        fp8.check_claim(directory, record["format"], stored)
+        of_text = {name: tensor for name, tensor in stored.items() if name not in carried}
+        compare.check_names(of_text, expected_tensors, expected_kinds)
+        if not any(record["tensors"][name]["dtype"].startswith("F8") for name in carried):
+            fp8.check_claim(directory, record["format"], of_text)
     faults = [f"{name} is missing" for name in recorded.keys() - stored.keys()]
     faults += [f"{name} is not a tensor of the export" for name in stored.keys() - recorded.keys()]
     if faults:
@@ -113,6 +121,18 @@ def _check_tensors(directory: Path, record: ProofRecord, model: config.Model) ->
     if changed:
         raise Fault(first_and_count(changed))
     return Finding(f"{len(stored):,} tensors, each once, with shape, dtype and hash", {"count": len(stored)})
+
+
+def _carried_names(record: ProofRecord) -> set[str]:
+    """Return the names of the tensors that the export carries of a multimodal base."""
+    return set(record["carried"]["tensors"]) if "carried" in record else set()
+
+
+def _check_carried(directory: Path, record: ProofRecord, base: WeightFiles | None) -> Finding:
+    """Compare the tower and projector with those of the base, if that is given and multimodal."""
+    if base is None or base.carried is None:
+        raise NotChecked("compared by hash alone (tensors); give the multimodal base (--base) to compare with its files")
+    return check_carried(CarriedFrom(base.path, base.carried.layout), record["format"], directory, dict(record, tensors={}))
 
 
 def _check_weights(
@@ -137,13 +157,15 @@ def _check_weights(
         # Number of deltas that were zero at the export; `figures` is the record's key of a check's metrics (`Check.to_json`).
         if check["name"] == "merge":
             untrained = check["figures"].get("untrained", 0)
-    return against_base.compare_with_base(record["format"], reread.tensors(directory), base, lora, untrained)
+    carried = _carried_names(record)
+    expected_tensors = text_tensors(record["format"], base.model, bool(carried), is_audio(carried))
+    return against_base.compare_with_base(expected_tensors, reread.tensors(directory), base, lora, untrained)
 
 
 def _compare_with_trained(directory: Path, record: ProofRecord, trained: prove.Export) -> Finding:
     if _is_model(record):
         tensors: list[compare.TensorResults] = []
-        finding = prove.check_tensors(trained, tensors)
+        finding = prove.check_tensors(trained, tensors, _carried_names(record))
         return finding if trained.lora is None else compare.summarize_merge(tensors[0])
     if trained.lora is None:
         raise Fault(f"{directory} contains an adapter, but the run that it is compared with trained none; give the exported run")

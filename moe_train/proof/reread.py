@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ FP8 = "FP8"
 """Kind of a tensor of e4m3 numbers that was joined with its scales; `proof.fp8` decodes it."""
 SCALE_BLOCK = 128
 """Outputs, and inputs, that share a scale of an FP8 tensor with several scales."""
+_IN_TOWER = re.compile(r"(model\.)?(vision_|audio_tower|multi_modal_projector|patch_merger|mm_whisper_embeddings)")
+"""Beginning of the names of the tensors of a tower and projector."""
 _SCALE_NAMES = ("weight_scale_inv", "qscale_weight")
 """What takes the place of `weight` in the names of scales: in Hugging Face's layout and in Mistral's."""
 _GGUF_TYPES = {
@@ -85,15 +88,23 @@ def tensors(directory: Path) -> dict[str, Stored]:
     """Read the headers of the .safetensors and .gguf files in a directory.
 
     Returns:
-        Every tensor by name.
+        Every tensor by name; FP8 ones are joined with their scales.
 
     Raises:
         ValueError: a file cannot be read, has bytes that belong to no tensor or to two, or a name is given twice.
     """
-    by_name: dict[str, Stored] = {}
+    files: list[Path] = []
     for file in sorted(directory.iterdir()):
-        if file.suffix not in (".safetensors", ".gguf"):
-            continue
+        # llama.cpp's file of a vision or audio tower holds no tensor of the model, and names of its own.
+        if file.suffix == ".safetensors" or (file.suffix == ".gguf" and "mmproj" not in file.name.lower()):
+            files.append(file)
+    return _with_scales(tensors_of_files(files))
+
+
+def tensors_of_files(files: Sequence[Path]) -> dict[str, Stored]:
+    """Like `tensors`, for these files; scales of FP8 tensors are tensors of their own."""
+    by_name: dict[str, Stored] = {}
+    for file in files:
         try:
             stored = list(_safetensors(file) if file.suffix == ".safetensors" else _gguf(file)[1])
         except (ValueError, KeyError, TypeError, IndexError, struct.error) as error:
@@ -102,14 +113,15 @@ def tensors(directory: Path) -> dict[str, Stored]:
             if tensor.name in by_name:
                 raise ValueError(f"{tensor.name} is in {by_name[tensor.name].file.name} and in {file.name}")
             by_name[tensor.name] = tensor
-    return _with_scales(by_name)
+    return by_name
 
 
 def _with_scales(by_name: dict[str, Stored]) -> dict[str, Stored]:
     """Join FP8 tensors with their scales, which are no tensors of their own then. What does not fit is left as it is."""
     joined = dict(by_name)
     for name, tensor in by_name.items():
-        if tensor.kind != "F8_E4M3" or not name.endswith(".weight"):
+        # A tower is carried tensor by tensor, so its scales are tensors like any other.
+        if tensor.kind != "F8_E4M3" or not name.endswith(".weight") or _IN_TOWER.match(name):
             continue
         blocks = tuple(-(-size // SCALE_BLOCK) for size in tensor.shape)
         for scale_name in _SCALE_NAMES:

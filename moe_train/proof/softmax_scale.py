@@ -83,7 +83,7 @@ def _scales_of_files(directory: Path, layout: ModelLayout) -> Scales:
         case "mistral":
             return _vllm_scales(json.loads((directory / "params.json").read_text(encoding="utf-8")))
         case "gguf":
-            (file,) = directory.glob("*.gguf")
+            (file,) = (file for file in directory.glob("*.gguf") if "mmproj" not in file.name.lower())
             return _llama_cpp_scales(reread.gguf_settings(file))
 
 

@@ -10,6 +10,7 @@ import jax
 
 from moe_train import config
 from moe_train.checkpoint import manager
+from moe_train.checkpoint.initial_files import describe_initial_files
 from moe_train.data.records import unread
 from moe_train.model.moe.transport.choose import describe_transport
 from moe_train.run.inputs import RunInputs
@@ -21,8 +22,8 @@ Say = Callable[[str], None]
 def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> None:
     """Describe the run before its first step.
 
-    The lines state the model, mesh, transport, data and epochs, the step at which the run continues, and the settings that
-    have changed since the checkpoint. Keys of records that are not read are named.
+    The lines state the model, mesh, transport, files that are not trained, data and epochs, the step at which the run continues,
+    and the settings that have changed since the checkpoint. Keys of records that are not read are named.
     """
     mesh_shape = jax.sharding.get_mesh().shape
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh_shape.items() if size > 1) or "one device"
@@ -32,6 +33,8 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"experts: {transport}")
     if run.export == "none":
         say(f"export: none, since no file format can express {config.without_format(run.model)}")
+    for line in describe_initial_files(run.init_from) if run.init_from else ():
+        say(line)
     loader = inputs.train
     examples = "" if loader.num_examples == loader.num_records else f", {loader.num_examples:,} examples"
     parts = [f"data: {loader.num_records:,} records{examples} in {loader.num_rows:,} rows, {loader.num_tokens:,} tokens"]

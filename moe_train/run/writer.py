@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 LINE_SECONDS = 5.0
 """Seconds between two lines of metrics if stderr is not a terminal."""
+MOST_EXPERT_CURVES = 16
+"""Largest number of experts of a layer for which TensorBoard gets a number each."""
 
 
 MetricsRecord = dict[str, Any]
@@ -240,6 +242,9 @@ def parse_line(line: bytes) -> MetricsRecord:
 def _scalars(metrics: Mapping[str, Any], layers: Sequence[int]) -> Iterable[tuple[str, float]]:
     """Yield (name, number) pairs with lists expanded, such as `load/layer_3/expert_0`.
 
+    A layer with more than MOST_EXPERT_CURVES experts yields its smallest and largest number instead, since TensorBoard draws a
+    curve for each name; `metrics.jsonl` keeps all numbers.
+
     Args:
         metrics: metrics by name; a list has one entry per router, each a number or a list over experts.
         layers: layer index of each entry of a list; empty to number the entries from 0.
@@ -249,11 +254,15 @@ def _scalars(metrics: Mapping[str, Any], layers: Sequence[int]) -> Iterable[tupl
             yield name, value
         elif isinstance(value, list):
             for i, entry in enumerate(value):
-                row = entry if isinstance(entry, list) else [entry]
                 layer = layers[i] if layers else i
-                for e, x in enumerate(row):
-                    expert = f"/expert_{e}" if isinstance(entry, list) else ""
-                    yield f"{name}/layer_{layer}{expert}", x
+                if not isinstance(entry, list):
+                    yield f"{name}/layer_{layer}", entry
+                elif len(entry) > MOST_EXPERT_CURVES:
+                    yield f"{name}/layer_{layer}/smallest", min(entry)
+                    yield f"{name}/layer_{layer}/largest", max(entry)
+                else:
+                    for e, x in enumerate(entry):
+                        yield f"{name}/layer_{layer}/expert_{e}", x
 
 
 def _line(metrics: Mapping[str, Any]) -> str:

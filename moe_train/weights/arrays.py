@@ -20,6 +20,7 @@ from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import Quantized, quantization_of, quantize
 from moe_train.model.sharding.specs import spec_of
 from moe_train.weights import strided
+from moe_train.weights.fp8.tensor import Fp8Tensor
 from moe_train.weights.names import WeightPiece
 from moe_train.weights.on_disk import FileTensor, array_bytes
 
@@ -167,7 +168,7 @@ def _arrays(
                 if not isinstance(likes, Quantized):
                     strided.copy_into(outs[0][region], piece.from_file(tensor.read, cut))
                     continue
-                quantized = _quantized(strided.contiguous(piece.from_file(tensor.read, cut)), *quantization_of(likes))
+                quantized = _read_quantized(piece, tensor, cut, likes)
                 for out, x in zip(outs, quantized, strict=True):
                     out[region] = x
 
@@ -178,6 +179,18 @@ def _arrays(
         jax.make_array_from_single_device_arrays(like.shape, sharding, device_arrays)
         for like, device_arrays in zip(likes, parts, strict=True)
     ]
+
+
+def _read_quantized(piece: WeightPiece, tensor: FileTensor, cut: Ranges, like: Quantized) -> Sequence[np.ndarray | jax.Array]:
+    """Read a cut of a matrix as quantized values and scales; FP8 files keep theirs where they fit the blocks of `like`."""
+    kind, block_size, dtype, dim = quantization_of(like)
+    if kind == "fp8" and isinstance(tensor, Fp8Tensor) and tensor.has_scales_of(block_size):
+        scales = piece.from_file(tensor.read_scale_of_each, cut)
+        first_of_block = [slice(None)] * scales.ndim
+        first_of_block[dim] = slice(None, None, block_size)
+        codes = piece.from_file(tensor.read_code_of_each, cut)
+        return codes.view(like.codes.dtype), scales[tuple(first_of_block)].view(like.scales.dtype)
+    return _quantized(strided.contiguous(piece.from_file(tensor.read, cut)), kind, block_size, dtype, dim)
 
 
 def _ranges(index: tuple[slice, ...], shape: tuple[int, ...]) -> Ranges:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +13,7 @@ from moe_train.model.quantize import unquantized_shapes
 from moe_train.weights import gguf, hf, mistral, names, peft, safetensors_files, together
 from moe_train.weights.arrays import Abstract, LazyArray, fill, open_lazily
 from moe_train.weights.hf.config_keys import CONFIG_FILE
+from moe_train.weights.mistral.files import STEM
 from moe_train.weights.mistral.params_json import PARAMS_FILE
 from moe_train.weights.on_disk import WeightFiles
 
@@ -45,6 +48,38 @@ def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
     )
 
 
+def has_weights(path: str | Path) -> bool:
+    """Return whether the weights of the model at `path` are there, and not only its config."""
+    path = Path(path)
+    stems = ("model", STEM)
+    return gguf.file_in(path) is not None or any(safetensors_files.has_model(path, stem) for stem in stems)
+
+
+def describe_choice(path: str | Path) -> str | None:
+    """Say, in a line, which of two layouts is read if a folder has the same model in both; None for other models."""
+    if layout_of(path) != "hf" or not _has_mistral_half(path):
+        return None
+    return f"{path} has the model in Hugging Face's and in Mistral's own layout; Hugging Face's files are read"
+
+
+def _has_mistral_half(path: str | Path) -> bool:
+    return (Path(path) / PARAMS_FILE).is_file() and safetensors_files.has_model(path, STEM)
+
+
+@contextmanager
+def _naming_the_other_half(path: str | Path) -> Iterator[None]:
+    """Add to an error about Hugging Face's files that the folder has the model in Mistral's own layout too."""
+    try:
+        yield
+    except ValueError as error:
+        if not _has_mistral_half(path):
+            raise
+        raise ValueError(
+            f"{error}; the folder also has the model in Mistral's own layout, which is read from a folder with {PARAMS_FILE}, "
+            f"{STEM}*.safetensors and the tokenizer alone"
+        ) from error
+
+
 def open_external_weights(path: str | Path) -> WeightFiles:
     """Open the tensors of the model at `path` without reading them.
 
@@ -54,7 +89,8 @@ def open_external_weights(path: str | Path) -> WeightFiles:
     """
     match layout_of(path):
         case "hf":
-            return hf.open_weights(path)
+            with _naming_the_other_half(path):
+                return hf.open_weights(path)
         case "mistral":
             return mistral.open_weights(path)
         case "gguf":
@@ -65,7 +101,8 @@ def read_external_model(path: str | Path) -> config.Model:
     """Read the architecture of the model at `path`."""
     match layout_of(path):
         case "hf":
-            return hf.read_model_config(path)
+            with _naming_the_other_half(path):
+                return hf.read_model_config(path)
         case "mistral":
             return mistral.read_model_config(path)
         case "gguf":
@@ -108,3 +145,9 @@ def _open_and_check(path: str | Path, abstract: Abstract) -> WeightFiles:
 def hash_external_model(path: str | Path) -> dict[str, str]:
     """Return the sha256 of each tensor of the text model, by its name in the files; processes share the reading."""
     return together.hash_tensors_in_shares(open_external_weights(path).tensors)
+
+
+def hash_carried(path: str | Path) -> dict[str, str]:
+    """Return the sha256 of each tensor of a multimodal model's tower and projector, by name; {} for a text model."""
+    carried = open_external_weights(path).carried
+    return {} if carried is None else together.hash_tensors_in_shares(carried.tensors)

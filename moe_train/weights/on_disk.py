@@ -12,8 +12,11 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine import progress
+from moe_train.machine.files import JsonObject
 from moe_train.model.paths import ParameterPath
 from moe_train.weights.names import WeightPiece
+from moe_train.weights.wrappers.classes import WrapperClass
+from moe_train.weights.wrappers.towers import PixtralSettings, WhisperSettings
 
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 """Dtypes of the numbers in files."""
@@ -46,6 +49,33 @@ class FileTensor(Protocol):
         ...
 
 
+class Carried(NamedTuple):
+    """The parts of a multimodal model around its text model, which are not trained; exports carry them unchanged."""
+
+    parts: str
+    """What they are, for messages: vision tower and projector."""
+    layout: Literal["hf", "mistral"]
+    """Layout of the files."""
+    wrapper: WrapperClass | None
+    """The class in transformers; None in Mistral's own layout, which names none."""
+    fields: JsonObject
+    """The whole config.json or params.json."""
+    settings: PixtralSettings | WhisperSettings | None
+    """Sizes of the tower; None where the layout's own are not known (audio in Mistral's own layout)."""
+    tensors: Mapping[str, FileTensor]
+    """Tensors by name, of any dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(array_bytes(tensor.shape, tensor.dtype) for tensor in self.tensors.values())
+
+    @property
+    def description(self) -> str:
+        """What they are, how many tensors and how many bytes, for messages."""
+        return f"{self.parts} ({len(self.tensors)} tensors, {self.nbytes / 1e9:.3g} GB)"
+
+
 class WeightFiles(NamedTuple):
     """A model on disk, opened without reading its tensors."""
 
@@ -56,8 +86,8 @@ class WeightFiles(NamedTuple):
     """Location of each weight in the files."""
     tensors: Mapping[str, FileTensor]
     """Tensors of the text model only, by name."""
-    left_out: tuple[str, ...] = ()
-    """Names of tensors that are not read: those of a vision tower and its projector."""
+    carried: Carried | None = None
+    """The other parts of a multimodal model; None for a text model."""
 
     @property
     def dtype(self) -> FloatDtype | None:

@@ -35,7 +35,17 @@ _DTYPES = {
 """Dtypes that are read; integers and other kinds of float8 belong to quantized models that are not supported."""
 _QUANTIZED = {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 """Dtypes of values that mean nothing without the scales next to them."""
-_CODES = {dtype: code for code, dtype in (_DTYPES | _QUANTIZED).items()}
+_CARRIED = {
+    **_DTYPES,
+    **_QUANTIZED,
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "BOOL": np.dtype(np.bool_),
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
+"""Dtypes of tensors that are only carried from one file into another."""
+_CODES = {dtype: code for code, dtype in _CARRIED.items()}
 
 
 @dataclass(frozen=True)
@@ -124,7 +134,13 @@ def _single_and_index(directory: str | Path, stem: str) -> tuple[Path, Path]:
     return Path(directory) / f"{stem}.safetensors", Path(directory) / INDEX_FILE.replace("model", stem)
 
 
-def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, SafetensorsTensor]:
+def _is_never_carried(name: str) -> bool:
+    return False
+
+
+def open_model_tensors(
+    directory: str | Path, stem: str = "model", is_carried: Callable[[str], bool] = _is_never_carried
+) -> dict[str, SafetensorsTensor]:
     """Open the tensors of a model's directory, single file or sharded.
 
     FP8 tensors are returned as they are stored; `fp8.dequantize_tensors` joins them with their scales.
@@ -132,6 +148,7 @@ def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, 
     Args:
         directory: the folder.
         stem: first part of the file names.
+        is_carried: whether the tensor of a name is only carried into other files, and so may have any dtype.
 
     Raises:
         FileNotFoundError: there is no model.
@@ -142,11 +159,11 @@ def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, 
         _refuse_pickle(Path(directory))
         raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}; download the weights")
     if not index.is_file():
-        return open_safetensors(single, _DTYPES | _QUANTIZED)
+        return open_safetensors(single, _DTYPES | _QUANTIZED, is_carried)
     weight_map = _weight_map(index)
     tensors: dict[str, SafetensorsTensor] = {}
     for file in sorted(set(weight_map.values())):
-        opened = open_safetensors(index.parent / file, _DTYPES | _QUANTIZED)
+        opened = open_safetensors(index.parent / file, _DTYPES | _QUANTIZED, is_carried)
         listed = {name for name, shard in weight_map.items() if shard == file}
         if different := sorted(listed ^ set(opened)):
             raise ValueError(
@@ -156,12 +173,15 @@ def open_model_tensors(directory: str | Path, stem: str = "model") -> dict[str, 
     return tensors
 
 
-def open_safetensors(file: Path, dtypes: Mapping[str, np.dtype] = _DTYPES) -> dict[str, SafetensorsTensor]:
+def open_safetensors(
+    file: Path, dtypes: Mapping[str, np.dtype] = _DTYPES, is_carried: Callable[[str], bool] = _is_never_carried
+) -> dict[str, SafetensorsTensor]:
     """Open the tensors of one file, after checking its header and size.
 
     Args:
         file: the file.
         dtypes: the dtypes that are accepted, by their names in the format; by default those of unquantized tensors.
+        is_carried: see `open_model_tensors`.
 
     Raises:
         FileNotFoundError: there is no file.
@@ -190,13 +210,14 @@ def open_safetensors(file: Path, dtypes: Mapping[str, np.dtype] = _DTYPES) -> di
         shape = entry["shape"]
         # Offsets count from the end of the header: 8 bytes for its length, then its text.
         start, _ = entry["data_offsets"]
-        if code not in dtypes:
-            supported = ", ".join(dtypes)
+        accepted = _CARRIED if is_carried(name) else dtypes
+        if code not in accepted:
+            supported = ", ".join(accepted)
             raise ValueError(
                 f"{file}: {name} has dtype {code}; supported: {supported}; of quantized models only FP8 (e4m3) is read: fetch the "
                 "BF16 or FP8 release, or save the weights in bfloat16"
             )
-        tensors[name] = SafetensorsTensor(name, file, tuple(shape), dtypes[code], 8 + length + start, opened)
+        tensors[name] = SafetensorsTensor(name, file, tuple(shape), accepted[code], 8 + length + start, opened)
     return tensors
 
 

@@ -50,6 +50,11 @@ _PEFT_CODE = (
     "m, t = PeftModel.from_pretrained(M.from_pretrained({base!r}), {out!r}), T.from_pretrained({out!r}); "
     "print(t.decode(m.generate(**t('Hello', return_tensors='pt'), max_new_tokens=20)[0]))"
 )
+_MODEL_CODE = (
+    "from transformers import {auto_class} as M, AutoTokenizer as T; "
+    "m, t = M.from_pretrained({out!r}), T.from_pretrained({out!r}); "
+    "print(t.decode(m.generate(**t('Hello', return_tensors='pt'), max_new_tokens=20)[0]))"
+)
 _NO_MISTRAL4_IN_VLLM = (
     "vLLM runs mistral4 from Mistral's own files alone; export the model, with adapters merged, with --format mistral"
 )
@@ -102,6 +107,11 @@ def adapter_shapes(
     return dict.fromkeys(shapes, AdapterShape(rank, scale * rank))
 
 
+def auto_class_of(model: config.Model) -> str:
+    """Return the Auto class of transformers that loads a text model; AutoModelForCausalLM does not know mistral4."""
+    return "AutoModelForImageTextToText" if model.family == "mistral4" else "AutoModelForCausalLM"
+
+
 def serving_command(
     server: Server,
     layout: ExportFormat,
@@ -111,7 +121,7 @@ def serving_command(
     base_model: str | None = None,
     rank: int = 1,
     tokenizer: Literal["mistral", "huggingface"] = "huggingface",
-    in_wrapper: bool = False,
+    auto_class: str = "AutoModelForCausalLM",
 ) -> str:
     """Return the command line that serves an export.
 
@@ -123,7 +133,7 @@ def serving_command(
         base_model: of an adapter: its base in Hugging Face's layout; None to print the placeholder BASE_MODEL.
         rank: of an adapter: its largest rank.
         tokenizer: the kind of tokenizer that is exported with the weights.
-        in_wrapper: of an adapter: whether its base is a vision wrapper, which AutoModelForCausalLM does not know.
+        auto_class: of an adapter: the Auto class of transformers that loads its base; a multimodal one has its own.
 
     Raises:
         ValueError: the server does not read the layout; the message names those it reads.
@@ -140,13 +150,19 @@ def serving_command(
     max_rank = rank
     if server == "vllm":
         max_rank = next(supported for supported in VLLM_RANKS if supported >= rank)
-    auto_class = "AutoModelForImageTextToText" if in_wrapper or is_mistral4 else "AutoModelForCausalLM"
-    return readable[layout].format(
+    if is_mistral4:
+        auto_class = auto_class_of(model)
+    template = readable[layout]
+    code = _PEFT_CODE
+    if server == "transformers" and layout == "hf" and auto_class != "AutoModelForCausalLM":
+        template = "python -c {code}"
+        code = _MODEL_CODE
+    return template.format(
         out=shlex.quote(str(out_dir)),
         base=shlex.quote(base),
         name=shlex.quote(Path(out_dir).name),
         rank=max_rank,
         tokenizer="mistral" if tokenizer == "mistral" else "auto",
         # Quoted twice: by !r in the template for Python, and here for the shell.
-        code=shlex.quote(_PEFT_CODE.format(out=str(out_dir), base=base, auto_class=auto_class)),
+        code=shlex.quote(code.format(out=str(out_dir), base=base, auto_class=auto_class)),
     )

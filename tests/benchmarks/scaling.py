@@ -1,9 +1,11 @@
 """A slice that grows at constant work per chip, as the compiler sees it: memory, bytes received and time to compile.
 
-    python -m tests.benchmarks.scaling [--layers N] [--out FOLDER] [CHIPS …]        (needs libtpu; a plot needs matplotlib)
+    python -m tests.benchmarks.scaling [--model small4] [--layers N] [--out FOLDER] [CHIPS …]
+                                                                    (needs libtpu; a plot needs matplotlib)
 
-Mixtral 8x7B, full training, one sequence of 4096 tokens a chip, on v5p from 8 to 512 chips: expert 8, up to 8 along
-fsdp, the rest replicas along data. Adds to scaling.json beside this file, prints its table, and plots it where
+Mixtral 8x7B, full training, or Mistral Small 4, LoRA on attention and shared experts, one sequence of 4096 tokens a chip, on
+v5p from 8 to 512 chips: expert 8, up to 8 along fsdp, the rest replicas along data. Adds to scaling.json (scaling_small4.json)
+beside this file, prints its table, and plots it where
 matplotlib is there; without CHIPS that is all. Time is that of a core, all of a process that imports, traces, compiles
 and reads the program: a busy machine does not lengthen it. Each size takes two to three minutes.
 """
@@ -15,7 +17,7 @@ import importlib.util
 import json
 import resource
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_train import config
 from moe_train.config import yaml_file
@@ -23,16 +25,42 @@ from moe_train.plan.compile import compile_config
 from moe_train.plan.topology import parse_topology
 
 SLICES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
-RECIPE = Path(__file__).parents[2] / "configs" / "mixtral_8x7b_pretrain_v5p.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL4 = (
+    "model={family: mistral4, vocab_size: 131072, model_dim: 4096, num_layers: 36, norm_eps: 1e-6, attention: {name: mla, "
+    "num_heads: 32, q_lora_rank: 1024, kv_lora_rank: 256, qk_nope_head_dim: 64, qk_rope_head_dim: 64, v_head_dim: 128, "
+    "query_scaling: {beta: 0.1, original_max_seq_len: 8192}}, ffn: {name: moe, ffn_dim: 2048, num_experts: 128, "
+    "experts_per_token: 4, num_shared_experts: 1}, rope: {name: yarn, theta: 1e4, factor: 128.0, original_max_seq_len: 8192}}"
+)
 
 
-def measure(chips: int, layers: int) -> dict[str, Any]:
+class Workload(NamedTuple):
+    recipe: Path
+    overrides: tuple[str, ...]
+    layers: int
+    stem: str
+    """Of the files of figures."""
+
+
+WORKLOADS = {
+    "mixtral": Workload(CONFIGS / "mixtral_8x7b_pretrain_v5p.yaml", ("compute.remat=full",), 32, "scaling"),
+    "small4": Workload(
+        CONFIGS / "mistral_small4_lora_v5p.yaml",
+        (SMALL4, "train.seq_len=4096", "compute.remat=full", "compute.transport=ragged_all_to_all"),
+        36,
+        "scaling_small4",
+    ),
+}
+
+
+def measure(workload: Workload, chips: int, layers: int) -> dict[str, Any]:
     fsdp = min(8, chips // 8)
     mesh = {"data": chips // (8 * fsdp), "fsdp": fsdp, "expert": 8}
-    overrides = [f"model.num_layers={layers}", f"train.batch_size={chips}", "train.microbatches=1"]
+    overrides = [*workload.overrides, f"model.num_layers={layers}", f"train.batch_size={chips}", "train.microbatches=1"]
     overrides += [f"mesh.{axis}={size}" for axis, size in mesh.items()]
     before = core_seconds()
-    compiled = compile_config(config.run_of(yaml_file.load_config(RECIPE, overrides)), parse_topology(f"v5p:{SLICES[chips]}"))
+    run = config.run_of(yaml_file.load_config(workload.recipe, overrides))
+    compiled = compile_config(run, parse_topology(f"v5p:{SLICES[chips]}"))
     return {
         "chips": chips,
         "mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1),
@@ -78,20 +106,23 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("chips", nargs="*", type=int, help=f"of {', '.join(map(str, SLICES))}")
-    parser.add_argument("--layers", type=int, default=32, help="the program does not grow with them, its figures do")
+    parser.add_argument("--model", choices=WORKLOADS, default="mixtral")
+    parser.add_argument("--layers", type=int, help="the program does not grow with them, its figures do")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "scaling.json"
+    workload = WORKLOADS[args.model]
+    layers = args.layers or workload.layers
+    file = args.out / f"{workload.stem}.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     for chips in args.chips:
-        rows = [r for r in rows if (r["chips"], r["layers"]) != (chips, args.layers)] + [measure(chips, args.layers)]
+        rows = [r for r in rows if (r["chips"], r["layers"]) != (chips, layers)] + [measure(workload, chips, layers)]
         rows.sort(key=lambda r: (r["layers"], r["chips"]))
         file.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        print(next(r for r in rows if (r["chips"], r["layers"]) == (chips, args.layers)), flush=True)
-    print(table([r for r in rows if r["layers"] == args.layers]))
+        print(next(r for r in rows if (r["chips"], r["layers"]) == (chips, layers)), flush=True)
+    print(table([r for r in rows if r["layers"] == layers]))
     if importlib.util.find_spec("matplotlib"):
-        plot([r for r in rows if r["layers"] == args.layers], args.out / "scaling.png")
+        plot([r for r in rows if r["layers"] == layers], args.out / f"{workload.stem}.png")
     else:
         print("no plot: matplotlib is not here; run: bash launch/install.sh report")
 

@@ -7,6 +7,9 @@ import pytest
 
 from moe_train.machine.mesh import make_mesh
 from tests.checkpoint.states import MESHES
+from tests.commands.conftest import small_tokenizer
+
+__all__ = ["mesh", "small_tokenizer"]
 
 
 @pytest.fixture

@@ -9,12 +9,11 @@ import jax
 import optax
 
 from moe_train import config
-from moe_train.checkpoint import manager
+from moe_train.checkpoint import identity, manager
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters
 from moe_train.train.state import create_state
-from moe_train.weights import external
 
 MODEL = config.Model(
     family="mixtral",
@@ -44,7 +43,7 @@ def save_run(directory: Path, weights: Parameters, tokenizer: HuggingFace, **mor
         "loss": config.Loss(load_balance_loss_coef=0.02, router_z_loss_coef=0.0),
     }
     run = config.Config(**(sections | more))
-    base = manager.WeightOrigin(run.init_from, None, external.hash_external_model(run.init_from)) if run.init_from else None
+    base = identity.base_origin(run.init_from) if run.init_from else None
     about = manager.CheckpointMetadata(config=run.model_dump(mode="json"), row=0, data="", base=base)
     with manager.open_for_saving(directory, run.checkpoint) as checkpoints:
         manager.save(checkpoints, 1, create_state(weights, optax.sgd(0.1), run.lora), about)

@@ -24,7 +24,7 @@ from moe_train.model.parameters import Parameters
 from moe_train.weights import external, hf, peft, safetensors_files
 from moe_train.weights.texts import Texts
 from tests.commands.runs import LORA, MESH, MODEL, save_run
-from tests.commands.wrapper import save_run_on_wrapper
+from tests.commands.wrapper import TOWER, save_run_on_wrapper
 from tests.random_parameters import random_parameters
 
 
@@ -143,6 +143,10 @@ def test_another_tools_model_is_turned_into_every_layout_and_back(small_tokenize
         export(tmp_path / "hf", tmp_path / "other", options=ExportOptions(max_shard_size="much"))
     export(tmp_path / "hf", tmp_path / "shards", options=ExportOptions(max_shard_size="10KB", depth="tensors"))
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 3
+    export(tmp_path / "hf", tmp_path / "half", options=ExportOptions(dtype="float16", depth="tensors"))
+    record = export(tmp_path / "half", tmp_path / "half again", options=ExportOptions(depth="tensors"))
+    assert record["dtype"] == "float16"
+    assert external.hash_external_model(tmp_path / "half again") == external.hash_external_model(tmp_path / "half")
     assert not (tmp_path / "other").exists()
 
 
@@ -168,8 +172,8 @@ def test_an_adapter_of_a_wrapper_has_the_names_of_the_wrapper(
     assert not (tmp_path / "wrong").exists()
 
 
-def test_a_merged_export_of_a_wrapper_says_that_it_has_no_tower(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
+def test_a_text_only_export_of_a_wrapper_says_that_it_has_no_tower(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
     save_run_on_wrapper(tmp_path, small_tokenizer, np.float16)
-    record = export(tmp_path / "run", tmp_path / "out", merge=True)
-    assert record["left_out"]["count"] == 2 and json.loads((tmp_path / "out/export_proof.json").read_text())["left_out"]
+    record = export(tmp_path / "run", tmp_path / "out", merge=True, options=ExportOptions(text_only=True))
+    assert record["left_out"]["count"] == len(TOWER) and json.loads((tmp_path / "out/export_proof.json").read_text())["left_out"]
     assert external.layout_of(tmp_path / "out") == "hf" and not hf.is_wrapper(tmp_path / "out")

@@ -55,6 +55,7 @@ def conversations(
     results: st.SearchStrategy[str] = RESULTS,
     parts: bool = False,
     thinking: Sequence[str] = (),
+    thoughts: st.SearchStrategy[str] = texts(),  # noqa: B008
 ) -> dict[str, Any]:
     """A record: messages, and tools where they are wanted. Ends with an assistant turn of weight 1.
 
@@ -79,9 +80,13 @@ def conversations(
     messages[-1]["weight"] = 1
     for message in messages if parts or thinking else ():
         if "content" in message:
-            message["content"] = draw(_contents(message["content"], answers if parts else None, message["role"] in thinking))
+            message["content"] = draw(
+                _contents(
+                    message["content"], answers if parts else None, _thoughts(thoughts) if message["role"] in thinking else None
+                )
+            )
         elif "assistant" in thinking and draw(st.booleans()):
-            message["content"] = [draw(_THOUGHTS)]
+            message["content"] = [draw(_thoughts(thoughts))]
     if not tools:
         return {"messages": messages}
     named = draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=3, unique=True))
@@ -90,15 +95,18 @@ def conversations(
     return {"messages": messages, "tools": [{"type": "function", "function": function} for function in functions]}
 
 
-_THOUGHTS = st.fixed_dictionaries({"type": st.just("thinking"), "thinking": texts()}, optional={"closed": st.booleans()})
+def _thoughts(said: st.SearchStrategy[str]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({"type": st.just("thinking"), "thinking": said}, optional={"closed": st.booleans()})
 
 
 @st.composite
-def _contents(draw: st.DrawFn, content: str, parts: st.SearchStrategy[str] | None, thinking: bool) -> str | list[dict[str, str]]:
+def _contents(
+    draw: st.DrawFn, content: str, parts: st.SearchStrategy[str] | None, thinking: st.SearchStrategy[dict[str, Any]] | None
+) -> str | list[dict[str, str]]:
     """A content that says more than the given one, in parts."""
     more = draw(st.lists(parts, max_size=2)) if parts is not None else []
     made = [{"type": "text", "text": text} for text in (content, *more)]
-    thoughts = draw(st.lists(_THOUGHTS, max_size=2)) if thinking else []
+    thoughts = draw(st.lists(thinking, max_size=2)) if thinking is not None else []
     if not thoughts:
         return made if more else content
     leads = [draw(st.sampled_from([True, True, False])) for _ in thoughts]

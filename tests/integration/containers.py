@@ -108,8 +108,10 @@ def _arrow(table: pa.Table, stream: bool = False) -> bytes:
 
 def _dataset(records: Sequence[Record], **settings: Any) -> datasets.Dataset:
     _json_values(list(records))
+    # from_list takes the columns of the first record alone.
+    names = dict.fromkeys(name for record in records for name in record)
     try:
-        return datasets.Dataset.from_list(list(records), **settings)
+        return datasets.Dataset.from_list([dict.fromkeys(names) | record for record in records], **settings)
     except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
         raise CannotHold(str(error)) from error
 
@@ -193,6 +195,9 @@ def _table_of_text(records: Sequence[Record], delimiter: str) -> bytes:
 
 
 def _pandas(records: Sequence[Record], folder: Path) -> Path:
+    # pandas leaves a carriage return without quotes, and readers take it for the end of the line.
+    if any("\r" in value for record in records for value in as_text(record).values()):
+        raise CannotHold("a carriage return")
     pd.DataFrame([as_text(record) for record in records]).to_csv(folder / "records.csv", index=False)
     return folder / "records.csv"
 

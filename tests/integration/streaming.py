@@ -1,9 +1,10 @@
 """A process that exports, loads or extends a large random model, and says how much memory that took: `streaming.py MODE
 FOLDER`.
 
-MODE is `tensors` or `full` (the proof's depth), `files` (as `tensors`, the base left in the files that that one wrote),
-`load`, `extend` (the vocabulary, to v3's), or `run` (a checkpoint, into 4 bits). Prints JSON: MiB that were resident at most
-above what was before and stays, those of the model, those of its largest tensor, and those of the files.
+MODE is `tensors` or `full` (the proof's depth), `files` (as `tensors`, the base left in the files that that one wrote), `fp8`
+(as `tensors`, in that dtype), `load`, `load_fp8`, `extend` (the vocabulary, to v3's), or `run` (a checkpoint, into 4 bits).
+Prints JSON: MiB that were resident at most above what was before and stays, those of the model, those of its largest tensor, and
+those of the files.
 """
 
 from __future__ import annotations
@@ -95,11 +96,12 @@ def save_run(run_dir: Path) -> None:
 
 def main(mode: str, folder: Path) -> dict[str, float]:
     with jax.set_mesh(make_mesh(config.Mesh())):
-        shapes = shapes_of(LORA if mode in ("tensors", "full", "files") else None)
+        shapes = shapes_of(LORA if mode in ("tensors", "full", "files", "fp8") else None)
         own = sum(x.size * x.dtype.itemsize for path, x in shapes.items() if ".lora_" not in path) / 2**20
         largest = max(np.prod(tensor.shape) * 2 for tensor in expected.model_tensors("hf", MODEL)) / 2**20
-        if mode == "load":
-            _, most = above(lambda: external.load_external_parameters(folder / "tensors", shapes))
+        if mode in ("load", "load_fp8"):
+            source = "tensors" if mode == "load" else "fp8"
+            _, most = above(lambda: external.load_external_parameters(folder / source, shapes))
             most -= own
         elif mode == "run":
             if not (folder / "run").exists():  # in a process of its own: what saving took is not to count
@@ -113,13 +115,14 @@ def main(mode: str, folder: Path) -> dict[str, float]:
             shutil.copy(str(resources.files("mistral_common") / "data" / "tokenizer.model.v1"), folder / "tensors")
             _, most = above(lambda: extend_vocab(folder / "tensors", folder / "extended", "v3"))
         else:
-            out, depth = folder / mode, "tensors" if mode == "files" else mode
+            out, depth = folder / mode, "tensors" if mode in ("files", "fp8") else mode
+            dtype = "fp8" if mode == "fp8" else "bfloat16"
             base = {path: x for path, x in shapes.items() if not ParameterPath.parse(path).is_adapter}
             left = external.open_external_lazily(folder / "tensors", base) if mode == "files" else {}
             weights = random_weights({path: x for path, x in shapes.items() if path not in left}) | left
             _, most = above(
                 lambda: write_and_prove.export_model(
-                    weights, MODEL, out, write_and_prove.WriteOptions(dtype="bfloat16", lora=LORA, merge=True, depth=depth)
+                    weights, MODEL, out, write_and_prove.WriteOptions(dtype=dtype, lora=LORA, merge=True, depth=depth)
                 )
             )  # type: ignore[arg-type]
     files = sum(file.stat().st_size for file in (folder / "tensors").glob("*.safetensors")) / 2**20

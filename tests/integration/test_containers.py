@@ -1,14 +1,15 @@
 """The same records in every container have the same normal form, and the check says the same of them.
 
 Hypothesis draws records of every kind: texts, completions, conversations, calls with nested objects as arguments, tools with nested
-schemas, weights as integers and floats. pyarrow, datasets and pandas write them. `--slow` draws many more; the counts are printed
-(`-s`).
+schemas, weights as integers and floats, preference pairs, labelled answers, settings, history. pyarrow, datasets and pandas write
+them. `--slow` draws many more; the counts are printed (`-s`).
 """
 
 from __future__ import annotations
 
 import collections
 import json
+import operator
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -78,6 +79,34 @@ def tool_records(draw: st.DrawFn, nulls: bool) -> Record:
     return {"messages": messages, "tools": [{"type": "function", "function": function}]}
 
 
+def answers(label: bool) -> st.SearchStrategy[Record]:
+    """Preference pairs, or labelled answers: texts, or lists of messages with flags."""
+    flags = st.fixed_dictionaries({}, optional={"weight": st.sampled_from([0, 1, 0.0, 1.0, True]), "train": st.booleans()})
+    turn = st.builds(lambda text, flag: [{"role": "assistant", "content": text, **flag}], texts(1), flags)
+    prompt = texts(1).map(lambda text: [{"role": "user", "content": text}])
+    beside = {"system": texts(), "tools": st.just([]), "reasoning_effort": st.sampled_from(["none", "high"])}
+    columns = {"completion": turn, "label": st.booleans()} if label else {"chosen": turn, "rejected": turn}
+    texts_in_place = {"completion": texts(1), "label": st.booleans()} if label else {"chosen": texts(1), "rejected": texts(1)}
+    return st.one_of(
+        st.fixed_dictionaries({"prompt": prompt, **columns}, optional=beside),
+        st.fixed_dictionaries({"prompt": texts(1), **texts_in_place}, optional=beside),
+    )
+
+
+SCHEMAS = st.dictionaries(KEYS, values(nulls=False), min_size=1, max_size=2)
+FORMATS = st.builds(lambda schema: {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}, SCHEMAS)
+SETTINGS: dict[str, st.SearchStrategy[Any]] = {
+    "reasoning_effort": st.sampled_from(["none", "high"]),
+    "response_format": FORMATS,
+    "chat_template_kwargs": SCHEMAS,
+    "system": texts(1),
+}
+HISTORY: dict[str, st.SearchStrategy[Any]] = {
+    "history": st.lists(st.tuples(texts(1), texts(1)).map(list), max_size=2),
+    "input": texts(),
+    "context": texts(),
+    "system": texts(),
+}
 CHAT = config.ChatRecord(name="chat")
 KINDS: dict[str, tuple[config.Record, st.SearchStrategy[Record]]] = {
     "texts": (config.TextRecord(name="text"), st.fixed_dictionaries({"text": texts(1)}, optional={"id": st.integers(0, 9)})),
@@ -85,6 +114,13 @@ KINDS: dict[str, tuple[config.Record, st.SearchStrategy[Record]]] = {
         config.CompletionRecord(name="completion"),
         st.fixed_dictionaries({"prompt": texts(1), "completion": texts(1)}),
     ),
+    "completions with more": (
+        config.CompletionRecord(name="completion"),
+        st.fixed_dictionaries({"prompt": texts(1), "completion": texts(1)}, optional=HISTORY),
+    ),
+    "pairs": (config.PreferenceRecord(name="preference"), answers(label=False)),
+    "labelled answers": (config.LabelledRecord(name="labelled"), answers(label=True)),
+    "settings": (CHAT, st.builds(operator.or_, conversations(tools=False), st.fixed_dictionaries({}, optional=SETTINGS))),
     "chats": (CHAT, conversations(tools=False)),
     "calls with text": (CHAT, conversations(tools=True)),
     "calls with objects": (CHAT, tool_records(nulls=False)),

@@ -25,7 +25,7 @@ def in_a_process(mode: str, folder: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_host_memory_is_bounded_by_the_largest_tensor_both_ways(tmp_path: Path) -> None:
-    for mode in ("tensors", "files", "load", "extend", "full"):
+    for mode in ("tensors", "files", "load", "fp8", "load_fp8", "extend", "full"):
         found = in_a_process(mode, tmp_path)
         bound = found["largest"] + 256
         assert found["model"] > 1.5 * 1024 and found["model"] > 4 * bound

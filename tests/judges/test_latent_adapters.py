@@ -13,6 +13,8 @@ from moe_train import config
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import Parameters, combine, parameters
 from moe_train.model.transformer import init_model
+from moe_train.proof.base_modules import check_adapter_names, exported_modules
+from moe_train.proof.checks import Fault
 from moe_train.weights import names, peft, safetensors_files
 from moe_train.weights.arrays import fetch_entry
 from tests.compiled_programs import quick_jit
@@ -135,3 +137,14 @@ def test_peft_applies_an_adapter_and_writes_one_that_is_read(weights: Parameters
         loaded = peft.load_adapter(tmp_path / "theirs", MISTRAL4, like)
     assert loaded.keys() == {path for path in weights if ".lora_" in path}
     assert distance(our_logits({**base, **loaded}, read), ours) < 1e-5
+
+
+def test_the_proof_finds_names_that_select_the_dense_layer_too(weights: Parameters, tmp_path: Path) -> None:
+    peft.export_adapter(weights, MISTRAL4, LORA, tmp_path / "out", base_model="b")
+    settings = peft.read_settings(tmp_path / "out")
+    written = safetensors_files.open_safetensors(tmp_path / "out/adapter_model.safetensors")
+    modules = exported_modules(MISTRAL4)
+    assert check_adapter_names(written, settings, modules).metrics["count"] == len(written) // 2
+    targets = [name.rpartition(".")[2] for name in settings["target_modules"]]
+    with pytest.raises(Fault, match=r"also selects model\.layers\.0\.mlp"):
+        check_adapter_names(written, {**settings, "target_modules": targets}, modules)

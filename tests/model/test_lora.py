@@ -25,7 +25,7 @@ from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.state import partition
 from moe_train.train.step_definition import StepDefinition
 from tests.compiled_programs import quick_jit
-from tests.tiny import EIGHT, ONE
+from tests.tiny import EIGHT, MISTRAL4, ONE
 
 MODEL = config.Model(
     family="mixtral",
@@ -135,6 +135,22 @@ def test_experts_and_whole_modules_that_cannot_be_meant(targets: Any, train: Any
     with jax.set_mesh(ONE), pytest.raises(ValueError) as error:
         abstract(lora)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_modules_of_latent_attention_and_shared_experts() -> None:
+    targets = (config.LoraTarget(modules=("attention.*", "ffn.shared.*", "ffn.*_proj"), rank=2, alpha=4.0),)
+    with jax.set_mesh(EIGHT):
+        lora = config.Lora(targets=targets, train=("*_norm",), quantize=config.Int8(name="int8", block_size=2))
+        arrays = parameters(jax.eval_shape(lambda: init_model(0, MISTRAL4, config.Compute(param_dtype="bfloat16"), lora)))[1]
+    adapted = {ParameterPath.parse(path).module for path in arrays if path.endswith(".lora_a")}
+    latents = {f"attention.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj")}
+    routed = {f"ffn.{name}_proj" for name in ("gate", "up", "down")}
+    assert adapted == latents | routed | {f"ffn.shared.{name}_proj" for name in ("gate", "up", "down")}
+    assert arrays["stacks.1.layers.0.attention.kv_b_proj.lora_a"].shape == (2, 14, 2)
+    assert arrays["stacks.1.layers.0.attention.kv_b_proj.lora_b"].shape == (2, 2, 4, 16)
+    # Norms of latents are trained in full, in float32, and linear maps are quantized along what their product sums over.
+    assert arrays["stacks.0.layers.0.attention.kv_a_norm.scale"].dtype == np.float32
+    assert arrays["stacks.0.layers.0.attention.q_b_proj.weight.scales"].shape == (1, 6, 4, 18)
 
 
 def test_a_tied_embedding_has_no_adapter() -> None:

@@ -17,7 +17,7 @@ SMALL += ["model.attention={num_heads: 8, num_kv_heads: 4, head_dim: 64}", "mesh
 
 def pretrain_run(*overrides: str) -> config.Run:
     """The run of Mixtral 8x7B with some settings changed."""
-    return config.run_of(yaml_file.load_config(PRETRAIN, overrides))
+    return config.run_of(yaml_file.load_config(PRETRAIN, ["compute.remat=full", *overrides]))
 
 
 def run(*arguments: str) -> int:

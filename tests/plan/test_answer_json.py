@@ -13,7 +13,7 @@ from tests.plan.pretraining import PRETRAIN, SMALL, run
 def test_json_has_what_programs_build_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", PRETRAIN, "--topology", "tpu7x-8", "--no-compile", "--json", "--price", "3", *SMALL) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert list(answer) == ["topology", "price", "considered", "fitting", "given", "best", "choices"]
+    assert list(answer) == ["topology", "price", "initial_files", "considered", "fitting", "given", "best", "choices"]
     assert answer["topology"] == {
         **{"name": "tpu7x:2x2x1", "device": "tpu7x", "slices": 1, "chips": 4, "devices": 8},
         "hbm_bytes_per_device": 96 * 2**30,

@@ -83,6 +83,19 @@ def test_remat_full_saves_the_inputs_of_layers_alone() -> None:
 REMAT = ("full", "minimal")
 
 
+def test_remat_minimal_saves_the_results_of_adapters_of_linear_maps() -> None:
+    """Mistral 7B with adapters of all maps needs 24.4 GiB on 8 v5e according to the compiler, 15.3 without this part."""
+    lora = "lora={targets: [{modules: ['attention.o_proj', 'ffn.gate_proj'], rank: 4, alpha: 8}]}"
+    on_mesh = ("mesh.fsdp=2", "mesh.expert=4", "compute.param_dtype=bfloat16", "loss={}")
+
+    def kept_by_minimal(*overrides: str) -> int:
+        full, minimal = (small(*on_mesh, *overrides, f"compute.remat={remat}") for remat in REMAT)
+        return memory(minimal, layout(minimal)).saved - memory(full, layout(full)).saved
+
+    # In 2 layers, for 128 tokens: 64 outputs and 4 of the low rank. Experts add theirs before the sum is saved.
+    assert kept_by_minimal(lora) - kept_by_minimal() == 2 * 128 * (64 + 4) * 2
+
+
 def dense_first(ffn_dim: int) -> tuple[str, str]:
     return f"model.ffn.dense_layers={{count: 1, ffn_dim: {ffn_dim}}}", "export=none"
 
@@ -97,14 +110,15 @@ def test_of_several_stacks_the_fullest_one_counts() -> None:
 
 
 def test_gradients_of_large_tables_are_the_peak_after_the_layers() -> None:
-    on_mesh = ("mesh.fsdp=2", "mesh.expert=4", "compute.param_dtype=bfloat16", "compute.remat=full")
+    on_mesh = ("mesh.fsdp=2", "mesh.expert=4", "compute.param_dtype=bfloat16", "compute.remat=full", "model.model_dim=512")
     run = small(*on_mesh, "model.vocab_size=65536")
     modelled = memory(run, layout(run))
     # The head in float32, and three copies of the embedding in bfloat16.
-    assert modelled.layer + modelled.loss == 65536 * 64 * (4 + 3 * 2)
+    assert modelled.layer + modelled.loss == 65536 * 512 * (4 + 3 * 2)
     adapted = small(*on_mesh, "model.vocab_size=65536", LORA, "loss={}")
     frozen = memory(adapted, layout(adapted))
-    assert frozen.layer + frozen.loss < 65536 * 64 * 4  # no gradients of tables
+    # The head that is used and a chunk of logits, but no gradients of tables.
+    assert frozen.layer + frozen.loss < 65536 * 512 * 4
 
 
 def test_adapters_of_experts_fill_whole_lanes_with_their_rank() -> None:

@@ -74,8 +74,30 @@ def test_names_that_peft_would_leave_out_or_add(modules: list[str], targets: Any
         check_adapter_names(adapter, {"target_modules": targets}, base)
 
 
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["model.language_model.norm"], None),
+        (["norm"], "also selects model.vision_tower.ln_norm"),
+        (["vision_tower"], "is not selected by modules_to_save"),
+        ([], "is not selected by modules_to_save"),
+        (["model.language_model"], r"also selects model\.language_model\.layers"),
+    ],
+)
+def test_modules_to_save_select_what_is_in_the_files(targets: list[str], message: str | None) -> None:
+    weights = {*WRAPPED.weights, "model.language_model.norm.weight", "model.vision_tower.ln_norm.weight"}
+    base = WRAPPED._replace(weights=frozenset(weights))
+    settings = {"target_modules": [], "modules_to_save": targets}
+    adapter = ["base_model.model.model.language_model.norm.weight"]
+    if message is None:
+        assert check_adapter_names(adapter, settings, base).metrics["replaced"] == 1
+        return
+    with pytest.raises(Fault, match=message):
+        check_adapter_names(adapter, settings, base)
+
+
 def test_weights_in_full_have_to_be_the_bases() -> None:
-    settings = {"target_modules": ["q_proj"]}
+    settings = {"target_modules": ["q_proj"], "modules_to_save": [f"{Q}"]}
     adapter = pair(f"model.{Q}")
     check_adapter_names([*adapter, f"base_model.model.model.{Q}.weight"], settings, TEXT)
     with pytest.raises(Fault, match=r"norm\.weight belongs to no module"):

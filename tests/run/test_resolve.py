@@ -12,6 +12,7 @@ from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.run.resolve import resolve
 from moe_train.weights import hf
 from tests.run.tiny_config import MODEL, data, written
+from tests.tiny import MISTRAL4
 
 
 @pytest.fixture
@@ -71,6 +72,21 @@ def test_a_templates_file_is_replaced_by_its_text(tmp_path: Path) -> None:
 def test_what_does_not_go_together_is_refused(base: Path, sections: dict[str, Any], error: str) -> None:
     with pytest.raises(ValueError, match=error):
         resolve(written(**{"init_from": str(base), **sections}), device_count=8)
+
+
+def test_the_other_softmax_scale_may_be_stated(tmp_path: Path) -> None:
+    """Readers of the same files are known to differ in it, and in nothing else."""
+    settings = hf.write_model_config(MISTRAL4, dtype="float32", bos_token_id=1, eos_token_id=2)
+    hf.write_json(tmp_path / "config.json", settings)
+    attention = MISTRAL4.attention.model_copy(update={"scale_correction": "mscale_squared"})
+    corrected = MISTRAL4.model_copy(update={"attention": attention})
+    sections: dict[str, Any] = {"init_from": str(tmp_path), "loss": {"load_balance_loss_coef": 0.0, "router_z_loss_coef": 0.0}}
+    for stated in (MISTRAL4, corrected):
+        run = resolve(written(**sections, model=stated.model_dump(exclude_none=True)), device_count=1)
+        assert run.model == stated
+    other = corrected.model_copy(update={"norm_eps": 1e-6})
+    with pytest.raises(ValueError, match="leave model out"):
+        resolve(written(**sections, model=other.model_dump(exclude_none=True)), device_count=1)
 
 
 def test_a_model_that_is_stated_needs_no_checkpoint() -> None:

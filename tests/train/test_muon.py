@@ -11,8 +11,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
+from moe_train.model.paths import ParameterPath
 from moe_train.train.muon import matrix_dims, orthogonalize
 from tests.meshes import mesh_of
+from tests.random_parameters import abstract
+from tests.tiny import MISTRAL4, ONE
 from tests.train.optimizer_reference import LORA, is_matrix, newton_schulz, random_parameters, relative
 
 
@@ -39,3 +42,16 @@ def test_muon_takes_matrices_by_name():
         inputs, outputs = matrix_dims(path)
         lead = 2 if ".ffn." in path else 1
         assert sorted(dim % params[path].ndim for dim in (*inputs, *outputs)) == list(range(lead, params[path].ndim)), path
+
+
+def test_every_linear_map_of_latent_attention_is_a_matrix():
+    lora = config.Lora(targets=(config.LoraTarget(modules=("attention.*", "ffn.*_proj"), rank=2, alpha=4.0),))
+    with jax.set_mesh(ONE):
+        shapes = abstract(MISTRAL4, lora=lora)
+    matrices = {path for path in shapes if matrix_dims(path)}
+    parsed = {path: ParameterPath.parse(path) for path in shapes}
+    assert matrices == {path for path, x in parsed.items() if not (x.is_norm or x.is_router or x.is_embedding or x.is_head)}
+    for path in matrices:
+        inputs, outputs = matrix_dims(path)
+        lead = 2 if parsed[path].is_expert(MISTRAL4) else 1
+        assert sorted(dim % shapes[path].ndim for dim in (*inputs, *outputs)) == list(range(lead, shapes[path].ndim)), path

@@ -29,7 +29,11 @@ MODEL = config.Model(
 TARGETS = (config.LoraTarget(modules=("ffn.*",), rank=1, alpha=1.0),)
 
 
-@pytest.mark.parametrize("how", [config.Nf4(name="nf4"), config.Int8(name="int8")], ids=["nf4", "int8"])
+@pytest.mark.parametrize(
+    "how",
+    [config.Nf4(name="nf4"), config.Int8(name="int8"), config.Fp8(name="fp8", block_size=64)],
+    ids=["nf4", "int8", "fp8"],
+)
 def test_weights_are_quantised_matrix_by_matrix(how: Any, tmp_path: Path) -> None:
     """The host never has a stacked array in full: beside what is kept there are parts of some of the 192 matrices."""
     draw = np.random.default_rng(0).normal

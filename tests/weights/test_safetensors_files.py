@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -45,6 +46,27 @@ def test_the_library_reads_what_is_written(tmp_path: Path, limit: int, files: in
         assert found[name].dtype == array.dtype and np.array_equal(found[name], array)
         assert tensors[name].dtype == array.dtype and np.array_equal(tensors[name].read(), array)
     assert np.array_equal(tensors["a"].read((1, slice(1, 3))), ARRAYS["a"][1, 1:3])
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_parts_of_a_tensor_are_written_one_after_the_other(process: int, tmp_path: Path) -> None:
+    """Of two processes each writes one file, but both ask for every part in the same order."""
+    specs = [TensorSpec(name, array.shape, array.dtype) for name, array in ARRAYS.items()]
+    asked: list[str] = []
+
+    def values(spec: TensorSpec) -> safetensors_files.TensorValues:
+        def parts() -> Iterator[np.ndarray]:
+            for row in ARRAYS[spec.name]:
+                asked.append(spec.name)
+                yield row
+
+        return parts() if spec.name == "a" else ARRAYS[spec.name]
+
+    share = safetensors_files.WriterShare(process, 2)
+    *shards, _ = safetensors_files.write_shards(tmp_path, specs, values, max_shard_bytes=100, share=share)
+    assert asked == ["a", "a"]
+    own = safetensors.numpy.load_file(shards[process])
+    assert np.array_equal(own["b" if process else "a"], ARRAYS["b" if process else "a"])
 
 
 def test_hashes_see_a_change_of_one_value_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

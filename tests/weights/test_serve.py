@@ -16,7 +16,7 @@ from moe_train.weights import merge, names, peft, serve
 from moe_train.weights.hf.config_json import write_model_config
 from moe_train.weights.serve import AdapterShape
 from tests.random_parameters import random_parameters
-from tests.tiny import LORA, MINISTRAL, MIXTRAL, ONE
+from tests.tiny import DEEPSEEK_V3, LORA, MINISTRAL, MIXTRAL, ONE
 from tests.weights.mistral.models import MISTRAL4, MODELS
 
 Q, K, UP = "stacks.0.layers.0.attention.q_proj", "stacks.0.layers.0.attention.k_proj", "stacks.0.layers.0.ffn.up_proj"
@@ -103,6 +103,15 @@ def test_commands() -> None:
     assert serve.serving_command("transformers", "hf", MIXTRAL, "out") == "transformers serve out"
 
 
+def test_a_mistral4_is_served_by_what_knows_it() -> None:
+    line = serve.serving_command("transformers", "hf", MISTRAL4, "out")
+    assert "AutoModelForImageTextToText as M" in line and "M.from_pretrained('" in line.replace("'\"'\"'", "'")
+    with pytest.raises(ValueError, match="vLLM runs mistral4 from Mistral's own files alone"):
+        serve.serving_command("vllm", "hf", MISTRAL4, "out")
+    assert "--load-format mistral" in serve.serving_command("vllm", "mistral", MISTRAL4, "out", tokenizer="mistral")
+    assert serve.auto_class_of(DEEPSEEK_V3) == "AutoModelForCausalLM"
+
+
 def test_vllm_finds_query_scaling_where_it_looks() -> None:
     fields = write_model_config(MODELS["ministral3"], dtype="bfloat16", bos_token_id=1, eos_token_id=2)
     assert fields["llama_4_scaling"] == {"beta": 0.1, "original_max_position_embeddings": 8}
@@ -110,8 +119,8 @@ def test_vllm_finds_query_scaling_where_it_looks() -> None:
 
 
 def test_the_class_that_loads_a_wrapper_is_named() -> None:
-    for in_wrapper, name in ((False, "AutoModelForCausalLM"), (True, "AutoModelForImageTextToText")):
-        line = serve.serving_command("transformers", "peft", MIXTRAL, "out", base_model="base", in_wrapper=in_wrapper)
+    for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
+        line = serve.serving_command("transformers", "peft", MIXTRAL, "out", base_model="base", auto_class=name)
         assert f"from transformers import {name} as M" in line
 
 

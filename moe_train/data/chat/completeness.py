@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
 from moe_train.data.chat.example import OTHER_TEMPLATE, turns
-from moe_train.data.records.normal_form import Conversation
+from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.tokenizer import Span
 from moe_train.machine.files import JsonObject
@@ -104,32 +104,49 @@ def check_complete(conversation: Conversation, renderings: Sequence[Rendering], 
         if not any(name in rendering.text or _find(rendering.text, name) for rendering in renderings):
             raise _left_out(_SourceText(0, "", f"the tool {name}", name))
     locations = [_locate(conversation, rendering) for rendering in renderings]
-    end = max(rendering.end for rendering in renderings)
-    # Mistral's v2 writes calls and results only after the last user turn.
-    omitted = _older_exchanges(conversation, end) if "[TOOL_RESULTS]" in template else set()
-    for i in range(end):
-        for source in _source_texts(conversation, i):
-            if i not in omitted and not any(source in located for located in locations):
-                raise _left_out(_first_missing(conversation, renderings) or source)
+    rendered = conversation._replace(messages=conversation.messages[: max(rendering.end for rendering in renderings)])
+    missing = _missing(rendered, locations, set())
+    # Mistral's v2 writes calls and results only after the last user turn. What it omits could be found by chance in other words,
+    # so nothing of it is searched for.
+    omitted = _older_exchanges(rendered.messages) if missing and "[TOOL_RESULTS]" in template else set()
+    if omitted:
+        locations = [_locate(conversation, rendering, omitted) for rendering in renderings]
+        missing = _missing(rendered, locations, omitted)
+    if missing is not None:
+        raise _left_out(_first_missing(conversation, renderings, omitted) or missing)
     return "\n".join(
         _outside(rendering.text, list(located.values())) for rendering, located in zip(renderings, locations, strict=True)
     )
 
 
-def _older_exchanges(conversation: Conversation, end: int) -> set[int]:
-    """Return the calls and results before the last user turn; `_check_trained` finds those that are trained on."""
-    messages = conversation.messages[:end]
+def _missing(conversation: Conversation, locations: Sequence[dict[_SourceText, Span]], omitted: set[int]) -> _SourceText | None:
+    """Return the first text, of the messages that are not omitted, that is located in no rendering; None if there is none."""
+    for i in range(len(conversation.messages)):
+        for source in _source_texts(conversation, i) if i not in omitted else ():
+            if not any(source in located for located in locations):
+                return source
+    return None
+
+
+def _older_exchanges(messages: list[Message]) -> set[int]:
+    """Return the calls and results before the last user turn; `check_trained` finds those that are trained on."""
     last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=0)
     return {i for i in range(last_user) if messages[i]["role"] == "tool" or "tool_calls" in messages[i]}
 
 
-def _locate(conversation: Conversation, rendering: Rendering) -> dict[_SourceText, Span]:
-    """Find what was said in a text, from the last message to the first, since it is older messages that templates omit."""
+def _locate(conversation: Conversation, rendering: Rendering, omitted: Set[int] = frozenset()) -> dict[_SourceText, Span]:
+    """Find what was said in a text, from the last message to the first, since it is older messages that templates omit.
+
+    Args:
+        conversation: The conversation.
+        rendering: The text.
+        omitted: Indices of messages that are not searched for.
+    """
     located: dict[_SourceText, Span] = {}
     limit = len(rendering.text)
     for i in reversed(range(rendering.end)):
         starts = [limit]
-        for source in _source_texts(conversation, i):
+        for source in _source_texts(conversation, i) if i not in omitted else ():
             system = source.role == "system"  # which may be written later than the messages that follow it
             span = _find(rendering.text, source.text, None if system else limit)
             if span is not None:
@@ -151,10 +168,10 @@ def _outside(text: str, spans: list[Span]) -> str:
     return "\n".join(parts)
 
 
-def _first_missing(conversation: Conversation, renderings: Sequence[Rendering]) -> _SourceText | None:
+def _first_missing(conversation: Conversation, renderings: Sequence[Rendering], omitted: set[int]) -> _SourceText | None:
     """Return the first text that is in no rendering: more likely what is left out than one that is out of order."""
     for i in range(max(rendering.end for rendering in renderings)):
-        for source in _source_texts(conversation, i):
+        for source in _source_texts(conversation, i) if i not in omitted else ():
             if not any(_find(rendering.text, source.text) for rendering in renderings):
                 return source
     return None

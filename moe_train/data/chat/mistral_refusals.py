@@ -56,6 +56,7 @@ def refusal(error: Exception, conversation: Conversation, tokenizer: Mistral) ->
 
 
 def _text_beside_calls(conversation: Conversation) -> str | None:
+    """Name the first turn with text beside calls, which versions before v7 do not write."""
     messages = conversation.messages
     for turn in turns(messages):
         members = range(turn.start, turn.end)
@@ -69,6 +70,7 @@ def _text_beside_calls(conversation: Conversation) -> str | None:
 
 
 def _nothing_said(conversation: Conversation) -> str | None:
+    """Name the first message of the assistant without text or calls."""
     for i, message in enumerate(conversation.messages):
         if message["role"] == "assistant" and not _has_text(message) and not message.get("tool_calls"):
             return f"message {i} is a turn of the assistant without text or calls"
@@ -76,10 +78,12 @@ def _nothing_said(conversation: Conversation) -> str | None:
 
 
 def _has_text(message: Message) -> bool:
+    """Return whether a message has text."""
     return any(texts_of(message))
 
 
 def _function_name(conversation: Conversation) -> str | None:
+    """Name the first function whose name mistral-common does not accept."""
     names = [(f"tool {i} is named", tool["function"]["name"]) for i, tool in enumerate(conversation.tools)]
     for i, message in enumerate(conversation.messages):
         names += [(f"message {i} calls", call["function"]["name"]) for call in message.get("tool_calls", ())]
@@ -92,6 +96,7 @@ def _function_name(conversation: Conversation) -> str | None:
 
 
 def _call_id(conversation: Conversation) -> str | None:
+    """Name the first call or result whose id has not nine characters."""
     last = len(conversation.messages) - 1
     for i, message in enumerate(conversation.messages):
         for call in message.get("tool_calls", ()):
@@ -104,6 +109,7 @@ def _call_id(conversation: Conversation) -> str | None:
 
 
 def _unanswered(conversation: Conversation) -> str | None:
+    """Name the first message whose calls and results have different ids."""
     messages = conversation.messages
     for i, message in enumerate(messages[:-1]):
         if message["role"] != "assistant":
@@ -116,6 +122,7 @@ def _unanswered(conversation: Conversation) -> str | None:
 
 
 def _several_results(conversation: Conversation) -> str | None:
+    """Name the first message whose calls have several results."""
     for i, message in enumerate(conversation.messages):
         count = len(_results(conversation.messages, i))
         if message.get("tool_calls") and count > 1:
@@ -124,6 +131,7 @@ def _several_results(conversation: Conversation) -> str | None:
 
 
 def _results(messages: list[Message], i: int) -> list[Message]:
+    """Return the results right after message `i`."""
     results = []
     for message in messages[i + 1 :]:
         if message["role"] != "tool":
@@ -133,6 +141,7 @@ def _results(messages: list[Message], i: int) -> list[Message]:
 
 
 def _listed(ids: list[str | None]) -> str:
+    """Format ids for a message."""
     return ", ".join(map(str, ids)) or "none"
 
 
@@ -141,6 +150,7 @@ _FOLLOWERS |= {"assistant": "assistant, user or tool", "tool": "assistant, tool 
 
 
 def _role_order(conversation: Conversation) -> str | None:
+    """Name the first message whose role may not follow the one before it."""
     messages = conversation.messages
     if messages and messages[0]["role"] not in ("user", "system"):
         return f"message 0 is {messages[0]['role']}, where user or system should be"

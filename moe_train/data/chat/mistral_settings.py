@@ -33,7 +33,7 @@ def check_written(conversation: Conversation, tokenizer: Mistral) -> None:
         otherwise = "use a tokenizer of version v13 or v15 with it"
         if tokenizer.finetuning.version == TokenizerVersion.v11:
             # Magistral Small of June and July 2025, whose system prompt asks for these letters.
-            otherwise = "write it into the text as the model does (<think>…</think>), use its tokenizer.json and chat template"
+            otherwise += ", write it into the text as the model does (<think>…</think>)"
         raise reasoning_not_written(reasons[0], f"{name} has no [THINK]", otherwise)
     if builder is None:
         return

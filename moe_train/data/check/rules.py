@@ -43,7 +43,12 @@ CONTROL_TOKEN = Rule(
 RULES = (
     UNICODE,
     CONTROL_TOKEN,
-    Rule("role", "roles are system, user, assistant, tool; other names go into record.roles", turns.bad_role, turns.fix_role),
+    Rule(
+        "role",
+        "roles are system, user, assistant, tool; --fix renames usual ones, and roles of record in a config any others",
+        turns.bad_role,
+        turns.fix_role,
+    ),
     Rule("system-first", "put it first, or drop the record", turns.system_not_first, turns.fix_system_not_first),
     Rule("empty-assistant", "write the answer, or cut the conversation before it", turns.empty_answer, turns.fix_empty_answer),
     Rule("empty-user", "write the question, or drop the record", turns.empty_question),

@@ -53,10 +53,12 @@ def system_not_first(conversation: Conversation, form: Requirements) -> Iterator
 
 
 def fix_system_not_first(conversation: Conversation, form: Requirements) -> Iterator[str]:
-    """Move a single system message to the start, or join several that are at the start."""
+    """Move a single system message to the start if no answer is before it, or join several that are at the start."""
     messages = conversation.messages
     systems = [i for i, message in enumerate(messages) if message["role"] == "system"]
-    if len(systems) == 1 and systems[0] > 0:
+    # An answer before it was given without it.
+    is_late = any(message["role"] == "assistant" for message in messages[: systems[0]]) if systems else False
+    if len(systems) == 1 and systems[0] > 0 and not is_late:
         messages.insert(0, messages.pop(systems[0]))
         yield f"the system message moved from place {systems[0]} to the start"
     elif len(systems) > 1 and systems == list(range(len(systems))):
@@ -100,18 +102,21 @@ def role_order(conversation: Conversation, form: Requirements) -> Iterator[str]:
 
 
 def fix_role_order(conversation: Conversation, form: Requirements) -> Iterator[str]:
-    """Join consecutive messages of one role, as mistral-common does, if both are text and have the same weight."""
+    """Join consecutive messages of the user, as mistral-common does, if both are text.
+
+    Consecutive answers stay: they may be alternatives, and a joined one would be trained on although nobody wrote it.
+    """
     messages = conversation.messages
     i = 1
     while i < len(messages):
         previous = messages[i - 1]
         current = messages[i]
-        alike = previous["role"] == current["role"] in ("user", "assistant") and previous.get("weight") == current.get("weight")
+        are_questions = previous["role"] == current["role"] == "user"
         texts = isinstance(previous.get("content"), str) and isinstance(current.get("content"), str)
-        if alike and texts and "tool_calls" not in previous and "tool_calls" not in current:
+        if are_questions and texts and "tool_calls" not in previous and "tool_calls" not in current:
             previous["content"] += "\n\n" + current["content"]
             del messages[i]  # and compare the next message with the joined one
-            yield f"message {i} joined to the {previous['role']} message before it"
+            yield f"message {i} joined to the user message before it"
         else:
             i += 1
 

@@ -60,14 +60,14 @@ def take_prompt(remaining: dict[str, Any], column: str, unread: Unread, weight: 
         weight: The weight of assistant messages in a prompt that is a list of messages; None to leave it as it is.
     """
     prompt = messages_in(take(remaining, column))
+    if column not in MESSAGE_COLUMNS:
+        _check_messages_or_text(prompt, column)
     if column in MESSAGE_COLUMNS or isinstance(prompt, list | tuple):
         # The loss covers the completion only, so assistant messages of the prompt get weight 0.
         messages = read_messages(prompt, column, PLAIN, unread)
         if weight is not None:
             messages = [m | {"weight": weight} if m.get("role") == "assistant" else m for m in messages]
         return with_system(remaining, messages)
-    if not isinstance(prompt, str):
-        raise Problem("type", f"column {column!r} should be text, not {brief(prompt)}", "write it as a string")
     texts = [prompt]
     for name in MORE_PROMPT:
         more = remaining.pop(name, None)
@@ -141,10 +141,15 @@ def read_answer(value: Any, column: str, has_tools: bool, unread: Unread) -> lis
         value = [value]
     if isinstance(value, list | tuple) and value and all(_is_call(entry) for entry in value):
         return [{"role": "assistant", "tool_calls": read_calls(value, f"column {column!r}", unread)}]
-    # A list of anything else than messages is no answer; of several texts, which one is meant would be a guess.
-    if not isinstance(value, list | tuple) or not all(isinstance(entry, dict) for entry in value):
-        raise Problem("type", f"column {column!r} should be text or messages, not {brief(value)}", "write it as a string")
+    _check_messages_or_text(value, column)
     return read_messages(value, column, PLAIN, unread)
+
+
+def _check_messages_or_text(value: Any, column: str) -> None:
+    """Raise Problem for a value that is neither; of several texts, which one is meant would be a guess."""
+    if isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(entry, dict) for entry in value)):
+        return
+    raise Problem("type", f"column {column!r} should be text or messages, not {brief(value)}", "write it as a string")
 
 
 def messages_in(value: Any) -> Any:

@@ -42,7 +42,7 @@ def format_of(file: Path) -> str:
     if kind is None:
         raise ValueError(
             f"{file}: no format goes with its name ({', '.join(FILE_FORMATS)}; json, csv and text also as "
-            f"{', '.join(COMPRESSIONS)}; any in a .zip); state format"
+            f"{', '.join(COMPRESSIONS)}; any in a .zip); state it with --format (in a config: format)"
         )
     # Both compress their columns themselves, and are read out of order, which a compressed stream does not allow.
     if file.suffix.lower() in COMPRESSIONS and kind in ("parquet", "arrow"):
@@ -87,7 +87,7 @@ def read_file(
         case "csv" | "tsv":
             yield from read_csv(file, kind)
         case "zip":  # an archive that cannot be read, in place of its members
-            damage = zip_archive.fault(file)
+            damage = zip_archive.damage_of(file)
             if damage is not None:
                 yield 1, damage
         case _:

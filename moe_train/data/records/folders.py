@@ -98,7 +98,7 @@ def listed(root: Path) -> list[Path]:
 
 def _opened(archive: Path) -> list[Path]:
     """Return the members of an archive, or the archive itself if it cannot be read."""
-    return [archive] if zip_archive.fault(archive) else zip_archive.members(archive)
+    return [archive] if zip_archive.damage_of(archive) else zip_archive.members(archive)
 
 
 def _is_hidden(path: PurePath) -> bool:

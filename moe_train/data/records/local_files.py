@@ -26,7 +26,7 @@ class LocalFiles(OpenSource):
     def __init__(self, source: config.FileSource) -> None:
         self._files, self.left_out = expand_files(source)
         for file, _ in self._files:
-            damage = zip_archive.fault(file) if zip_archive.is_archive(file) else None
+            damage = zip_archive.damage_of(file) if zip_archive.is_archive(file) else None
             if damage is not None:
                 raise ValueError(f"{file}: {damage}") from damage
         self._record = source.record

@@ -89,8 +89,10 @@ _TOPICS = (
         (TOOL, TOOL_FUNCTION),
     ),
 )
-_HARMLESS = ("tool_choice", "reasoning_tokens", "train_split")
+_HARMLESS = ("tool_choice", "train_split")
 """Keys with one of the words that say nothing about the text of a record or its loss."""
+_DESCRIBING = {"id", "ids", "num", "count", "number", "tokens", "size", "width", "height", "length", "duration", "title"}
+"""Words of keys that only describe something, such as `video_id` and `reasoning_tokens`; the other words do not count then."""
 MEANING_KEYS = frozenset(name for topic in _TOPICS if RECORD in topic.levels for name in topic.names)
 """The usual names of keys that change the meaning of a record."""
 
@@ -115,6 +117,8 @@ def lost_meaning(level: str, key: str) -> str | None:
     if letters in _HARMLESS_LETTERS:
         return None
     words = {letters, *(word.lower() for word in _WORD.findall(key))}
+    if not words.isdisjoint(_DESCRIBING):
+        words = {letters}
     for topic, names in zip(_TOPICS, _BY_LETTERS, strict=True):
         if level in topic.levels and (letters in names or not words.isdisjoint(topic.words)):
             return topic.reason

@@ -143,7 +143,6 @@ def _answered(fields: Mapping[str, Any], present: set[str]) -> str | tuple[str, 
 def _check_only(column: str, alternatives: Sequence[str], fields: Mapping[str, Any], present: set[str]) -> None:
     """Raise Problem if another column of the same meaning holds something else: which one is meant would be a guess."""
     for name in alternatives:
-        # "input" follows an instruction, and is the question itself only where there is no other.
-        if name in present and not is_empty(fields[name]) and fields[name] != fields[column] and column != "input":
+        if name in present and not is_empty(fields[name]) and fields[name] != fields[column]:
             message = f"the record has both {column} and {name}, which differ"
             raise Problem("columns", message, f"name the columns with --map, or leave one out by name: --ignore {name}")

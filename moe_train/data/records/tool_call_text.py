@@ -55,12 +55,14 @@ def read_tool_call_text(messages: list[Message], tools: list[dict[str, Any]], un
 
 def _refuse_other_calls(messages: list[Message]) -> None:
     """Raise Problem if a text of the assistant has a call in a form that is not read, while the record has tools."""
+    # Where the user or the system text speaks of the mark, the answer may be about it.
+    asked = "".join(str(message.get("content")) for message in messages if message.get("role") in ("system", "user"))
     for i, message in enumerate(messages):
-        mark = _OTHER_CALL.search(joined_texts(message) or "") if message.get("role") == "assistant" else None
-        # Where the user or the system text speaks of the mark, the text may be about it.
-        if mark and not any(mark[0] in str(other.get("content")) for other in messages if other.get("role") in ("system", "user")):
+        mark = _OTHER_CALL.search(joined_texts(message) or "")
+        if message.get("role") == "assistant" and mark is not None and mark[0] not in asked:
             what = f"message {i} has {mark[0]} in its text, and the record has tools beside that"
-            raise Problem("call-text", what, "write the calls as tool_calls, or leave the tools out by name: --ignore tools")
+            remedy = "write the calls as tool_calls, or leave the tools out by their column: --ignore tools, or --ignore functions"
+            raise Problem("call-text", what, remedy)
 
 
 def _has_call_text(message: Message) -> bool:

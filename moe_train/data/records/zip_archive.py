@@ -69,7 +69,7 @@ def members(archive: Path) -> list[Path]:
     return sorted(archive / name for name in _directory(archive))
 
 
-def fault(archive: Path) -> Problem | None:
+def damage_of(archive: Path) -> Problem | None:
     """Return the problem with an archive that is damaged or refused; None if its members can be read."""
     try:
         _directory(archive)

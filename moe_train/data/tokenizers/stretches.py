@@ -114,21 +114,38 @@ def stretches_of_json(longest: int, described: JsonObject) -> Stretches:
     if model.get("type") != "BPE" or any(affixes) or any(_INNER_SPACE.search(text) for text in added):
         return Stretches(longest)
     normalizer = described.get("normalizer")
-    match described.get("pre_tokenizer"):
-        case {"type": "Sequence", "pretokenizers": [{"type": "Split"} as split, {"type": "ByteLevel"} as byte_level]}:
-            isolated = split.get("behavior") == "Isolated" and not split.get("invert")
-            plain = not byte_level.get("use_regex", True) and not byte_level.get("add_prefix_space", True)
-            if normalizer in (None, {"type": "NFC"}) and isolated and plain:
-                return words_of_pattern(longest, split["pattern"].get("Regex", ""))
-        case {"type": "ByteLevel", "add_prefix_space": False} as byte_level:
-            if normalizer in (None, {"type": "NFC"}) and byte_level.get("use_regex", True):
-                return words_of_pattern(longest, _GPT2)
-        case {"type": "Metaspace", "replacement": "\u2581"} as metaspace:
-            # A text that begins with a space gets no other one.
-            if normalizer is None and metaspace.get("prepend_scheme") in ("first", "always"):
-                return words_of_vocabulary(longest, model["vocab"], adds_space=False)
-        case None:
-            replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-            if normalizer == {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}:
-                return words_of_vocabulary(longest, model["vocab"], adds_space=True)
+    words: JsonObject = described.get("pre_tokenizer") or {"type": "None"}
+    if words["type"] == "Metaspace" and words.get("replacement") == SPACE and normalizer is None:
+        # A text that begins with a space gets no other one.
+        if words.get("prepend_scheme") in ("first", "always"):
+            return words_of_vocabulary(longest, model["vocab"], adds_space=False)
+    elif words["type"] == "None" and normalizer == _PREPENDED:
+        return words_of_vocabulary(longest, model["vocab"], adds_space=True)
+    elif normalizer in (None, {"type": "NFC"}):
+        return words_of_pattern(longest, _pattern(words))
     return Stretches(longest)
+
+
+_PREPENDED = {
+    "type": "Sequence",
+    "normalizers": [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ],
+}
+"""The normalizer of tokenizers that transformers has converted from sentencepiece."""
+
+
+def _pattern(pre_tokenizer: JsonObject) -> str:
+    """Return the pattern of words of a byte-level tokenizer; empty if it is none, or adds a space to texts."""
+    split: JsonObject = {}
+    byte_level = pre_tokenizer
+    if pre_tokenizer["type"] == "Sequence" and len(pre_tokenizer["pretokenizers"]) == 2:
+        split, byte_level = pre_tokenizer["pretokenizers"]
+    if byte_level["type"] != "ByteLevel" or byte_level.get("add_prefix_space", True):
+        return ""
+    uses_regex = byte_level.get("use_regex", True)
+    if not split:
+        return _GPT2 if uses_regex else ""
+    isolated = split["type"] == "Split" and split.get("behavior") == "Isolated" and not split.get("invert")
+    return split["pattern"].get("Regex", "") if isolated and not uses_regex else ""

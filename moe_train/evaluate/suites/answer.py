@@ -11,7 +11,7 @@ from jax.tree_util import PyTreeDef
 from moe_train import config
 from moe_train.evaluate.generate import GenerationOptions, decode_after, generate_tokens
 from moe_train.evaluate.suites.grade import Grade, text_grader
-from moe_train.evaluate.suites.items import Item
+from moe_train.evaluate.suites.items import SuiteItem
 from moe_train.evaluate.suites.likelihood import log_likelihoods
 from moe_train.evaluate.suites.prompts import Prompter
 from moe_train.machine.progress import counted
@@ -36,7 +36,7 @@ class LoadedModel(NamedTuple):
 class Answer(NamedTuple):
     """What a model answered to an item, and its score."""
 
-    item: Item
+    item: SuiteItem
     text: str
     """The answer; for multiple choice, the likeliest choice."""
     score: float
@@ -45,7 +45,7 @@ class Answer(NamedTuple):
     """Whether the answer ended by itself or at a stop text, rather than after the most tokens that the suite allows."""
 
 
-def check_length(item: Item, tokens: int, new_tokens: int, model: config.Model) -> None:
+def check_length(item: SuiteItem, tokens: int, new_tokens: int, model: config.Model) -> None:
     """Raise ValueError if a prompt of `tokens` tokens leaves no room for `new_tokens` more."""
     if tokens + new_tokens > model.max_seq_len:
         raise ValueError(
@@ -54,7 +54,7 @@ def check_length(item: Item, tokens: int, new_tokens: int, model: config.Model) 
         )
 
 
-def answer_items(suite: config.Suite, items: Sequence[Item], prompter: Prompter, loaded: LoadedModel) -> list[Answer]:
+def answer_items(suite: config.Suite, items: Sequence[SuiteItem], prompter: Prompter, loaded: LoadedModel) -> list[Answer]:
     """Return the graded answer to each item, in the order of the items.
 
     Raises:
@@ -67,7 +67,9 @@ def answer_items(suite: config.Suite, items: Sequence[Item], prompter: Prompter,
     return _generate(suite, grade, items, prompter, loaded)
 
 
-def _generate(suite: config.Suite, grade: Grade, items: Sequence[Item], prompter: Prompter, loaded: LoadedModel) -> list[Answer]:
+def _generate(
+    suite: config.Suite, grade: Grade, items: Sequence[SuiteItem], prompter: Prompter, loaded: LoadedModel
+) -> list[Answer]:
     """Generate an answer to each item and grade it."""
     prompts = [prompter.tokens(item) for item in items]
     for item, tokens in zip(items, prompts, strict=True):
@@ -99,7 +101,7 @@ def _before_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
 
 
 def _choose(
-    suite: config.Suite, grader: config.ChoiceGrader, items: Sequence[Item], prompter: Prompter, loaded: LoadedModel
+    suite: config.Suite, grader: config.ChoiceGrader, items: Sequence[SuiteItem], prompter: Prompter, loaded: LoadedModel
 ) -> list[Answer]:
     """Find the likeliest choice of each item."""
     continuations = []

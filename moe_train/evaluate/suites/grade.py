@@ -11,9 +11,9 @@ from typing import assert_never
 import jsonschema
 
 from moe_train import config
-from moe_train.evaluate.suites.items import Item
+from moe_train.evaluate.suites.items import SuiteItem
 
-Grade = Callable[[Item, str], float]
+Grade = Callable[[SuiteItem, str], float]
 """A function (item, answer of the model) -> score."""
 _NUMBER = re.compile(r"[-+−]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|[-+−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+−]?\.\d+")
 """A number with or without thousands separators; the minus sign may be Unicode's."""
@@ -38,7 +38,7 @@ def text_grader(grader: config.Grader) -> Grade | None:
             assert_never(grader)
 
 
-def check_item(item: Item, grader: config.Grader) -> None:
+def check_item(item: SuiteItem, grader: config.Grader) -> None:
     """Raise ValueError if an item lacks what its grader needs."""
     if isinstance(grader, config.JsonSchemaGrader):
         if item.schema is None:
@@ -65,11 +65,11 @@ def check_item(item: Item, grader: config.Grader) -> None:
                 raise ValueError(f"{item.location}: the expected answer {answer[-40:]!r} has no number; use another grader")
 
 
-def _exact(item: Item, answer: str, ignore_case: bool) -> float:
+def _exact(item: SuiteItem, answer: str, ignore_case: bool) -> float:
     return float(any(_folded(answer.strip(), ignore_case) == _folded(expected.strip(), ignore_case) for expected in item.answers))
 
 
-def _contains(item: Item, answer: str, ignore_case: bool) -> float:
+def _contains(item: SuiteItem, answer: str, ignore_case: bool) -> float:
     return float(any(_folded(expected, ignore_case) in _folded(answer, ignore_case) for expected in item.answers))
 
 
@@ -77,7 +77,7 @@ def _folded(text: str, ignore_case: bool) -> str:
     return text.casefold() if ignore_case else text
 
 
-def _regex(item: Item, answer: str, pattern: re.Pattern[str]) -> float:
+def _regex(item: SuiteItem, answer: str, pattern: re.Pattern[str]) -> float:
     matches = list(pattern.finditer(answer))
     if not matches:
         return 0.0
@@ -86,7 +86,7 @@ def _regex(item: Item, answer: str, pattern: re.Pattern[str]) -> float:
     return float(extracted is not None and extracted.strip() in {expected.strip() for expected in item.answers})
 
 
-def _number(item: Item, answer: str, grader: config.NumberGrader) -> float:
+def _number(item: SuiteItem, answer: str, grader: config.NumberGrader) -> float:
     value = _last_number(answer, grader.after)
     if value is None:
         return 0.0
@@ -102,7 +102,7 @@ def _last_number(text: str, after: str | None) -> float | None:
     return float(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
 
 
-def _json(item: Item, answer: str) -> float:
+def _json(item: SuiteItem, answer: str) -> float:
     assert item.schema is not None  # `check_item` has made sure
     try:
         value = json.loads(answer)

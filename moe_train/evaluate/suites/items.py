@@ -18,7 +18,7 @@ _ANSWERS = ("answer", "expected_output")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-class Item(NamedTuple):
+class SuiteItem(NamedTuple):
     """One item of a suite."""
 
     id: str
@@ -41,7 +41,7 @@ class Item(NamedTuple):
     """What the item was made from; items of one source are not independent."""
 
 
-def read_items(file: Path, limit: int | None = None) -> list[Item]:
+def read_items(file: Path, limit: int | None = None) -> list[SuiteItem]:
     """Read the items of a file, in any format that records can have.
 
     Mistral Studio's form, in which `expected_output` and `category` stand in `properties`, is read too.
@@ -53,7 +53,7 @@ def read_items(file: Path, limit: int | None = None) -> list[Item]:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file of items; its path is relative to the folder of the suite's file")
     kind = format_of(file)
-    items: list[Item] = []
+    items: list[SuiteItem] = []
     places: dict[str, str] = {}
     for line, fields in read_file(file, kind, is_json_lines(file, kind), "question"):
         if limit is not None and len(items) == limit:
@@ -71,7 +71,7 @@ def read_items(file: Path, limit: int | None = None) -> list[Item]:
     return items
 
 
-def _read_item(fields: Mapping[str, Any], number: int, location: str) -> Item:
+def _read_item(fields: Mapping[str, Any], number: int, location: str) -> SuiteItem:
     """Read one record; the keys that are read are taken out of it, and any that remain are refused."""
     remaining = {key: value for key, value in fields.items() if value is not None}
     properties = remaining.pop("properties", {})
@@ -84,7 +84,7 @@ def _read_item(fields: Mapping[str, Any], number: int, location: str) -> Item:
     messages = _take_question(remaining, unread)
     tools = take_tools(remaining, unread)
     choices = _texts(remaining.pop("choices", ()), "choices")
-    item = Item(
+    item = SuiteItem(
         id=str(remaining.pop("id", number)),
         location=location,
         messages=messages,

@@ -10,7 +10,7 @@ from moe_train.data.chat.conversation_to_tokens import render_prompt
 from moe_train.data.records.normal_form import Message, joined_texts
 from moe_train.data.records.problem import located
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.evaluate.suites.items import Item
+from moe_train.evaluate.suites.items import SuiteItem
 from moe_train.evaluate.suites.likelihood import Continuation
 
 
@@ -19,14 +19,14 @@ class Prompter(NamedTuple):
 
     prompt: config.Prompt
     """The suite's section."""
-    examples: Sequence[Item]
+    examples: Sequence[SuiteItem]
     """The solved examples, each with an answer."""
     tokenizer: Tokenizer
     """The model's tokenizer."""
     template: str | None
     """The text of the chat template; None for a tokenizer that has its own format, or without chat."""
 
-    def tokens(self, item: Item) -> list[int]:
+    def tokens(self, item: SuiteItem) -> list[int]:
         """Return the tokens up to where the answer begins.
 
         Raises:
@@ -37,7 +37,7 @@ class Prompter(NamedTuple):
             return located(item.location, render_prompt, messages, self.template, self.tokenizer, item.tools)
         return self._encoded(self._text(item))
 
-    def continuation(self, item: Item, choice: str) -> Continuation:
+    def continuation(self, item: SuiteItem, choice: str) -> Continuation:
         """Return the tokens of a prompt and of a choice that follows it.
 
         A text and its continuation are tokenized together, since a token may join a word with the space before it: the white space
@@ -57,7 +57,7 @@ class Prompter(NamedTuple):
             raise ValueError(f"{item.location}: the choice {choice!r} has no tokens; write what the model is to say")
         return Continuation(prompt, text)
 
-    def _text(self, item: Item) -> str:
+    def _text(self, item: SuiteItem) -> str:
         """Return the text of solved examples and question."""
         examples = "".join(f"{self._written(example)}{example.answers[0]}{self.prompt.separator}" for example in self.examples)
         return examples + self._written(item)
@@ -67,7 +67,7 @@ class Prompter(NamedTuple):
         start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         return start + self.tokenizer.encode(text)
 
-    def _system(self, item: Item) -> list[Message]:
+    def _system(self, item: SuiteItem) -> list[Message]:
         """Return the suite's system turn. Raises ValueError if the item has one too."""
         if self.prompt.system is None:
             return []
@@ -82,7 +82,7 @@ class Prompter(NamedTuple):
             turns += [*example.messages, {"role": "assistant", "content": example.answers[0]}]
         return turns
 
-    def _written(self, item: Item) -> str:
+    def _written(self, item: SuiteItem) -> str:
         """Write a question by the template. Raises ValueError if it is more than a single text."""
         question = joined_texts(item.messages[0]) if len(item.messages) == 1 and not item.tools else None
         if question is None:

@@ -138,14 +138,16 @@ def scale_grid(name: str, shape: tuple[int, ...], scales: tuple[int, ...], secti
     """
     *lead, outputs, inputs = shape
     blocks = _blocks(shape, section.block)
-    # Steps along outputs and inputs for each number of scales; a whole tensor comes first.
-    layouts = [((*lead, 1, 1), (outputs, inputs)), ((*lead, outputs, 1), (1, inputs))]
-    if section.granularity != "tensor":
-        layouts.append((blocks, section.block))
+    halves: list[tuple[tuple[int, ...], tuple[int, int]]] = []
     if lead and name.endswith("gate_up_proj") and outputs % 2 == 0:
         # A fused tensor keeps a scale for gate and one for up, also where a single block would cover both.
-        layouts.append(((*lead, 2, 1), (outputs // 2, inputs)))
-        layouts.append(((*lead, 2, blocks[-1]), (outputs // 2, section.block[1])))
+        halves += [((*lead, 2, 1), (outputs // 2, inputs)), ((*lead, 2, blocks[-1]), (outputs // 2, section.block[1]))]
+    # Steps along outputs and inputs for each number of scales; what the config states comes before what it does not.
+    layouts = [((*lead, 1, 1), (outputs, inputs)), ((*lead, outputs, 1), (1, inputs)), *halves]
+    if section.granularity == "block":
+        layouts.insert(2, (blocks, section.block))
+    elif section.granularity is None:
+        layouts.append((blocks, section.block))
     for grid, steps in layouts:
         if _fits(scales, grid):
             return ScaleGrid(grid, (*(1 for _ in lead), *steps))

@@ -80,6 +80,24 @@ class Fp8Tensor:
             out[place] = values
         return out.reshape(self._kept_dims(index, out.shape))
 
+    def has_scales_of(self, block_size: int) -> bool:
+        """Return whether any `block_size` inputs of an output, counted from the first, share a scale."""
+        inputs = self.shape[-1]
+        step = self.grid.steps[-1]
+        return step >= inputs or step % block_size == 0
+
+    def read_code_of_each(self, index: tuple[int | slice, ...]) -> np.ndarray:
+        """Read the quantized values of the part at `index`."""
+        codes = self.read_codes(tuple(self._ranges(index)))
+        return codes.reshape(self._kept_dims(index, codes.shape))
+
+    def read_scale_of_each(self, index: tuple[int | slice, ...]) -> np.ndarray:
+        """Read the scale of each number in the part at `index`, in float32."""
+        ranges = self._ranges(index)
+        shape = tuple(len(cut) for cut in ranges)
+        scales = np.broadcast_to(self.read_scales(tuple(ranges)), shape)
+        return scales.reshape(self._kept_dims(index, shape))
+
     def read_codes(self, cuts: tuple[range, ...]) -> np.ndarray:
         """Read the quantized values in a range of each dim. Raises ValueError if one is NaN."""
         codes = self.codes.read(tuple(slice(cut.start, cut.stop) for cut in cuts))

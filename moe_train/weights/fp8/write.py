@@ -1,9 +1,10 @@
 """Quantize the linear maps of layers to FP8 while a model is written; embeddings, norms, routers and the head stay bfloat16.
 
 A scale is the largest magnitude of its block over 448, the largest number of e4m3, in float32. Nothing is calibrated: servers
-quantize activations as they come (`activation_scheme: dynamic`, `qscheme_act: NO_SCALES`). vLLM reads Hugging Face's files only
-with blocks of 128 x 128 (vllm/model_executor/layers/quantization/fp8.py), transformers also with one scale per tensor; Mistral's
-own layout has one scale per tensor.
+quantize activations as they come (`activation_scheme: dynamic`, `qscheme_act: NO_SCALES`). transformers reads Hugging Face's files
+with blocks and with one scale per tensor. vLLM's classes of text models read `weight_scale_inv` with blocks of 128 x 128
+(vllm/model_executor/layers/quantization/fp8.py), its vision wrapper of Mistral 3 with one scale per tensor (mistral3.py), as in
+Mistral's releases. Mistral's own layout has one scale per tensor.
 """
 
 from __future__ import annotations
@@ -69,16 +70,28 @@ def dtype_before_writing(piece: WeightPiece, dtype: FileDtype) -> np.dtype:
 
 
 def hugging_face_scheme(pieces: Collection[WeightPiece]) -> Fp8Scheme:
-    """Return the scheme of Hugging Face's layout: blocks if they divide every matrix, otherwise one scale per tensor."""
+    """Return the scheme of Hugging Face's layout: blocks if they divide every matrix, otherwise one scale per tensor.
+
+    Text models inside a vision wrapper have one scale per tensor.
+    """
+    if _is_in_wrapper(pieces):
+        return Fp8Scheme(None, "weight_scale_inv")
     shapes = [piece.part_shape for piece in pieces if is_quantized(piece)]
     divides = all(size % block == 0 for shape in shapes for size, block in zip(shape, DEFAULT_BLOCK, strict=True))
     return Fp8Scheme(DEFAULT_BLOCK if divides else None, "weight_scale_inv")
+
+
+def _is_in_wrapper(pieces: Collection[WeightPiece]) -> bool:
+    """Return whether the names are those of a text model inside a vision wrapper."""
+    return any("language_model." in piece.name for piece in pieces)
 
 
 def hugging_face_section(pieces: Collection[WeightPiece]) -> JsonObject:
     """Return the section `quantization_config` of config.json, as transformers and vLLM read it."""
     scheme = hugging_face_scheme(pieces)
     unquantized = [piece.name.removesuffix(".weight") for piece in pieces if ParameterPath.parse(piece.path).is_router]
+    if _is_in_wrapper(pieces):
+        unquantized += ["model.vision_tower", "model.multi_modal_projector"]
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -191,9 +204,9 @@ def quantize_matrix(name: str, w: np.ndarray, block: tuple[int, int] | None) -> 
     codes = np.empty(w.shape, E4M3)
     scales = np.empty(_scale_shape(w.shape, block), np.float32)
     if block is None:
-        largest = np.float32(0)
+        largest = np.zeros((), np.float32)
         for rows in _row_chunks(w, 1):
-            largest = np.maximum(largest, np.abs(w[rows]).max(initial=0))
+            np.maximum(largest, np.abs(w[rows]).max(initial=0), out=largest)
         scales[...] = _scale(name, largest)
         for rows in _row_chunks(w, 1):
             codes[rows] = _codes(strided.contiguous(w[rows]), scales)

@@ -65,7 +65,7 @@ _FUSED = replace(
 
 
 def file_in(path: str | Path) -> Path | None:
-    """Return the GGUF file that a path refers to: the path itself, or the only one in a folder.
+    """Return the GGUF file that a path refers to: the path itself, or the only model in a folder.
 
     Returns:
         None if the folder has no GGUF file, or several.
@@ -73,8 +73,13 @@ def file_in(path: str | Path) -> Path | None:
     path = Path(path)
     if path.suffix == ".gguf":
         return path
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    files = [file for file in sorted(path.glob("*.gguf")) if not is_mmproj(file)] if path.is_dir() else []
     return files[0] if len(files) == 1 else None
+
+
+def is_mmproj(file: Path) -> bool:
+    """Return whether a file is named like llama.cpp's files of a vision or audio tower, which hold no text model."""
+    return "mmproj" in file.name.lower()
 
 
 def open_weights(path: str | Path) -> WeightFiles:

@@ -45,7 +45,7 @@ class JoinedLatents(NamedTuple):
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Read the part at `index` into memory: step-1 slices of leading dims; () is the whole matrix."""
-        rows, columns = (*index, *(slice(None),) * (2 - len(index)))
+        rows, columns = (*index, slice(None), slice(None))[:2]
         assert isinstance(rows, slice) and isinstance(columns, slice), index
         start, stop, _ = rows.indices(self.shape[0])
         size = self._head_rows

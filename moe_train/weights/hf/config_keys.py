@@ -12,16 +12,13 @@ from typing import Any
 from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
 from moe_train.weights.fp8 import sections
+from moe_train.weights.wrappers.classes import WRAPPERS, WrapperClass, wrapper_of_type
 
 CONFIG_FILE = "config.json"
 """Name of the file that states a model's architecture."""
 
 ARCHITECTURES = {family.hugging_face.architecture: name for name, family in config.FAMILIES.items() if "hf" in family.formats}
 """Families by the class of their text model."""
-WRAPPERS = {"Mistral3ForConditionalGeneration": "mistral3"}
-"""Vision models of which the text model is read, by class, with their model_type."""
-_WRAPPED: tuple[config.FamilyName, ...] = ("mistral", "ministral3")
-"""Families of the text models of these."""
 
 # The only values whose meaning is implemented here.
 _REQUIRED: JsonObject = {
@@ -76,27 +73,30 @@ _IGNORED = (
     *("forced_bos_token_id", "forced_eos_token_id", "model_max_length", "tokenizer_model_max_length", "tokenizer_padding_side"),
     # Losses of DeepSeek's own training, and how its experts are distributed.
     *("aux_loss_alpha", "seq_aux", "ep_size"),
-    *("unsloth_version", "unsloth_fixed", "neftune_noise_alpha"),
+    *("unsloth_version", "unsloth_fixed", "neftune_noise_alpha", "is_composition"),
 )
-_OF_WRAPPER = (
-    *("text_config", "vision_config", "image_token_id", "image_token_index", "projector_hidden_act", "vision_feature_layer"),
-    *("multimodal_projector_bias", "spatial_merge_size"),
-)
-"""Keys of a vision wrapper that describe its other parts."""
 _LONGEST_VALUE = 60
 """Characters of a refused value that a message shows."""
 
 
 def is_wrapper(directory: str | Path) -> bool:
-    """Return whether the model in a directory is a vision model around a text model."""
-    return _is_wrapper(read_object(Path(directory) / CONFIG_FILE))
+    """Return whether the model in a directory is a multimodal model around a text model."""
+    return find_wrapper(directory) is not None
 
 
-def _is_wrapper(fields: JsonObject) -> bool:
+def find_wrapper(directory: str | Path) -> WrapperClass | None:
+    """Return the multimodal class of the model in a directory; None for a text model."""
+    return wrapper_class(read_object(Path(directory) / CONFIG_FILE))
+
+
+def wrapper_class(fields: JsonObject) -> WrapperClass | None:
+    """Return the multimodal class that a `config.json` states; None if it states a text model, or a class without support."""
     architectures = fields.get("architectures")
     if not architectures:
-        return fields.get("model_type") in WRAPPERS.values()
-    return isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in WRAPPERS
+        return wrapper_of_type(fields.get("model_type"))
+    if isinstance(architectures, list) and len(architectures) == 1:
+        return WRAPPERS.get(architectures[0])
+    return None
 
 
 def text_fields(fields: JsonObject) -> tuple[config.FamilyName, JsonObject]:
@@ -105,34 +105,70 @@ def text_fields(fields: JsonObject) -> tuple[config.FamilyName, JsonObject]:
     Raises:
         ValueError: the architecture is not supported, or a key is not understood.
     """
-    if _is_wrapper(fields):
-        _check_keys({key: value for key, value in fields.items() if key not in _OF_WRAPPER})
-        text = dict(fields.get("text_config") or {})
-        family = next((name for name in _WRAPPED if name == text.get("model_type")), None)
-        if family is None:
-            raise ValueError(
-                f"text_config.model_type is {text.get('model_type')!r}; of vision models, only text models of "
-                f"{' and '.join(_WRAPPED)} are read"
-            )
-        # transformers ties by what the wrapper states, and asks its text model only if that states nothing.
-        if fields.get("tie_word_embeddings") is not None:
-            text["tie_word_embeddings"] = fields["tie_word_embeddings"]
-        _check_keys(text, family)
-        return family, text
+    wrapper = wrapper_class(fields)
+    if wrapper is not None:
+        return _text_fields_of_wrapper(wrapper, fields)
     architectures = fields.get("architectures")
     if not architectures:  # transformers' Auto classes decide by model_type alone
         family = next((name for name in ARCHITECTURES.values() if name == fields.get("model_type")), None)
         if family is None:
-            supported = ", ".join((*ARCHITECTURES.values(), *WRAPPERS.values()))
+            supported = ", ".join((*ARCHITECTURES.values(), *(row.model_type for row in WRAPPERS.values())))
             raise ValueError(
                 f"architectures is not stated, and model_type is {fields.get('model_type')!r}; supported model types: {supported}"
+                + _advice_for_wrapper(fields)
             )
     elif not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
-        raise ValueError(f"architectures is {architectures}; supported: {', '.join((*ARCHITECTURES, *WRAPPERS))}")
+        supported = ", ".join((*ARCHITECTURES, *WRAPPERS))
+        raise ValueError(f"architectures is {architectures}; supported: {supported}{_advice_for_wrapper(fields)}")
     else:
         family = ARCHITECTURES[architectures[0]]
     _check_keys(fields, family)
     return family, fields
+
+
+def _text_fields_of_wrapper(wrapper: WrapperClass, fields: JsonObject) -> tuple[config.FamilyName, JsonObject]:
+    """Return the family and the fields of the text model inside a multimodal model."""
+    _check_keys({key: value for key, value in fields.items() if key not in wrapper.keys})
+    text = fields.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError(f"text_config is {_shown(text)}, but {wrapper.architecture} needs an object there; restore the file")
+    families = wrapper.families()
+    family = next((name for name in config.FAMILIES if name == text.get("model_type") and name in families), None)
+    if family is None:
+        raise ValueError(
+            f"text_config.model_type is {text.get('model_type')!r}; of {wrapper.architecture}, only text models of "
+            f"{' and '.join(families)} are supported"
+        )
+    text = {**text, "tie_word_embeddings": _is_tied(wrapper, fields, text)}
+    _check_keys(text, family)
+    return family, text
+
+
+def _is_tied(wrapper: WrapperClass, fields: JsonObject, text: JsonObject) -> bool:
+    """Return whether the embeddings of the text model are tied, as transformers decides it for this class."""
+    of_whole = fields.get("tie_word_embeddings")
+    of_text = bool(text.get("tie_word_embeddings"))
+    match wrapper.ties:
+        case "whole":
+            return of_text if of_whole is None else bool(of_whole)
+        case "either":
+            return bool(of_whole) or of_text
+        case "never":
+            return False
+
+
+def _advice_for_wrapper(fields: JsonObject) -> str:
+    """Return what can be done with the text model of a multimodal class that is not supported; "" for other classes."""
+    text = fields.get("text_config")
+    if not isinstance(text, dict):
+        return ""
+    text_type = text.get("model_type")
+    if text_type in ARCHITECTURES.values():
+        return (
+            f"; its text model is a {text_type}, which can be trained alone: save model.language_model in transformers "
+            "(save_pretrained) and use that folder"
+        )
+    return f"; it is a multimodal class, and its text model (text_config.model_type {text_type!r}) is not supported either"
 
 
 def _check_keys(fields: JsonObject, family: config.FamilyName | None = None) -> None:

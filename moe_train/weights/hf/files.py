@@ -11,22 +11,24 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.machine.files import JsonObject
+from moe_train.machine.files import JsonObject, read_object
 from moe_train.weights import fp8, names, on_disk, safetensors_files
 from moe_train.weights.hf.config_json import read_model_config, write_model_config
-from moe_train.weights.hf.config_keys import CONFIG_FILE
-from moe_train.weights.on_disk import WeightFiles
+from moe_train.weights.hf.config_keys import CONFIG_FILE, wrapper_class
+from moe_train.weights.on_disk import Carried, WeightFiles
+from moe_train.weights.wrappers import towers
+from moe_train.weights.wrappers.carry import Wrapping
 
 
 def open_weights(directory: str | Path) -> WeightFiles:
     """Open a model's directory, single file or shards. Raises ValueError if a tied model has a different head of its own."""
     model = read_model_config(directory)
-    tensors, left_out = open_tensors(directory)
+    tensors, outside_text = open_tensors(directory)
     if model.tie_embeddings:
         _drop_copied_head(directory, tensors)
     names.check_counts(directory, model, tensors)
     pieces = names.weight_pieces(model, names.detect_hugging_face(tensors))
-    return WeightFiles(Path(directory), model, pieces, tensors, left_out)
+    return WeightFiles(Path(directory), model, pieces, tensors, _carried(directory, model, outside_text))
 
 
 def _drop_copied_head(directory: str | Path, tensors: dict[str, on_disk.FileTensor]) -> None:
@@ -47,21 +49,51 @@ class OpenedTensors(NamedTuple):
 
     of_text: dict[str, on_disk.FileTensor]
     """Tensors of the text model by name; FP8 ones are dequantized when they are read."""
-    left_out: tuple[str, ...]
-    """Names of the vision tower's and the projector's tensors, which are not read."""
+    outside_text: dict[str, safetensors_files.SafetensorsTensor]
+    """Tensors of the tower and projector of a multimodal model, of any dtype, by name."""
 
 
 def open_tensors(directory: str | Path) -> OpenedTensors:
-    """Open the tensors of the text model."""
-    of_text: dict[str, on_disk.FileTensor] = {}
-    left_out: list[str] = []
-    stored = safetensors_files.open_model_tensors(directory)
-    for name, tensor in fp8.dequantize_tensors(stored, fp8.section_of_folder(Path(directory) / CONFIG_FILE)).items():
-        if any(part in name for part in names.OUTSIDE_TEXT):
-            left_out.append(name)
+    """Open the tensors of a model's folder, those of its text model apart from the others."""
+    text: dict[str, safetensors_files.SafetensorsTensor] = {}
+    outside_text: dict[str, safetensors_files.SafetensorsTensor] = {}
+    for name, tensor in safetensors_files.open_model_tensors(directory, is_carried=_is_outside_text).items():
+        if _is_outside_text(name):
+            outside_text[name] = tensor
         elif not any(part in name for part in names.RECOMPUTED):
-            of_text[name] = tensor
-    return OpenedTensors(of_text, tuple(left_out))
+            text[name] = tensor
+    return OpenedTensors(fp8.dequantize_tensors(text, fp8.section_of_folder(Path(directory) / CONFIG_FILE)), outside_text)
+
+
+def _is_outside_text(name: str) -> bool:
+    return any(part in name for part in names.OUTSIDE_TEXT)
+
+
+def _carried(directory: str | Path, model: config.Model, tensors: dict[str, safetensors_files.SafetensorsTensor]) -> Carried | None:
+    """Return the parts of a multimodal model around its text model; None for a text model.
+
+    Raises:
+        ValueError: they are not those that config.json describes.
+    """
+    file = Path(directory) / CONFIG_FILE
+    fields = read_object(file)
+    wrapper = wrapper_class(fields)
+    if wrapper is None:
+        if tensors:
+            raise ValueError(
+                f"{directory} has {next(iter(tensors))}, but its {CONFIG_FILE} describes a text model alone; restore that of the "
+                "multimodal model"
+            )
+        return None
+    try:
+        settings = towers.settings_of(wrapper, fields, model.model_dim)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    # In memory, and in files of some tools, names begin with `model.`, which transformers does not write.
+    in_files = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    expected = {tensor.name: tensor.shape for tensor in towers.tower_tensors(settings)}
+    towers.check_complete(directory, expected, {name: tensor.shape for name, tensor in in_files.items()})
+    return Carried(wrapper.parts, "hf", wrapper, fields, settings, in_files)
 
 
 def write(
@@ -72,6 +104,7 @@ def write(
     tokenizer: Tokenizer | None = None,
     max_shard_bytes: int = safetensors_files.MAX_SHARD_BYTES,
     share: safetensors_files.WriterShare = safetensors_files.SOLE_WRITER,
+    wrapping: Wrapping | None = None,
 ) -> None:
     """Write shards, their index, config.json and generation_config.json.
 
@@ -83,20 +116,29 @@ def write(
         tokenizer: states the ids of control tokens; None if the export has none.
         max_shard_bytes: size limit of a shard.
         share: the part of one of several processes that write together.
+        wrapping: the other parts of a multimodal model; None for a text model.
     """
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
     # Tensors that FP8 leaves out are bfloat16.
     settings = write_model_config(model, dtype="bfloat16" if dtype == "fp8" else dtype, bos_token_id=bos_id, eos_token_id=eos_id)
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    pieces = names.weight_pieces(model)
+    layout = names.hugging_face_of(model) if wrapping is None else wrapping.text_layout
+    pieces = names.weight_pieces(model, layout)
     if dtype == "fp8":
         settings["quantization_config"] = fp8.write.hugging_face_section(pieces)
     specs, values = fp8.tensors_of_dtype(pieces, dtype, matrix, fp8.write.hugging_face_scheme(pieces))
-    safetensors_files.write_shards(directory, specs, values, max_shard_bytes, share)
+    carried = {} if wrapping is None else wrapping.tensors
+    specs += [safetensors_files.TensorSpec(name, tensor.base.shape, tensor.base.dtype) for name, tensor in carried.items()]
+
+    def array(spec: safetensors_files.TensorSpec) -> safetensors_files.TensorValues:
+        """Return a tensor of the text model, or one that is carried."""
+        return carried[spec.name].read() if spec.name in carried else values(spec)
+
+    safetensors_files.write_shards(directory, specs, array, max_shard_bytes, share)
     # The first process writes the small files for all.
     if share.first != 0:
         return
-    write_json(directory / CONFIG_FILE, settings)
+    write_json(directory / CONFIG_FILE, settings if wrapping is None else wrapping.around(settings))
     # A chat may end its turns with another token than EOS; config.json keeps the single one.
     if tokenizer is not None and len(tokenizer.end_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.end_ids)

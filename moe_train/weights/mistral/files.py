@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,29 +15,33 @@ import numpy as np
 from moe_train import config
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.files import read_object
 from moe_train.weights import fp8, names, on_disk, safetensors_files, together
 from moe_train.weights.mistral.params_json import PARAMS_FILE, read_model_config, write_model_config
-from moe_train.weights.on_disk import WeightFiles
+from moe_train.weights.on_disk import Carried, WeightFiles
+from moe_train.weights.wrappers import towers
+from moe_train.weights.wrappers.carry import Wrapping
 
 log = logging.getLogger(__name__)
 
 STEM = "consolidated"
 """First part of the names of Mistral's weight files."""
-_VISION_PREFIXES = ("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm.")
-"""Prefixes of tensors of a vision model that hold no weight of its text model."""
 
 
 def open_weights(directory: str | Path) -> WeightFiles:
-    """Open a model's folder, one consolidated file or shards with their index; of a vision model, only the text model.
+    """Open a model's folder, one consolidated file or shards with their index.
 
     Raises:
-        ValueError: the model is tied but has an output weight of its own.
+        ValueError: the model is tied but has an output weight of its own, or the tower of a multimodal model is not the one that
+            params.json describes.
     """
     model = read_model_config(directory)
-    stored = safetensors_files.open_model_tensors(directory, STEM)
-    all_tensors = fp8.dequantize_tensors(stored, fp8.section_of_folder(Path(directory) / PARAMS_FILE))
-    tensors = {name: tensor for name, tensor in all_tensors.items() if not name.startswith(_VISION_PREFIXES)}
-    layout = names.mistral_of(model)
+    text: dict[str, safetensors_files.SafetensorsTensor] = {}
+    outside_text: dict[str, safetensors_files.SafetensorsTensor] = {}
+    for name, tensor in safetensors_files.open_model_tensors(directory, STEM, _is_outside_text).items():
+        (outside_text if _is_outside_text(name) else text)[name] = tensor
+    tensors = fp8.dequantize_tensors(text, fp8.section_of_folder(Path(directory) / PARAMS_FILE))
+    layout = names.mistral_of(model, with_audio=names.MISTRAL_AUDIO_EMBED in tensors)
     head = layout.head.name
     embed = layout.embed.name
     # A tied head may be written as well; it is accepted only as an exact copy.
@@ -49,8 +53,38 @@ def open_weights(directory: str | Path) -> WeightFiles:
             )
         del tensors[head]
     names.check_counts(directory, model, tensors)
-    left_out = tuple(all_tensors.keys() - tensors.keys())
-    return WeightFiles(Path(directory), model, names.weight_pieces(model, layout), tensors, left_out)
+    carried = _carried(directory, model, outside_text)
+    return WeightFiles(Path(directory), model, names.weight_pieces(model, layout), tensors, carried)
+
+
+def _is_outside_text(name: str) -> bool:
+    return name.startswith(towers.NATIVE_PREFIXES)
+
+
+def _carried(directory: str | Path, model: config.Model, tensors: dict[str, safetensors_files.SafetensorsTensor]) -> Carried | None:
+    """Return the parts of a multimodal model around its text model; None for a text model.
+
+    Raises:
+        ValueError: they are not those that params.json describes.
+    """
+    file = Path(directory) / PARAMS_FILE
+    fields = read_object(file)
+    has_audio = any(name.startswith(towers.AUDIO_PREFIX) for name in tensors)
+    try:
+        settings = towers.native_settings(fields, model.model_dim)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if settings is not None:
+        expected = {tensor.native: tensor.shape for tensor in towers.tower_tensors(settings) if tensor.native is not None}
+        towers.check_complete(directory, expected, {name: tensor.shape for name, tensor in tensors.items()})
+    elif fields.get("multimodal") or has_audio:
+        towers.check_native_audio(directory, fields, tensors)
+    elif tensors:
+        raise ValueError(f"{directory} has {next(iter(tensors))}, but {file} describes no vision_encoder; restore the file")
+    else:
+        return None
+    parts = "vision tower and projector" if settings is not None else "audio tower and projector"
+    return Carried(parts, "mistral", None, fields, settings, tensors)
 
 
 def write(
@@ -59,6 +93,7 @@ def write(
     dtype: on_disk.FileDtype,
     matrix: Callable[[names.WeightPiece], np.ndarray],
     tokenizer: Tokenizer | None = None,
+    wrapping: Wrapping | None = None,
 ) -> None:
     """Write consolidated.safetensors and params.json.
 
@@ -70,6 +105,7 @@ def write(
         dtype: dtype of the file.
         matrix: returns the values of a piece in `fp8.dtype_before_writing`; called for one piece at a time.
         tokenizer: the tokenizer that is exported with the weights.
+        wrapping: the other parts of a multimodal model; None for a text model.
 
     Raises:
         ValueError: params.json cannot express the model.
@@ -82,11 +118,21 @@ def write(
         )
     if dtype == "fp8":
         params["quantization"] = fp8.write.MISTRAL_SECTION
-    pieces = names.weight_pieces(model, names.mistral_of(model))
-    specs, values = fp8.tensors_of_dtype(pieces, dtype, matrix, fp8.write.MISTRAL_SCHEME)
+    layout = names.mistral_of(model) if wrapping is None else wrapping.text_layout
+    specs, values = fp8.tensors_of_dtype(names.weight_pieces(model, layout), dtype, matrix, fp8.write.MISTRAL_SCHEME)
+    carried = {} if wrapping is None else wrapping.tensors
+    carried_specs = [safetensors_files.TensorSpec(name, tensor.base.shape, tensor.base.dtype) for name, tensor in carried.items()]
     file = directory / f"{STEM}.safetensors"
-    arrays = (values(spec) for spec in specs)
-    together.first_writes(arrays, lambda arrays: safetensors_files.write_safetensors(file, specs, lambda spec: next(arrays)))
+
+    def write_all(arrays: Iterator[safetensors_files.TensorValues]) -> None:
+        """Write the file: the arrays in the order of `specs`, and what is carried, which the first process reads alone."""
+        safetensors_files.write_safetensors(
+            file, [*specs, *carried_specs], lambda spec: carried[spec.name].read() if spec.name in carried else next(arrays)
+        )
+
+    together.first_writes((values(spec) for spec in specs), write_all)
+    if wrapping is not None:
+        params = wrapping.around(params)
     if together.is_first():
         (directory / PARAMS_FILE).write_text(json.dumps(params, indent=4) + "\n", encoding="utf-8")
 

@@ -129,7 +129,7 @@ def _ffn(params: Params) -> JsonObject:
     }
 
 
-def _family(params: Params, windows: tuple[int | None, ...]) -> str:
+def _family(params: Params, windows: tuple[int | None, ...]) -> config.FamilyName:
     """Return the smallest family that has the features of these fields, since the file does not name one."""
     present: dict[config.Feature, bool] = {
         "interleaved_windows": len(set(windows)) > 1,

@@ -16,8 +16,9 @@ from moe_train.weights.names.hugging_face import (
     detect_hugging_face,
     hugging_face,
     hugging_face_of,
+    wrapped_in_files,
 )
-from moe_train.weights.names.mistral import MISTRAL, mistral_of
+from moe_train.weights.names.mistral import MISTRAL, MISTRAL_AUDIO_EMBED, mistral_of
 from moe_train.weights.names.pieces import WeightPiece, weight_pieces
 from moe_train.weights.names.tensor_layout import Row, TensorLayout
 
@@ -25,6 +26,7 @@ __all__ = [
     "GGUF",
     "HUGGING_FACE",
     "MISTRAL",
+    "MISTRAL_AUDIO_EMBED",
     "OUTSIDE_TEXT",
     "RECOMPUTED",
     "WRAPPED",
@@ -41,4 +43,5 @@ __all__ = [
     "lora_pieces",
     "mistral_of",
     "weight_pieces",
+    "wrapped_in_files",
 ]

@@ -106,8 +106,8 @@ _BODIES = (("model.language_model.", ""), ("language_model.model.", "language_mo
 WRAPPED = hugging_face("model.language_model.")
 """The names that transformers 5 gives to the text model inside a vision wrapper, and so the names of its adapters."""
 
-OUTSIDE_TEXT = ("vision_tower.", "multi_modal_projector.")
-"""Parts of the names of the tensors of a vision wrapper that do not belong to its text model."""
+OUTSIDE_TEXT = ("vision_tower.", "multi_modal_projector.", "audio_tower.")
+"""Parts of the names of the tensors of a multimodal model that do not belong to its text model."""
 RECOMPUTED = (".rotary_emb.inv_freq",)
 """Parts of the names of tensors that every reader computes from config.json, so that nothing is lost without them."""
 
@@ -115,6 +115,11 @@ RECOMPUTED = (".rotary_emb.inv_freq",)
 def hugging_face_of(model: config.Model) -> TensorLayout:
     """Return the layout that is written for Hugging Face for models of this family."""
     return hugging_face(experts=config.FAMILIES[model.family].hugging_face.experts)
+
+
+def wrapped_in_files(model: config.Model) -> TensorLayout:
+    """Return the names of the text model in the files of a multimodal model, as transformers saves it."""
+    return hugging_face("language_model.model.", "language_model.", config.FAMILIES[model.family].hugging_face.experts)
 
 
 def detect_hugging_face(names: Collection[str]) -> TensorLayout:

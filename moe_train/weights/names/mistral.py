@@ -64,6 +64,16 @@ _MISTRAL_LATENT = replace(
 """The layout of models with latent attention (Large 3, Small 4), whose experts and routers have no `feed_forward.`."""
 
 
-def mistral_of(model: config.Model) -> TensorLayout:
-    """Return Mistral's own layout of models with this attention."""
-    return _MISTRAL_LATENT if isinstance(model.attention, config.MultiHeadLatentAttention) else MISTRAL
+MISTRAL_AUDIO_EMBED = "mm_whisper_embeddings.tok_embeddings.weight"
+"""Name of the embeddings in a model with an audio tower, which keeps those of text and audio together."""
+
+
+def mistral_of(model: config.Model, *, with_audio: bool = False) -> TensorLayout:
+    """Return Mistral's own layout of models with this attention.
+
+    Args:
+        model: the text model.
+        with_audio: whether it is inside a model with an audio tower.
+    """
+    layout = _MISTRAL_LATENT if isinstance(model.attention, config.MultiHeadLatentAttention) else MISTRAL
+    return replace(layout, embed=layout.embed._replace(name=MISTRAL_AUDIO_EMBED)) if with_audio else layout

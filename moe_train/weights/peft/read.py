@@ -128,7 +128,7 @@ def _open(directory: Path, model: config.Model) -> _Opened:
     layout = names.detect_adapted(stored, model)
     if outside := sorted(name for name in stored if any(part in name for part in names.OUTSIDE_TEXT)):
         raise ValueError(
-            f"{directory / ADAPTER_WEIGHTS} has {outside[0]}: {len(outside)} of its tensors adapt the vision tower or projector, "
+            f"{directory / ADAPTER_WEIGHTS} has {outside[0]}: {len(outside)} of its tensors adapt the tower or projector, "
             f"and only adapters of the language model are read; {MERGE_FIRST}"
         )
     for name, tensor in stored.items():
@@ -194,14 +194,14 @@ def _adapter_owners(
         if first_shape != shape:
             raise ValueError(
                 f"{directory / ADAPTER_CONFIG}: {stem} has rank and alpha {tuple(shape)}, {first_stem} has {tuple(first_shape)}; "
-                "only adapters with the same rank and alpha in all layers are supported"
+                f"only adapters with the same rank and alpha in all layers are supported; {MERGE_FIRST}"
             )
     for (module, expert), count in num_layers.items():
         if count < num_possible[module, expert]:
             stem, _ = first_layer[module, expert]
             raise ValueError(
                 f"{directory / ADAPTER_CONFIG}: adapters such as {stem}'s are in {count} of {num_possible[module, expert]} layers; "
-                "only adapters of all layers are supported"
+                f"only adapters of all layers are supported; {MERGE_FIRST}"
             )
     if not owners:
         raise ValueError(

@@ -24,7 +24,6 @@ _REQUIRED: JsonObject = {
     "use_dora": False,
     "fan_in_fan_out": False,
     "lora_bias": False,
-    "layers_to_transform": None,
     "layer_replication": None,
     "trainable_token_indices": None,
     "alora_invocation_tokens": None,
@@ -47,6 +46,8 @@ _IGNORED = (
     *(
         "inference_mode",
         "ensure_weight_tying",
+        # The tensors show in which layers there are adapters.
+        "layers_to_transform",
         "layers_pattern",
         "megatron_core",
         "qalora_group_size",

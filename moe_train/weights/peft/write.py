@@ -205,8 +205,9 @@ def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: confi
     tied = model.tie_embeddings and "lm_head" in saved
     if tied:
         saved.remove("lm_head")  # PEFT names one of the two and keeps both
-    # A module of a layer is named within the layer, since `norm` alone would also match the end of input_layernorm.
-    to_save = sorted({_in_layer(name, layout) for name in saved})
+    # A module of a layer is named within the layer, since `norm` alone would also match the end of input_layernorm. Within a
+    # multimodal model it has its whole name, since PEFT compares ends of names, and a tower may have the same ones.
+    to_save = sorted({_in_layer(name, layout) for name in saved} if layout.layer == names.HUGGING_FACE.layer else saved)
     settings: JsonObject = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.chat.completeness import Rendering
+from moe_train.data.chat.completeness import Rendering, check_complete
 from moe_train.data.chat.rendered_checks import check_rendered
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
@@ -84,3 +84,20 @@ def test_a_result_that_a_later_call_repeats_as_json(tokenizer: HuggingFace) -> N
         conversation, CALLS.replace("c.function.name", "m.content|default('') + c.function.name"), tokenizer
     )
     assert sum(len(row.merged.ends) for row in rows if row.merged) == 3
+
+
+def test_what_a_template_omits_is_not_looked_for_in_other_words() -> None:
+    """Mistral's v2 omits older calls; the name of one is a question before it here."""
+    asked = [
+        {"role": "user", "content": "f"},
+        CALLING | {"content": ""},
+        RESULT | {"content": "result:"},
+        ANSWER | {"content": "0"},
+    ]
+    conversation = Conversation([*asked, *LATER], [TOOL])
+    text = "[INST] f[/INST]0</s>[AVAILABLE_TOOLS]f[/AVAILABLE_TOOLS][INST] d[/INST]e f</s>"
+    rendering = Rendering(text, [(len(text) - 7, len(text))], 6)
+    check_complete(conversation, [rendering], "[TOOL_RESULTS]")
+    for template, left in (("", "message 1"), ("[TOOL_RESULTS]", "message 0")):
+        with pytest.raises(Problem, match=left):
+            check_complete(conversation, [rendering._replace(text=text.replace("] f[", "] q["))], template)

@@ -78,7 +78,7 @@ def test_a_prompt_is_what_comes_before_the_answer(tokenizer: HuggingFace, mistra
         ([], "at least one message"),
         ("hello", "should be a list"),
         (["hello"], "message 0 should be an object"),
-        ([{"role": "bot", "content": "a"}], "role 'bot'; roles are system, user, assistant"),
+        ([{"role": "robot", "content": "a"}], "role 'robot'; roles are system, user, assistant"),
         ([{"content": "a"}], "role None"),
         ([{"role": "user"}], "the content of message 0 is null or empty; write its text"),
         ([{"role": "user", "content": [{"type": "image"}]}], "images, sound and video are not read"),

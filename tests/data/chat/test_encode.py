@@ -87,5 +87,5 @@ def test_a_record_that_cannot_be_used_is_named(
 
 def test_a_text_that_the_tokenizer_refuses_is_named(mistral: Mistral) -> None:
     too_long = " " * 1_100_000 + "a"
-    with pytest.raises(ValueError, match=r"^a\.jsonl:2: tekken.* has a run of 1100000 white-space characters; shorten it$"):
+    with pytest.raises(ValueError, match=r"^a\.jsonl:2: the text has 1,100,001 characters; .*; shorten or drop it"):
         list(encode(numbered({"text": "a"}, {"text": too_long}), where, TEXT, mistral, None))

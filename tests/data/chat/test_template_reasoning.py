@@ -75,7 +75,7 @@ def test_a_template_that_writes_reasoning_as_letters(tmp_path: Path) -> None:
     as_text = {"messages": [ASKED, {"role": "assistant", "content": f"{thought}</think>4"}]}
     (written,) = trained(as_text, mistral := Mistral(file))
     assert written.tokens == learned({"messages": [ASKED, REASONED]}, template, tokenizer)[0].tokens
-    with pytest.raises(Problem, match=r"has no \[THINK\]; write it into the text as the model does \(<think>"):
+    with pytest.raises(Problem, match=r"has no \[THINK\]; .*, write it into the text as the model does \(<think>"):
         trained({"messages": [ASKED, REASONED]}, mistral)
 
 

@@ -55,7 +55,8 @@ def test_a_system_text_in_a_column_and_in_the_messages(column: str, turns: dict[
 
 
 def test_an_answer_of_several_texts_is_no_answer() -> None:
-    assert "should be text or messages" in problem({"question": "a", "answer": ["b", "c"]}).message
+    for fields in ({"question": "a", "answer": ["b", "c"]}, {"question": ["a"], "answer": "b"}, {"question": {}, "answer": "b"}):
+        assert "should be text or messages" in problem(fields).message
 
 
 def test_xlam_calls() -> None:

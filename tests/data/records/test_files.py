@@ -58,7 +58,7 @@ def test_the_name_says_the_format(name: str, file_format: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.xls", r"a\.xls: no format goes with its name \(\.txt, .*; state format"),
+        ("a.xls", r"a\.xls: no format goes with its name \(\.txt, .*; state it with --format"),
         ("a.parquet.gz", "parquet is compressed inside"),
     ],
 )

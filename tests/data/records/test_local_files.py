@@ -48,7 +48,7 @@ def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
             opened(tmp_path / missing)
     with pytest.raises(FileNotFoundError, match="empty holds no file"):
         opened(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"a\.xls: no format goes with its name .*state format"):
+    with pytest.raises(ValueError, match=r"a\.xls: no format goes with its name .*--format"):
         opened(tmp_path / "a.xls")
     (tmp_path / "a.parquet.gz").write_text("a")
     with pytest.raises(ValueError, match="parquet is compressed inside"):

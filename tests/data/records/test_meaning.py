@@ -24,7 +24,7 @@ def test_words_and_spellings(key: str) -> None:
     assert problem({"messages": [USER, ANSWER | {key: "a"}]}).rule == "unread-key"
 
 
-@pytest.mark.parametrize("key", ["id", "lossless_id", "trainer", "imagery", "tool_choice", "finish_reason", "Übung", ""])
+@pytest.mark.parametrize("key", ["id", "lossless_id", "trainer", "imagery", "tool_choice", "video_id", "numImages", "Übung", ""])
 def test_other_words(key: str) -> None:
     assert lost_meaning(RECORD, key) is None and lost_meaning(MESSAGE, key) is None
 

@@ -47,6 +47,7 @@ def test_what_is_ignored_is_not_there() -> None:
         {"prompt": "a", "completion": "b", "question": "c"},
         {"question": "a", "answer": "b", "response": "c"},
         {"prompt": "a", "question": "b", "answer": "c"},
+        {"input": "a", "output": "b", "prompt": "c"},
         {"prompt": "a", "question": "b", "chosen": "c", "rejected": "d"},
     ],
 )

@@ -14,6 +14,7 @@ from moe_train.data.records.problem import Problem
 from moe_train.data.records.tables import read_csv, read_rows
 from moe_train.data.records.unread import NOT_LOADED
 from tests.data.records.sources import opened, texts
+from tests.data.records.tables import write_table
 
 
 @pytest.mark.usefixtures("no_network")
@@ -81,3 +82,15 @@ def test_columns_that_change_the_meaning_are_read_and_others_named(tmp_path: Pat
 def test_values_of_csv_are_text_and_empty_ones_are_null(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,n\n"a, ""b""",1\n\nc,\n')
     assert list(read_csv(tmp_path / "a.csv")) == [(1, {"text": 'a, "b"', "n": "1"}), (2, {"text": "c", "n": None})]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_null_says_nothing_under_any_spelling_of_a_key_that_changes_the_meaning(tmp_path: Path, kind: str) -> None:
+    table = pa.table(
+        {"text": ["a", "b"], "imagePath": [None, "b.png"], "no_loss": pa.nulls(2, pa.bool_()), "embedding": [[0.5], [1.5]]}
+    )
+    (_, first), (_, second) = opened(write_table(table, tmp_path / f"a.{kind}"))
+    section = config.TextRecord(name="text")
+    assert read(first, section) == ("a", ("embedding",))
+    with pytest.raises(Problem, match="'imagePath'"):
+        read(second, section)

@@ -9,12 +9,12 @@ from moe_train import config
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.evaluate.generate import GenerationOptions, decode_after, generate_tokens
 from moe_train.evaluate.suites.answer import LoadedModel, answer_items, check_length
-from moe_train.evaluate.suites.items import Item
+from moe_train.evaluate.suites.items import SuiteItem
 from moe_train.evaluate.suites.prompts import Prompter
 from tests.evaluate.tiny_generator import MIXTRAL, ONE, random_model
 
 QUESTIONS = ("some text to learn from", "text")
-ITEMS = [Item(str(i), f"items.jsonl:{i}", [{"role": "user", "content": q}], [], ("x",)) for i, q in enumerate(QUESTIONS)]
+ITEMS = [SuiteItem(str(i), f"items.jsonl:{i}", [{"role": "user", "content": q}], [], ("x",)) for i, q in enumerate(QUESTIONS)]
 PROMPT = config.Prompt(chat=False, template="{question}")
 
 
@@ -32,7 +32,7 @@ def test_stop_texts_and_order(tokenizer: HuggingFace) -> None:
             items="items.jsonl",
             prompt=PROMPT,
             grader=config.ExactGrader(name="exact"),
-            generation=config.Generation(max_tokens=6, stop=(stop,)),
+            generation=config.AnswerGeneration(max_tokens=6, stop=(stop,)),
         )
         answers = answer_items(suite, ITEMS, prompter, LoadedModel(structure, weights, model, ONE, "float32"))
     assert [answer.item.id for answer in answers] == ["0", "1"]

@@ -8,11 +8,11 @@ import pytest
 
 from moe_train import config
 from moe_train.evaluate.suites.grade import check_item, text_grader
-from moe_train.evaluate.suites.items import Item
+from moe_train.evaluate.suites.items import SuiteItem
 
 
-def item(*answers: str, **more: Any) -> Item:
-    return Item("1", "items.jsonl:1", [{"role": "user", "content": "?"}], [], answers, **more)
+def item(*answers: str, **more: Any) -> SuiteItem:
+    return SuiteItem("1", "items.jsonl:1", [{"role": "user", "content": "?"}], [], answers, **more)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_json(answers: tuple[str, ...], text: str, score: float) -> None:
         (config.JsonSchemaGrader(name="json_schema"), item("x", schema={}), "expected answer is not JSON"),
     ],
 )
-def test_items_that_a_grader_cannot_use(grader: config.Grader, faulty: Item, message: str) -> None:
+def test_items_that_a_grader_cannot_use(grader: config.Grader, faulty: SuiteItem, message: str) -> None:
     with pytest.raises(ValueError, match=r"items.jsonl:1: ") as error:
         check_item(faulty, grader)
     assert message in str(error.value)

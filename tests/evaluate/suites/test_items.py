@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from moe_train.evaluate.suites.items import Item, read_items
+from moe_train.evaluate.suites.items import SuiteItem, read_items
 
 
-def read(tmp_path: Path, *records: dict[str, Any], limit: int | None = None) -> list[Item]:
+def read(tmp_path: Path, *records: dict[str, Any], limit: int | None = None) -> list[SuiteItem]:
     file = tmp_path / "items.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return read_items(file, limit)

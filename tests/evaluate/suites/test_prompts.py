@@ -7,11 +7,11 @@ import pytest
 from moe_train import config
 from moe_train.data.chat.conversation_to_tokens import render_prompt
 from moe_train.data.tokenizers.huggingface import HuggingFace
-from moe_train.evaluate.suites.items import Item
+from moe_train.evaluate.suites.items import SuiteItem
 from moe_train.evaluate.suites.prompts import Prompter
 
-EXAMPLE = Item("e", "examples.jsonl:1", [{"role": "user", "content": "What is it?"}], [], ("A string.",))
-ITEM = Item("1", "items.jsonl:1", [{"role": "user", "content": "What does it do?"}], [], ("adds",), ("adds", "returns"))
+EXAMPLE = SuiteItem("e", "examples.jsonl:1", [{"role": "user", "content": "What is it?"}], [], ("A string.",))
+ITEM = SuiteItem("1", "items.jsonl:1", [{"role": "user", "content": "What does it do?"}], [], ("adds",), ("adds", "returns"))
 
 
 def test_chat(tokenizer: HuggingFace) -> None:

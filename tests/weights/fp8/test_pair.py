@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_train import config
+from moe_train.model.parameters import Parameters
+from moe_train.model.quantize import Quantized, dequantize
 from moe_train.weights import external
 from moe_train.weights.fp8 import pair
 from moe_train.weights.fp8.sections import Fp8Section
 from tests.random_parameters import abstract, assert_equal
-from tests.tiny import EIGHT, MIXTRAL, ONE
+from tests.tiny import EIGHT, LORA, MIXTRAL, ONE
 from tests.weights.fp8.files import COMPRESSED, HF_BLOCK, HF_TENSOR, NATIVE, Arrays, load, quantize_folder, save
 
 Spelling = tuple[str, dict[str, Any], Callable[[str], str], tuple[int, int] | None, str | None]
@@ -67,7 +71,8 @@ def test_a_mesh_reads_what_one_device_reads(spelling: str, unquantized: dict[str
     folder, meaning = quantized(unquantized, spelling, tmp_path / "q")
     # The same values, unquantized, are read by the code that has nothing to do with FP8.
     layout = SPELLINGS[spelling][0]
-    plain_folder, _ = tmp_path / "plain", (tmp_path / "plain").mkdir()
+    plain_folder = tmp_path / "plain"
+    plain_folder.mkdir()
     for file in unquantized[layout].glob("*.json"):
         if "index" not in file.name:
             (plain_folder / file.name).write_bytes(file.read_bytes())
@@ -77,6 +82,34 @@ def test_a_mesh_reads_what_one_device_reads(spelling: str, unquantized: dict[str
             like = abstract(MIXTRAL, "bfloat16")
             assert_equal(external.load_external_parameters(folder, like), external.load_external_parameters(plain_folder, like))
     assert external.hash_external_model(folder) == external.hash_external_model(plain_folder)
+
+
+@pytest.mark.parametrize("spelling", ["native", "hf blocks", "hf ragged blocks"])
+def test_a_base_in_fp8_keeps_the_values_of_its_files(spelling: str, unquantized: dict[str, Path], tmp_path: Path) -> None:
+    """Blocks of 4 inputs lie within the files' blocks of 4, or within a whole matrix, but not within blocks of 3."""
+    folder, _ = quantized(unquantized, spelling, tmp_path / "q")
+    lora = config.Lora(targets=LORA.targets, quantize=config.Fp8(name="fp8", block_size=2))
+    plain: Parameters = {}
+    quantized_values: dict[str, list[np.ndarray]] = {}
+    for mesh in (ONE, EIGHT):
+        with jax.set_mesh(mesh):
+            plain = external.load_external_parameters(folder, abstract(MIXTRAL, "bfloat16"))
+            like = {path: x for path, x in abstract(MIXTRAL, "bfloat16", lora).items() if "lora" not in path}
+            loaded = external.load_external_parameters(folder, like)
+        for path, x in loaded.items():
+            quantized_values.setdefault(path, []).append(np.asarray(x))
+    for path, (one, eight) in quantized_values.items():
+        np.testing.assert_array_equal(one, eight, path)
+        weight, _, part = path.rpartition(".")
+        if part != "codes":
+            continue
+        pair_of_arrays = Quantized(one, quantized_values[f"{weight}.scales"][0])
+        values = np.asarray(dequantize(Quantized(*map(jnp.asarray, pair_of_arrays)), jnp.dtype(jnp.bfloat16))).astype(np.float32)
+        exact = np.asarray(plain[weight]).astype(np.float32)
+        if spelling == "hf ragged blocks":
+            assert 0 < np.abs(values - exact).max() <= np.abs(exact).max() / 16
+        else:
+            np.testing.assert_array_equal(values, exact, path)
 
 
 FUSED = "model.layers.0.mlp.experts.gate_up_proj"

@@ -19,7 +19,7 @@ from moe_train.proof import prove
 from moe_train.weights import external, names
 from moe_train.weights.fp8 import write
 from tests.random_parameters import abstract, assert_equal, random_parameters
-from tests.tiny import EIGHT, LORA, MINISTRAL, MIXTRAL, ONE
+from tests.tiny import EIGHT, LORA, MINISTRAL, MISTRAL4, MIXTRAL, ONE
 from tests.weights.fp8.files import E4M3, is_linear, load, reference
 
 WIDE = config.Model(
@@ -39,14 +39,14 @@ def test_codes_and_scales_are_those_of_a_plain_reference(data: st.DataObject) ->
     shape = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     block = data.draw(st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4)))
     w = np.random.default_rng(data.draw(st.integers(0, 9))).normal(0, 10.0 ** data.draw(st.integers(-9, 3)), shape)
-    w = w.astype(np.float32) * data.draw(st.sampled_from([0, 1]))
-    codes, scales = write.quantize_matrix("w", w.T.copy().T if data.draw(st.booleans()) else w, block)
+    w_OI = w.astype(np.float32) * np.float32(data.draw(st.sampled_from([0, 1])))
+    codes, scales = write.quantize_matrix("w", w_OI.T.copy().T if data.draw(st.booleans()) else w_OI, block)
     rows, columns = block or shape
     for i, j in np.ndindex(*scales.shape or (1, 1)):
         part = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
         scale = scales[i, j] if block else scales[()]
-        assert scale == (np.abs(w[part]).max() / np.float32(448) or 1)
-        np.testing.assert_array_equal(codes[part], np.clip(w[part] / scale, -448, 448).astype(E4M3))
+        assert scale == (np.abs(w_OI[part]).max() / np.float32(448) or 1)
+        np.testing.assert_array_equal(codes[part], np.clip(w_OI[part] / scale, -448, 448).astype(E4M3))
 
 
 def test_long_matrices_are_quantized_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +107,16 @@ def test_an_export_is_proved_and_read_back(layout: Any, model: config.Model, tmp
         assert section["dtype"] == "bfloat16" and section["quantization_config"]["activation_scheme"] == "dynamic"
 
 
+def test_a_text_model_in_a_wrapper_is_quantized_as_released() -> None:
+    alone = names.weight_pieces(WIDE)
+    wrapped = names.weight_pieces(WIDE, names.WRAPPED)
+    assert write.hugging_face_scheme(alone).block == (128, 128) and write.hugging_face_scheme(wrapped).block is None
+    section = write.hugging_face_section(wrapped)
+    assert section["weight_block_size"] is None
+    assert {"model.vision_tower", "model.multi_modal_projector", "lm_head"} <= set(section["modules_to_not_convert"])
+    assert not any("vision" in name for name in write.hugging_face_section(alone)["modules_to_not_convert"])
+
+
 def test_processes_that_write_shards_in_turn_get_every_scale() -> None:
     """A tensor and its scales may be in two shards, whose tensors are asked for alternately."""
     w = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
@@ -119,8 +129,9 @@ def test_processes_that_write_shards_in_turn_get_every_scale() -> None:
     )
     in_order = {spec.name: values(spec) for spec in specs}
     for spec in reversed(specs):
-        np.testing.assert_array_equal(values(spec), in_order[spec.name])
-        assert values(spec).shape == spec.shape and values(spec).dtype == spec.dtype
+        array = values(spec)
+        assert isinstance(array, np.ndarray) and array.shape == spec.shape and array.dtype == spec.dtype
+        np.testing.assert_array_equal(array, in_order[spec.name])
 
 
 def test_a_merged_export_is_the_rounded_sum(tmp_path: Path) -> None:
@@ -169,3 +180,9 @@ def test_float16_files_are_written_and_refuse_what_they_cannot_express(layout: A
         with pytest.raises(ValueError, match=r"norm\.weight has numbers beyond float16's 65504; use --dtype bfloat16"):
             big = weights | {"final_norm.scale": weights["final_norm.scale"] * 1e7}
             write_and_prove.export_model(big, MIXTRAL, tmp_path / "big", options)
+
+
+def test_experts_that_share_a_tensor_are_refused() -> None:
+    pieces = names.weight_pieces(MISTRAL4)
+    with pytest.raises(ValueError, match=r"--dtype fp8 is not supported for model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        write.tensors_of_dtype(pieces, "fp8", lambda piece: np.zeros(piece.part_shape), write.hugging_face_scheme(pieces))

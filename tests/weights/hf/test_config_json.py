@@ -183,7 +183,11 @@ REFUSED = [
     (MIXTRAL, {"num_experts_per_tok": 9}, "experts_per_token 9 exceeds num_experts 8"),
     (MIXTRAL, {"num_local_experts": None}, "num_local_experts is not stated"),
     (MIXTRAL, {"num_hidden_layers": ...}, "num_hidden_layers is not stated"),
-    (MISTRAL, {"architectures": ["Mistral3ForConditionalGeneration"]}, "text_config.model_type is None"),
+    (
+        MISTRAL,
+        {"architectures": ["Mistral3ForConditionalGeneration"]},
+        "text_config is None, but Mistral3ForCond",
+    ),
     (MIXTRAL, {"hidden_size": "4096"}, "config.json"),
     (MIXTRAL, {"rope_theta": None}, "rope_theta is stated neither"),
     (MISTRAL, {"sliding_window": ...}, "sliding_window is not stated"),
@@ -218,8 +222,8 @@ REFUSED = [
     (WRAPPER, {"text_config": MISTRAL | {"attn_gate": True}}, "attn_gate is True, which is not understood"),
     (
         WRAPPER,
-        {"text_config": MISTRAL | {"model_type": "mistral4"}},
-        "text_config.model_type is 'mistral4'; of vision models, only",
+        {"text_config": MISTRAL | {"model_type": "mistral5"}},
+        "text_config.model_type is 'mistral5'; of Mistral3ForConditionalGeneration, only",
     ),
     (MISTRAL, {"layer_types": ["full_attention", "sliding_attention"] * 16}, r"config\.json: family "),
 ]

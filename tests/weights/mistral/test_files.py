@@ -101,7 +101,12 @@ def test_shards_with_an_index_and_the_vision_part_of_a_release(tmp_path: Path) -
         parameters = random_parameters(MIXTRAL)
         folder = write(parameters, MIXTRAL, tmp_path / "out")
         tensors = safetensors.numpy.load_file(folder / "consolidated.safetensors")
-        tensors |= {"vision_encoder.conv.weight": np.ones(2), "patch_merger.w": np.ones(2)}
+        vision = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 0, "num_attention_heads": 2, "image_size": 8}
+        vision |= {"patch_size": 2, "adapter_bias": False}
+        params = json.loads((folder / "params.json").read_text())
+        (folder / "params.json").write_text(json.dumps(params | {"vision_encoder": vision}))
+        tensors |= {"vision_encoder.patch_conv.weight": np.ones((4, 3, 2, 2)), "vision_encoder.ln_pre.weight": np.ones(4)}
+        tensors |= {"vision_language_adapter.w_in.weight": np.ones((8, 4)), "vision_language_adapter.w_out.weight": np.ones((8, 8))}
         (folder / "consolidated.safetensors").unlink()
         halves = [dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])]
         places = {}

@@ -1,0 +1,246 @@
+"""Compare what an export carries of its multimodal base, its tower and projector, with the files of the base.
+
+The names of both layouts and the order of rows are stated here a second time; nothing comes from `weights.wrappers`. Tensors are
+compared by their bytes, whatever their dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from moe_train import config
+from moe_train.machine.files import read_object
+from moe_train.proof import expected, reread
+from moe_train.proof.checks import Fault, Finding, ProofRecord, first_and_count
+from moe_train.proof.expected_tensor import ExpectedTensor
+from moe_train.proof.reread import Stored
+
+_CHUNK_BYTES = 2**20
+"""Bytes of a tensor that are hashed at once."""
+_OUTSIDE_TEXT = {
+    "hf": r"(model\.)?(vision_tower|audio_tower|multi_modal_projector)\.",
+    "mistral": r"(vision_|patch_merger\.|pre_mm_projector_norm\.|mm_whisper_embeddings\.(?!tok_embeddings\.))",
+}
+"""Beginnings of the names of tensors that are carried, by the base's layout."""
+_TO_NATIVE = (
+    (r"multi_modal_projector\.norm\.", "pre_mm_projector_norm."),
+    (r"multi_modal_projector\.patch_merger\.", "patch_merger."),
+    (r"multi_modal_projector\.linear_1\.", "vision_language_adapter.w_in."),
+    (r"multi_modal_projector\.linear_2\.", "vision_language_adapter.w_out."),
+    (r"vision_tower\.(.*)\.attention\.([qkvo])_proj\.", r"vision_encoder.\1.attention.w\2."),
+    (r"vision_tower\.(.*)\.feed_forward\.gate_proj\.", r"vision_encoder.\1.feed_forward.w1."),
+    (r"vision_tower\.(.*)\.feed_forward\.down_proj\.", r"vision_encoder.\1.feed_forward.w2."),
+    (r"vision_tower\.(.*)\.feed_forward\.up_proj\.", r"vision_encoder.\1.feed_forward.w3."),
+    (r"vision_tower\.", "vision_encoder."),
+)
+"""Names of Hugging Face's layout and of Mistral's own; the first pattern that matches counts."""
+_ROTATED = re.compile(r"vision_encoder\..*\.attention\.w[qk]\.weight")
+_OWN_KEYS = {"text_config", "dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "transformers_version"}
+"""Keys of config.json that describe the export as a whole or its text model."""
+
+
+class CarriedFrom(NamedTuple):
+    """The multimodal base of an export."""
+
+    base: Path
+    layout: Literal["hf", "mistral"]
+    """Layout of the base's files."""
+
+
+class _Expected(NamedTuple):
+    """A tensor of the base, and its name in the export."""
+
+    name: str
+    stored: Stored
+    heads: int
+    """Number of heads if the rows of each change places; 0 if the bytes stay."""
+
+
+def text_tensors(layout: expected.ModelLayout, model: config.Model, carried: bool, audio: bool = False) -> list[ExpectedTensor]:
+    """List the tensors of the text model under their names in an export.
+
+    Args:
+        layout: layout of the export.
+        model: the text model.
+        carried: whether the export is a multimodal model.
+        audio: whether its tower is one of audio, in Mistral's own layout.
+    """
+    tensors = expected.model_tensors(layout, model)
+    if carried and layout == "hf":
+        return [tensor._replace(name=f"language_model.{tensor.name}") for tensor in tensors]
+    if carried and audio:
+        # Mistral's own files keep the embeddings of text next to the audio tower.
+        embed, *others = tensors
+        return [embed._replace(name=f"mm_whisper_embeddings.{embed.name}"), *others]
+    return tensors
+
+
+def is_audio(names: Iterable[str]) -> bool:
+    """Return whether carried tensors with these names are those of an audio tower in Mistral's own layout."""
+    return any(name.startswith("mm_whisper_embeddings.") for name in names)
+
+
+def carried_names(origin: CarriedFrom, layout: expected.ModelLayout) -> list[str]:
+    """List the names, in an export of this layout, of what it carries of its base."""
+    return [tensor.name for tensor in _expected(origin, layout)]
+
+
+def carries_quantized(origin: CarriedFrom | None) -> bool:
+    """Return whether a tensor of the base's tower or projector is FP8, so that the export states a quantization for these alone."""
+    if origin is None:
+        return False
+    return any(tensor.stored.kind.startswith("F8") for tensor in _expected(origin, origin.layout))
+
+
+def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: Path, record: ProofRecord) -> Finding:
+    """Compare everything that is carried with the base.
+
+    Args:
+        origin: the base.
+        layout: layout of the export.
+        directory: the export.
+        record: receives the hashes of the tensors, in the base and in the export.
+
+    Raises:
+        Fault: a tensor is missing or differs, or the settings of the tower are not the base's.
+    """
+    stored = reread.tensors(directory)
+    faults: list[str] = []
+    descriptions: dict[str, dict[str, str]] = {}
+    num_bytes = 0
+    for tensor in _expected(origin, layout):
+        if tensor.name not in stored:
+            faults.append(f"{tensor.name} is missing")
+            continue
+        copy = stored[tensor.name]
+        base_sha256 = _sha256(tensor.stored)
+        wanted_sha256 = base_sha256 if not tensor.heads else _sha256_of_reordered(tensor, layout == "mistral")
+        sha256 = _sha256(copy)
+        if (copy.kind, copy.shape) != (tensor.stored.kind, tensor.stored.shape):
+            faults.append(f"{tensor.name} is {copy.kind} {copy.shape}, not {tensor.stored.kind} {tensor.stored.shape}")
+        elif sha256 != wanted_sha256:
+            faults.append(f"{tensor.name} in {copy.file.name} does not have the bytes of {tensor.stored.name} in {origin.base}")
+        num_bytes += copy.nbytes
+        descriptions[tensor.name] = {"base_name": tensor.stored.name, "base_sha256": base_sha256}
+        record["tensors"][tensor.name] = {"file": copy.file.name, "dtype": copy.kind, "shape": copy.shape, "sha256": sha256}
+    record["carried"] = {"source": str(origin.base), "layout": origin.layout, "tensors": descriptions}
+    faults += _faults_of_settings(origin, layout, directory)
+    if faults:
+        raise Fault(first_and_count(faults))
+    return Finding(
+        f"{len(descriptions):,} tensors of the tower and projector have the bytes of {origin.base}",
+        {"count": len(descriptions), "bytes": num_bytes},
+    )
+
+
+def _expected(origin: CarriedFrom, layout: expected.ModelLayout) -> list[_Expected]:
+    """List every tensor of the base that an export of this layout carries, with its name there."""
+    pattern = re.compile(_OUTSIDE_TEXT[origin.layout])
+    heads = _heads(origin) if layout != origin.layout else 0
+    tensors: list[_Expected] = []
+    for name, stored in _of_layout(origin).items():
+        if not pattern.match(name):
+            continue
+        in_files = name.removeprefix("model.")  # transformers writes no such prefix
+        if layout == origin.layout:
+            tensors.append(_Expected(in_files, stored, 0))
+            continue
+        native = _native_name(in_files) if layout == "mistral" else in_files
+        converted = native if layout == "mistral" else _hugging_face_name(in_files)
+        tensors.append(_Expected(converted, stored, heads if _ROTATED.fullmatch(native) else 0))
+    return tensors
+
+
+def _of_layout(origin: CarriedFrom) -> dict[str, Stored]:
+    """Read the headers of the base's files in its layout; a folder may have those of both."""
+    files: list[Path] = []
+    for file in sorted(origin.base.glob("*.safetensors")):
+        if file.name.startswith("consolidated") == (origin.layout == "mistral"):
+            files.append(file)
+    return reread.tensors_of_files(files)
+
+
+def _native_name(name: str) -> str:
+    for pattern, native in _TO_NATIVE:
+        if re.match(pattern, name):
+            return re.sub(f"^{pattern}", native, name)
+    raise Fault(f"{name} has no name in Mistral's own layout")
+
+
+def _hugging_face_name(name: str) -> str:
+    """Return the name of Hugging Face's layout that has this native name."""
+    candidates = [
+        *("multi_modal_projector.norm.weight", "multi_modal_projector.patch_merger.merging_layer.weight"),
+        *(f"multi_modal_projector.linear_{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")),
+    ]
+    in_tower = re.sub(r"^vision_encoder\.", "vision_tower.", name)
+    for native, leaf in _LEAVES.items():
+        in_tower = in_tower.replace(native, leaf)
+    for candidate in (*candidates, in_tower):
+        if _native_name(candidate) == name:
+            return candidate
+    raise Fault(f"{name} has no name in Hugging Face's layout")
+
+
+_LEAVES = {
+    **{f".attention.w{letter}.": f".attention.{letter}_proj." for letter in "qkvo"},
+    ".feed_forward.w1.": ".feed_forward.gate_proj.",
+    ".feed_forward.w2.": ".feed_forward.down_proj.",
+    ".feed_forward.w3.": ".feed_forward.up_proj.",
+}
+"""Ends of the names of a layer's matrices in Mistral's own layout, and in Hugging Face's."""
+
+
+def _heads(origin: CarriedFrom) -> int:
+    """Return the number of heads of the base's vision tower."""
+    if origin.layout == "mistral":
+        return int(read_object(origin.base / "params.json")["vision_encoder"]["num_attention_heads"])
+    section = read_object(origin.base / "config.json").get("vision_config") or {}
+    return int(section.get("num_attention_heads") or 16)  # the default of transformers' PixtralVisionConfig
+
+
+def _sha256(stored: Stored) -> str:
+    """Hash the bytes of a tensor, about a MiB at a time."""
+    total = hashlib.sha256()
+    step = max(1, _CHUNK_BYTES * stored.rows // max(1, stored.nbytes))
+    with stored.file.open("rb") as file:
+        for start in range(0, stored.rows, step):
+            total.update(stored.read(file.fileno(), start, min(start + step, stored.rows)))
+    return total.hexdigest()
+
+
+def _sha256_of_reordered(tensor: _Expected, to_native: bool) -> str:
+    """Hash a matrix after its rows have changed places within each head."""
+    rows = tensor.stored.rows
+    with tensor.stored.file.open("rb") as file:
+        raw = tensor.stored.read(file.fileno(), 0, rows)
+    row_bytes = np.frombuffer(raw, np.uint8).reshape(rows, -1)
+    size = rows // tensor.heads
+    order = np.arange(rows).reshape(tensor.heads, size)
+    # Row 2i of a head in Mistral's own layout is row i in Hugging Face's, and row 2i + 1 is row size / 2 + i.
+    native_to_half = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
+    order = order[:, np.argsort(native_to_half)] if to_native else order[:, native_to_half]
+    return hashlib.sha256(row_bytes[order.reshape(-1)].tobytes()).hexdigest()
+
+
+def _faults_of_settings(origin: CarriedFrom, layout: expected.ModelLayout, directory: Path) -> list[str]:
+    """List settings of the tower, and files of the processor, that are not the base's; only where the layout is the same."""
+    if layout != origin.layout:
+        return []
+    name = "config.json" if layout == "hf" else "params.json"
+    of_base = read_object(origin.base / name)
+    of_export = read_object(directory / name)
+    keys = of_base.keys() - _OWN_KEYS if layout == "hf" else of_base.keys() & {"vision_encoder", "multimodal"}
+    faults = [f"{key} in {name} is not the base's" for key in sorted(keys) if of_export.get(key) != of_base[key]]
+    if layout == "hf":
+        for file in sorted(origin.base.glob("*processor_config.json")):
+            copy = directory / file.name
+            if not copy.is_file() or copy.read_bytes() != file.read_bytes():
+                faults.append(f"{file.name} is not the base's")
+    return faults

@@ -167,7 +167,7 @@ def use_compile_cache(run_dir: str | Path | None = None) -> ProgramCache | None:
     if os.environ.get(VARIABLE) == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         _current = None
-    elif jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    elif jax.config.values["jax_compilation_cache_dir"] is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         _current = _cache_for(os.environ, run_dir)
         if _current is not None:
             _install(_current)

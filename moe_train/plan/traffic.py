@@ -38,7 +38,8 @@ class Flow(NamedTuple):
     """The mesh axis, or several joined by `+`."""
     bytes: float
     overlaps: bool
-    """Whether it can overlap with matrix products: true for weights and gradients, false for tokens, which products wait for."""
+    """Whether it could overlap with matrix products: true for weights and gradients, false for tokens, which products wait for.
+    Whether it does is the compiler's choice (`roofline`)."""
 
 
 class MicrobatchShape(NamedTuple):

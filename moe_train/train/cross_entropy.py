@@ -16,9 +16,11 @@ from moe_train.train.logits import (
     HeadFactors,
     LoraFactors,
     TokenFactors,
+    TransposedHeadGradients,
     add_head_gradients,
     chunk_logits,
     chunk_rows,
+    head_gradients,
     input_gradients,
     join_chunks,
     on_each_device,
@@ -77,8 +79,8 @@ def _chunked_forward(
     is_first = jax.lax.axis_index("tensor") == 0
 
     def add_chunk(
-        carry: tuple[Float[Array, ""], HeadFactors], chunk: tuple[TokenFactors, Int[Array, " r"], Bool[Array, " r"]]
-    ) -> tuple[tuple[Float[Array, ""], HeadFactors], TokenFactors]:
+        carry: tuple[Float[Array, ""], TransposedHeadGradients], chunk: tuple[TokenFactors, Int[Array, " r"], Bool[Array, " r"]]
+    ) -> tuple[tuple[Float[Array, ""], TransposedHeadGradients], TokenFactors]:
         total, dheads = carry
         xs_r, targets_r, mask_r = chunk
         logits_rv = chunk_logits(xs_r, heads)
@@ -101,7 +103,7 @@ def _chunked_forward(
     chunks = jax.tree.map(lambda x: split_chunks(x, rows), (xs, targets_m, mask_m))
     (total, dheads), chunk_dxs = jax.lax.scan(add_chunk, start, chunks)
     dxs = tuple(join_chunks(dx, m) for dx in chunk_dxs)
-    return total, (dxs, tuple(dw.astype(w.dtype) for dw, w in zip(dheads, heads, strict=True)))
+    return total, (dxs, head_gradients(dheads, heads))
 
 
 def _chunked_backward(saved: _Gradients, dtotal: Float[Array, ""]) -> tuple[TokenFactors, HeadFactors, None, None]:

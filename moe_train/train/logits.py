@@ -33,6 +33,8 @@ TokenFactors = tuple[Float[Array, "m _"], ...]
 """One factor of each summand of the logits, for this device's tokens: (m, D), and with an adapter (m, J)."""
 HeadFactors = tuple[Float[Array, "v _"], ...]
 """The other factors, for this device's part of the vocabulary: (v, D), and with an adapter (v, J)."""
+TransposedHeadGradients = tuple[Float[Array, "_ v"], ...]
+"""Sums of the gradients of `HeadFactors`, transposed, in float32."""
 
 
 def on_each_device(
@@ -116,12 +118,23 @@ def input_gradients(dlogits_rv: Float[Array, "m v"], heads_vD: HeadFactors) -> T
     return tuple(jnp.einsum("rv,vD->rD", dlogits_rv, w) for w in heads_vD)
 
 
-def add_head_gradients(dheads_vD: HeadFactors, dlogits_rv: Float[Array, "m v"], xs_rD: TokenFactors) -> HeadFactors:
-    """Add this chunk's gradients to the float32 gradients of the heads so far."""
-    pairs = zip(dheads_vD, xs_rD, strict=True)
-    return tuple(dw + jnp.einsum("rv,rD->vD", dlogits_rv, x, preferred_element_type=jnp.float32) for dw, x in pairs)
+def add_head_gradients(
+    dheads_Dv: TransposedHeadGradients, dlogits_rv: Float[Array, "m v"], xs_rD: TokenFactors
+) -> TransposedHeadGradients:
+    """Add this chunk's gradients to the float32 gradients of the heads so far.
+
+    They are transposed: a product that sums over the rows of both operands transposes its first one, here the small one. On a
+    CPU it is 1.6 times as fast as with the logits first.
+    """
+    pairs = zip(dheads_Dv, xs_rD, strict=True)
+    return tuple(dw + jnp.einsum("rD,rv->Dv", x, dlogits_rv, preferred_element_type=jnp.float32) for dw, x in pairs)
 
 
-def zero_head_gradients(like: Float[Array, "..."], heads_vD: HeadFactors) -> HeadFactors:
+def zero_head_gradients(like: Float[Array, "..."], heads_vD: HeadFactors) -> TransposedHeadGradients:
     """Return float32 zeros that `add_head_gradients` starts from and that vary over the same mesh axes as `like`."""
-    return tuple(jax.lax.full_like(like, 0, jnp.float32, w.shape) for w in heads_vD)
+    return tuple(jax.lax.full_like(like, 0, jnp.float32, w.shape[::-1]) for w in heads_vD)
+
+
+def head_gradients(dheads_Dv: TransposedHeadGradients, heads_vD: HeadFactors) -> HeadFactors:
+    """Return the summed gradients in the layout and dtype of the heads."""
+    return tuple(dw.T.astype(w.dtype) for dw, w in zip(dheads_Dv, heads_vD, strict=True))

@@ -21,9 +21,11 @@ from moe_train.train.logits import (
     HeadFactors,
     LoraFactors,
     TokenFactors,
+    TransposedHeadGradients,
     add_head_gradients,
     chunk_logits,
     chunk_rows,
+    head_gradients,
     input_gradients,
     join_chunks,
     on_each_device,
@@ -149,7 +151,9 @@ def _chunked_backward(saved: _Saved, cotangents: _Cotangents) -> tuple[TokenFact
     v = saved.heads[0].shape[0]
     rows = chunk_rows(m, v)
 
-    def add_chunk(dheads: HeadFactors, chunk: tuple[_Saved, _Cotangents]) -> tuple[HeadFactors, TokenFactors]:
+    def add_chunk(
+        dheads: TransposedHeadGradients, chunk: tuple[_Saved, _Cotangents]
+    ) -> tuple[TransposedHeadGradients, TokenFactors]:
         at_r, (dlogprob_r, dentropy_r) = chunk
         logits_rv = chunk_logits(at_r.xs, saved.heads)
         logprobs_rv = logits_rv - at_r.top_m[:, None] - at_r.log_sum_m[:, None]
@@ -164,7 +168,7 @@ def _chunked_backward(saved: _Saved, cotangents: _Cotangents) -> tuple[TokenFact
     chunks = jax.tree.map(lambda x: split_chunks(x, rows), (saved._replace(heads=()), cotangents))
     dheads, chunk_dxs = jax.lax.scan(add_chunk, zero_head_gradients(saved.xs[0], saved.heads), chunks)
     dxs = tuple(join_chunks(dx, m) for dx in chunk_dxs)
-    return dxs, tuple(dw.astype(w.dtype) for dw, w in zip(dheads, saved.heads, strict=True)), None
+    return dxs, head_gradients(dheads, saved.heads), None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import jax
 import pytest
 
 from moe_train.commands import quickstart
@@ -31,12 +29,10 @@ SHORTER = (
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty working directory; the compilation cache that the quickstart turns on is turned back after."""
-    before = jax.config.jax_compilation_cache_dir
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
-    jax.config.update("jax_compilation_cache_dir", before)
+    return tmp_path
 
 
 def held_out(run: str) -> list[float]:

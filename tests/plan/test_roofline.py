@@ -44,6 +44,26 @@ def test_each_part_is_its_work_over_the_peak() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("chip", "kind", "axis", "hidden"),
+    [
+        ("v5p", "all-gather", "fsdp", False),
+        ("v5p", "reduce-scatter", "fsdp", True),
+        ("v5p", "reduce-scatter", "expert", False),
+        ("v5p", "all-reduce", "data", False),
+        ("v6e", "reduce-scatter", "fsdp", False),
+        ("h100", "all-gather", "fsdp", True),
+    ],
+)
+def test_only_what_compiled_programs_start_early_is_hidden(chip: str, kind: str, axis: str, hidden: bool) -> None:
+    topology = parse_topology({"v5p": "v5p:2x2x2", "v6e": "v6e:2x4", "h100": "h100x8"}[chip])
+    flow = Flow("weights", kind, axis, 1e9, True)
+    time = step_time(NOTHING, [flow], small("mesh.fsdp=4", "mesh.expert=2"), topology, DEVICES[chip])
+    assert (time.network > 0, time.waited > 0) == (hidden, not hidden)
+    # What products wait for is never hidden.
+    assert step_time(NOTHING, [flow._replace(overlaps=False)], small("mesh.fsdp=8"), topology, DEVICES[chip]).network == 0
+
+
 def test_what_crosses_hosts_goes_over_the_slow_network() -> None:
     """Of an all-gather of 16 over two hosts of 8, half of a whole, shared by 8 devices, comes from outside: a sixteenth."""
     run, device = small("mesh.fsdp=16"), dataclasses.replace(DEVICES["h100"], link_bandwidth=1.0, dcn_bandwidth=1.0)

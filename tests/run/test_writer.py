@@ -114,6 +114,16 @@ def test_a_damaged_line_is_dropped_and_named(tmp_path, caplog, line):
     assert f"{tmp_path / 'metrics.jsonl'}:2 is dropped: not " in caplog.text
 
 
+def test_many_experts_are_two_curves_a_layer() -> None:
+    load = np.arange(2 * 128).reshape(2, 128) / 128
+    names = dict(writers._scalars({"loss": 1.0, "load": load.tolist(), "entropy": [1.0, 2.0]}, [3, 4]))
+    assert names == {
+        **{"loss": 1.0, "entropy/layer_3": 1.0, "entropy/layer_4": 2.0},
+        **{"load/layer_3/smallest": 0.0, "load/layer_3/largest": 127 / 128},
+        **{"load/layer_4/smallest": 1.0, "load/layer_4/largest": 255 / 128},
+    }
+
+
 def test_a_full_disk_is_named_with_its_file(tmp_path):
     writer = writers.Writer(tmp_path, config.Metrics(tensorboard=False), start_step=0, total_steps=4)
     writer._file.close()
@@ -138,13 +148,3 @@ def test_events_that_cannot_be_written_are_one_warning(tmp_path, monkeypatch, ca
     writer.close()
     assert caplog.text.count("TensorBoard events are no longer written: [Errno 28] No space left on device") == 1
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
-
-
-def test_many_experts_are_two_curves_a_layer() -> None:
-    load = np.arange(2 * 128).reshape(2, 128) / 128
-    names = dict(writers._scalars({"loss": 1.0, "load": load.tolist(), "entropy": [1.0, 2.0]}, [3, 4]))
-    assert names == {
-        **{"loss": 1.0, "entropy/layer_3": 1.0, "entropy/layer_4": 2.0},
-        **{"load/layer_3/smallest": 0.0, "load/layer_3/largest": 127 / 128},
-        **{"load/layer_4/smallest": 1.0, "load/layer_4/largest": 255 / 128},
-    }

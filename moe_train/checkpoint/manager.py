@@ -246,9 +246,15 @@ def _save_error(checkpoints: ocp.CheckpointManager, error: Exception) -> Runtime
 def _brief(error: BaseException) -> str:
     """Return the text of an error in one line of about 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
-    if len(text) > 200:
-        text = text[:200] + " …"
-    return text
+    if len(text) <= 200:
+        return text
+    # Long texts name the operating system's reason last, after paths and settings.
+    reasons = [reason for reason in _REASONS if reason in text[200:]]
+    return f"{text[:200]} … {''.join(reasons)}".rstrip()
+
+
+_REASONS = ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system", "Input/output error")
+"""Reasons of the operating system for which a save fails."""
 
 
 # --- restoring -----------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ with interrupts.ends_after_signals():
 def test_a_signal_ends_a_process_in_c_code(number: signal.Signals) -> None:
     process = subprocess.Popen([sys.executable, "-c", IN_C_CODE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.3)  # until it waits inside the call
     process.send_signal(number)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 128 + number

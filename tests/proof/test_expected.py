@@ -18,7 +18,7 @@ def test_a_slip_in_the_table_of_names_is_found(weights: Any, texts: Texts, tmp_p
     """Both the writer and the loader use the table: what they agree upon may still be wrong."""
     gate, up, down = names.MISTRAL.experts
     swapped = (gate._replace(name=up.name), up._replace(name=gate.name), down)
-    monkeypatch.setattr(names, "mistral_of", lambda _: dataclasses.replace(names.MISTRAL, experts=swapped))
+    monkeypatch.setattr(names, "mistral_of", lambda *_, **__: dataclasses.replace(names.MISTRAL, experts=swapped))
     with pytest.raises(RuntimeError, match=r"the proof failed \(tensors\): layers\.0\.feed_forward\.experts\.0\.w1"):
         make(tmp_path / "out", weights, texts, "mistral", "float32")
 

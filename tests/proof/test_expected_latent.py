@@ -75,7 +75,7 @@ def test_a_slip_in_the_names_of_latents_is_found(weights: Parameters, tmp_path: 
     table = names.mistral_of(MISTRAL4)
     gate, up, down = table.shared
     swapped = (gate._replace(name=up.name), up._replace(name=gate.name), down)
-    monkeypatch.setattr(names, "mistral_of", lambda _: dataclasses.replace(table, shared=swapped))
+    monkeypatch.setattr(names, "mistral_of", lambda *_, **__: dataclasses.replace(table, shared=swapped))
     with pytest.raises(RuntimeError, match=r"\(tensors\): layers\.1\.shared_experts\.w1"):
         export(tmp_path / "out", base_of(weights), "mistral", "tensors")
 

@@ -34,9 +34,7 @@ def test_a_changed_tokenizer_of_a_run_is_refused_and_copied_again(finished, text
     file = moved / "tokenizer" / "tokenizer_config.json"
     content = file.read_bytes()
     file.write_bytes(content.replace(b"bos_token", b"bor_token"))
-    with pytest.raises(
-        ValueError, match=r"moved/tokenizer is not the tokenizer that .*moved was trained with"
-    ):
+    with pytest.raises(ValueError, match=r"moved/tokenizer is not the tokenizer that .*moved was trained with"):
         model_dir.open_model(moved)
     original = load_tokenizer(tokenizer_at(text / "tokenizer"))
     folder._keep_tokenizer(moved / "tokenizer", original)

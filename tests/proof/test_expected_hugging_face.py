@@ -62,11 +62,11 @@ def test_logits_of_a_merged_export(model: config.Model, tmp_path: Path) -> None:
 
 
 def test_gate_and_up_that_change_places_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both the writer and the loader use the table: what they agree upon may still be wrong."""
+    """A slip in the table of names that the writer uses."""
     layout = names.hugging_face_of(MISTRAL4)
     gate, up, down = layout.experts
     swapped = dataclasses.replace(layout, experts=(gate._replace(path=up.path), up._replace(path=gate.path), down))
-    monkeypatch.setattr("moe_train.weights.names.pieces.hugging_face_of", lambda model: swapped)
+    monkeypatch.setattr(names, "hugging_face_of", lambda model: swapped)  # which the writer asks for
     with jax.set_mesh(ONE), pytest.raises(RuntimeError, match=r"\(tensors\): model\.layers\.1\.mlp\.experts\.gate_up_proj"):
         export(MISTRAL4, tmp_path / "out")
 

@@ -62,7 +62,7 @@ def leaf_commands(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str
 LEAF_COMMANDS = dict(leaf_commands(typer.main.get_command(main.app)))
 
 
-WITHOUT_PROGRAMS = {"schema", "tokenizer train", "inspect", "plot", "adapters scale"}
+WITHOUT_PROGRAMS = {"schema", "tokenizer train", "inspect", "plot", "doctor", "adapters scale"}
 """Commands that compile nothing, besides those of data."""
 
 

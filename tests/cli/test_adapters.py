@@ -53,7 +53,7 @@ def test_merge(stand_in: Callable[..., None], capsys: pytest.CaptureFixture[str]
     assert run("adapters", "merge", "base", "one", "out") == 0
     assert "12 matrices" in capsys.readouterr().out
     paths = (Path("base"), Path("one"), Path("out"))
-    assert handed_on == [(*paths, "float32"), (*paths, None)]
+    assert handed_on == [(*paths, "float32", False), (*paths, None, False)]
 
 
 def test_scale(stand_in: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:

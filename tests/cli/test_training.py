@@ -45,7 +45,8 @@ def test_inspect(tmp_path: Path, capsys) -> None:
 
 def test_bench(stand_in, config_path: str, capsys) -> None:
     stand_in(
-        "moe_train.commands.bench", bench=lambda resolved: {"median_step_seconds": 0.5, "batch_size": resolved.train.batch_size}
+        "moe_train.commands.bench",
+        bench=lambda resolved, started: {"median_step_seconds": 0.5, "batch_size": resolved.train.batch_size},
     )
     assert run("bench", config_path, "train.batch_size=4", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"median_step_seconds": 0.5, "batch_size": 4}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_train import config
 
@@ -84,7 +84,7 @@ def guard_of_json(settings: config.SpikeGuard, saved: dict[str, Any] | None) -> 
     padded = np.zeros(settings.window, np.float32)
     padded[settings.window - len(recent) :] = recent
 
-    def replicated(x: np.ndarray) -> Array:
+    def replicated(x: Shaped[np.ndarray, "*dims"]) -> Shaped[Array, "*dims"]:
         # Without a collective, which `device_put` would use to compare the values of all processes.
         return jax.make_array_from_callback(x.shape, NamedSharding(jax.sharding.get_mesh(), P()), lambda index: x[index])
 

@@ -21,6 +21,7 @@ MOE = {
 LOSS = {"load_balance_loss_coef": 0.01, "router_z_loss_coef": 0.0, "bias_update_rate": 0.01}
 
 
+@pytest.mark.slow
 def test_a_run_without_a_format_trains_and_stops_where_it_drops_too_much(small_run, tmp_path, capsys) -> None:
     settings = {"model__family": "mixtral", "model__ffn": MOE, "loss": LOSS, "export": "none", "mesh": {"expert": 4, "fsdp": 2}}
     settings |= {"train__capacity_factor": 0.5, "model__num_layers": 1, "evaluation": {"every_steps": 100}}

@@ -43,6 +43,7 @@ def test_router_statistics_name_experts_of_each_layer(compiled: Path) -> None:
     assert re.findall(r"layer (\d)", printed_by("router_statistics.py", compiled=compiled)) == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_lora_export_is_proved(compiled: Path, tmp_path: Path) -> None:
     output = printed_by("lora_export.py", str(tmp_path), compiled=compiled)
     assert "FAILED" not in output and "adapter: ok" in output and "merged-hf: ok" in output

@@ -67,6 +67,7 @@ def natural_loss(model: moe_train.Transformer, tokens_BT: jax.Array) -> jax.Arra
     return -jnp.take_along_axis(logprobs_BTV, tokens_BT[:, 1:, None], axis=-1).sum()
 
 
+@pytest.mark.slow
 def test_a_natural_loss_works_without_a_mesh_and_equals_the_built_in_one() -> None:
     with jax.set_mesh(None):
         model = moe_train.init_model(0, MIXTRAL)
@@ -129,6 +130,7 @@ def test_the_package_says_that_it_is_typed() -> None:
     assert (ROOT / "moe_train" / "py.typed").is_file() and '"py.typed"' in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.slow
 def test_types_reach_a_caller(tmp_path: Path) -> None:
     caller = tmp_path / "caller.py"
     caller.write_text(

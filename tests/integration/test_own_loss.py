@@ -30,6 +30,7 @@ def metrics(run_dir: Path, kind: str, name: str) -> list[float]:
     return [row[name] for row in rows if row["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_cross_entropy_by_hand_trains_like_the_built_in_one(small_run: Callable[..., config.Config], tmp_path: Path) -> None:
     changes = {"train__steps": 4, "evaluation": {"every_steps": 4}}
     own = resolve(small_run(tmp_path / "own", **changes), jax.device_count())

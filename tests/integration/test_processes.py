@@ -145,6 +145,7 @@ def process_of(run: Run, index: int) -> int:
     raise AssertionError("there is none")
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_other_and_both_are_started_again(stopped: tuple[Run, subprocess.CompletedProcess, float]) -> None:
     run, job, seconds = stopped
     assert job.returncode == 75 and seconds < 60, job.stderr  # JAX itself would take minutes
@@ -156,6 +157,7 @@ def test_a_lost_process_ends_the_other_and_both_are_started_again(stopped: tuple
     assert run.events()[1]["event"] == "resume" and run.events()[1]["step"] % 4 == 0
 
 
+@pytest.mark.slow
 def test_all_stop_at_one_step_where_one_is_asked_to(stopped: tuple[Run, subprocess.CompletedProcess, float]) -> None:
     run, job, _ = stopped
     events = run.events()

@@ -51,6 +51,9 @@ def shapes_of(run: config.Run, how: Any = None) -> dict[str, Any]:
     return parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, lora)))[1]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def base(small_run: Callable[..., config.Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Mixtral as a run (`run`) and as files (`hf`)."""

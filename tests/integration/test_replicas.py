@@ -49,6 +49,7 @@ def test_replicas_take_the_step_of_one_device(sizes: config.Mesh) -> None:
     close(finite(after), finite(wanted))
 
 
+@pytest.mark.slow
 def test_replicas_drop_what_one_device_drops() -> None:
     found = []
     for mesh in (mesh_of(MESHES["data, expert, context"]), ONE):

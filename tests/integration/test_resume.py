@@ -54,7 +54,7 @@ def moe_run(small_run):
     return lambda run_dir, mesh: small_run(run_dir, mesh=mesh, **changes, **often)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_ten_steps_equal_five_then_kill_then_five(tmp_path: Path, moe_run, compiled: Path, devices: int):
     path = tmp_path / "run.yaml"
     path.write_text(yaml_file.dump(moe_run(tmp_path, {"fsdp": 2, "expert": 2, "tensor": 2} if devices == 8 else {})))

@@ -114,4 +114,4 @@ def test_reasoning_that_v11_writes_as_letters(tmp_path: Path, tools: bool) -> No
         reasoned += thinks(record)
 
     compare()
-    assert reasoned >= 5
+    assert reasoned >= 1

@@ -138,6 +138,7 @@ def weights(run: config.Config, run_dir: Path) -> dict[str, np.ndarray]:
         return {path: np.asarray(x) for path, x in model_dir.load_parameters(run_dir, shapes).items()}
 
 
+@pytest.mark.slow
 def test_adapters_on_another_run(finished, tmp_path, small_run, monkeypatch, text):
     base, run_dir = tmp_path / "base", tmp_path / "lora"
     shutil.copytree(finished, base)

@@ -59,7 +59,7 @@ def test_conversations_and_completions_are_rendered(
         (CHAT, {"text": "a"}, r"a\.jsonl:2: no column 'messages'"),
         (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, r"a\.jsonl:2: .*surrogate"),
         (COMPLETION, {"prompt": "a"}, r"a\.jsonl:2: no column 'completion'"),
-        (COMPLETION, {"prompt": "a", "completion": 3}, r"a\.jsonl:2: column 'completion' should be text, not 3"),
+        (COMPLETION, {"prompt": "a", "completion": 3}, r"a\.jsonl:2: column 'completion' should be text or messages, not 3"),
     ],
 )
 def test_a_record_that_cannot_be_used_is_named_and_nothing_is_left(

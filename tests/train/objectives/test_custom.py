@@ -80,6 +80,7 @@ def test_a_mean_is_of_the_whole_step() -> None:
     assert confidence.sum / confidence.weight == pytest.approx(wanted[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_weight_of_the_batch_alone_costs_no_forward_pass() -> None:
     def flops(objective: Any) -> float:
         definition = StepDefinition(structure_of(None), objective, optax.identity(), microbatches=2)

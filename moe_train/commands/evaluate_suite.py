@@ -151,7 +151,7 @@ def _template(opened: OpenedModel, chat_template: str | None) -> str | None:
 def _score(suite: config.Suite, answers: Sequence[Answer]) -> JsonObject:
     """Describe the score of one suite: mean, interval, categories, and answers that were cut off."""
     scores = [answer.score for answer in answers]
-    sources = [answer.item.source or answer.item.id for answer in answers]
+    sources = [_source(answer) for answer in answers]
     if set(scores) <= {0.0, 1.0} and len(set(sources)) == len(sources):
         interval = rate_interval(int(sum(scores)), len(scores))
     else:
@@ -172,12 +172,17 @@ def _score(suite: config.Suite, answers: Sequence[Answer]) -> JsonObject:
     }
 
 
+def _source(answer: Answer) -> tuple[str, str]:
+    """Return what an item was made from; an item that states no source is its own, which no stated one can equal."""
+    if answer.item.source is None:
+        return ("item", answer.item.id)
+    return ("source", answer.item.source)
+
+
 def _compare(name: str, new: Sequence[Answer], old: Sequence[Answer]) -> Comparison:
     groups = None
     if any(answer.item.source is not None for answer in new):
-        groups = {
-            answer.item.id: ("source", answer.item.source) if answer.item.source else ("item", answer.item.id) for answer in new
-        }
+        groups = {answer.item.id: _source(answer) for answer in new}
     return compare(name, {a.item.id: a.score for a in new}, {a.item.id: a.score for a in old}, groups)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ except Exception as error:
     [("cuda", "install it with `bash launch/install.sh cuda`, or unset JAX_PLATFORMS"), ("none_such", "; unset JAX_PLATFORMS")],
 )
 def test_one_line_with_a_remedy(platforms: str, remedy: str) -> None:
-    if platforms == "cuda" and "jax_cuda12_plugin" in sys.modules:
+    if platforms == "cuda" and importlib.util.find_spec("jax_cuda12_plugin"):
         pytest.skip("this machine has the plugin")
     environment = {**os.environ, "JAX_PLATFORMS": platforms}
     done = subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, check=True)

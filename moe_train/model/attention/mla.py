@@ -30,7 +30,7 @@ from moe_train.model.attention import rope
 from moe_train.model.attention.cache import attend_slots, extend
 from moe_train.model.attention.kernels import attend
 from moe_train.model.attention.query_scaling import query_scale
-from moe_train.model.layers import Linear, RMSNorm, keys_of
+from moe_train.model.layers import Linear, RandomSource, RMSNorm, keys_of
 from moe_train.model.sharding import fsdp
 from moe_train.model.sharding.specs import activation_spec, fsdp_axis, split_axes
 
@@ -60,7 +60,9 @@ class MultiHeadLatentAttention(nnx.Module):
         compute: dtypes and kernels.
     """
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, attention: config.MultiHeadLatentAttention, compute: config.Compute):
+    def __init__(
+        self, rngs: RandomSource, model: config.Model, attention: config.MultiHeadLatentAttention, compute: config.Compute
+    ):
         D = model.model_dim
         N = attention.num_heads
         Q = attention.q_lora_rank

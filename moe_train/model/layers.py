@@ -130,12 +130,16 @@ class Linear(Adapted):
             x: input with the dims of the equation's first operand.
             key: PRNG key for the dropout on the adapter's input; None for no dropout.
         """
+        return self.apply(x, self.apply_dropout(x, key))
+
+    def apply(self, x: Float[Array, "*dims"], adapter_input: Float[Array, "*dims"]) -> Float[Array, "..."]:
+        """Apply the map to x, and the LoRA adapter, if there is one, to `adapter_input`, which is x after dropout."""
         y = fsdp.project(self.equation, x, self.weight[...])
         adapter = self.adapter()
         if adapter is not None:
             a, b = adapter
             to_rank, from_rank = lora_equations(self.equation)
-            low_rank = fsdp.project(to_rank, self.apply_dropout(x, key), a)
+            low_rank = fsdp.project(to_rank, adapter_input, a)
             y += fsdp.project(from_rank, low_rank, b)
         return y
 

@@ -54,7 +54,7 @@ def no_tpu_to_ask() -> Iterator[None]:
 
 def compiled(topology: str, *overrides: str) -> tuple[Any, dict[str, Any]]:
     """The recipe's step, and {path: abstract weight}."""
-    overrides = ("compute.remat=full", *overrides)
+    overrides = ("compute.remat=full", "mesh={fsdp: 8, expert: 8}", *overrides)
     run = config.run_of(yaml_file.load_config(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml", overrides))
     mesh = make_mesh(run.mesh, topologies.get_topology_desc(f"v5p:{topology}", platform="tpu").devices)
 

@@ -114,7 +114,13 @@ def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mis
     return len(encoded)
 
 
-_CLOSING = (SpecialTokens.end_inst, SpecialTokens.end_tool_results, SpecialTokens.end_system, SpecialTokens.eos)
+_CLOSING = (
+    SpecialTokens.bos,  # of a conversation that begins with the assistant
+    SpecialTokens.end_inst,
+    SpecialTokens.end_tool_results,
+    SpecialTokens.end_system,
+    SpecialTokens.eos,
+)
 
 
 @functools.lru_cache(maxsize=8)

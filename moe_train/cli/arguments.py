@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from moe_train.machine.program import runnable
+
 if TYPE_CHECKING:
     from moe_train.config import Config
 
@@ -37,10 +39,20 @@ TextOnly = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+START = "Start"
+"""Heading of `--help` above the commands to begin with."""
+DATA = "Data"
+"""Heading of `--help` above the commands that read records."""
+TRAINING = "Training"
+"""Heading of `--help` above the commands around a training run."""
+MODELS = "Models"
+"""Heading of `--help` above the commands that read or write models."""
+
+
 def help_examples(*commands: str) -> str:
     """Format commands as the examples that end a command's `--help`, one paragraph each, since Typer joins single lines."""
     title = "Example:" if len(commands) == 1 else "Examples:"
-    return "\n\n".join([title, *commands])
+    return runnable("\n\n".join([title, *commands]))
 
 
 def read_config(path: Path, overrides: list[str] | None = None) -> Config:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ChatTemplate, ModelDir, OutDir, ProofDepth, TextOnly, help_examples
+from moe_train.cli.arguments import MODELS, AsJson, ChatTemplate, ModelDir, OutDir, ProofDepth, TextOnly, help_examples
 from moe_train.cli.terminal import print_checks, print_json, print_mapping, print_table, progress_line
 
 model_commands = typer.Typer()
@@ -16,6 +16,7 @@ model_commands = typer.Typer()
 
 @model_commands.command(
     "evaluate",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train evaluate runs/quickstart/lora --data runs/quickstart/text/chat_heldout.jsonl",
         "moe-train evaluate runs/tuned --suite kpi.yaml --against base_model --require 'kpi >= base - 0.02'",
@@ -64,6 +65,7 @@ def evaluate_command(
 
 @model_commands.command(
     "generate",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         'moe-train generate runs/quickstart/pretrain --prompt "The list type"',
         'moe-train generate runs/quickstart/export_hf --chat --prompt "What does json.dumps do?" --temperature 0.7 --seed 1',
@@ -107,6 +109,7 @@ def generate_command(
 
 @model_commands.command(
     "export",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train export runs/quickstart/lora merged_model --merge",
         "moe-train export runs/quickstart/lora model_gguf --merge --for llama.cpp --dtype bfloat16",
@@ -168,6 +171,7 @@ def export_command(
 
 @model_commands.command(
     "verify",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train verify runs/quickstart/export_hf",
         "moe-train verify runs/quickstart/export_hf --run runs/quickstart/lora --proof tensors",
@@ -209,6 +213,7 @@ def verify_command(
 
 @model_commands.command(
     "upcycle",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train upcycle models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-4x135M --experts 4",
         "moe-train upcycle SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-fine --experts 64 --experts-per-token 8 --granularity 8",
@@ -241,6 +246,7 @@ def upcycle_command(
 
 @model_commands.command(
     "extend-vocab",
+    rich_help_panel=MODELS,
     epilog=help_examples("moe-train extend-vocab models/Mixtral-8x7B-v0.1 models/Mixtral-8x7B-v3 --tokenizer v3"),
 )
 def extend_vocab_command(

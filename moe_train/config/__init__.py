@@ -14,9 +14,6 @@ from moe_train.config.architecture import (
     Model,
     MoeFfn,
     Rope,
-    Router,
-    SigmoidRouter,
-    SoftmaxRouter,
     YarnRope,
     features,
     without_format,
@@ -33,22 +30,15 @@ from moe_train.config.compute import AxisSize, Compute, Mesh
 from moe_train.config.config import Config, RunName
 from moe_train.config.data import (
     BestFit,
-    ChatRecord,
-    CompletionRecord,
-    ConversationRecord,
     Data,
     FileSource,
     HubSource,
     HuggingFaceTokenizer,
-    LabelledRecord,
     MistralTokenizer,
-    PreferenceRecord,
     PreparedSource,
     PythonSource,
-    Record,
     RecordSource,
     Source,
-    TextRecord,
     Tokenizer,
 )
 from moe_train.config.families import (
@@ -79,6 +69,16 @@ from moe_train.config.optimization import (
     Schedule,
     WsdSchedule,
 )
+from moe_train.config.records import (
+    ChatRecord,
+    CompletionRecord,
+    ConversationRecord,
+    LabelledRecord,
+    PreferenceRecord,
+    Record,
+    TextRecord,
+)
+from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
 from moe_train.config.run import FullTraining, InitialWeights, NoData, PretrainedWeights, RandomWeights, Run, RunData, run_of
 from moe_train.config.section import (
     Decay,

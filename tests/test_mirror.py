@@ -20,6 +20,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "data/check/results.py": "data/check/test_check.py looks at these results; the file only declares them",
     "evaluate/suites/not_graded.py": "evaluate/suites/test_own_function.py raises it; the file only declares it",
     "commands/evaluate.py": "integration/test_bad_input.py evaluates files, and refuses others, through the command",
+    "commands/verify_answers.py": "commands/test_evaluate_suite.py verifies the answers that it has recorded",
     "commands/train.py": "integration/test_own_records.py trains through it; it only joins resolve and the loop",
 }
 OUTSIDE_THE_MIRROR = {"integration", "judges", "benchmarks", "campaign"}

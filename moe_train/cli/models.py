@@ -127,6 +127,7 @@ def export_command(
     epilog=help_examples(
         "moe-train verify runs/quickstart/export_hf",
         "moe-train verify runs/quickstart/export_hf --run runs/quickstart/lora --proof tensors",
+        "moe-train verify merged_model --suite results",
     ),
 )
 def verify_command(
@@ -140,6 +141,10 @@ def verify_command(
     run: Annotated[Path | None, typer.Option(help="Run that was exported; compares every tensor with its weights.")] = None,
     depth: ProofDepth = "full",
     step: Step = None,
+    suite: Annotated[
+        Path | None,
+        typer.Option(metavar="RESULT", help="Result of `evaluate --suite --out`; checks that the files give the same answers."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Repeat the verification of an export, as far as possible on this machine.
@@ -148,6 +153,7 @@ def verify_command(
     """
     from moe_train.commands.at_step import at_step
     from moe_train.commands.verify import verify
+    from moe_train.commands.verify_answers import verify_answers
     from moe_train.machine.compile_cache import use_compile_cache
 
     if step is not None:
@@ -157,6 +163,8 @@ def verify_command(
     use_compile_cache()
     with progress_line("verifying"):
         _, results = verify(directory, base, run, depth, adapter)
+        if suite is not None:
+            results = [*results, *verify_answers(directory, suite)]
     checks = [check.to_json() for check in results]
     # None is a check that this machine cannot make, which is no failure.
     failed = [check.name for check in results if check.passed is False]

@@ -104,6 +104,7 @@ def test_step(stand_in, tmp_path: Path, capsys) -> None:
 
     stand_in("moe_train.commands.export", export=export, ExportOptions=ExportOptions)
     stand_in("moe_train.commands.verify", verify=verify)
+    stand_in("moe_train.commands.verify_answers", verify_answers=None)
     stand_in("moe_train.commands.adapters", diff=diff, comparison_tables=None)
     stand_in("moe_train.commands.generate", generate_text=generate_text)
     tuned = tmp_path / "tuned"

@@ -11,6 +11,7 @@ import pytest
 from moe_train.commands import write_and_prove
 from moe_train.commands.evaluate_suite import Comparisons, Outputs, SuiteOptions, evaluate_suites
 from moe_train.commands.generate import generate_text
+from moe_train.commands.verify_answers import verify_answers
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.weights import texts
 from tests.evaluate.tiny_generator import MIXTRAL, ONE, random_model
@@ -65,6 +66,10 @@ def test_scores_comparison_and_gate(models: tuple[Path, Path], known: Path, tmp_
     assert record["asked"]["suites"] == [{"suite": "known", "file": str(known)}]
     assert record["weights"][0]["sha256"] != record["weights"][1]["sha256"]
     assert "fox" in (tmp_path / "out" / "report.html").read_text()
+    (check,) = verify_answers(new, tmp_path / "out")
+    assert check.passed and check.summary.startswith("4 of 4 answers equal")
+    (check,) = verify_answers(old, tmp_path / "out")
+    assert check.passed is False and "the first item 1" in check.summary
     backwards = evaluate_suites(old, [known], Comparisons([new], ["known >= base - 0.5"]))
     assert not backwards["passed"]
 
@@ -78,6 +83,8 @@ def test_choices(models: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_what_is_refused(models: tuple[Path, Path], known: Path, tmp_path: Path) -> None:
     new, old = models
+    with pytest.raises(FileNotFoundError, match=r"has no result.json; name a directory"):
+        verify_answers(new, tmp_path)
     with pytest.raises(ValueError, match="--require compares with a base"):
         evaluate_suites(new, [known], Comparisons((), ["known >= base"]))
     with pytest.raises(ValueError, match="--require names the suite kpi; the suites are known"):

@@ -13,8 +13,8 @@ import jax
 from jax.sharding import Mesh
 
 from moe_train import config
-from moe_train.checkpoint import manager
 from moe_train.checkpoint.identity import check_base
+from moe_train.checkpoint.load_params import load_params
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, survey
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
 from moe_train.data.chat.conversation_to_tokens import load_template
@@ -262,7 +262,7 @@ def load_weights(
     if step is None:
         step = named_step(directory)
     # With the shapes of all arrays, even if `converters` reads a few: bit sums are stored in their order, without names.
-    params, about, loaded_step = manager.load_params(run_folder(directory), _trained_shapes(run), step, converters)
+    params, about, loaded_step = load_params(run_folder(directory), _trained_shapes(run), step, converters)
     if not frozen:
         return LoadedWeights(params, loaded_step, about)
     if about.base is None:
@@ -319,5 +319,5 @@ def load_adapter(origin: WeightOrigin, model: config.Model, abstract: Mapping[st
     if is_run(origin.source):
         # The recorded step takes precedence, since the run may have newer checkpoints by now.
         step = named_step(origin.source) if origin.step is None else origin.step
-        return manager.load_params(run_folder(origin.source), trained_shapes, step).params
+        return load_params(run_folder(origin.source), trained_shapes, step).params
     return external_adapter.load_external_adapter(origin.source, model, trained_shapes)

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
-from moe_train.checkpoint.manager import WeightOrigin
+from moe_train.checkpoint.metadata import WeightOrigin
 from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import warn_of_another_base
 from moe_train.machine.files import JsonObject, new_directory, read_object, refuse_existing

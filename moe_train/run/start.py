@@ -11,8 +11,9 @@ import optax
 import orbax.checkpoint as ocp
 
 from moe_train import config
-from moe_train.checkpoint import identity, manager, model_dir
-from moe_train.checkpoint.manager import CheckpointMetadata, WeightOrigin
+from moe_train.checkpoint import identity, model_dir
+from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, newest_metadata
+from moe_train.checkpoint.restore import restore
 from moe_train.checkpoint.runs import run_folder, saved_config
 from moe_train.config import yaml_file
 from moe_train.data.batches.loader import Loader
@@ -96,7 +97,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     check_host_memory((learned_state, frozen), run.name)
 
     # Only the metadata: a config or data that differ are refused before any weights are read.
-    last = manager.newest_metadata(run.run_dir)
+    last = newest_metadata(run.run_dir)
     changed = {} if last is None else _changes(run, last, loader)
     base = _base(run, last, bool(frozen))
     adapter = _adapter(run, last)
@@ -107,7 +108,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         weights = model_dir.load_parameters(base.source, base_shapes, base.step)
     base_weights = {path: x for path, x in weights.items() if path in learned}
 
-    restored = manager.restore(checkpoints, learned_state)
+    restored = restore(checkpoints, learned_state)
     if restored is not None:
         state = restored.state
     # Full training from existing weights: everything is loaded, nothing initialized.

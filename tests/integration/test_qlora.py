@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.checkpoint import manager, model_dir, runs
+from moe_train.checkpoint import load_params, model_dir, runs
 from moe_train.checkpoint.arrays import StoredPart
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import export
@@ -112,7 +112,7 @@ def test_a_run_beside_quantised_weights(
 
 
 def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, read, restored = runs.read_run(base / "run"), manager.read_in_parts, []
+    run, read, restored = runs.read_run(base / "run"), load_params.read_in_parts, []
 
     def noting(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[StoredPart]:
         restored.append(path)
@@ -125,7 +125,7 @@ def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytes
             for how in (config.Nf4(name="nf4", block_size=8), None)
         )
         wanted = quantize_like(dict(model_dir.load_parameters(base / "run", whole)), few_bits)
-        monkeypatch.setattr(manager, "read_in_parts", noting)
+        monkeypatch.setattr(load_params, "read_in_parts", noting)
         held = model_dir.load_parameters(base / "run", few_bits)
     assert held.keys() == few_bits.keys() == wanted.keys()
     assert sorted(restored) == sorted(whole)  # never two arrays that are not in few bits yet
@@ -177,7 +177,7 @@ def test_interrupted_and_started_again_is_the_run_undisturbed(
         adapters = {p: x for p, x in shapes_of(run).items() if "lora" in p}
 
         def trained(run_dir: Path) -> Parameters:
-            return manager.load_params(run_dir, adapters).params
+            return load_params.load_params(run_dir, adapters).params
 
         for path, x in trained(whole).items():
             np.testing.assert_array_equal(np.asarray(x), np.asarray(trained(tmp_path / "parts")[path]), err_msg=path)

@@ -48,7 +48,7 @@ _TOPICS = (
     _Topic(
         "it says what the loss covers, and is not read here; a message of the assistant has weight 0 or 1",
         ("train", "training", "train_detail", "loss", "loss_weight", "loss_scale", "loss_mask", "weight", "mask", "masked"),
-        ("train", "training", "trained", "trainable", "loss", "weight", "weights", "mask", "masked", "masking"),
+        ("train", "training", "trained", "trainable", "loss", "weight", "weights", "mask", "masked", "masking", "untrained"),
     ),
     _Topic(
         "it holds reasoning, and is not read here",

@@ -6,7 +6,7 @@ from typing import Any
 
 from moe_train import config
 from moe_train.data.records.content import Content, normal_content, read_parts, take_reasoning
-from moe_train.data.records.flags import common_flag, take_flag
+from moe_train.data.records.flags import FlaggedPiece, loss_of, take_detail, take_flag
 from moe_train.data.records.meaning import MESSAGE
 from moe_train.data.records.normal_form import Message
 from moe_train.data.records.problem import Problem, brief
@@ -104,23 +104,30 @@ def _message(remaining: dict[str, Any], i: int, record: config.ChatRecord, ids: 
     if speaker in _CALL_ROLES:
         calls = ids.numbered(read_calls(content, location, unread))
         content = None
-    parts = Content(content, [], [], [])
+    detail = take_detail(remaining, location, role, content)
+    if not detail and isinstance(content, str):
+        detail = [FlaggedPiece(content, None)]
+    parts = Content(content, [detail], [], [], [])
     if isinstance(content, list | tuple):
         parts = read_parts(list(content), location, role, unread)
-    flag = common_flag(location, take_flag(remaining, location, role), parts.flags)
+    flag = take_flag(remaining, location, role)
     reasoning = take_reasoning(remaining, location, role)
-    calls += ids.numbered(parts.calls) + _calls(remaining, location, ids, unread)
+    separate_calls = _calls(remaining, location, ids, unread)
+    calls += ids.numbered(parts.calls) + separate_calls
     if remaining.get("prefix") is False:  # the default of Mistral's API
         del remaining["prefix"]
     message = {} if role is None else {"role": role}
-    content = _with_reasoning(reasoning, parts.content, location)
+    texts, content = _with_reasoning(reasoning, parts, location)
+    loss = loss_of(location, flag, texts, [*parts.call_flags, *(None for _ in separate_calls)])
     # APIs write an empty text or null beside calls; both become no content, so that they are tokenized alike.
     if content is not None and not (content == "" and calls):
         message["content"] = content
     if calls:
         message["tool_calls"] = calls
-    if flag is not None:
-        message["weight"] = flag
+    if loss.flag is not None:
+        message["weight"] = loss.flag
+    if loss.pieces:
+        message["pieces"] = loss.pieces
     if role == "tool":
         name = remaining.get("name")
         message |= {key: remaining.pop(key) for key in ("tool_call_id", "name") if key in remaining}
@@ -165,16 +172,19 @@ def _take_content(remaining: dict[str, Any], record: config.ChatRecord, location
     return value if content is None else content
 
 
-def _with_reasoning(reasoning: list[dict[str, Any]], content: Any, location: str) -> Any:
-    """Return a content with the reasoning of the message's fields before it."""
+def _with_reasoning(reasoning: list[list[FlaggedPiece]], parts: Content, location: str) -> tuple[list[list[FlaggedPiece]], Any]:
+    """Return the texts of a message, and its content, with the reasoning of its fields before it."""
+    content = parts.content
     if not reasoning:
-        return content
+        return parts.pieces, content
+    part = {"type": "thinking", "thinking": "".join(piece.text for piece in reasoning[0])}
     if content is None:
-        return reasoning
+        return reasoning, [part]
     if isinstance(content, str):
-        return normal_content([*reasoning, {"type": "text", "text": content}])
-    if isinstance(content, list) and content[: len(reasoning)] == reasoning:
-        return content  # the same text in both spellings
+        return [*reasoning, *parts.pieces], normal_content([part, {"type": "text", "text": content}])
+    # The same text in both spellings; only that of the part can have a flag for the whole of it.
+    if isinstance(content, list) and content[:1] == [part] and len(reasoning[0]) == 1 and reasoning[0][0].flag is None:
+        return parts.pieces, content
     raise Problem("thinking", f"{location} has reasoning in a field and in a part of its content", "keep the one that is meant")
 
 

@@ -14,7 +14,7 @@ from tests.data.records.reading import TOOL as A_TOOL
 @pytest.mark.parametrize(
     "key",
     [
-        *("trained", "no_loss", "do_train", "trainOnTurn", "role-loss", "lossMultiplier", "training_detail", "isMasked"),
+        *("trained", "no_loss", "do_train", "trainOnTurn", "role-loss", "lossMultiplier", "training_details", "isMasked"),
         *("image_path", "imageURL", "audio-file", "video2", "chat_history", "conversationHistory", "chain_of_thought", "CoT"),
         *("thoughts", "enable_thinking", "system_message", "SystemPrompt", "LABEL", "kto-tag"),
     ],

@@ -11,5 +11,3 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 # Notebooks are shown with the outputs that are stored in them; the slow tests execute them.
 nb_execution_mode = "off"
-# Links to files of the repository outside docs/, such as examples, are links to files and not to pages.
-suppress_warnings = ["myst.xref_missing", "misc.highlighting_failure"]

@@ -25,7 +25,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import quantize_like, unquantized_shapes
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.train.state import partition
 from moe_train.weights import external, external_adapter, gguf
 from moe_train.weights.arrays import Abstract, LazyParameters
@@ -72,14 +72,14 @@ class OpenedModel(NamedTuple):
     def load_with_step(self) -> tuple[Any, Parameters, int | None]:
         """Load as `load` does; returns the model's structure, its weights, and the step of a run's checkpoint they are from."""
         # Only shapes are computed, so the seed does not matter.
-        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
+        structure, shapes = parameters(abstract_model(self.model, self.compute, self.lora))
         check_host_memory(shapes, str(self.directory))
         loaded = load_weights(self.directory, shapes)
         return structure, cast(Parameters, loaded.weights), loaded.step  # the default loader reads all arrays
 
     def to_export(self) -> LoadedWeights:
         """Return the weights for an export, adapters included; weights of external files are read lazily (see `load_lazily`)."""
-        _, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
+        _, shapes = parameters(abstract_model(self.model, self.compute, self.lora))
         return load_weights(self.directory, shapes, load=load_lazily)
 
 
@@ -277,7 +277,7 @@ def _trained_shapes(run: config.Run) -> dict[str, Any]:
     """Return the shapes of what a run trains, which is what its checkpoints hold, on the mesh in force."""
     # Checkpoints hold unquantized weights, also where the run trains on a quantized base.
     lora = run.lora and run.lora.model_copy(update={"quantize": None})
-    _, shapes = parameters(jax.eval_shape(lambda: init_model(run.seed, run.model, run.compute, lora)))
+    _, shapes = parameters(abstract_model(run.model, run.compute, lora))
     trainable, _ = partition(shapes, lora)
     return trainable
 

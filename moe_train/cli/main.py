@@ -9,6 +9,7 @@ Exit codes: 0 success; 1 an error while running, or a negative result; 2 the req
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -170,6 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: the arguments without the program's name; None for those of the process.
     """
     is_program = arguments is None
+    if is_program:
+        # By default Python looks for garbage after 700 new objects, and often through all objects; imports and traces make
+        # millions of objects, of which hardly any are garbage. For workload S this takes 0.4 of 8.4 CPU s of a warm start.
+        gc.set_threshold(10_000, 20, 100)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
     # Typer accepts them only before the command, while people append them to a command that failed.

@@ -33,7 +33,7 @@ from moe_train.commands.extend_vocab import extend_vocab
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.proof import expected
 from moe_train.train.state import create_state
 from moe_train.weights import external
@@ -67,7 +67,7 @@ def above(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def shapes_of(lora: config.Lora | None) -> Abstract:
-    return parameters(jax.eval_shape(lambda: init_model(0, MODEL, COMPUTE, lora)))[1]
+    return parameters(abstract_model(MODEL, COMPUTE, lora))[1]
 
 
 def random_weights(shapes: Abstract) -> Parameters:

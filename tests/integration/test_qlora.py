@@ -22,7 +22,7 @@ from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.quantize import quantize_like
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.run import loop
 from moe_train.run.writer import Writer
 from moe_train.weights import external
@@ -48,7 +48,7 @@ def held_out(run_dir: Path) -> list[float]:
 
 def shapes_of(run: config.Run, how: Any = None) -> dict[str, Any]:
     lora = run.lora and run.lora.model_copy(update={"quantize": how})
-    return parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, lora)))[1]
+    return parameters(abstract_model(run.model, run.compute, lora))[1]
 
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 from moe_train import config
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import Parameters, combine, parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.proof.base_modules import check_adapter_names, exported_modules
 from moe_train.proof.checks import Fault
 from moe_train.weights import names, peft, safetensors_files
@@ -96,7 +96,7 @@ def judge(weights: Parameters) -> Any:
 
 def our_logits(weights: Parameters, lora: config.Lora | None) -> np.ndarray:
     with jax.set_mesh(ONE):
-        structure, _ = parameters(jax.eval_shape(lambda: init_model(0, MISTRAL4, config.Compute(), lora)))
+        structure, _ = parameters(abstract_model(MISTRAL4, config.Compute(), lora))
         arrays = put_batch((TOKENS, np.arange(20, dtype=np.int32)[None], np.ones_like(TOKENS)), ONE)
 
         @quick_jit

@@ -16,7 +16,7 @@ from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.parameters import parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.run.held_out import DRIFT_BATCHES, drift_batches
 from tests.run.tiny_config import LORA, MODEL, written
 from tests.run_dir import lines
@@ -28,7 +28,7 @@ def test_held_out_loss_is_the_mean_over_loss_tokens(finished, small_run, text, t
     loader = Loader(run.data, "eval", load_tokenizer(run.data.tokenizer), BatchRows(8, 32), seed=0)
     total = count = 0.0
     with jax.set_mesh(make_mesh(run.mesh)):
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))
+        shapes = parameters(abstract_model(run.model, run.compute))
         model = shapes[0].unflatten([model_dir.load_parameters(finished, shapes[1])[path] for path in shapes[1]])
         logits_of = jax.jit(lambda batch: model.logits(model(batch.tokens, batch.positions, batch.segment_ids)[0]))
         for batch in loader.iterate():

@@ -18,7 +18,7 @@ from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.run import loop, start
 from moe_train.run.writer import Writer
 from tests.run.tiny_config import LORA
@@ -134,7 +134,7 @@ TENSORS = ExportOptions(depth="tensors")
 
 def weights(run: config.Config, run_dir: Path) -> dict[str, np.ndarray]:
     with jax.set_mesh(make_mesh(run.mesh)):
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, run.lora)))[1]
+        shapes = parameters(abstract_model(run.model, run.compute, run.lora))[1]
         return {path: np.asarray(x) for path, x in model_dir.load_parameters(run_dir, shapes).items()}
 
 

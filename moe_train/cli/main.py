@@ -83,7 +83,7 @@ def _options(
 def quickstart_command() -> None:
     """Run the main workflow in minutes on a CPU: tokenizer, pretraining, LoRA, export and generation.
 
-    It trains on the Python standard library's documentation, and needs a checkout of the repository.
+    It trains on the Python standard library's documentation, in runs/quickstart of the current directory.
     If it is interrupted, the same command continues.
     """
     from moe_train.commands.quickstart import quickstart

@@ -105,4 +105,8 @@ def _read(file: Path) -> Recipe:
             facts[fact[1]] = fact[2]
         elif not facts:
             purpose.append(line.removeprefix("#").strip())
+        elif not line.startswith("#  "):
+            # A line that goes on with the last fact; indented ones are commands.
+            name = list(facts)[-1]
+            facts[name] += line.removeprefix("#").rstrip()
     return Recipe(file.stem, " ".join(purpose), facts, text)

@@ -61,7 +61,7 @@ def model_of(path: Path, run: config.Config) -> config.Model:
         pretrained = load_config(path.with_name("quickstart_pretrain.yaml")).model
         assert pretrained is not None
         return pretrained
-    if path.stem == "smollm2_upcycle_lora":
+    if path.stem.startswith("smollm2_"):
         return SMOLLM2
     return PUBLISHED["_".join(path.stem.split("_")[:2])][0]
 

@@ -82,8 +82,8 @@ class ConversationRecord(Section):
 class ChatRecord(ConversationRecord):
     """A list of messages (`role`, `content`) rendered by the chat template; the loss covers the assistant's tokens.
 
-    If there is no column `messages`, `interactions` and ShareGPT's `conversations` are read. For other spellings set `role` and
-    `content` (the keys of a message) and `roles` (a mapping from the names in the file to system, user, assistant, tool).
+    If there is no column `messages`, `interactions`, `conversations` and `conversation` are read. For other spellings set `role`
+    and `content` (the keys of a message) and `roles` (a mapping from the names in the file to system, user, assistant, tool).
     """
 
     name: Literal["chat"]

@@ -35,6 +35,11 @@ def recipes() -> list[Recipe]:
     return [_read(file) for file in sorted(FOLDER.glob("*.yaml"))]
 
 
+def is_recipe(name: str) -> bool:
+    """Return whether a recipe has this name."""
+    return any(file.stem == name for file in FOLDER.glob("*.yaml"))
+
+
 def recipe(name: str) -> Recipe:
     """Return the recipe of a name. Raises ValueError, which suggests the nearest names, if there is none."""
     file = FOLDER / f"{name.removesuffix('.yaml')}.yaml"
@@ -105,4 +110,8 @@ def _read(file: Path) -> Recipe:
             facts[fact[1]] = fact[2]
         elif not facts:
             purpose.append(line.removeprefix("#").strip())
+        elif not line.startswith("#  "):
+            # A line that goes on with the last fact; indented ones are commands.
+            name = list(facts)[-1]
+            facts[name] += line.removeprefix("#").rstrip()
     return Recipe(file.stem, " ".join(purpose), facts, text)

@@ -6,7 +6,7 @@ with depth. `config.stacks` gives the stacks of a model: one if all layers are a
 `hidden, stats = model(tokens, positions, segment_ids)`; the loss applies `model.head_weight()`.
 
 A model is passed around as a flat dict {path: array} (`parameters`, `combine`); `ParameterPath` gives the meaning of a path.
-Layer i * period + j of stack s is entry i of `stacks.s.layers.j.…`. README.md lists the shape letters of array names.
+Layer i * period + j of stack s is entry i of `stacks.s.layers.j.…`. docs/how_it_works/architecture.md lists the letters of shapes.
 """
 
 from __future__ import annotations
@@ -192,6 +192,10 @@ class Stack(nnx.Module):
                 extended.append(new_cache)
             return x_BTD, extended
 
+        if self.repeats == 1:
+            # Without a loop there is no slice of the weights, which would be a copy (see `separate_layers`).
+            x_BTD, extended = period(x_BTD, jax.tree.map(lambda x: jax.lax.squeeze(x, (0,)), (self.layers, caches)))
+            return x_BTD, jax.tree.map(lambda x: jax.lax.expand_dims(x, (0,)), extended)
         return jax.lax.scan(period, x_BTD, (self.layers, caches))
 
 
@@ -291,8 +295,8 @@ class Transformer(nnx.Module):
 
     def decode(
         self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Sequence[Sequence[Cache]]
-    ) -> tuple[Float[Array, "B T V"], Sequence[Sequence[Cache]]]:
-        """Compute the logits of T further tokens of each sequence.
+    ) -> tuple[Float[Array, "B T D"], Sequence[Sequence[Cache]]]:
+        """Compute the hidden states of T further tokens of each sequence, after the final norm.
 
         Args:
             tokens_BT: token ids.
@@ -300,7 +304,7 @@ class Transformer(nnx.Module):
             caches: caches as from `empty_caches`.
 
         Returns:
-            The logits, and the extended caches.
+            The hidden states, of which `logits` makes logits, and the extended caches.
         """
         x_BTD = self.embed(tokens_BT, self.dtype)
         # Segment 0 keeps padding out of the routers; attention to a cache masks by position.
@@ -309,7 +313,7 @@ class Transformer(nnx.Module):
         for stack, stack_caches in zip(self.stacks, caches, strict=True):
             x_BTD, new_caches = stack.decode(x_BTD, positions_BT, segment_ids_BT, stack_caches)
             extended.append(new_caches)
-        return self.logits(self.final_norm(x_BTD)), extended
+        return self.final_norm(x_BTD), extended
 
 
 def init_model(
@@ -366,13 +370,15 @@ def _build(rngs: RandomSource, model: config.Model, compute: config.Compute, lor
     return transformer
 
 
-def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype) -> list[list[Cache]]:
+def empty_caches(
+    transformer: Transformer, model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype
+) -> list[list[Cache]]:
     """Return caches for `batch_size` sequences of at most `max_len` tokens, in the form that `Transformer.decode` takes.
 
-    There is a list for each stack, with one cache for each layer of its period.
+    There is a list for each stack of the transformer, with one cache for each layer of its period.
     """
 
-    def stack_caches(stack: config.LayerStack) -> list[Cache]:
-        return [empty_cache(model.attention, stack.repeats, batch_size, max_len, dtype) for _ in range(stack.period)]
+    def stack_caches(stack: Stack) -> list[Cache]:
+        return [empty_cache(model.attention, stack.repeats, batch_size, max_len, dtype) for _ in stack.layers]
 
-    return [stack_caches(stack) for stack in config.stacks(model)]
+    return [stack_caches(stack) for stack in transformer.stacks]

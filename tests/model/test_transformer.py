@@ -312,8 +312,14 @@ def test_decoding_equals_the_whole_sequence(model: config.Model, sizes: str | No
     with jax.set_mesh(mesh):
         structure, params, run = forward(model, mesh)
         wanted = jax.device_get(run(params, put_batch(whole, mesh)))
-        decode = quick_jit(lambda p, tokens, positions, caches: combine(structure, p).decode(tokens, positions, caches))
-        caches = jax.jit(lambda: empty_caches(model, B, T, jnp.dtype("float32")))()
+
+        def logits_and_caches(p: Any, tokens: jax.Array, positions: jax.Array, caches: Any) -> Any:
+            transformer = combine(structure, p)
+            hidden, caches = transformer.decode(tokens, positions, caches)
+            return transformer.logits(hidden), caches
+
+        decode = quick_jit(logits_and_caches)
+        caches = jax.jit(lambda: empty_caches(combine(structure, params), model, B, T, jnp.dtype("float32")))()
         positions = np.where(np.arange(prompt) < length[:, None], np.arange(prompt), -1).astype(np.int32)
         logits, caches = decode(params, *put_batch((tokens[:, :prompt], positions), mesh), caches)
         for b in range(B):

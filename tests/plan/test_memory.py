@@ -154,6 +154,7 @@ MICROBATCHES_ON = {
     "fsdp": ("mesh.fsdp=8", "mesh.expert=1", "train.microbatches=8", "train.batch_size=64"),
     "tensor": ("mesh.fsdp=2", "mesh.expert=2", "mesh.tensor=2", "train.microbatches=4", "train.batch_size=32"),
     "bfloat16": ("mesh.fsdp=1", "mesh.expert=8", "compute.param_dtype=bfloat16", "train.microbatches=4", "train.batch_size=32"),
+    "replicas": ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2", "train.microbatches=4", "train.batch_size=32"),
     "adapters": ("mesh.fsdp=2", "mesh.expert=4", *ADAPTERS, "train.microbatches=4", "train.batch_size=32"),
 }
 OTHERS = {

@@ -22,6 +22,10 @@ ModelDir = Annotated[
         "run's checkpoint; RUN alone is the newest.",
     ),
 ]
+Step = Annotated[
+    str | None,
+    typer.Option("--step", metavar="N|best|newest", help="Checkpoint of the run, as in RUN@N. Default: the newest."),
+]
 OutDir = Annotated[Path, typer.Argument(metavar="OUT_DIR", help="Directory to create; it must be empty or not exist yet.")]
 ProofDepth = Annotated[
     Literal["full", "tensors"],

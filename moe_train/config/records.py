@@ -48,8 +48,8 @@ class ChatRecord(ConversationRecord):
 
     name: Literal["chat"]
     column: str = "messages"
-    """Key that holds the list of messages. If there is no column `messages`, `interactions` and ShareGPT's `conversations` are
-    read.
+    """Key that holds the list of messages. If there is no column `messages`, `interactions`, `conversations` and
+    `conversation` are read.
     """
     role: str = "role"
     """Key of a message that holds its role; set `from` for ShareGPT under another column name."""

@@ -10,6 +10,7 @@ import pytest
 from moe_train import config
 from moe_train.commands.inspect import abstract_parameters, inspect
 from moe_train.config.yaml_file import dump, load_config
+from moe_train.evaluate.suites.load import SuiteOptions, load_suites
 from moe_train.machine.mesh import mesh_sizes
 from moe_train.plan.choice import model_choice
 from moe_train.plan.search import model_all_choices, ranked
@@ -143,3 +144,32 @@ def test_it_is_what_plan_recommends_or_says_why_not(path: Path) -> None:
         assert ratio < 1.02, f"{path.name}: state `# Plan: CHOICE needs {1 - 1 / ratio:.0%} less time …` and why it was not taken"
     else:
         assert float(stated[1]) == pytest.approx(100 * (1 - 1 / ratio), abs=1)
+
+
+SUITES = Path(__file__).parents[2] / "configs/suites"
+
+
+def test_suites_read_local_data(tmp_path: Path) -> None:
+    """The suites of GSM8K and MMLU read files in the form that these sets are published in."""
+    (tmp_path / "gsm8k").mkdir()
+    lines = "".join(f'{{"question": "1 + {i}?", "answer": "1 + {i} = {i + 1}\\n#### {i + 1}"}}\n' for i in range(6))
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k/{split}.jsonl").write_text(lines)
+        folder = tmp_path / "mmlu" / split.replace("train", "dev")
+        folder.mkdir(parents=True)
+        rows = "".join(f"How much is {i}?,4,{i},5,6,1\n" for i in range(10, 15))
+        head = "question,choice0,choice1,choice2,choice3,answer\n"
+        (folder / f"high_school_maths_{folder.name}.csv").write_text(head + rows)
+    gsm8k, mmlu = load_suites([SUITES], SuiteOptions(data=tmp_path))
+    assert gsm8k.grade is not None and gsm8k.grade(gsm8k.items[2], "1 + 2 = 3\n#### 3") == 1
+    assert mmlu.items[0].answers == ("10",) and mmlu.items[0].category == "high school maths" and len(mmlu.examples) == 5
+
+
+def test_the_suites_on_forgetting() -> None:
+    suites = {loaded.suite.name: loaded for loaded in load_suites([SUITES / "forgetting"])}
+    assert {name: len(loaded.items) >= 8 for name, loaded in suites.items()} == dict.fromkeys(
+        ("formats", "general", "refusals"), True
+    )
+    for item in suites["formats"].items:  # each item's own answer has its form
+        grade = suites["formats"].grade
+        assert grade is not None and grade(item, item.answers[0]) == 1

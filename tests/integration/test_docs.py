@@ -24,7 +24,7 @@ from moe_train.config.strict_yaml import parse_yaml
 from moe_train.config.yaml_file import flat
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 APP: Any = typer.main.get_command(main.app)
 KNOWN = {re.sub(r"\[\]", "", entry.path) for kind in (Config, Suite) for entry in keys(kind)}
 

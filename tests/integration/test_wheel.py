@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "moe_train", "configs")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "moe_train", "configs", "launch")
 
 
 @pytest.mark.slow
@@ -27,8 +27,12 @@ def test_a_wheel_works_without_a_checkout(tmp_path: Path) -> None:
             shutil.copytree(source, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copyfile(source, checkout / name)
+    # By way of a source distribution, so that both are tried.
+    build_sdist = f"import setuptools.build_meta as backend; backend.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build_sdist], cwd=checkout, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(tmp_path)]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(checkout)], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, str(sdist)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     shutil.rmtree(checkout)
     with zipfile.ZipFile(wheel) as archive:

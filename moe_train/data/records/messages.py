@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from moe_train import config
@@ -21,8 +22,10 @@ _SPEAKERS = {
 """Names of roles in ShareGPT, LLaMA-Factory, ms-swift, Gemini and OpenAI that mean one of ours."""
 _CALL_ROLES = ("function_call", "tool_call")
 """Roles of messages whose content is a call of the assistant."""
-MESSAGE_COLUMNS = ("messages", "interactions", "conversations")
+MESSAGE_COLUMNS = ("messages", "interactions", "conversations", "conversation")
 """Columns of a record that may hold messages."""
+_KEYS_BY_ROLE = {"system": "system", "human": "user", "user": "user", "assistant": "assistant"}
+"""Keys of entries such as ms-swift's {human, assistant}, and the roles of their texts, in the order in which they are said."""
 PLAIN = config.ChatRecord(name="chat")
 """The section of messages in the usual spelling."""
 _REMEDY = "write one object with role and content for each turn"
@@ -45,11 +48,14 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
         value = json_value(value, column, _REMEDY)
     if isinstance(value, tuple):
         value = list(value)
+    names_keys = record.role != "role" or record.content != "content"
+    if isinstance(value, list) and value and not names_keys and all(map(_is_keyed_by_role, value)):
+        value = list(itertools.chain.from_iterable(map(_by_role, value)))
     if not isinstance(value, list) or not value:
         raise Problem("type", f"{column} should be a list with at least one message, not {brief(value)}", _REMEDY)
     messages: list[Message] = []
     # Renamed keys or roles, and ignored keys, need the slow path, where all of them are looked at.
-    plain = record.role == "role" and record.content == "content" and not record.roles and not unread.ignore
+    plain = not names_keys and not record.roles and not unread.ignore
     ids: CallIds | None = None
     for i, entry in enumerate(value):
         if plain and _is_plain(entry):
@@ -68,6 +74,19 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
         if _continues_call(value, i, messages):
             messages[-2]["tool_calls"] += messages.pop()["tool_calls"]
     return messages
+
+
+def _is_keyed_by_role(entry: Any) -> bool:
+    """Return whether an entry holds texts under the names of those who say them, as ms-swift's {human, assistant} does."""
+    # By its class first, which spares almost all messages the rest.
+    if not isinstance(entry, dict) or "role" in entry or "from" in entry:
+        return False
+    return bool(entry) and entry.keys() <= _KEYS_BY_ROLE.keys() and all(isinstance(text, str) for text in entry.values())
+
+
+def _by_role(entry: dict[str, str]) -> list[Message]:
+    """Return the messages of an entry that holds texts under the names of those who say them."""
+    return [{"role": role, "content": entry[key]} for key, role in _KEYS_BY_ROLE.items() if key in entry]
 
 
 def _continues_call(entries: list[Any], i: int, messages: list[Message]) -> bool:

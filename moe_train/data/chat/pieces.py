@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from moe_train.data.chat.renderings import marked_text
 from moe_train.data.records.normal_form import JOINT, Message, Piece, pieces_of
-from moe_train.data.records.problem import Problem
+from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.data.tokenizers.tokenizer import Span
 
@@ -82,6 +82,22 @@ def layers_of_rendering(text: str, turn: Span, messages: Sequence[Message], spec
     return result
 
 
+def check_effective(layered: Sequence[tuple[Span, bool, str]], mask: Sequence[bool]) -> None:
+    """Check that each trained piece has a token that is trained on.
+
+    Args:
+        layered: For each layer its ids (first, last + 1), whether it is trained on, and its text.
+        mask: Which ids are trained on.
+
+    Raises:
+        Problem: If all tokens of a piece are also those of a piece that is not trained on.
+    """
+    for (first, stop), trained_on, text in layered:
+        if trained_on and text.strip() and not any(mask[first:stop]):
+            message = f"the loss is to cover {brief(text)}, whose tokens also belong to text that it is not to cover"
+            raise Problem("weight", message, "let the pieces end between words")
+
+
 def _with_marks(text: str, position: int, special_pattern: re.Pattern[str]) -> int:
     """Translate a position in a text to one in the text with marks around what looks like a control token."""
     matches = list(special_pattern.finditer(text))
@@ -114,11 +130,14 @@ def trained_ids(ids: Sequence[int], messages: Sequence[Message], tokenizer: Mist
                 continue
             position = _start(turn, position, text.encode())
             byte_ends = list(itertools.accumulate((len(character.encode()) for character in text), initial=position))
+            layered: list[tuple[Span, bool, str]] = []
             for (start, end), trained_on in layers(pieces):
                 # The ids with bytes in the span; control tokens have none, and the last spaces of a turn may be cut off.
                 first = bisect.bisect_right(token_ends, byte_ends[start]) - 1
                 stop = bisect.bisect_left(token_ends, min(byte_ends[end], len(turn)))
                 mask[first:stop] = [trained_on] * max(stop - first, 0)
+                layered.append(((first, stop), trained_on, text[start:end]))
+            check_effective(layered, mask)
             position = byte_ends[-1]
     return mask
 

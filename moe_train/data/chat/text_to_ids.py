@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from moe_train.data.chat.example import REWRITTEN, Example, MergedTurns
 from moe_train.data.chat.loss_mask import Text
+from moe_train.data.chat.pieces import check_effective
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS
 from moe_train.data.tokenizers.huggingface import HuggingFace, Marked
 
@@ -114,6 +115,9 @@ def _encode(texts: list[Text], tokenizer: HuggingFace) -> list[_Encoded]:
         covered = [True] * len(text.trained_on) + [trained_on for _, trained_on in text.pieces] + [False] * len(text.random)
         for (first, last), trained_on in zip(touched, covered, strict=True):
             mask[first:last] = [trained_on] * (last - first)
+        first_piece = len(text.trained_on)
+        of_pieces = zip(touched[first_piece:], text.pieces, strict=False)  # the ids of random spans come after them
+        check_effective([(ids_of, on, _SPLIT.sub("", text.text[slice(*span)])) for ids_of, (span, on) in of_pieces], mask)
         turn_ends = [touched[turn.num_spans - 1][1] if turn.num_spans else len(ids) for turn in text.turns]
         results.append(_Encoded(ids, mask, turn_ends))
     return results

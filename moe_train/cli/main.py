@@ -24,6 +24,7 @@ import typer
 from moe_train.cli.adapters import adapter_commands
 from moe_train.cli.arguments import AsJson, help_examples
 from moe_train.cli.data import data_commands
+from moe_train.cli.generate import generate_commands
 from moe_train.cli.models import model_commands
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
 from moe_train.cli.training import training_commands
@@ -43,6 +44,7 @@ app = typer.Typer(
 tokenizer_commands = typer.Typer(name="tokenizer", help="Train a tokenizer.", no_args_is_help=True)
 app.add_typer(training_commands)
 app.add_typer(model_commands)
+app.add_typer(generate_commands)
 app.add_typer(tokenizer_commands)
 app.add_typer(data_commands)
 app.add_typer(adapter_commands)

@@ -107,6 +107,20 @@ class Mistral(Tokenizer):
             policy = SpecialTokenPolicy.KEEP
         return self._text.decode(list(ids), special_token_policy=policy)
 
+    def token_bytes(self, number: int) -> bytes:
+        """Return the bytes that a token stands for inside a text; the name of a control token."""
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+        if self._text.is_special(number):
+            return self._text.id_to_piece(number).encode()
+        if isinstance(self._text, Tekkenizer):
+            return self._text.id_to_byte_piece(number)
+        piece = self._text.id_to_piece(number)
+        # sentencepiece names the bytes that no other piece contains <0x00> to <0xFF>.
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE, " ").encode()
+
     def __reduce__(self) -> tuple[type[Mistral], tuple[Path, int]]:
         # Pickled by path: another process reads the files again.
         return Mistral, (self.path, self.longest_stretch)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ChatTemplate, ModelDir, help_examples
+from moe_train.cli.arguments import MODELS, AsJson, ChatTemplate, ModelDir, Step, help_examples
 from moe_train.cli.terminal import print_json, progress_line
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ ReasoningEffort = Annotated[str | None, typer.Option(metavar="EFFORT", help="How
 
 @generate_commands.command(
     "generate",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         'moe-train generate runs/quickstart/pretrain --prompt "The list type"',
         'moe-train generate runs/quickstart/export_hf --chat --prompt "What does json.dumps do?" --temperature 0.7 --seed 1',
@@ -69,12 +70,14 @@ def generate_command(
     out: Annotated[
         Path | None, typer.Option(help="New file for the continuations as JSON lines, which are not printed then.")
     ] = None,
+    step: Step = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with a run or a model.
 
     JSON has the tokens of each continuation, their log-probabilities, and why it stopped.
     """
+    from moe_train.commands.at_step import at_step
     from moe_train.commands.generate import GenerationRequest, Sampling
     from moe_train.commands.prompt_file import read_prompt_file, read_schema_file
     from moe_train.machine.compile_cache import use_compile_cache
@@ -93,6 +96,7 @@ def generate_command(
     request = GenerationRequest(prompts, sampling, tuple(stop or ()), count, json_schema, settings if chat else None)
     if out is not None and out.exists():
         raise FileExistsError(f"--out {out} exists; name a new file, or remove it")
+    directory = at_step(directory, step)
     use_compile_cache()
     if len(prompts) * count == 1 and sys.stdout.isatty() and not as_json and out is None:
         _print_stream(directory, request)
@@ -186,6 +190,7 @@ def _print_stream(directory: Path, request: GenerationRequest) -> None:
 
 @generate_commands.command(
     "chat",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train chat runs/quickstart/export_hf",
         'moe-train chat runs/tuned@best --system "Answer briefly." --temperature 0.7',
@@ -204,18 +209,20 @@ def chat_command(
     system: System = None,
     tools: Tools = None,
     reasoning_effort: ReasoningEffort = None,
+    step: Step = None,
 ) -> None:
     """Talk to a run or a model in the terminal, or through a pipe: a question per line.
 
     /reset begins a new conversation, /messages prints it as JSON, /exit ends the command.
     """
+    from moe_train.commands.at_step import at_step
     from moe_train.commands.generate import Sampling
     from moe_train.machine.compile_cache import use_compile_cache
 
     settings = _chat_settings(chat_template, reasoning_effort, system, tools)
     sampling = Sampling(max_tokens, (), temperature, top_k, top_p, min_p, repetition_penalty, seed)
     use_compile_cache()
-    _converse(directory, sampling, settings)
+    _converse(at_step(directory, step), sampling, settings)
 
 
 def _converse(directory: Path, sampling: Sampling, settings: ChatSettings) -> None:

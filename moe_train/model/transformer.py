@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from moe_train import config
 from moe_train.machine.mesh import use_default_mesh
 from moe_train.model.attention.kinds import Cache, apply_attention, attention_layer, empty_cache
 from moe_train.model.ffn import DenseFfn
-from moe_train.model.layers import Embedding, Head, Linear, RMSNorm, keys_of
+from moe_train.model.layers import Embedding, Head, Linear, RandomSource, RMSNorm, keys_of
 from moe_train.model.lora import adaptable, add_lora
 from moe_train.model.moe.layer import ExpertLinear, MoE
 from moe_train.model.moe.router import RouterStats
@@ -50,7 +50,7 @@ class Layer(nnx.Module):
         ffn: the layer's feed-forward part, dense or sparse.
     """
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None, ffn: config.Ffn):
+    def __init__(self, rngs: RandomSource, model: config.Model, compute: config.Compute, window: int | None, ffn: config.Ffn):
         dtype = jnp.dtype(compute.param_dtype)
         self.attention_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
         self.attention = attention_layer(rngs, model, compute, window)
@@ -90,7 +90,7 @@ class Layer(nnx.Module):
         return x_BTD + y_BTD, cache, stats
 
 
-def _feed_forward(rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn: config.Ffn) -> MoE | DenseFfn:
+def _feed_forward(rngs: RandomSource, model: config.Model, compute: config.Compute, ffn: config.Ffn) -> MoE | DenseFfn:
     match ffn:
         case config.DenseFfn():
             return DenseFfn(rngs, model, compute, ffn.ffn_dim)
@@ -110,12 +110,16 @@ class Stack(nnx.Module):
         stack: windows of the period's layers, their feed-forward part and the number of repeats.
     """
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, stack: config.LayerStack):
-        keys = jax.random.split(rngs.params(), (stack.period, stack.repeats))
+    def __init__(self, rngs: RandomSource, model: config.Model, compute: config.Compute, stack: config.LayerStack):
+        keys: Shaped[Array, " P R"]
+        if rngs is None:
+            keys = jnp.zeros((stack.period, stack.repeats))
+        else:
+            keys = jax.random.split(rngs.params(), (stack.period, stack.repeats))
 
-        def repeated(window: int | None, keys: Key[Array, " R"]) -> Layer:
+        def repeated(window: int | None, keys: Shaped[Array, " R"]) -> Layer:
             # vmap over the keys initializes all repeats at once, and stacks each weight on dim 0.
-            return jax.vmap(lambda key: Layer(nnx.Rngs(key), model, compute, window, stack.ffn))(keys)
+            return jax.vmap(lambda key: Layer(None if rngs is None else nnx.Rngs(key), model, compute, window, stack.ffn))(keys)
 
         self.layers = nnx.List([repeated(window, k) for window, k in zip(stack.windows, keys, strict=True)])
         self.remat = compute.remat
@@ -218,7 +222,7 @@ def _concatenate(stats: list[RouterStats]) -> RouterStats | None:
 class Transformer(nnx.Module):
     """A decoder-only transformer of the Mistral family."""
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute):
+    def __init__(self, rngs: RandomSource, model: config.Model, compute: config.Compute):
         dtype = jnp.dtype(compute.param_dtype)
         std = model.init_stddev
         self.embed = Embedding(rngs, model.vocab_size, model.model_dim, std, dtype)
@@ -335,7 +339,23 @@ def init_model(
         ValueError: `lora` does not fit the model (see `add_lora` and `quantize_weights`).
     """
     use_default_mesh()
-    rngs = nnx.Rngs(params=jax.random.key(seed))
+    return _build(nnx.Rngs(params=jax.random.key(seed)), model, compute, lora)
+
+
+def abstract_model(
+    model: config.Model,
+    compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
+    lora: config.Lora | None = None,
+) -> Transformer:
+    """Return the model of `init_model` with a `jax.ShapeDtypeStruct` in place of each array, in a fraction of the time.
+
+    The arguments and errors are those of `init_model`.
+    """
+    use_default_mesh()
+    return jax.eval_shape(lambda: _build(None, model, compute, lora))
+
+
+def _build(rngs: RandomSource, model: config.Model, compute: config.Compute, lora: config.Lora | None) -> Transformer:
     transformer = Transformer(rngs, model, compute)
     if lora is not None:
         # Adapters come before quantization: they take shape and sharding from the weights, which are replaced then.

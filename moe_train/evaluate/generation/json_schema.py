@@ -87,7 +87,10 @@ class _Bytes:
         self.eos_token_id = tokenizer.eos_id
         self.bos_token_id = tokenizer.bos_id
         self.special_token_ids = sorted(tokenizer.control_ids)
-        self.tokens = [tokenizer.token_bytes(number) for number in range(tokenizer.vocab_size)]
+        self.tokens = tokenizer.bytes_of(range(tokenizer.vocab_size))
+        for number in self.special_token_ids:
+            # Control tokens have no bytes of their own; as llguidance marks them, no text is taken for one.
+            self.tokens[number] = b"\xff<control_%d>" % number
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)

@@ -18,7 +18,10 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "cli/arguments.py": "cli/test_main.py gives commands these arguments; the file only declares them",
     "data/check/findings.py": "data/check/test_examine.py looks at what examine finds; the file only declares it",
     "data/check/results.py": "data/check/test_check.py looks at these results; the file only declares them",
+    "evaluate/suites/not_graded.py": "evaluate/suites/test_own_function.py raises it; the file only declares it",
     "commands/evaluate.py": "integration/test_bad_input.py evaluates files, and refuses others, through the command",
+    "evaluate/generation/programs.py": "evaluate/generation/test_generator.py runs both programs, on two meshes",
+    "commands/verify_answers.py": "commands/test_evaluate_suite.py verifies the answers that it has recorded",
     "commands/train.py": "integration/test_own_records.py trains through it; it only joins resolve and the loop",
 }
 OUTSIDE_THE_MIRROR = {"integration", "judges", "benchmarks", "campaign"}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER, WeightOrigin, survey
 from moe_train.checkpoint.runs import is_run, named_step, run_folder
@@ -34,6 +36,36 @@ def base_origin(directory: str | Path) -> WeightOrigin:
     base_of_run = readable[step].about.base if step in readable else None
     carried = {} if base_of_run is None else base_of_run.carried
     return WeightOrigin(str(directory), step, _file_hashes(Path(directory) / CHECKPOINTS_FOLDER / str(step) / "params"), carried)
+
+
+class WeightsIdentity(NamedTuple):
+    """Which weights were used."""
+
+    source: str
+    """Path of the run or model."""
+    step: int | None
+    """Step of a run's checkpoint; None for an external model."""
+    sha256: str
+    """A hash over every byte of the weights, those that an adapter belongs to included."""
+
+
+def weights_identity(directory: str | Path) -> WeightsIdentity:
+    """Return which weights a run or a model has, by a hash over all of them.
+
+    A run's hash is over the files of its checkpoint, and over the recorded hashes of its base where weights are frozen.
+
+    Raises:
+        FileNotFoundError: If a run has no checkpoint.
+    """
+    origin = base_origin(directory)
+    hashes = dict(origin.hashes)
+    if origin.step is not None:
+        saved = survey(run_folder(directory)).readable.get(origin.step)
+        base = None if saved is None else saved.about.base
+        if saved is not None and base is not None and saved.about.config.get("lora") is not None:
+            hashes |= {f"base/{name}": digest for name, digest in base.hashes.items()}
+    text = json.dumps(hashes, sort_keys=True)
+    return WeightsIdentity(origin.source, origin.step, hashlib.sha256(text.encode()).hexdigest())
 
 
 def adapter_origin(source: str | Path) -> WeightOrigin:

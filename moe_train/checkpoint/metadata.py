@@ -131,6 +131,16 @@ def survey(run_dir: str | Path) -> Survey:
     return Survey({step: saved[step] for step in sorted(saved, reverse=True)}, damaged)
 
 
+def newest_metadata(run_dir: str | Path) -> CheckpointMetadata | None:
+    """Return the metadata of the newest checkpoint whose metadata can be read; None if there is none.
+
+    Every process of the job must call this.
+    """
+    for saved in survey(run_dir).readable.values():
+        return saved.about
+    return None
+
+
 def steps_on_disk(folder: Path) -> list[int]:
     """Return the steps of the checkpoints in a folder, in ascending order; a save that was not finished has another name."""
     if not folder.is_dir():

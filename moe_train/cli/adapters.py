@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, OutDir, TextOnly, help_examples
+from moe_train.cli.arguments import AsJson, OutDir, Step, TextOnly, help_examples
 from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line, stdout_console
 
 adapter_commands = typer.Typer(name="adapters", help="Compare, merge and scale adapters.", no_args_is_help=True)
@@ -32,6 +32,7 @@ def diff_command(
         Path | None,
         typer.Option(metavar="ADAPTER", help="Other adapters of the same base, to compare with instead of with the base."),
     ] = None,
+    step: Step = None,
     top: Annotated[int, typer.Option(min=1, help="Number of matrices to list, largest change first; --json lists all.")] = 20,
     as_json: AsJson = False,
 ) -> None:
@@ -40,11 +41,12 @@ def diff_command(
     The change of a matrix is the norm of its difference from the base, relative to the norm of the base's matrix.
     """
     from moe_train.commands.adapters import comparison_tables, diff
+    from moe_train.commands.at_step import at_step
     from moe_train.machine.compile_cache import use_compile_cache
 
     use_compile_cache()
     with progress_line("comparing"):
-        comparison = diff(adapter, base, against)
+        comparison = diff(at_step(adapter, step), base, against)
     if as_json:
         print_json(comparison.to_json())
         return
@@ -66,15 +68,17 @@ def merge_command(
         typer.Option(help="Dtype of the written weights. Default: that of the base's files, dequantized."),
     ] = None,
     text_only: TextOnly = False,
+    step: Step = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base model, write the result in Hugging Face format, and verify it."""
     from moe_train.commands.adapters import merge_into
+    from moe_train.commands.at_step import at_step
     from moe_train.machine.compile_cache import use_compile_cache
 
     use_compile_cache()
     with progress_line("merging"):
-        record = merge_into(base, adapter, out_dir, dtype, text_only)
+        record = merge_into(base, at_step(adapter, step), out_dir, dtype, text_only)
     if as_json:
         print_json({"directory": str(out_dir), "checks": record["checks"]})
     else:

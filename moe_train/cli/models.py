@@ -1,4 +1,4 @@
-"""The commands that read or write whole models: evaluate, generate, export, verify, upcycle and extend-vocab."""
+"""The commands that read or write whole models: generate, export, verify, upcycle and extend-vocab."""
 
 from __future__ import annotations
 
@@ -8,62 +8,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ChatTemplate, ModelDir, OutDir, ProofDepth, TextOnly, help_examples
-from moe_train.cli.terminal import print_checks, print_json, print_mapping, print_table, progress_line
+from moe_train.cli.arguments import MODELS, AsJson, ChatTemplate, ModelDir, OutDir, ProofDepth, Step, TextOnly, help_examples
+from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line
 
 model_commands = typer.Typer()
 
 
 @model_commands.command(
-    "evaluate",
-    epilog=help_examples(
-        "moe-train evaluate runs/quickstart/lora --data runs/quickstart/text/chat_heldout.jsonl",
-        "moe-train evaluate runs/tuned --suite kpi.yaml --against base_model --require 'kpi >= base - 0.02'",
-    ),
-)
-def evaluate_command(
-    directory: ModelDir,
-    data: Annotated[list[Path] | None, typer.Option("--data", help="File of records; may be repeated.")] = None,
-    suite: Annotated[list[Path] | None, typer.Option("--suite", help="YAML file of a suite; may be repeated.")] = None,
-    against: Annotated[
-        list[Path] | None, typer.Option("--against", help="Run or model to compare with, item by item; may be repeated.")
-    ] = None,
-    require: Annotated[
-        list[str] | None,
-        typer.Option("--require", help="Requirement such as 'kpi >= base - 0.02'; exit code 3 if one is not met."),
-    ] = None,
-    items: Annotated[Path | None, typer.Option("--items", help="New file for the answers and scores of all items.")] = None,
-    chat_template: ChatTemplate = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure the loss of a run or a model on files (--data), or grade its answers to questions (--suite)."""
-    from moe_train.commands.evaluate import evaluate_model
-    from moe_train.commands.evaluate_suite import Comparisons, evaluate_suites
-    from moe_train.machine.compile_cache import use_compile_cache
-
-    if bool(data) == bool(suite):
-        raise typer.BadParameter("state --data FILE for the loss on files, or --suite FILE.yaml for graded answers")
-    if data and (against or require or items):
-        raise typer.BadParameter("--against, --require and --items compare answers; state --suite FILE.yaml instead of --data")
-    use_compile_cache()
-    if data:
-        with progress_line("evaluating"):
-            answer = evaluate_model(directory, data, chat_template)
-        print_mapping(answer, as_json)
-        return
-    with progress_line("evaluating"):
-        result = evaluate_suites(directory, suite or [], Comparisons(against or (), require or ()), chat_template, items)
-    if as_json:
-        print_json(result)
-    else:
-        for part in ("suites", "comparisons", "requirements"):
-            print_table(result[part])
-    if not result["passed"]:
-        raise typer.Exit(3)
-
-
-@model_commands.command(
     "generate",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         'moe-train generate runs/quickstart/pretrain --prompt "The list type"',
         'moe-train generate runs/quickstart/export_hf --chat --prompt "What does json.dumps do?" --temperature 0.7 --seed 1',
@@ -82,16 +35,18 @@ def generate_command(
     reasoning_effort: Annotated[
         str | None, typer.Option(metavar="EFFORT", help="How long the model may think, such as none or high, with --chat.")
     ] = None,
+    step: Step = None,
     as_json: AsJson = False,
 ) -> None:
     """Continue prompts with a run or a model."""
+    from moe_train.commands.at_step import at_step
     from moe_train.commands.generate import generate_text
     from moe_train.machine.compile_cache import use_compile_cache
 
     use_compile_cache()
     with progress_line("generating"):
         completions = generate_text(
-            *(directory, prompt, max_tokens, temperature, seed),
+            *(at_step(directory, step), prompt, max_tokens, temperature, seed),
             chat=chat,
             chat_template=chat_template,
             reasoning_effort=reasoning_effort,
@@ -107,6 +62,7 @@ def generate_command(
 
 @model_commands.command(
     "export",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train export runs/quickstart/lora merged_model --merge",
         "moe-train export runs/quickstart/lora model_gguf --merge --for llama.cpp --dtype bfloat16",
@@ -140,12 +96,14 @@ def export_command(
         str | None, typer.Option(metavar="SIZE", help="Maximum size of one file of weights, such as 5GB or 500MiB.")
     ] = None,
     text_only: TextOnly = False,
+    step: Step = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a run or a model as files that other tools load, and verify them.
 
     OUT_DIR appears complete or not at all. The results of the verification are in its export_proof.json.
     """
+    from moe_train.commands.at_step import at_step
     from moe_train.commands.export import ExportOptions, export
     from moe_train.machine.compile_cache import use_compile_cache
 
@@ -153,7 +111,7 @@ def export_command(
     layout = layout or ("gguf" if server == "llama.cpp" else "hf")
     options = ExportOptions(dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size, text_only=text_only)
     with progress_line("exporting"):
-        record = export(source, out_dir, layout, merge, options)
+        record = export(at_step(source, step), out_dir, layout, merge, options)
     serve_command = record.get("serve")
     if as_json:
         result = {"directory": str(out_dir), "checks": record["checks"]}
@@ -168,9 +126,11 @@ def export_command(
 
 @model_commands.command(
     "verify",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train verify runs/quickstart/export_hf",
         "moe-train verify runs/quickstart/export_hf --run runs/quickstart/lora --proof tensors",
+        "moe-train verify merged_model --suite results",
     ),
 )
 def verify_command(
@@ -183,18 +143,31 @@ def verify_command(
     ] = None,
     run: Annotated[Path | None, typer.Option(help="Run that was exported; compares every tensor with its weights.")] = None,
     depth: ProofDepth = "full",
+    step: Step = None,
+    suite: Annotated[
+        Path | None,
+        typer.Option(metavar="RESULT", help="Result of `evaluate --suite --out`; checks that the files give the same answers."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Repeat the verification of an export, as far as possible on this machine.
 
     Exit code 1 if the files are no longer what was exported.
     """
+    from moe_train.commands.at_step import at_step
     from moe_train.commands.verify import verify
+    from moe_train.commands.verify_answers import verify_answers
     from moe_train.machine.compile_cache import use_compile_cache
 
+    if step is not None:
+        if run is None:
+            raise typer.BadParameter("--step chooses a checkpoint of the run that was exported; name that with --run")
+        run = at_step(run, step)
     use_compile_cache()
     with progress_line("verifying"):
         _, results = verify(directory, base, run, depth, adapter)
+        if suite is not None:
+            results = [*results, *verify_answers(directory, suite)]
     checks = [check.to_json() for check in results]
     # None is a check that this machine cannot make, which is no failure.
     failed = [check.name for check in results if check.passed is False]
@@ -209,6 +182,7 @@ def verify_command(
 
 @model_commands.command(
     "upcycle",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train upcycle models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-4x135M --experts 4",
         "moe-train upcycle SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-fine --experts 64 --experts-per-token 8 --granularity 8",
@@ -241,6 +215,7 @@ def upcycle_command(
 
 @model_commands.command(
     "extend-vocab",
+    rich_help_panel=MODELS,
     epilog=help_examples("moe-train extend-vocab models/Mixtral-8x7B-v0.1 models/Mixtral-8x7B-v3 --tokenizer v3"),
 )
 def extend_vocab_command(

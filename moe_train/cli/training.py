@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ConfigPath, Overrides, help_examples, read_config
+from moe_train.cli.arguments import TRAINING, AsJson, ConfigPath, Overrides, help_examples, read_config
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
 
 training_commands = typer.Typer()
@@ -16,6 +16,7 @@ training_commands = typer.Typer()
 
 @training_commands.command(
     "train",
+    rich_help_panel=TRAINING,
     epilog=help_examples(
         "moe-train train configs/quickstart_pretrain.yaml",
         "moe-train train configs/quickstart_lora.yaml run_dir=runs/lora_lr2e-3 optimizer.learning_rate=2e-3",
@@ -34,6 +35,7 @@ def train_command(config_path: ConfigPath, overrides: Overrides = None) -> None:
 
 @training_commands.command(
     "inspect",
+    rich_help_panel=TRAINING,
     epilog=help_examples(
         "moe-train inspect configs/mixtral_8x7b_pretrain_v5p.yaml",
         "moe-train inspect configs/mixtral_8x7b_pretrain_v5p.yaml mesh.expert=4 mesh.fsdp=16 --json",
@@ -60,6 +62,7 @@ def inspect_command(config_path: ConfigPath, overrides: Overrides = None, as_jso
 
 @training_commands.command(
     "plan",
+    rich_help_panel=TRAINING,
     epilog=help_examples(
         "moe-train plan configs/mixtral_8x7b_pretrain_v5p.yaml --topology v5p:4x4x4 --no-compile",
         "moe-train plan configs/mixtral_8x7b_pretrain_v5p.yaml --topology 2xv5p:4x4x4 --batch any --no-compile --json",
@@ -142,7 +145,9 @@ def _check_plan_options(no_compile: bool, compile_only: bool, hlo: Path | None, 
             raise FileNotFoundError(f"{file}: the directory {file.parent} does not exist; create it first")
 
 
-@training_commands.command("bench", epilog=help_examples("moe-train bench configs/quickstart_pretrain.yaml train.batch_size=8"))
+@training_commands.command(
+    "bench", rich_help_panel=TRAINING, epilog=help_examples("moe-train bench configs/quickstart_pretrain.yaml train.batch_size=8")
+)
 def bench_command(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Measure the speed of CONFIG's training step on these devices, with random weights and tokens."""
     config = read_config(config_path, overrides)
@@ -157,7 +162,9 @@ def bench_command(config_path: ConfigPath, overrides: Overrides = None, as_json:
 
 
 @training_commands.command(
-    "plot", epilog=help_examples("moe-train plot runs/quickstart/pretrain runs/quickstart/lora --out metrics.png")
+    "plot",
+    rich_help_panel=TRAINING,
+    epilog=help_examples("moe-train plot runs/quickstart/pretrain runs/quickstart/lora --out metrics.png"),
 )
 def plot_command(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR", help="Directories of runs, drawn into the same plots.")],

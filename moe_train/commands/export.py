@@ -20,6 +20,7 @@ from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_
 from moe_train.checkpoint.runs import is_run, run_folder, saved_config
 from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
+from moe_train.commands.documents import documents_of_export
 from moe_train.config import yaml_file
 from moe_train.data.records.conversation import normalise, trainable
 from moe_train.data.records.normal_form import Conversation
@@ -133,6 +134,8 @@ def export(
     with jax.set_mesh(opened.mesh):
         loaded = opened.to_export()
         origin = _origin_of(opened, loaded)
+        documents = documents_of_export(opened, loaded, Path(out_dir).name, layout, merge)
+        origin = origin._replace(texts=origin.texts._replace(documents=documents))
         match layout:
             case "hf" | "mistral" | "gguf":
                 lost = left_out.report_rounding(source, (opened.compute.param_dtype, dtype))

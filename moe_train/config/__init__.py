@@ -14,9 +14,6 @@ from moe_train.config.architecture import (
     Model,
     MoeFfn,
     Rope,
-    Router,
-    SigmoidRouter,
-    SoftmaxRouter,
     YarnRope,
     features,
     without_format,
@@ -33,22 +30,15 @@ from moe_train.config.compute import AxisSize, Compute, Mesh
 from moe_train.config.config import Config, RunName
 from moe_train.config.data import (
     BestFit,
-    ChatRecord,
-    CompletionRecord,
-    ConversationRecord,
     Data,
     FileSource,
     HubSource,
     HuggingFaceTokenizer,
-    LabelledRecord,
     MistralTokenizer,
-    PreferenceRecord,
     PreparedSource,
     PythonSource,
-    Record,
     RecordSource,
     Source,
-    TextRecord,
     Tokenizer,
 )
 from moe_train.config.families import (
@@ -62,6 +52,19 @@ from moe_train.config.families import (
     HuggingFaceFamily,
     describe_features,
     family_with,
+)
+from moe_train.config.graders import (
+    ChoiceGrader,
+    ContainsGrader,
+    ExactGrader,
+    FunctionGrader,
+    Grader,
+    JsonSchemaGrader,
+    JudgeGrader,
+    NumberGrader,
+    PerplexityGrader,
+    RegexGrader,
+    ToolCallsGrader,
 )
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
 from moe_train.config.objective import NextToken, Objective, check_records
@@ -79,6 +82,16 @@ from moe_train.config.optimization import (
     Schedule,
     WsdSchedule,
 )
+from moe_train.config.records import (
+    ChatRecord,
+    CompletionRecord,
+    ConversationRecord,
+    LabelledRecord,
+    PreferenceRecord,
+    Record,
+    TextRecord,
+)
+from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
 from moe_train.config.run import FullTraining, InitialWeights, NoData, PretrainedWeights, RandomWeights, Run, RunData, run_of
 from moe_train.config.section import (
     Decay,
@@ -91,19 +104,7 @@ from moe_train.config.section import (
     PositiveFloat,
     Section,
 )
-from moe_train.config.suite import (
-    AnswerGeneration,
-    ChoiceGrader,
-    ContainsGrader,
-    ExactGrader,
-    FewShot,
-    Grader,
-    JsonSchemaGrader,
-    NumberGrader,
-    Prompt,
-    RegexGrader,
-    Suite,
-)
+from moe_train.config.suite import AnswerGeneration, Columns, FewShot, Prompt, Suite
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, SpikeGuard, Train
 
 __all__ = [
@@ -119,6 +120,7 @@ __all__ = [
     "ChatRecord",
     "Checkpoint",
     "ChoiceGrader",
+    "Columns",
     "CompletionRecord",
     "Compute",
     "Config",
@@ -144,6 +146,7 @@ __all__ = [
     "Fp8",
     "Fraction",
     "FullTraining",
+    "FunctionGrader",
     "Grader",
     "GroupedQueryAttention",
     "HubSource",
@@ -153,6 +156,7 @@ __all__ = [
     "InitialWeights",
     "Int8",
     "JsonSchemaGrader",
+    "JudgeGrader",
     "LabelledRecord",
     "LayerPosition",
     "LayerStack",
@@ -177,6 +181,7 @@ __all__ = [
     "NumberGrader",
     "Objective",
     "Optimizer",
+    "PerplexityGrader",
     "Positive",
     "PositiveFloat",
     "PreferenceRecord",
@@ -205,6 +210,7 @@ __all__ = [
     "Suite",
     "TextRecord",
     "Tokenizer",
+    "ToolCallsGrader",
     "Train",
     "WsdSchedule",
     "YarnRope",

@@ -2,135 +2,127 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from moe_train.config.graders import ChoiceGrader, Grader, PerplexityGrader, regular_expression
 from moe_train.config.section import NonNegativeFloat, Positive, Section, Seed
 
 
-def _regular_expression(pattern: str) -> str:
-    """Check that a text is a regular expression of Python's `re`."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression ({error}); see Python's re") from error
-    return pattern
-
-
-class ExactGrader(Section):
-    """1 if the answer, without white space at its ends, is one of the expected answers."""
-
-    name: Literal["exact"]
-    ignore_case: bool = False
-
-
-class ContainsGrader(Section):
-    """1 if the answer contains one of the expected answers."""
-
-    name: Literal["contains"]
-    ignore_case: bool = False
-
-
-class RegexGrader(Section):
-    """1 if what `pattern` finds last in the answer is one of the expected answers.
-
-    That is the text of the pattern's first group, or of the whole match if it has no group. An answer without a match scores 0.
-    """
-
-    name: Literal["regex"]
-    pattern: Annotated[str, AfterValidator(_regular_expression)]
-
-
-class NumberGrader(Section):
-    """1 if the last number in the answer equals the last number in an expected answer, up to `tolerance` relative to the latter.
-
-    `after` names a text that the number follows, such as the `####` of GSM8K, in the answer and in the expected answer; the last
-    number of a text without it counts all the same.
-    """
-
-    name: Literal["number"]
-    tolerance: NonNegativeFloat = 0.0
-    after: str | None = None
-
-
-class JsonSchemaGrader(Section):
-    """1 if the answer is JSON that is valid against the item's `schema`, and equals its expected answer if it has one."""
-
-    name: Literal["json_schema"]
-
-
-class ChoiceGrader(Section):
-    """1 if the expected one of the item's `choices` is the likeliest continuation of the prompt.
-
-    normalization: `none` compares log-probabilities of whole choices (`acc` of lm-evaluation-harness), `characters` divides each
-    by the number of characters of its choice (`acc_norm`).
-    """
-
-    name: Literal["choice"]
-    normalization: Literal["none", "characters"] = "none"
-
-
-Grader = Annotated[
-    ExactGrader | ContainsGrader | RegexGrader | NumberGrader | JsonSchemaGrader | ChoiceGrader, Field(discriminator="name")
-]
-"""The tagged union of graders."""
-
-
 class FewShot(Section):
-    """Solved examples that come before each question: the first `count` items of a file."""
+    """Solved examples that come before each question."""
 
     items: str
+    """File of items or a pattern, relative to the folder of the suite's file, or to that of `--suite-data`."""
     count: Positive
+    """Number of items to take from the start."""
+    per_category: bool = False
+    """Whether to take the first `count` items that have the question's category, as in MMLU, instead of the first of all."""
 
 
 class Prompt(Section):
-    """How a question is put to the model.
-
-    chat: whether it is a user's turn in the model's chat format, with the solved examples as earlier turns and `system` before
-    them. Otherwise it is text to continue: the solved examples and the question, each written by `template`, in which
-    `{question}` stands for the question; the answer follows it, and `separator` follows an example's answer.
-    """
+    """How a question is put to the model: as a user's turn of a chat, or as text to continue."""
 
     chat: bool = True
+    """Whether the question is a user's turn in the model's chat format, with the solved examples as earlier turns. Otherwise it is
+    text to continue: the solved examples and the question, which the answer follows.
+    """
     system: str | None = None
+    """System turn before the solved examples; null for none. For a chat only."""
     few_shot: FewShot | None = None
-    template: str = "Question: {question}\nAnswer: "
+    """Solved examples that come before each question; null for none."""
+    template: str | None = None
+    """How a question is written, in which `{question}`, `{choices}` (a line `A. …` for each choice) and `{category}` stand for the
+    item's. Null: the question alone in a chat, `Question: {question}`, a new line and `Answer: ` in a text.
+    """
+    preamble: str | None = None
+    """Text before the first question, in which `{category}` stands for the category of the question to answer; null for none."""
     separator: str = "\n\n"
+    """Text that follows the answer of a solved example; not for a chat."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if "{question}" not in self.template:
+        if self.template is not None and "{question}" not in self.template:
             raise ValueError(f"template {self.template!r} has no {{question}}, so every item would be the same; add it")
         if self.system is not None and not self.chat:
-            raise ValueError("system is a turn of a chat, and chat is false; write it into the template, or set chat to true")
+            raise ValueError("system is a turn of a chat, and chat is false; write it into preamble, or set chat to true")
+        if self.chat and "separator" in self.model_fields_set:
+            raise ValueError("separator has no effect in a chat, where examples are turns; leave it out, or set chat to false")
         return self
 
 
 class AnswerGeneration(Section):
-    """How answers are generated. `stop` lists texts that end an answer, in addition to the model's own end."""
+    """How answers are generated."""
 
     max_tokens: Positive = 256
+    """Most tokens of an answer."""
     temperature: NonNegativeFloat = 0.0
+    """Sampling temperature; 0 always takes the most likely token."""
     seed: Seed = 0
+    """Seed of sampling."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end an answer, in addition to the model's own end."""
+
+
+class Columns(Section):
+    """Names of the columns or keys that hold what an item has, where a file names them otherwise; null for the usual names."""
+
+    question: str | None = None
+    """Column of the question; null for `question`, `prompt` or `messages`."""
+    answer: str | None = None
+    """Column of the expected answer; null for `answer` or `expected_output`."""
+    choices: str | tuple[str, ...] | None = None
+    """Column that holds a list of choices, or a column for each choice; null for `choices`."""
+    category: str | None = None
+    """Column of the category; null for `category`."""
+    id: str | None = None
+    """Column of the item's name; null for `id`."""
 
 
 class Suite(Section):
     """A suite of items.
 
-    items: a file of records, relative to the folder of the suite's file. An item has a question (`question`, `prompt` or
-    `messages`), the expected answer (`answer`, `expected_output`, or a list of equally good ones), and, depending on the grader,
-    `choices` or `schema`. Further keys: `id`, `tools`, `category`, and `source`, which names what the item was made from, so that
-    items of one source are not taken for independent ones. limit: number of items to take from the start; null for all.
-    batch_size: number of items that are answered together.
+    An item has a question (`question`, `prompt` or `messages`), the expected answer (`answer`, `expected_output`, or a list of
+    equally good ones), and, depending on the grader, `choices`, `schema`, `tool_calls` or `text`. Further keys: `id`, `tools`,
+    `category`, `grading_guidance`, and `source`, which names what the item was made from, so that items of one source are not taken
+    for independent ones.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the suite, in results and in `--require`."""
     items: str
+    """File of items or a pattern such as `mmlu/test/*.csv`, relative to the folder of the suite's file, or to that of
+    `--suite-data`.
+    """
+    columns: Columns = Columns()
+    """Names of columns that are not the usual ones."""
+    answers_are: Literal["auto", "text", "letter", "index"] = "auto"
+    """How the answer of an item with choices names one of them; `auto` refuses an answer that could be the text of one and the
+    letter or index of another.
+    """
+    category_of_file: Annotated[str, AfterValidator(regular_expression)] | None = None
+    """Regular expression whose first group, in the name of an item's file, is its category (an underscore counts as a space); null
+    for the categories that items state.
+    """
     limit: Positive | None = None
+    """Number of items to take from the start, of each category where `category_of_file` names them; null for all."""
     prompt: Prompt = Prompt()
+    """How a question is put to the model."""
     generation: AnswerGeneration = AnswerGeneration()
+    """How answers are generated."""
     grader: Grader
+    """How an answer is graded."""
     batch_size: Positive = 8
+    """Number of items that are answered together; raise it on accelerators."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.grader, ChoiceGrader | PerplexityGrader) and "generation" in self.model_fields_set:
+            raise ValueError(f"generation has no effect with the grader {self.grader.name}, which generates nothing; leave it out")
+        lists_choices = self.prompt.template is not None and "{choices}" in self.prompt.template
+        if isinstance(self.grader, ChoiceGrader) and self.grader.compare == "letters" and not lists_choices:
+            raise ValueError("letters mean nothing if the prompt does not list the choices; write {choices} into prompt.template")
+        if self.category_of_file is not None and self.columns.category is not None:
+            raise ValueError("category_of_file and columns.category both name the category; keep one of them")
+        return self

@@ -56,6 +56,29 @@ def mean_interval(
     Raises:
         ValueError: There are no values.
     """
+    mean = mean_and_error(values, groups)
+    if mean.units == 1:
+        return Interval(-math.inf, math.inf)
+    reach = float(stats.t.ppf((1 + confidence) / 2, mean.units - 1)) * mean.error
+    return Interval(mean.value - reach, mean.value + reach)
+
+
+class Mean(NamedTuple):
+    """A mean with its standard error."""
+
+    value: float
+    error: float
+    """Standard error; infinite with a single unit."""
+    units: int
+    """Number of independent observations: groups, or items without groups."""
+
+
+def mean_and_error(values: Sequence[float] | np.ndarray, groups: Sequence[object] | None = None) -> Mean:
+    """Return the mean of values and its standard error, cluster-robust if there are groups (see `mean_interval`).
+
+    Raises:
+        ValueError: There are no values.
+    """
     scores = np.asarray(values, np.float64)
     if scores.size == 0:
         raise ValueError("there are no scores to average")
@@ -66,10 +89,8 @@ def mean_interval(
         residuals = np.bincount(index, weights=residuals).astype(np.float64)
     G = residuals.size
     if G == 1:
-        return Interval(-math.inf, math.inf)
-    error = math.sqrt(G / (G - 1) * float(np.sum(residuals**2))) / scores.size
-    reach = float(stats.t.ppf((1 + confidence) / 2, G - 1)) * error
-    return Interval(mean - reach, mean + reach)
+        return Mean(mean, math.inf, 1)
+    return Mean(mean, math.sqrt(G / (G - 1) * float(np.sum(residuals**2))) / scores.size, G)
 
 
 def paired_rates_interval(gained: int, lost: int, items: int, confidence: float = 0.95) -> Interval:

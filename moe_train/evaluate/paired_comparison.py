@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from moe_train.evaluate.intervals import Interval, holm, mcnemar_p_value, mean_interval, paired_rates_interval
+from moe_train.evaluate.intervals import Interval, holm, mcnemar_p_value, mean_and_error, mean_interval, paired_rates_interval
 
 Scores = Mapping[str, float | None]
 """The score of each item by its id, from 0 to 1; None where the item could not be graded."""
@@ -65,13 +65,7 @@ def compare(
     Raises:
         ValueError: The models were not scored on the same items, or not on any.
     """
-    if not new:
-        raise ValueError(f"suite {suite} has no items, so there is nothing to compare; add items to its file")
-    if differing := sorted(new.keys() ^ old.keys()):
-        raise ValueError(
-            f"suite {suite}: item {differing[0]} and {len(differing) - 1} more have a score for one of the models only; "
-            "evaluate both models on the same items"
-        )
+    check_same_items(suite, new, old)
     ids = list(new)
     graded = [key for key in ids if new[key] is not None and old[key] is not None]
     if not graded:
@@ -93,6 +87,17 @@ def compare(
         p_value=1.0 if ungraded else _p_value(differences, group_of_item),
         method=_method(differences, group_of_item),
     )
+
+
+def check_same_items(suite: str, new: Scores, old: Scores) -> None:
+    """Raise ValueError if two models were not scored on the same items, or not on any."""
+    if not new:
+        raise ValueError(f"suite {suite} has no items, so there is nothing to compare; add items to its file")
+    if differing := sorted(new.keys() ^ old.keys()):
+        raise ValueError(
+            f"suite {suite}: item {differing[0]} and {len(differing) - 1} more have a score for one of the models only; "
+            "evaluate both models on the same items"
+        )
 
 
 def verdicts(comparisons: Sequence[Comparison], confidence: float = 0.95) -> list[Verdict]:
@@ -128,16 +133,12 @@ def _interval(differences: Sequence[float], groups: Sequence[object] | None, con
 def _p_value(differences: np.ndarray, groups: Sequence[object] | None) -> float:
     if _are_rates(differences, groups):
         return mcnemar_p_value(int(np.sum(differences == 1)), int(np.sum(differences == -1)))
-    mean = float(differences.mean())
-    units = differences.size if groups is None else len(set(map(repr, groups)))
-    if units == 1:
+    mean = mean_and_error(differences, groups)
+    if mean.units == 1:
         return 1.0
-    # The interval of level 0.5 reaches as far as its quantile times the standard error.
-    reach = mean_interval(differences, groups, 0.5).high - mean
-    if reach == 0:
-        return 1.0 if mean == 0 else 0.0
-    error = reach / float(stats.t.ppf(0.75, units - 1))
-    return float(2 * stats.t.sf(abs(mean) / error, units - 1))
+    if mean.error == 0:
+        return 1.0 if mean.value == 0 else 0.0
+    return float(2 * stats.t.sf(abs(mean.value) / mean.error, mean.units - 1))
 
 
 def _method(differences: np.ndarray, groups: Sequence[object] | None) -> str:

@@ -72,8 +72,8 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     at_loss = _loss_bytes(model, layout, sizes, shape) - gradients - layer
     at_end = _table_gradient_bytes(model, layout, sizes, shape) - layer
     loss = max(0, at_loss, at_end)
-    if M > 1:  # float32 copies of the sum so far and of the next summand
-        gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
+    if M > 1:  # the sum so far, in float32
+        gradients += sum(4 * w.layers * w.elements(sizes) for w in trained)
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in layout.weights),
         optimizer=layout.optimizer_bytes,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from moe_train import config
-from moe_train.checkpoint import manager
-from moe_train.checkpoint.manager import CheckpointMetadata
+from moe_train.checkpoint import manager, set_aside
+from moe_train.checkpoint.metadata import CheckpointMetadata
 from moe_train.model.parameters import Parameters
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
@@ -111,7 +111,7 @@ class Saving:
         """
         step = self._resumed_step
         # Without an older one the checkpoint is kept: it is all that there is.
-        older = None if step is None else manager.set_unusable_aside(self._checkpoints, step)
+        older = None if step is None else set_aside.set_unusable_aside(self._checkpoints, step)
         if older is not None:
             raise UnusableCheckpoint(
                 f"the first step after the checkpoint of step {step} is not finite, so the checkpoint was renamed to "
@@ -135,7 +135,7 @@ class Saving:
         self.finish()
         newest = spike_step - (settings.steps_back or 1)
         # Checkpoints at these steps only, so that saves by the clock or after a signal do not decide how the run goes on.
-        target = manager.set_newer_aside(self._checkpoints, newest, self._run.checkpoint.every_steps)
+        target = set_aside.set_newer_aside(self._checkpoints, newest, self._run.checkpoint.every_steps)
         if target is not None:
             raise RolledBack(spike_step, spikes, target)
 

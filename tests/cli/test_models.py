@@ -1,4 +1,4 @@
-"""The commands for whole models: what they hand on, and what they print."""
+"""The commands for whole models, but for evaluate: what they hand on, and what they print."""
 
 from __future__ import annotations
 
@@ -9,21 +9,6 @@ from typing import Any
 
 from moe_train.commands.export import ExportOptions
 from tests.cli.command import run
-
-
-def test_evaluate(stand_in, capsys) -> None:
-    given: list[Any] = []
-
-    def evaluate_model(directory: Path, files: list[Path], chat_template: str | None) -> dict[str, float]:
-        given.append((directory, files, chat_template))
-        return {"loss": 2.5, "tokens": 1000}
-
-    stand_in("moe_train.commands.evaluate", evaluate_model=evaluate_model)
-    assert run("evaluate", "runs/tiny", "--data", "a.jsonl", "--data", "b.jsonl", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"loss": 2.5, "tokens": 1000}
-    assert given == [(Path("runs/tiny"), [Path("a.jsonl"), Path("b.jsonl")], None)]
-    assert run("evaluate", "runs/tiny", "--data", "a.jsonl", "--chat-template", "chatml") == 0 and given[1][2] == "chatml"
-    assert capsys.readouterr().out.split() == ["loss", "2.5", "tokens", "1,000"]
 
 
 def test_generate(stand_in, capsys) -> None:
@@ -95,3 +80,40 @@ def test_verify(stand_in, capsys) -> None:
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {"directory": "out", "passed": False, "checks": [failed]}
     assert shown.err == "moe-train: out is not what was exported; these checks failed: tensors\n"
+
+
+def test_step(stand_in, tmp_path: Path, capsys) -> None:
+    runs: list[Path] = []
+
+    def export(source: Path, *_: Any) -> dict[str, Any]:
+        runs.append(source)
+        return {"checks": []}
+
+    def verify(directory: Path, base: Path | None, run: Path | None, *_: Any) -> tuple[dict[str, Any], list[Any]]:
+        assert run is not None
+        runs.append(run)
+        return {}, []
+
+    def diff(adapter: Path, *_: Any) -> Any:
+        runs.append(adapter)
+        return SimpleNamespace(to_json=dict)
+
+    def generate_text(directory: Path, *_: Any, **__: Any) -> list[str]:
+        runs.append(directory)
+        return [""]
+
+    stand_in("moe_train.commands.export", export=export, ExportOptions=ExportOptions)
+    stand_in("moe_train.commands.verify", verify=verify)
+    stand_in("moe_train.commands.verify_answers", verify_answers=None)
+    stand_in("moe_train.commands.adapters", diff=diff, comparison_tables=None)
+    stand_in("moe_train.commands.generate", generate_text=generate_text)
+    tuned = tmp_path / "tuned"
+    (tuned / "checkpoints").mkdir(parents=True)
+    assert run("export", tuned, "out", "--step", "30", "--json") == 0
+    assert run("verify", "out", "--run", tuned, "--step", "best", "--json") == 0
+    assert run("adapters", "diff", tuned, "--step", "newest", "--json") == 0
+    assert run("generate", tuned, "--prompt", "x", "--step", "30") == 0
+    assert [path.name for path in runs] == ["tuned@30", "tuned@best", "tuned@newest", "tuned@30"]
+    capsys.readouterr()
+    assert run("verify", "out", "--step", "best") == 2 and "name that with --run" in capsys.readouterr().err
+    assert run("export", tmp_path, "out", "--step", "best") == 2 and "is no run; leave --step out" in capsys.readouterr().err

@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from moe_train.commands import write_and_prove
-from moe_train.commands.evaluate_suite import Comparisons, evaluate_suites
+from moe_train.commands.evaluate_suite import Comparisons, Outputs, SuiteOptions, evaluate_suites
 from moe_train.commands.generate import generate_text
+from moe_train.commands.verify_answers import verify_answers
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.weights import texts
 from tests.evaluate.tiny_generator import MIXTRAL, ONE, random_model
@@ -52,14 +53,23 @@ def known(models: tuple[Path, Path], tmp_path: Path) -> Path:
 def test_scores_comparison_and_gate(models: tuple[Path, Path], known: Path, tmp_path: Path) -> None:
     new, old = models
     comparisons = Comparisons([old], ["known >= base - 0.5"])
-    result = evaluate_suites(new, [known], comparisons, items_to=tmp_path / "rows.jsonl")
-    (score,) = result["suites"]
+    result = evaluate_suites(new, [known], comparisons, outputs=Outputs(tmp_path / "out", tmp_path / "rows.jsonl"))
+    score, _ = result["suites"]
     assert score["score"] == 0.75 and score["low"] < 0.75 < score["high"] and score["items"] == 4
     (compared,) = result["comparisons"]
     assert compared["difference"] == 0.75 and compared["verdict"] == "tied"  # four items show nothing
     assert result["passed"] and result["requirements"][0]["met"]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["answers"][str(new)]["score"] for row in rows] == [1, 1, 1, 0]
+    assert (tmp_path / "out" / "items.jsonl").read_text() == (tmp_path / "rows.jsonl").read_text()
+    record = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert record["asked"]["suites"] == [{"suite": "known", "file": str(known)}]
+    assert record["weights"][0]["sha256"] != record["weights"][1]["sha256"]
+    assert "fox" in (tmp_path / "out" / "report.html").read_text()
+    (check,) = verify_answers(new, tmp_path / "out")
+    assert check.passed and check.summary.startswith("4 of 4 answers equal")
+    (check,) = verify_answers(old, tmp_path / "out")
+    assert check.passed is False and "the first item 1" in check.summary
     backwards = evaluate_suites(old, [known], Comparisons([new], ["known >= base - 0.5"]))
     assert not backwards["passed"]
 
@@ -73,6 +83,8 @@ def test_choices(models: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_what_is_refused(models: tuple[Path, Path], known: Path, tmp_path: Path) -> None:
     new, old = models
+    with pytest.raises(FileNotFoundError, match=r"has no result.json; name a directory"):
+        verify_answers(new, tmp_path)
     with pytest.raises(ValueError, match="--require compares with a base"):
         evaluate_suites(new, [known], Comparisons((), ["known >= base"]))
     with pytest.raises(ValueError, match="--require names the suite kpi; the suites are known"):
@@ -80,7 +92,13 @@ def test_what_is_refused(models: tuple[Path, Path], known: Path, tmp_path: Path)
     with pytest.raises(ValueError, match="two suites have the name known"):
         evaluate_suites(new, [known, known])
     with pytest.raises(FileExistsError, match="name a new file"):
-        evaluate_suites(new, [known], items_to=known)
+        evaluate_suites(new, [known], outputs=Outputs(items=known))
+    with pytest.raises(ValueError, match="a model is named twice"):
+        evaluate_suites(new, [known], Comparisons([new]))
+    with pytest.raises(ValueError, match="is no run, so its seed is not known"):
+        evaluate_suites(new, [known], Comparisons(seeds=[old]))
+    with pytest.raises(ValueError, match=r"override grader.nam=exact: grader.nam: unknown key"):
+        evaluate_suites(new, [known], options=SuiteOptions(["grader.nam=exact"]))
     long = suite_of(tmp_path, "long", [{"question": "fox " * 300, "answer": "x"}])
     with pytest.raises(ValueError, match=r"long.jsonl:1: the prompt has \d+ tokens; with 256 more it exceeds"):
         evaluate_suites(new, [long])

@@ -13,7 +13,7 @@ from moe_train import config
 from moe_train.commands import write_and_prove
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import Parameters, combine, parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.proof import base_modules
 from moe_train.proof.checks import Fault
 from moe_train.proof.prove_adapter import AdapterExport, prove_adapter
@@ -52,7 +52,7 @@ def judge(weights: Parameters, model: config.Model, folder: Path) -> Any:
 
 def our_logits(weights: Parameters, model: config.Model, lora: config.Lora | None) -> np.ndarray:
     with jax.set_mesh(ONE):
-        structure, _ = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute(), lora)))
+        structure, _ = parameters(abstract_model(model, config.Compute(), lora))
         arrays = put_batch((TOKENS, np.arange(20, dtype=np.int32)[None], np.ones_like(TOKENS)), ONE)
 
         @quick_jit

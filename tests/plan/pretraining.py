@@ -16,8 +16,9 @@ SMALL += ["model.attention={num_heads: 8, num_kv_heads: 4, head_dim: 64}", "mesh
 
 
 def pretrain_run(*overrides: str) -> config.Run:
-    """The run of Mixtral 8x7B with some settings changed."""
-    return config.run_of(yaml_file.load_config(PRETRAIN, ["compute.remat=full", *overrides]))
+    """The run of Mixtral 8x7B on fsdp 8 x expert 8, with some settings changed."""
+    base = ["compute.remat=full", "mesh={fsdp: 8, expert: 8}", "train.microbatches=8"]
+    return config.run_of(yaml_file.load_config(PRETRAIN, [*base, *overrides]))
 
 
 def run(*arguments: str) -> int:

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from jax.sharding import Mesh
-from jax.tree_util import PyTreeDef
-
 from moe_train import config
-from moe_train.evaluate.generate import GenerationOptions, decode_after, generate_tokens
-from moe_train.evaluate.suites.grade import Grade, text_grader
+from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.evaluate.suites.generation import GeneratedText, LoadedModel, TextOptions, generate_answers
+from moe_train.evaluate.suites.grade import Grade, reads_control_tokens
 from moe_train.evaluate.suites.items import SuiteItem
 from moe_train.evaluate.suites.likelihood import log_likelihoods
-from moe_train.evaluate.suites.prompts import Prompter
+from moe_train.evaluate.suites.load import LoadedSuite
+from moe_train.evaluate.suites.not_graded import NotGraded
+from moe_train.evaluate.suites.prompts import LETTERS, Prompter
 from moe_train.machine.progress import counted
-from moe_train.model.parameters import Parameters
 
-
-class LoadedModel(NamedTuple):
-    """A model whose weights are on the mesh in force."""
-
-    structure: PyTreeDef
-    """The model without its weights."""
-    weights: Parameters
-    """All weights, adapters included."""
-    model: config.Model
-    """The architecture."""
-    mesh: Mesh
-    """The mesh."""
-    cache_dtype: config.Dtype
-    """Dtype of the key-value caches."""
+JUDGE_REQUESTS = 8
+"""Number of requests to a judge at a time."""
 
 
 class Answer(NamedTuple):
@@ -38,11 +27,43 @@ class Answer(NamedTuple):
 
     item: SuiteItem
     text: str
-    """The answer; for multiple choice, the likeliest choice."""
-    score: float
-    """From 0 to 1."""
+    """The answer; for multiple choice, the likeliest choice; for perplexity, the expected answer."""
+    score: float | None
+    """From 0 to 1; None if the answer could not be graded."""
     finished: bool
     """Whether the answer ended by itself or at a stop text, rather than after the most tokens that the suite allows."""
+    tokens: tuple[int, ...] = ()
+    """The generated tokens; () where nothing is generated."""
+    problem: str | None = None
+    """Why the answer could not be graded."""
+    log_likelihood: float | None = None
+    """For perplexity: the log-probability of the expected answer in nats."""
+    text_tokens: int = 0
+    """For perplexity: the number of its tokens."""
+
+
+def answer_items(loaded_suite: LoadedSuite, prompter: Prompter, model: LoadedModel) -> list[Answer]:
+    """Return the graded answer to each item, in the order of the items.
+
+    Raises:
+        ValueError: A prompt cannot be written or is too long; no item has been answered then.
+        ConnectionError: A judge does not answer.
+    """
+    suite = loaded_suite.suite
+    match suite.grader:
+        case config.ChoiceGrader():
+            return _choose(suite, suite.grader, loaded_suite.items, prompter, model)
+        case config.PerplexityGrader():
+            return _measure(suite, loaded_suite.items, prompter, model)
+    generated = _generate(suite, loaded_suite.items, prompter, model)
+    return list(_graded(suite, loaded_suite.items, generated, loaded_suite.grade))
+
+
+def prompter_of(loaded: LoadedSuite, tokenizer: Tokenizer, template: str | None) -> Prompter:
+    """Return how the questions of a suite are written for a model with this tokenizer and chat template."""
+    grader = loaded.suite.grader
+    letters = isinstance(grader, config.ChoiceGrader) and grader.compare == "letters"
+    return Prompter(loaded.suite.prompt, loaded.examples, tokenizer, template, letters)
 
 
 def check_length(item: SuiteItem, tokens: int, new_tokens: int, model: config.Model) -> None:
@@ -54,69 +75,79 @@ def check_length(item: SuiteItem, tokens: int, new_tokens: int, model: config.Mo
         )
 
 
-def answer_items(suite: config.Suite, items: Sequence[SuiteItem], prompter: Prompter, loaded: LoadedModel) -> list[Answer]:
-    """Return the graded answer to each item, in the order of the items.
-
-    Raises:
-        ValueError: A prompt cannot be written or is too long; no item has been answered then.
-    """
-    grade = text_grader(suite.grader)
-    if grade is None:
-        assert isinstance(suite.grader, config.ChoiceGrader)  # the only grader that reads no text
-        return _choose(suite, suite.grader, items, prompter, loaded)
-    return _generate(suite, grade, items, prompter, loaded)
-
-
-def _generate(
-    suite: config.Suite, grade: Grade, items: Sequence[SuiteItem], prompter: Prompter, loaded: LoadedModel
-) -> list[Answer]:
-    """Generate an answer to each item and grade it."""
+def _generate(suite: config.Suite, items: Sequence[SuiteItem], prompter: Prompter, model: LoadedModel) -> list[GeneratedText]:
+    """Generate an answer to each item."""
     prompts = [prompter.tokens(item) for item in items]
     for item, tokens in zip(items, prompts, strict=True):
-        check_length(item, len(tokens), suite.generation.max_tokens, loaded.model)
-    generation = suite.generation
-    options = GenerationOptions(
-        generation.max_tokens, tuple(prompter.tokenizer.end_ids), generation.temperature, generation.seed, loaded.cache_dtype
-    )
-    answers: dict[int, Answer] = {}
+        if not tokens:
+            raise ValueError(f"{item.location}: the prompt has no tokens, so there is nothing to continue; write a question")
+        check_length(item, len(tokens), suite.generation.max_tokens, model.model)
+    options = TextOptions(suite.generation, suite.batch_size, reads_control_tokens(suite.grader))
     add_progress = counted(f"suite {suite.name}", len(items), "items")
-    # Prompts of similar length share a batch, whose caches are as long as its longest prompt needs.
-    by_length = sorted(range(len(items)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(by_length), suite.batch_size):
-        rows = by_length[start : start + suite.batch_size]
-        batch = [prompts[i] for i in rows]
-        generated = generate_tokens(loaded.structure, loaded.weights, loaded.model, loaded.mesh, batch, options)
-        for i, new in zip(rows, generated, strict=True):
-            text, stopped = _before_stop(decode_after(prompter.tokenizer, prompts[i], new), generation.stop)
-            finished = stopped or len(new) < generation.max_tokens
-            answers[i] = Answer(items[i], text, grade(items[i], text), finished)
-        add_progress(len(rows))
-    return [answers[i] for i in range(len(items))]
+    return generate_answers(model, prompter.tokenizer, prompts, options, add_progress)
 
 
-def _before_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """Return a text up to the first stop text, and whether it has one."""
-    ends = [text.find(stop) for stop in stops if stop in text]
-    return (text[: min(ends)], True) if ends else (text, False)
+def _graded(
+    suite: config.Suite, items: Sequence[SuiteItem], generated: Sequence[GeneratedText], grade: Grade | None
+) -> Iterator[Answer]:
+    """Grade generated answers, several at a time with a judge."""
+
+    def graded(item: SuiteItem, answer: GeneratedText) -> Answer:
+        if grade is None:
+            return Answer(item, answer.text, None, answer.finished, answer.tokens)
+        try:
+            return Answer(item, answer.text, grade(item, answer.text), answer.finished, answer.tokens)
+        except NotGraded as reason:
+            return Answer(item, answer.text, None, answer.finished, answer.tokens, f"{item.location}: {reason}")
+
+    if not isinstance(suite.grader, config.JudgeGrader) or grade is None:
+        yield from map(graded, items, generated)
+        return
+    add_progress = counted(f"judging {suite.name}", len(items), "answers")
+    with ThreadPoolExecutor(JUDGE_REQUESTS) as threads:
+        pending = [threads.submit(graded, item, answer) for item, answer in zip(items, generated, strict=True)]
+        try:
+            for future in pending:
+                yield future.result()
+                add_progress(1)
+        finally:
+            # After an error the requests that have not begun are of no use.
+            for future in pending:
+                future.cancel()
 
 
 def _choose(
-    suite: config.Suite, grader: config.ChoiceGrader, items: Sequence[SuiteItem], prompter: Prompter, loaded: LoadedModel
+    suite: config.Suite, grader: config.ChoiceGrader, items: Sequence[SuiteItem], prompter: Prompter, model: LoadedModel
 ) -> list[Answer]:
     """Find the likeliest choice of each item."""
     continuations = []
     for item in items:
-        for choice in item.choices:
-            continuation = prompter.continuation(item, choice)
-            check_length(item, len(continuation.prompt), len(continuation.text), loaded.model)
+        for i, choice in enumerate(item.choices):
+            continuation = prompter.continuation(item, LETTERS[i] if grader.compare == "letters" else choice)
+            check_length(item, len(continuation.prompt), len(continuation.text), model.model)
             continuations.append(continuation)
-    totals = iter(log_likelihoods(loaded.structure, loaded.weights, loaded.mesh, continuations, suite.batch_size))
+    totals = iter(log_likelihoods(model.structure, model.weights, model.mesh, continuations, suite.batch_size))
     answers = []
     for item in items:
         scores = []
         for choice in item.choices:
             length = len(choice) if grader.normalization == "characters" else 1
             scores.append(next(totals) / max(length, 1))
+        # Of equally likely choices the first counts, as in lm-evaluation-harness.
         likeliest = item.choices[scores.index(max(scores))]
         answers.append(Answer(item, likeliest, float(likeliest in item.answers), True))
+    return answers
+
+
+def _measure(suite: config.Suite, items: Sequence[SuiteItem], prompter: Prompter, model: LoadedModel) -> list[Answer]:
+    """Measure the probability of each item's expected answer, the first if there are several."""
+    continuations = [prompter.continuation(item, item.answers[0]) for item in items]
+    for item, continuation in zip(items, continuations, strict=True):
+        check_length(item, len(continuation.prompt), len(continuation.text), model.model)
+    totals = log_likelihoods(model.structure, model.weights, model.mesh, continuations, suite.batch_size)
+    answers = []
+    for item, continuation, total in zip(items, continuations, totals, strict=True):
+        length = len(continuation.text)
+        score = math.exp(total / length)
+        answers.append(Answer(item, item.answers[0], score, True, log_likelihood=total, text_tokens=length))
     return answers

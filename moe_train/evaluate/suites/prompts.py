@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,10 @@ from moe_train.data.records.problem import located
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.suites.items import SuiteItem
 from moe_train.evaluate.suites.likelihood import Continuation
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""The names of choices in a prompt that lists them."""
+_DEFAULT_TEXT = "Question: {question}\nAnswer: "
 
 
 class Prompter(NamedTuple):
@@ -25,6 +30,8 @@ class Prompter(NamedTuple):
     """The model's tokenizer."""
     template: str | None
     """The text of the chat template; None for a tokenizer that has its own format, or without chat."""
+    letters: bool = False
+    """Whether solved examples are answered with the letter of their choice."""
 
     def tokens(self, item: SuiteItem) -> list[int]:
         """Return the tokens up to where the answer begins.
@@ -33,34 +40,68 @@ class Prompter(NamedTuple):
             ValueError: The item cannot be written in this form; the message names its file and line.
         """
         if self.prompt.chat:
-            messages = [*self._system(item), *self._example_turns(), *item.messages]
+            messages = [*self._system(item), *self._turns(item)]
             return located(item.location, render_prompt, messages, self.template, self.tokenizer, item.tools)
         return self._encoded(self._text(item))
 
-    def continuation(self, item: SuiteItem, choice: str) -> Continuation:
-        """Return the tokens of a prompt and of a choice that follows it.
+    def continuation(self, item: SuiteItem, answer: str) -> Continuation:
+        """Return the tokens of a prompt and of an answer that follows it.
 
         A text and its continuation are tokenized together, since a token may join a word with the space before it: the white space
-        that ends the prompt is counted to the continuation (as lm-evaluation-harness counts it).
+        that ends the prompt is counted to the continuation (as lm-evaluation-harness counts it). A text without a question follows
+        the token that begins a document; without such a token, its own first token is given.
 
         Raises:
-            ValueError: As for `tokens`; also if the choice has no tokens of its own.
+            ValueError: As for `tokens`; also if the answer has no tokens of its own.
         """
+        if not item.messages:
+            if self.prompt.few_shot or self.prompt.preamble or self.prompt.system:
+                raise ValueError(
+                    f"{item.location}: nothing comes before a text without a question; leave few_shot, preamble and system out"
+                )
+            tokens = self._encoded(answer)
+            return self._checked(item, answer, tokens[:1], tokens[1:])
         if self.prompt.chat:
-            prompt = self.tokens(item)
-            text = self.tokenizer.encode(choice)
-        else:
-            context = self._text(item)
-            prompt = self._encoded(context.rstrip())
-            text = self._encoded(context + choice)[len(prompt) :]
+            return self._checked(item, answer, self.tokens(item), self.tokenizer.encode(answer))
+        context = self._text(item)
+        tokens = self._encoded(context + answer)
+        # Of a prompt that is nothing but white space, with a tokenizer that begins no document, the first token is all.
+        prompt = self._encoded(context.rstrip()) or tokens[:1]
+        return self._checked(item, answer, prompt, tokens[len(prompt) :])
+
+    def _checked(self, item: SuiteItem, answer: str, prompt: list[int], text: list[int]) -> Continuation:
         if not text:
-            raise ValueError(f"{item.location}: the choice {choice!r} has no tokens; write what the model is to say")
+            raise ValueError(f"{item.location}: the answer {answer!r:.60} has no tokens; write what the model is to say")
         return Continuation(prompt, text)
 
+    def _examples(self, item: SuiteItem) -> list[SuiteItem]:
+        """Return the solved examples for an item. Raises ValueError if its category has too few."""
+        few_shot = self.prompt.few_shot
+        if few_shot is None or not few_shot.per_category:
+            return list(self.examples)
+        examples = [example for example in self.examples if example.category == item.category][: few_shot.count]
+        if len(examples) < few_shot.count:
+            raise ValueError(
+                f"{item.location}: few_shot.count is {few_shot.count}, but {few_shot.items} has {len(examples)} items of the "
+                f"category {item.category}; add examples, or set per_category to false"
+            )
+        return examples
+
+    def _solution(self, example: SuiteItem) -> str:
+        """Return the answer of a solved example."""
+        if self.letters:
+            return LETTERS[example.choices.index(example.answers[0])]
+        return example.answers[0]
+
     def _text(self, item: SuiteItem) -> str:
-        """Return the text of solved examples and question."""
-        examples = "".join(f"{self._written(example)}{example.answers[0]}{self.prompt.separator}" for example in self.examples)
-        return examples + self._written(item)
+        """Return the text of preamble, solved examples and question."""
+        text = self._preamble(item)
+        for example in self._examples(item):
+            text += f"{self._written(example, _DEFAULT_TEXT)}{self._solution(example)}{self.prompt.separator}"
+        return text + self._written(item, _DEFAULT_TEXT)
+
+    def _preamble(self, item: SuiteItem) -> str:
+        return (self.prompt.preamble or "").replace("{category}", item.category or "")
 
     def _encoded(self, text: str) -> list[int]:
         """Return the tokens of a text from its beginning, BOS included where the tokenizer has one."""
@@ -75,17 +116,35 @@ class Prompter(NamedTuple):
             raise ValueError(f"{item.location}: both the item and the suite's prompt.system have a system message; remove one")
         return [{"role": "system", "content": self.prompt.system}]
 
-    def _example_turns(self) -> list[Message]:
-        """Return the solved examples as turns of a chat."""
+    def _turns(self, item: SuiteItem) -> list[Message]:
+        """Return solved examples and question as turns of a chat."""
         turns: list[Message] = []
-        for example in self.examples:
-            turns += [*example.messages, {"role": "assistant", "content": example.answers[0]}]
+        for example in self._examples(item):
+            turns += [*self._question_turns(example), {"role": "assistant", "content": self._solution(example)}]
+        turns += self._question_turns(item)
+        preamble = self._preamble(item)
+        if preamble:
+            first = next(i for i, message in enumerate(turns) if message["role"] != "system")
+            text = joined_texts(turns[first])
+            if turns[first]["role"] != "user" or text is None:
+                raise ValueError(f"{item.location}: preamble needs a user's turn with text at the start; remove prompt.preamble")
+            turns[first] = {**turns[first], "content": preamble + text}
         return turns
 
-    def _written(self, item: SuiteItem) -> str:
+    def _question_turns(self, item: SuiteItem) -> list[Message]:
+        """Return the messages of a question, written by the template if there is one."""
+        if self.prompt.template is None:
+            return list(item.messages)
+        return [{"role": "user", "content": self._written(item, self.prompt.template)}]
+
+    def _written(self, item: SuiteItem, otherwise: str) -> str:
         """Write a question by the template. Raises ValueError if it is more than a single text."""
-        question = joined_texts(item.messages[0]) if len(item.messages) == 1 and not item.tools else None
-        if question is None:
-            raise ValueError(f"{item.location}: the item is a conversation, which needs a chat format; set prompt.chat to true")
-        # Not str.format, since a template or a question may contain braces of its own.
-        return self.prompt.template.replace("{question}", question)
+        question = joined_texts(item.messages[0]) if len(item.messages) == 1 else None
+        if question is None or (item.tools and not self.prompt.chat):
+            remedy = "leave prompt.template out" if self.prompt.chat else "set prompt.chat to true"
+            raise ValueError(f"{item.location}: the item is a conversation, which needs a chat format; {remedy}")
+        template = otherwise if self.prompt.template is None else self.prompt.template
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, item.choices, strict=False)]
+        texts = {"question": question, "choices": "\n".join(lines), "category": item.category or ""}
+        # In one pass, since a question may contain braces of its own.
+        return re.sub(r"\{(question|choices|category)\}", lambda match: texts[match[1]], template)

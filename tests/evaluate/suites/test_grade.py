@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from moe_train import config
-from moe_train.evaluate.suites.grade import check_item, text_grader
+from moe_train.evaluate.suites.grade import check_item, reads_control_tokens, text_grader
 from moe_train.evaluate.suites.items import SuiteItem
+from moe_train.evaluate.suites.tool_calls import Call
 
 
 def item(*answers: str, **more: Any) -> SuiteItem:
@@ -29,16 +30,6 @@ def item(*answers: str, **more: Any) -> SuiteItem:
         (config.RegexGrader(name="regex", pattern=r"\d+"), ["42"], "7, or 42!", 1),
         (config.RegexGrader(name="regex", pattern=r"\d+"), ["42"], "none", 0),
         (config.RegexGrader(name="regex", pattern=r"a|(b)"), ["a"], "a", 0),
-        (config.NumberGrader(name="number"), ["#### 1,234"], "So it costs $1234.00.", 1),
-        (config.NumberGrader(name="number"), ["72"], "72 clips in April, 24 in May", 0),
-        (config.NumberGrader(name="number", after="####"), ["x 1 #### 72"], "Thus #### 72 (of 100)", 0),
-        (config.NumberGrader(name="number", after="####"), ["x 1 #### 72"], "12 + 60 #### 72\n", 1),
-        (config.NumberGrader(name="number"), ["-3"], "The result is −3", 1),
-        (config.NumberGrader(name="number"), [".5"], "0.50", 1),
-        (config.NumberGrader(name="number"), ["1000000"], "1e6", 1),
-        (config.NumberGrader(name="number"), ["3.14"], "3.141", 0),
-        (config.NumberGrader(name="number", tolerance=0.01), ["3.14"], "3.141", 1),
-        (config.NumberGrader(name="number"), ["3"], "three", 0),
     ],
 )
 def test_scores(grader: config.Grader, expected: list[str], answer: str, score: float) -> None:
@@ -59,6 +50,7 @@ SCHEMA = {"type": "object", "required": ["port"], "properties": {"port": {"type"
         ((), "Brest", 0),
         (('{"port": "Brest"}',), ' {"port":"Brest"} ', 1),
         (('{"port": "Brest"}',), '{"port": "Lorient"}', 0),
+        (('{"port": "Brest"}',), '{"port": "Lorient", "port": "Brest"}', 0),
     ],
 )
 def test_json(answers: tuple[str, ...], text: str, score: float) -> None:
@@ -76,6 +68,11 @@ def test_json(answers: tuple[str, ...], text: str, score: float) -> None:
         (config.ExactGrader(name="exact"), item("a", schema=SCHEMA), "schema has no effect with the grader exact"),
         (config.ChoiceGrader(name="choice"), item("a", choices=("a",)), "has 1 choices, and the grader choice needs 2"),
         (config.NumberGrader(name="number"), item("many"), "expected answer 'many' has no number"),
+        (config.PerplexityGrader(name="perplexity"), item(), "has no answer, which the grader perplexity needs"),
+        (config.ExactGrader(name="exact"), item("a")._replace(messages=[]), "a text without a question"),
+        (config.ToolCallsGrader(name="tool_calls"), item(), "has no tool_calls"),
+        (config.ToolCallsGrader(name="tool_calls"), item("no call"), "is not JSON"),
+        (config.ExactGrader(name="exact"), item("a", tool_calls=()), "expected calls have no effect"),
         (config.JsonSchemaGrader(name="json_schema"), item("1"), "has no schema"),
         (config.JsonSchemaGrader(name="json_schema"), item(schema={"type": "objekt"}), "schema is no JSON schema"),
         (config.JsonSchemaGrader(name="json_schema"), item("x", schema={}), "expected answer is not JSON"),
@@ -85,3 +82,49 @@ def test_items_that_a_grader_cannot_use(grader: config.Grader, faulty: SuiteItem
     with pytest.raises(ValueError, match=r"items.jsonl:1: ") as error:
         check_item(faulty, grader)
     assert message in str(error.value)
+
+
+CALLS = (Call("port", {"name": "Brest", "depth": 12}), Call("tide", {}))
+
+
+@pytest.mark.parametrize(
+    ("answer", "any_order", "score"),
+    [
+        (
+            '[TOOL_CALLS] [{"name": "port", "arguments": {"depth": 12.0, "name": "Brest"}}, {"name": "tide", "arguments": {}}]',
+            False,
+            1,
+        ),
+        (
+            '<tool_call>{"name": "tide", "arguments": {}}</tool_call><tool_call>{"name": "port", "arguments": {}}</tool_call>',
+            True,
+            0,
+        ),
+        ('[TOOL_CALLS]tide[ARGS]{}[TOOL_CALLS]port[CALL_ID]x1[ARGS]{"name": "Brest", "depth": 12}', False, 0),
+        ('[TOOL_CALLS]tide[ARGS]{}[TOOL_CALLS]port[CALL_ID]x1[ARGS]{"name": "Brest", "depth": 12}', True, 1),
+        ("[TOOL_CALLS] I do not know", False, 0),
+        ("It is 12 m deep.", False, 0),
+    ],
+)
+def test_tool_calls(answer: str, any_order: bool, score: float) -> None:
+    grader = config.ToolCallsGrader(name="tool_calls", any_order=any_order)
+    grade = text_grader(grader)
+    graded = item(tool_calls=CALLS)
+    check_item(graded, grader)
+    assert grade is not None and grade(graded, answer) == score
+    assert reads_control_tokens(grader)
+
+
+def test_calls_as_the_text_of_the_answer_and_no_calls() -> None:
+    grade = text_grader(config.ToolCallsGrader(name="tool_calls"))
+    assert grade is not None
+    assert grade(item('[{"name": "tide", "arguments": {}}]'), '{"name": "tide", "arguments": {}}') == 1
+    assert grade(item(tool_calls=()), "No call is needed.") == 1
+    assert grade(item(tool_calls=()), '<tool_call>{"name": "tide", "arguments": {}}</tool_call>') == 0
+
+
+def test_graders_without_a_text() -> None:
+    assert text_grader(config.ChoiceGrader(name="choice")) is None
+    assert text_grader(config.PerplexityGrader(name="perplexity")) is None
+    with pytest.raises(ValueError, match="name its endpoint with --judge URL"):
+        text_grader(config.JudgeGrader(name="judge", model="m"))

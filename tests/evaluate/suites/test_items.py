@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from moe_train.evaluate.suites.items import SuiteItem, read_items
+from moe_train import config
+from moe_train.evaluate.suites.items import ItemsFile, SuiteItem, read_items
+from moe_train.evaluate.suites.tool_calls import Call
 
 
 def read(tmp_path: Path, *records: dict[str, Any], limit: int | None = None) -> list[SuiteItem]:
@@ -27,7 +29,7 @@ def test_question_and_answer(tmp_path: Path) -> None:
 def test_mistral_studio(tmp_path: Path) -> None:
     properties = {"expected_output": "blue", "category": "colours", "grading_guidance": "Be strict."}
     (item,) = read(tmp_path, {"messages": [{"role": "user", "content": "Sky?"}], "properties": properties})
-    assert (item.answers, item.category) == (("blue",), "colours")
+    assert (item.answers, item.category, item.guidance) == (("blue",), "colours", "Be strict.")
 
 
 @pytest.mark.parametrize("answer", ["blue", "B", "b", "1", 1])
@@ -36,9 +38,16 @@ def test_a_choice_by_its_text_letter_or_index(tmp_path: Path, answer: object) ->
     assert item.answers == ("blue",)
 
 
-def test_choices_that_look_like_an_index_are_texts(tmp_path: Path) -> None:
-    (item,) = read(tmp_path, {"question": "1+1?", "choices": ["1", "2"], "answer": "1"})
-    assert item.answers == ("1",)
+def test_an_answer_that_could_be_a_text_or_an_index(tmp_path: Path) -> None:
+    record = {"question": "1+1?", "choices": ["4", "1", "2"], "answer": "2"}
+    assert read(tmp_path, record)[0].answers == ("2",)  # the text and the index of one choice
+    with pytest.raises(ValueError, match=r":1: the answer '1' is the text and the index of two choices; state answers_are"):
+        read(tmp_path, record | {"choices": ["1", "2"], "answer": "1"})
+    file = tmp_path / "items.jsonl"
+    assert read_items(ItemsFile(file, answers_are="index"))[0].answers == ("2",)
+    assert read_items(ItemsFile(file, answers_are="text"))[0].answers == ("1",)
+    with pytest.raises(ValueError, match=r"the answer '1' is none of the 2 choices"):
+        read_items(ItemsFile(file, answers_are="letter"))
 
 
 def test_tools_and_other_containers(tmp_path: Path) -> None:
@@ -48,6 +57,36 @@ def test_tools_and_other_containers(tmp_path: Path) -> None:
     table = tmp_path / "items.csv"
     table.write_text("question,answer\nSky?,blue\n")
     assert read_items(table)[0].answers == ("blue",)
+
+
+def test_expected_calls(tmp_path: Path) -> None:
+    call = {"name": "tide", "arguments": {"port": "Brest"}}
+    properties = {"expected_output": [call]}
+    spellings = [{"tool_calls": [call]}, {"answer": call}, {"properties": properties}, {"answer": {"tool_calls": [call]}}]
+    for item in read(tmp_path, *[{"question": "Tide?", **spelling} for spelling in spellings]):
+        assert item.tool_calls == (Call("tide", {"port": "Brest"}),) and item.answers == ()
+    assert read(tmp_path, {"question": "Hello", "tool_calls": []})[0].tool_calls == ()
+
+
+def test_a_text_alone(tmp_path: Path) -> None:
+    (item,) = read(tmp_path, {"text": "The harbour is deep."})
+    assert (item.messages, item.answers) == ([], ("The harbour is deep.",))
+
+
+def test_several_files_with_columns_and_categories(tmp_path: Path) -> None:
+    for subject in ("deep_sea", "tides"):
+        rows = "".join(f"Q{i}?,a,b,{i % 2}\n" for i in range(3))
+        (tmp_path / f"{subject}_test.csv").write_text(f"query,first,second,label\n{rows}")
+    columns = config.Columns(question="query", answer="label", choices=("first", "second"))
+    source = ItemsFile(tmp_path / "*_test.csv", columns, "(.+)_test")
+    items = read_items(source, limit=2)
+    assert [item.category for item in items] == ["deep sea", "deep sea", "tides", "tides"]
+    assert [item.id for item in items][:2] == ["deep_sea_test-1", "deep_sea_test-2"]
+    assert items[1].answers == ("b",)
+    with pytest.raises(ValueError, match=r"deep_sea_test.csv: its name has no category"):
+        read_items(source._replace(category_of_file="(.+)_dev"))
+    with pytest.raises(ValueError, match=r"deep_sea_test.csv:\d: there is no column 'text', which columns.question names"):
+        read_items(source._replace(columns=config.Columns(question="text")))
 
 
 def test_limit(tmp_path: Path) -> None:

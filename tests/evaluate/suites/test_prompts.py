@@ -44,11 +44,47 @@ def test_a_choice_in_a_chat(tokenizer: HuggingFace) -> None:
     assert prompt == prompter.tokens(ITEM) and choice == tokenizer.encode("adds")
 
 
+MMLU = config.Prompt(
+    chat=False,
+    template="{question}\n{choices}\nAnswer: ",
+    preamble="Questions about {category}.\n\n",
+    few_shot=config.FewShot(items="dev.csv", count=1, per_category=True),
+)
+ANATOMY = ITEM._replace(category="anatomy")
+
+
+def test_choices_categories_and_examples_of_the_same(tokenizer: HuggingFace) -> None:
+    others = [EXAMPLE, ANATOMY._replace(messages=[{"role": "user", "content": "A {category}?"}], answers=("returns",))]
+    prompter = Prompter(MMLU, others, tokenizer, None, letters=True)
+    text = (
+        "Questions about anatomy.\n\nA {category}?\nA. adds\nB. returns\nAnswer: B\n\n"
+        "What does it do?\nA. adds\nB. returns\nAnswer: "
+    )
+    assert prompter.tokens(ANATOMY) == [tokenizer.bos_id, *tokenizer.encode(text)]
+    with pytest.raises(ValueError, match=r"dev.csv has 0 items of the category tides"):
+        prompter.tokens(ITEM._replace(category="tides"))
+    messages = [
+        {"role": "user", "content": "Questions about anatomy.\n\nA {category}?\nA. adds\nB. returns\nAnswer: "},
+        {"role": "assistant", "content": "B"},
+        {"role": "user", "content": "What does it do?\nA. adds\nB. returns\nAnswer: "},
+    ]
+    chat = Prompter(MMLU.model_copy(update={"chat": True}), others, tokenizer, tokenizer.chat_template, letters=True)
+    assert chat.tokens(ANATOMY) == render_prompt(messages, tokenizer.chat_template, tokenizer)
+
+
+def test_a_text_without_a_question(tokenizer: HuggingFace) -> None:
+    text = ITEM._replace(messages=[])
+    prompt, rest = Prompter(config.Prompt(), [], tokenizer, None).continuation(text, "adds it")
+    assert (prompt, rest) == ([tokenizer.bos_id], tokenizer.encode("adds it"))
+    with pytest.raises(ValueError, match="nothing comes before a text without a question"):
+        Prompter(config.Prompt(preamble="x"), [], tokenizer, None).continuation(text, "adds it")
+
+
 def test_what_has_no_form(tokenizer: HuggingFace) -> None:
     system = ITEM._replace(messages=[{"role": "system", "content": "x"}, *ITEM.messages])
     with pytest.raises(ValueError, match=r"items.jsonl:1: both the item and the suite's prompt.system"):
         Prompter(config.Prompt(system="y"), [], tokenizer, tokenizer.chat_template).tokens(system)
     with pytest.raises(ValueError, match=r"items.jsonl:1: the item is a conversation"):
         Prompter(config.Prompt(chat=False), [], tokenizer, None).tokens(system)
-    with pytest.raises(ValueError, match="the choice '' has no tokens"):
+    with pytest.raises(ValueError, match="the answer '' has no tokens"):
         Prompter(config.Prompt(), [], tokenizer, tokenizer.chat_template).continuation(ITEM, "")

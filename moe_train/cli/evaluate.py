@@ -1,0 +1,127 @@
+"""The command `evaluate`: loss on files, and graded answers to suites."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_train.cli.arguments import MODELS, AsJson, ChatTemplate, ModelDir, Step, help_examples
+from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
+
+evaluate_commands = typer.Typer()
+
+_PANEL = "With --suite"
+
+
+@evaluate_commands.command(
+    "evaluate",
+    rich_help_panel=MODELS,
+    epilog=help_examples(
+        "moe-train evaluate runs/quickstart/lora --data runs/quickstart/text/chat_heldout.jsonl",
+        "moe-train evaluate runs/tuned --suite kpi.yaml --against base_model --require 'kpi >= base - 0.02' --out results",
+        "moe-train evaluate runs/tuned --suite configs/suites/gsm8k.yaml --suite-data data limit=200",
+    ),
+)
+def evaluate_command(
+    directory: ModelDir,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that override those of every suite.")
+    ] = None,
+    data: Annotated[list[Path] | None, typer.Option("--data", help="File of records; may be repeated.")] = None,
+    suite: Annotated[
+        list[Path] | None, typer.Option("--suite", help="YAML file of a suite, or a folder of them; may be repeated.")
+    ] = None,
+    suite_data: Annotated[
+        Path | None, typer.Option(help="Folder that the suites' items are relative to.", rich_help_panel=_PANEL)
+    ] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option("--against", help="Run or model to compare with, item by item; may be repeated.", rich_help_panel=_PANEL),
+    ] = None,
+    seed_run: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run that differs in its seed alone, to be pooled; may be repeated.", rich_help_panel=_PANEL),
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--require",
+            help="Requirement such as 'kpi >= base - 0.02'; exit code 3 if one is not met.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None,
+    grader: Annotated[
+        list[Path] | None,
+        typer.Option("--grader", help="Python file whose function may grade; may be repeated.", rich_help_panel=_PANEL),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Endpoint of a judge, such as http://localhost:8000/v1.", rich_help_panel=_PANEL),
+    ] = None,
+    judge_cache: Annotated[
+        Path | None, typer.Option(help="Folder of the judge's replies. Default: in the user's cache.", rich_help_panel=_PANEL)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Directory to create, with result.json, items.jsonl and report.html.", rich_help_panel=_PANEL),
+    ] = None,
+    items: Annotated[
+        Path | None,
+        typer.Option("--items", help="New file for the answers and scores of all items.", rich_help_panel=_PANEL),
+    ] = None,
+    step: Step = None,
+    chat_template: ChatTemplate = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the loss of a run or a model on files (--data), or grade its answers to questions (--suite)."""
+    from moe_train.commands.at_step import at_step
+    from moe_train.commands.evaluate import evaluate_model
+    from moe_train.commands.evaluate_suite import Comparisons, Outputs, SuiteOptions, evaluate_suites, judge_at
+    from moe_train.machine.compile_cache import use_compile_cache
+
+    if bool(data) == bool(suite):
+        raise typer.BadParameter("state --data FILE for the loss on files, or --suite FILE.yaml for graded answers")
+    with_suite = (overrides, suite_data, against, seed_run, require, grader, judge, judge_cache, out, items)
+    if data and any(with_suite):
+        raise typer.BadParameter(
+            "overrides, --against, --require, --out and the other options of suites have no effect on --data; state --suite"
+        )
+    if judge_cache is not None and judge is None:
+        raise typer.BadParameter("--judge-cache has no effect without --judge; name the endpoint")
+    directory = at_step(directory, step)
+    use_compile_cache()
+    if data:
+        with progress_line("evaluating"):
+            answer = evaluate_model(directory, data, chat_template)
+        print_mapping(answer, as_json)
+        return
+    endpoint = None if judge is None else judge_at(judge, judge_cache)
+    options = SuiteOptions(overrides or (), suite_data, grader or (), endpoint)
+    comparisons = Comparisons(against or (), require or (), seed_run or ())
+    with progress_line("evaluating"):
+        result = evaluate_suites(directory, suite or [], comparisons, chat_template, options, Outputs(out, items))
+    if as_json:
+        print_json(result)
+    else:
+        for part in ("weights", "suites", "comparisons", "requirements"):
+            print_table(_without(result[part], ("digest", "categories")))
+        print_table(_categories(result["suites"]))
+    if not result["passed"]:
+        raise typer.Exit(3)
+
+
+def _without(rows: list[dict[str, Any]], left_out: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return rows that all have the same keys, without some."""
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in left_out]
+    return [{key: row.get(key, "") for key in keys} for row in rows]
+
+
+def _categories(suites: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each category of the suites that have some."""
+    rows: list[dict[str, Any]] = []
+    for suite in suites:
+        for category, score in suite["categories"].items():
+            rows.append({"suite": suite["suite"], "model": suite["model"], "category": category, "score": score})
+    return rows

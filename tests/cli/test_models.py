@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from moe_train.commands.export import ExportOptions
 from moe_train.commands.generate import GeneratedText, GenerationRequest
 from tests.cli.command import run

@@ -308,8 +308,24 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
     wrapper = None if base_folder is None else hf.find_wrapper(base_folder)
     auto_class = "AutoModelForCausalLM" if wrapper is None else wrapper.auto_class
     return base_export + serve.serving_command(
-        server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind, auto_class=auto_class
+        server,
+        layout,
+        opened.model,
+        out_dir,
+        base_model=base,
+        rank=rank,
+        tokenizer=kind,
+        auto_class=auto_class,
+        tool_parser=_tool_parser(opened),
     )
+
+
+def _tool_parser(opened: OpenedModel) -> serve.ToolParser | None:
+    """Return the format of the model's tool calls; None if its chat format has none."""
+    if opened.chat_template is not None:
+        return serve.tool_parser_of(opened.chat_template)
+    controls = sorted(opened.tokenizer.control_ids)
+    return serve.tool_parser_of(opened.tokenizer.decode(controls, keep_special=True))
 
 
 def _default_dtype(opened: OpenedModel) -> FloatDtype:

@@ -38,16 +38,8 @@ _TOPICS = (
     _Topic(
         "it marks an answer as good or bad, and no objective reads it yet",
         (
-            "label",
-            "labels",
-            "kto_tag",
-            "desirable",
-            "undesirable",
-            "is_desirable",
-            "preferred",
-            "is_preferred",
-            "is_good",
-            "is_bad",
+            *("label", "labels", "kto_tag", "desirable", "undesirable", "is_desirable", "preferred", "is_preferred"),
+            *("is_good", "is_bad"),
         ),
     ),
     _Topic(

@@ -45,20 +45,35 @@ def has_pieces(messages: Sequence[Message]) -> bool:
     return any("pieces" in message for message in messages)
 
 
-def layers_of_rendering(text: str, turn: Span, messages: Sequence[Message], special_pattern: re.Pattern[str]) -> list[Layer]:
-    """Return the layers of a turn in a rendered text.
+def layers_of_turns(
+    text: str, turns: Sequence[Span], turn_messages: Sequence[Sequence[Message]], special_pattern: re.Pattern[str]
+) -> tuple[Layer, ...]:
+    """Return the layers of the turns of a rendered text.
 
     Args:
         text: The text, with marks around what looks like a control token (`renderings`).
-        turn: The span of the turn in the text.
-        messages: The messages of the turn.
+        turns: The spans of the text that are trained on.
+        turn_messages: The messages of each turn.
         special_pattern: Matches text that looks like a control token.
 
     Raises:
-        Problem: If a text in pieces is not in the turn, or more than once, so that its pieces cannot be located.
+        Problem: If there are other spans than turns, or a text in pieces is not in its turn, or more than once, so that its pieces
+            cannot be located.
     """
-    if not has_pieces(messages):
-        return []
+    if not any(map(has_pieces, turn_messages)):
+        return ()
+    if len(turn_messages) != len(turns):
+        message = "the loss covers pieces of a turn, and the chat template marks several generations in one message"
+        raise Problem("template", message, "put one {% generation %} … {% endgeneration %} around each message")
+    result: list[Layer] = []
+    for turn, messages in zip(turns, turn_messages, strict=True):
+        if has_pieces(messages):
+            result += _layers_of_turn(text, turn, messages, special_pattern)
+    return tuple(result)
+
+
+def _layers_of_turn(text: str, turn: Span, messages: Sequence[Message], special_pattern: re.Pattern[str]) -> list[Layer]:
+    """Return the layers of a turn in a rendered text. Raises Problem if a text in pieces cannot be located in it."""
     result: list[Layer] = []
     position, end = turn
     for message in messages:

@@ -62,6 +62,12 @@ def help_examples(*commands: str) -> str:
 def read_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a config file and apply overrides. Raises ValueError with one line for each error."""
     # Imported here, since pydantic would slow down `--help`.
+    from moe_train.commands.recipes import is_recipe
     from moe_train.config import yaml_file
 
+    # The examples of `--help` name recipes, which stand in no folder of their own where the package was installed as a wheel.
+    if not path.exists() and is_recipe(path.stem):
+        raise FileNotFoundError(
+            f"{path}: no such config file; a recipe has this name; write it: moe-train recipes {path.stem} --copy {path}"
+        )
     return yaml_file.load_config(path, overrides or ())

@@ -35,6 +35,11 @@ def recipes() -> list[Recipe]:
     return [_read(file) for file in sorted(FOLDER.glob("*.yaml"))]
 
 
+def is_recipe(name: str) -> bool:
+    """Return whether a recipe has this name."""
+    return any(file.stem == name for file in FOLDER.glob("*.yaml"))
+
+
 def recipe(name: str) -> Recipe:
     """Return the recipe of a name. Raises ValueError, which suggests the nearest names, if there is none."""
     file = FOLDER / f"{name.removesuffix('.yaml')}.yaml"

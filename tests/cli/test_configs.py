@@ -20,6 +20,17 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path, capsys: pytest.Capt
     assert run("recipes", "--copy", str(tmp_path / "b.yaml")) == 2
 
 
+def test_a_recipe_that_is_not_a_file_yet_is_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("inspect", "configs/quickstart_pretrain.yaml") == 2
+    remedy = capsys.readouterr().err.strip().partition("write it: ")[2]
+    assert remedy == "moe-train recipes quickstart_pretrain --copy configs/quickstart_pretrain.yaml"
+    assert run(*remedy.split()[1:]) == 0 and Path("configs/quickstart_pretrain.yaml").is_file()
+    assert run("inspect", "run.yaml") == 2 and "no such config file\n" in capsys.readouterr().err
+
+
 def test_a_key_is_explained_and_a_near_miss_suggests(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("explain", "lora", "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["key"] == "lora"

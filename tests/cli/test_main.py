@@ -28,6 +28,7 @@ COMMANDS = [
     "inspect",
     "evaluate",
     "generate",
+    "chat",
     "export",
     "verify",
     "upcycle",

@@ -10,38 +10,6 @@ from typing import Any
 from moe_train.commands.export import ExportOptions
 from tests.cli.command import run
 
-
-def test_generate(stand_in, capsys) -> None:
-    def generate_text(
-        directory: Path,
-        prompts: list[str],
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        *,
-        chat: bool,
-        chat_template: str | None,
-        reasoning_effort: str | None,
-    ) -> list[str]:
-        return [f" {max_tokens} {temperature} {seed} {reasoning_effort or chat_template or chat}" for _ in prompts]
-
-    stand_in("moe_train.commands.generate", generate_text=generate_text)
-    options = ["--max-tokens", "3", "--temperature", "0.5", "--seed", "7"]
-    assert run("generate", "runs/tiny", "--prompt", "a", "--prompt", "b", *options, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == [
-        {"prompt": "a", "completion": " 3 0.5 7 False"},
-        {"prompt": "b", "completion": " 3 0.5 7 False"},
-    ]
-    assert run("generate", "runs/tiny", "--prompt", "a") == 0
-    assert capsys.readouterr().out == "a 64 0.0 0 False\n"
-    assert run("generate", "runs/tiny", "--prompt", "a", "--chat") == 0
-    assert capsys.readouterr().out == "a\n 64 0.0 0 True\n"
-    assert run("generate", "runs/tiny", "--prompt", "a", "--chat", "--chat-template", "chatml") == 0
-    assert capsys.readouterr().out == "a\n 64 0.0 0 chatml\n"
-    assert run("generate", "runs/tiny", "--prompt", "a", "--chat", "--reasoning-effort", "high") == 0
-    assert capsys.readouterr().out == "a\n 64 0.0 0 high\n"
-
-
 CHECK = {"name": "tensors", "passed": True, "said": "3 tensors", "figures": {"tolerance": "bits"}, "seconds": 0.25}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 
@@ -17,6 +18,6 @@ def test_a_picture_holds_the_text_and_fetches_nothing(tmp_path: Path, tokenizer:
     rows = rows_of_records(source, 1, tokenizer, None, None)
     write_picture(tmp_path / "rows.svg", rows, tokenizer, "a.jsonl", False)
     svg = (tmp_path / "rows.svg").read_text()
-    text = re.sub(r"<[^>]*>|\s", "", svg)
+    text = re.sub(r"\s", "", html.unescape(re.sub(r"<[^>]*>", "", svg)))
     assert "thetide" in text and "a.jsonl" in text
     assert "url(" not in svg.replace("url(#", ""), "nothing is fetched"

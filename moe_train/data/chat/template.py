@@ -19,7 +19,7 @@ from moe_train.data.chat.sandbox import Request
 from moe_train.data.chat.served import checked_texts
 from moe_train.data.chat.template_reasoning import check_reasoning_rendered, spelled
 from moe_train.data.chat.text_to_ids import encode_texts
-from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message, texts_of
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
@@ -63,7 +63,22 @@ def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) ->
     """Return the tokens up to where the assistant's next turn begins."""
     conversation = spelled(conversation, template, tokenizer)
     text = Text(without_marks(_text(conversation, True, template, tokenizer)), [], [])
+    _check_system(conversation, text.text)
     return encode_texts([text], tokenizer)[0][0].tokens
+
+
+def _check_system(conversation: Conversation, rendered: str) -> None:
+    """Raise Problem if a template has left a system message out, as some do silently."""
+    if conversation.messages[-1].get("role") != "user":
+        return  # Mistral's formats write the system message into the last user turn, unless results of tools follow it
+    for message in conversation.messages:
+        if message.get("role") != "system":
+            continue
+        for written in texts_of(message):
+            # Templates trim what they write.
+            if written.strip() not in rendered:
+                remedy = f"write its text into the first user message, or name a template that has a system turn {OTHER_TEMPLATE}"
+                raise Problem("system", "the chat template leaves the system message out", remedy)
 
 
 @functools.lru_cache(maxsize=8)

@@ -144,6 +144,10 @@ class HuggingFace(Tokenizer):
         """Return the text of ids; control tokens are omitted, or written by name with `keep_special`."""
         return self._plain.decode(list(ids), skip_special_tokens=not keep_special)
 
+    def to_json(self) -> str:
+        """Return the tokenizer as the text of a `tokenizer.json`, without padding and truncation."""
+        return self._plain.to_str()
+
     @functools.cached_property
     def control_ids(self) -> frozenset[int]:
         """Ids of control tokens, which plain text never contains."""

@@ -14,8 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.evaluate.generation.completion import Progress, StopReason, StopTexts
+from moe_train.evaluate.generation.json_schema import JsonSchema
 from moe_train.evaluate.generation.programs import (
     Block,
+    Choice,
     Memory,
     Prompts,
     Rows,
@@ -41,12 +43,23 @@ class Request(NamedTuple):
     prompt: list[int]
 
 
+class ContinuationPlan(NamedTuple):
+    """How the prompts of a batch are continued."""
+
+    sampling: Sampling
+    stop_texts: StopTexts | None = None
+    """Texts that end a continuation; None for none."""
+    schema: JsonSchema | None = None
+    """JSON schema that the continuations fit; None for any text. Blocks have a single token then."""
+
+
 class _Sequence:
     """A request in a row, with what has been generated for it."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, schema: JsonSchema | None) -> None:
         self.request = request
         self.tokens: list[int] = []
+        self.schema_state = None if schema is None else schema.begin()
 
 
 class Batch:
@@ -55,15 +68,14 @@ class Batch:
     Args:
         transformer: the model.
         mesh: the mesh, which has to be in force.
-        sampling: how prompts are continued.
-        stop_texts: texts that end a continuation.
+        plan: how prompts are continued.
     """
 
-    def __init__(self, transformer: Transformer, mesh: Mesh, sampling: Sampling, stop_texts: StopTexts | None) -> None:
+    def __init__(self, transformer: Transformer, mesh: Mesh, plan: ContinuationPlan) -> None:
         self._transformer = transformer
         self._mesh = mesh
-        self._sampling = sampling
-        self._stop_texts = stop_texts
+        self._plan = plan
+        sampling = plan.sampling
         self._kind = sampling_kind(sampling)
         self._values = sampling_values(sampling)
         # -1 is no token: a program takes at least one.
@@ -80,6 +92,7 @@ class Batch:
             return Memory(empty_caches(self._transformer, model, rows, slots, dtype), hidden_BD, seen_BV)
 
         self._memory = jax.jit(empty)()
+        self._vocab_size = model.vocab_size
         self._sequences: list[_Sequence | None] = [None] * rows
         self._rows = Rows(*(np.zeros(rows, np.int32) for _ in Rows._fields))
 
@@ -92,15 +105,21 @@ class Batch:
             if waiting and len(free) >= max(1, len(self._sequences) // 4):
                 admitted = free[: len(waiting)]
                 for row in admitted:
-                    self._sequences[row] = _Sequence(waiting.popleft())
+                    self._sequences[row] = _Sequence(waiting.popleft(), self._plan.schema)
                 yield from self._start(admitted)
             if all(sequence is None for sequence in self._sequences):
                 if not waiting:
                     return
                 continue
-            limits = (np.int32(block_tokens), self._end_ids)
+            # The mask of a token depends on the one before it, so that blocks with a schema have one token.
+            limits = (np.int32(block_tokens if self._plan.schema is None else 1), self._end_ids)
             self._memory, block = generate_block(
-                self._transformer, self._memory, self._put(self._rows), limits, self._values, kind=self._kind
+                self._transformer,
+                self._memory,
+                self._put(self._rows),
+                limits,
+                self._choice(),
+                kind=self._kind,
             )
             yield from self._collect(block)
 
@@ -120,9 +139,9 @@ class Batch:
             self._rows.tokens_B[row] = 0
             self._rows.positions_B[row] = len(prompt)
             self._rows.requests_B[row] = sequence.request.index
-            self._rows.remaining_B[row] = self._sampling.max_tokens
+            self._rows.remaining_B[row] = self._plan.sampling.max_tokens
         self._read(tokens, lengths)
-        block = first_tokens(self._transformer, self._memory, self._put(self._rows), self._values, kind=self._kind)
+        block = first_tokens(self._transformer, self._memory, self._put(self._rows), self._choice(), kind=self._kind)
         # Only the new rows have a first token; the others wait.
         is_new_B = lengths > 0
         first = Block(np.where(is_new_B, block.tokens_NB, -1), np.asarray(block.logprobs_NB))
@@ -167,15 +186,17 @@ class Batch:
             self._rows.positions_B[row] += count
             self._rows.remaining_B[row] -= count
             stop: StopReason | None = None
-            if new[-1] in self._sampling.end_ids:
+            if new[-1] in self._plan.sampling.end_ids:
                 stop = "end_token"
                 new.pop()
             elif self._rows.remaining_B[row] == 0:
                 stop = "max_tokens"
             checked = len(sequence.tokens)
             sequence.tokens += new
-            if self._stop_texts is not None:
-                until = self._stop_texts.tokens_until_stop(sequence.request.prompt, sequence.tokens, checked)
+            if sequence.schema_state is not None:
+                sequence.schema_state.add(new)
+            if self._plan.stop_texts is not None:
+                until = self._plan.stop_texts.tokens_until_stop(sequence.request.prompt, sequence.tokens, checked)
                 if until is not None:
                     stop = "stop_text"
                     new = new[: until - checked]
@@ -183,6 +204,16 @@ class Batch:
                 self._rows.remaining_B[row] = 0
                 self._sequences[row] = None
             yield Progress(sequence.request.number, new, logprobs[: len(new)], stop)
+
+    def _choice(self) -> Choice:
+        """Return how the next tokens are chosen; with a schema, among those that it allows."""
+        if self._plan.schema is None:
+            return Choice(self._values)
+        allowed = np.ones((len(self._sequences), self._vocab_size), bool)
+        for row, sequence in enumerate(self._sequences):
+            if sequence is not None and sequence.schema_state is not None:
+                allowed[row] = sequence.schema_state.allowed(self._vocab_size)
+        return Choice(self._values, jax.device_put(allowed, NamedSharding(self._mesh, P(BATCH))))
 
     def _put(self, arrays: Any) -> Any:
         """Return NumPy arrays (B,) and (B, T) on the mesh."""

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_train import config
-from moe_train.evaluate.generation.batch import Batch, Request
+from moe_train.evaluate.generation.batch import Batch, ContinuationPlan, Request
 from moe_train.evaluate.generation.completion import Completion, Progress, StopTexts
+from moe_train.evaluate.generation.json_schema import JsonSchema
 from moe_train.evaluate.generation.programs import BLOCK_TOKENS
 from moe_train.evaluate.generation.sampling import Sampling
 from moe_train.machine.mesh import BATCH, platform
@@ -29,26 +30,30 @@ MIN_SLOTS = 64
 """Slots of the smallest cache."""
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], max_tokens: int, model: config.Model) -> None:
+def check_lengths(
+    prompts: Sequence[Sequence[int]], max_tokens: int, model: config.Model, names: Sequence[str] | None = None
+) -> None:
     """Check that every prompt can be continued.
 
     Args:
         prompts: Token ids of each prompt.
         max_tokens: Number of tokens to generate.
         model: The architecture, whose max_seq_len is the limit.
+        names: What each prompt is called in a message, such as its file and line; None for its number.
 
     Raises:
         ValueError: If a prompt has no tokens, or if `max_tokens` more would exceed the limit.
     """
     for i, prompt in enumerate(prompts):
+        name = f"prompt {i + 1}" if names is None else names[i]
         if not prompt:
             raise ValueError(
-                f"prompt {i + 1} has no tokens, and the tokenizer adds none at the beginning of a text; the prompt needs at least "
+                f"{name} has no tokens, and the tokenizer adds none at the beginning of a text; the prompt needs at least "
                 "one token, so write some text"
             )
         if len(prompt) + max_tokens > model.max_seq_len:
             raise ValueError(
-                f"prompt {i + 1} has {len(prompt)} tokens; with {max_tokens} new ones it exceeds the model's max_seq_len "
+                f"{name} has {len(prompt)} tokens; with {max_tokens} new ones it exceeds the model's max_seq_len "
                 f"{model.max_seq_len}; shorten the prompt or generate fewer tokens"
             )
 
@@ -89,6 +94,7 @@ class Generator:
         sampling: Sampling,
         stop_texts: StopTexts | None = None,
         indices: Sequence[int] | None = None,
+        schema: JsonSchema | None = None,
     ) -> list[Completion]:
         """Continue each prompt.
 
@@ -97,12 +103,13 @@ class Generator:
             sampling: How they are continued.
             stop_texts: Texts that end a continuation.
             indices: The index of each prompt, on which its draws depend; None for 0, 1, 2, …
+            schema: JSON schema that every continuation fits, unless it reaches `max_tokens` before its end; None for any text.
 
         Raises:
             ValueError: If a prompt is empty or too long (see `check_lengths`); nothing has been generated then.
         """
         completions = [Completion([], [], "max_tokens") for _ in prompts]
-        for progress in self.stream(prompts, sampling, stop_texts, indices):
+        for progress in self.stream(prompts, ContinuationPlan(sampling, stop_texts, schema), indices):
             completion = completions[progress.request]
             completion.tokens.extend(progress.tokens)
             completion.logprobs.extend(progress.logprobs)
@@ -113,8 +120,7 @@ class Generator:
     def stream(
         self,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        stop_texts: StopTexts | None = None,
+        plan: ContinuationPlan,
         indices: Sequence[int] | None = None,
         block_tokens: int = BLOCK_TOKENS,
     ) -> Iterator[Progress]:
@@ -122,29 +128,26 @@ class Generator:
 
         Args:
             prompts: Token ids of each prompt.
-            sampling: How they are continued.
-            stop_texts: Texts that end a continuation.
+            plan: How they are continued.
             indices: The index of each prompt, on which its draws depend; None for 0, 1, 2, …
             block_tokens: Number of tokens of a block; small for a quick first answer.
         """
-        check_lengths(prompts, sampling.max_tokens, self._model)
+        check_lengths(prompts, plan.sampling.max_tokens, self._model)
         requests = []
         for number, prompt in enumerate(prompts):
             requests.append(Request(number, number if indices is None else indices[number], list(prompt)))
-        return self._stream(requests, sampling, stop_texts, block_tokens)
+        return self._stream(requests, plan, block_tokens)
 
-    def _stream(
-        self, requests: list[Request], sampling: Sampling, stop_texts: StopTexts | None, block_tokens: int
-    ) -> Iterator[Progress]:
+    def _stream(self, requests: list[Request], plan: ContinuationPlan, block_tokens: int) -> Iterator[Progress]:
         by_slots: dict[int, list[Request]] = {}
         for request in requests:
-            by_slots.setdefault(self._slots(len(request.prompt) + sampling.max_tokens), []).append(request)
+            by_slots.setdefault(self._slots(len(request.prompt) + plan.sampling.max_tokens), []).append(request)
         # The largest first, so that a cache that does not fit fails at once.
         for slots in sorted(by_slots, reverse=True):
             group = by_slots[slots]
             # Sequences of similar prompts end their prompts in the same part of `read_prompts`.
             group.sort(key=lambda request: len(request.prompt), reverse=True)
-            batch = Batch(self._transformer, self._mesh, sampling, stop_texts)
+            batch = Batch(self._transformer, self._mesh, plan)
             batch.allocate(self._model, self._rows(len(group)), slots, self._cache_dtype)
             yield from batch.run(group, block_tokens)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from moe_train.evaluate.generation.sampling import Draws, SamplingKind, SamplingValues, choose_tokens
+from moe_train.evaluate.generation.sampling import DrawIds, Draws, SamplingKind, SamplingValues, TokenMasks, choose_tokens
 from moe_train.machine.mesh import BATCH, axis_size
 from moe_train.model.attention.kinds import Cache
 from moe_train.model.transformer import Transformer
@@ -55,6 +55,14 @@ class Memory(NamedTuple):
     """Final hidden state of each prompt's last token, as far as it has been read."""
     seen_BV: Bool[Array, "B V"] | None
     """Tokens that occur in each sequence; None without a repetition penalty."""
+
+
+class Choice(NamedTuple):
+    """How the next tokens are chosen."""
+
+    values: SamplingValues
+    allowed_BV: Bool[Array, "B V"] | None = None
+    """Tokens that may come next, for a single token; None for all."""
 
 
 class Prompts(NamedTuple):
@@ -103,13 +111,12 @@ def first_tokens(
     transformer: Transformer,
     memory: Memory,
     rows: Rows,
-    values: SamplingValues,
-    allowed_BV: Bool[Array, "B V"] | None = None,
+    choice: Choice,
     *,
     kind: SamplingKind,
 ) -> Block:
     """Choose the token after each prompt; `rows.positions_B` is the position that it will have."""
-    draws = _choose(transformer, memory, rows, values, allowed_BV, kind)
+    draws = _choose(transformer, memory, rows, choice, kind)
     return _replicated(Block(draws.tokens_B[None], draws.logprobs_B[None]))
 
 
@@ -119,8 +126,7 @@ def generate_block(
     memory: Memory,
     rows: Rows,
     limits: tuple[Int[Array, ""], Int[Array, " I"]],
-    values: SamplingValues,
-    allowed_BV: Bool[Array, "B V"] | None = None,
+    choice: Choice,
     *,
     kind: SamplingKind,
 ) -> tuple[Memory, Block]:
@@ -131,8 +137,7 @@ def generate_block(
         memory: caches and tokens that occur, which are donated.
         rows: the state of the rows.
         limits: number of tokens to generate, at most BLOCK_TOKENS, and the tokens that end a sequence.
-        values: settings of the choice.
-        allowed_BV: tokens that may come next, for a block of one token; None for all.
+        choice: settings of the choice of a token.
         kind: the steps of the choice.
     """
     steps, end_ids = limits
@@ -156,7 +161,7 @@ def generate_block(
         if memory.seen_BV is not None:
             mark = jax.shard_map(_mark_token, in_specs=P(BATCH), out_specs=P(BATCH))
             memory = memory._replace(seen_BV=mark(memory.seen_BV, jnp.where(is_running_B, rows.tokens_B, -1)))
-        draws = _choose(transformer, memory, next_rows, values, allowed_BV, kind)
+        draws = _choose(transformer, memory, next_rows, choice, kind)
         has_ended_B = jnp.any(draws.tokens_B[:, None] == end_ids, axis=1)
         remaining_B = jnp.where(has_ended_B, 0, jnp.maximum(rows.remaining_B - 1, 0))
         block = Block(
@@ -179,8 +184,7 @@ def _choose(
     transformer: Transformer,
     memory: Memory,
     rows: Rows,
-    values: SamplingValues,
-    allowed_BV: Bool[Array, "B V"] | None,
+    choice: Choice,
     kind: SamplingKind,
 ) -> Draws:
     """Choose the next token of each row from its hidden state."""
@@ -189,18 +193,13 @@ def _choose(
     hidden_BCD = jnp.broadcast_to(memory.hidden_BD[:, None], shape, out_sharding=P(BATCH, "context", None))
     logits_BV = _per_row(transformer.logits(hidden_BCD))[:, 0]
 
-    def local(
-        logits_bV: Float[Array, "b V"],
-        requests_b: Int[Array, " b"],
-        positions_b: Int[Array, " b"],
-        masks: tuple[Bool[Array, "b V"] | None, Bool[Array, "b V"] | None],
-        values: SamplingValues,
-    ) -> Draws:
-        return choose_tokens(logits_bV, kind, values, requests_b, positions_b, *masks)
+    def local(logits_bV: Float[Array, "b V"], ids: DrawIds, masks: TokenMasks, values: SamplingValues) -> Draws:
+        return choose_tokens(logits_bV, kind, values, ids, masks)
 
     batch = P(BATCH)
-    choose = jax.shard_map(local, in_specs=(batch, batch, batch, batch, P()), out_specs=batch)
-    return choose(logits_BV, rows.requests_B, rows.positions_B, (memory.seen_BV, allowed_BV), values)
+    choose = jax.shard_map(local, in_specs=(batch, batch, batch, P()), out_specs=batch)
+    masks = TokenMasks(memory.seen_BV, choice.allowed_BV)
+    return choose(logits_BV, DrawIds(rows.requests_B, rows.positions_B), masks, choice.values)
 
 
 def _per_row(x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:

@@ -117,6 +117,24 @@ def sampling_values(sampling: Sampling) -> SamplingValues:
     )
 
 
+class DrawIds(NamedTuple):
+    """What the draw of each row depends on, beside the seed."""
+
+    requests_B: Int[Array, " B"]
+    """Index of each row's request."""
+    positions_B: Int[Array, " B"]
+    """Position that the token will have in its sequence."""
+
+
+class TokenMasks(NamedTuple):
+    """Sets of tokens of each row; None where they are not needed."""
+
+    seen_BV: Bool[Array, "B V"] | None = None
+    """Tokens of the prompt and the continuation, for the repetition penalty."""
+    allowed_BV: Bool[Array, "B V"] | None = None
+    """Tokens that may follow, at least one in each row; None for all."""
+
+
 class Draws(NamedTuple):
     """The tokens that were chosen."""
 
@@ -129,10 +147,8 @@ def choose_tokens(
     logits_BV: Float[Array, "B V"],
     kind: SamplingKind,
     values: SamplingValues,
-    requests_B: Int[Array, " B"],
-    positions_B: Int[Array, " B"],
-    seen_BV: Bool[Array, "B V"] | None = None,
-    allowed_BV: Bool[Array, "B V"] | None = None,
+    ids: DrawIds,
+    masks: TokenMasks = TokenMasks(),  # noqa: B008 (immutable)
 ) -> Draws:
     """Choose the next token of each row. Local view.
 
@@ -140,31 +156,28 @@ def choose_tokens(
         logits_BV: float32 logits.
         kind: which steps are needed.
         values: their values.
-        requests_B: index of each row's request.
-        positions_B: position that the token will have in its sequence.
-        seen_BV: tokens of the prompt and the continuation, for the repetition penalty.
-        allowed_BV: tokens that may follow; None for all. A row that allows none is chosen from as if it allowed all.
+        ids: what the draws depend on.
+        masks: tokens that occur, and tokens that are allowed.
     """
     scores_BV = logits_BV
     if kind.penalizes:
-        assert seen_BV is not None
+        assert masks.seen_BV is not None
         penalty = values.repetition_penalty
-        scores_BV = jnp.where(seen_BV, jnp.where(scores_BV > 0, scores_BV / penalty, scores_BV * penalty), scores_BV)
-    if allowed_BV is not None:
-        scores_BV = jnp.where(allowed_BV, scores_BV, -jnp.inf)
+        scores_BV = jnp.where(masks.seen_BV, jnp.where(scores_BV > 0, scores_BV / penalty, scores_BV * penalty), scores_BV)
+    if masks.allowed_BV is not None:
+        scores_BV = jnp.where(masks.allowed_BV, scores_BV, -jnp.inf)
     if kind.draws:
         weights_BV = filtered_weights(scores_BV / values.temperature, kind, values)
-        tokens_B = _draw(weights_BV, _row_keys(values.key, requests_B, positions_B))
+        tokens_B = _draw(weights_BV, _row_keys(values.key, ids))
     else:
         tokens_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
     own_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
     return Draws(tokens_B, own_B - jax.nn.logsumexp(logits_BV, axis=-1))
 
 
-def _row_keys(key: Key[Array, ""], requests_B: Int[Array, " B"], positions_B: Int[Array, " B"]) -> Key[Array, " B"]:
-    return jax.vmap(lambda request, position: jax.random.fold_in(jax.random.fold_in(key, request), position))(
-        requests_B, positions_B
-    )
+def _row_keys(key: Key[Array, ""], ids: DrawIds) -> Key[Array, " B"]:
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.vmap(jax.random.fold_in)(fold_in(key, ids.requests_B), ids.positions_B)
 
 
 def filtered_weights(scores_BV: Float[Array, "B V"], kind: SamplingKind, values: SamplingValues) -> Int[Array, "B V"]:

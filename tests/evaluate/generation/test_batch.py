@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_train.evaluate.generation.batch import ContinuationPlan
 from moe_train.evaluate.generation.completion import StopTexts
 from moe_train.evaluate.generation.generator import Generator
 from moe_train.evaluate.generation.sampling import Sampling
@@ -21,7 +22,7 @@ def test_rows_are_refilled_and_stop_texts_free_them() -> None:
         free = generator.generate(prompts, Sampling(12))
         stop = chr(free[1].tokens[4])
         stopped = generator.generate(prompts, Sampling(12), StopTexts(Letters(), (stop,)))  # type: ignore[arg-type]
-        parts = list(generator.stream(prompts, Sampling(12), block_tokens=5))
+        parts = list(generator.stream(prompts, ContinuationPlan(Sampling(12)), block_tokens=5))
     for one, two in zip(stopped, free, strict=True):
         text = Letters().decode(two.tokens)
         expected = two.tokens[: text.index(stop) + 1] if stop in text else two.tokens

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_train.evaluate.generation.sampling import UNIT, Sampling, choose_tokens, filtered_weights, sampling_kind, sampling_values
+from moe_train.evaluate.generation.sampling import (
+    UNIT,
+    DrawIds,
+    Sampling,
+    TokenMasks,
+    choose_tokens,
+    filtered_weights,
+    sampling_kind,
+    sampling_values,
+)
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (6, 50)).astype(np.float32)
@@ -66,7 +75,7 @@ def test_draws_have_the_frequencies_of_the_probabilities_that_remain() -> None:
     logits = jnp.tile(LOGITS[:1], (count, 1))
     rows = jnp.arange(count)
     draws = jax.jit(partial(choose_tokens, kind=sampling_kind(sampling)))(
-        logits, values=sampling_values(sampling), requests_B=rows % 100, positions_B=rows // 100
+        logits, values=sampling_values(sampling), ids=DrawIds(rows % 100, rows // 100)
     )
     expected = reference(LOGITS[0], sampling, np.zeros(50, bool))
     frequencies = np.bincount(np.asarray(draws.tokens_B), minlength=50) / count
@@ -83,9 +92,8 @@ def test_only_allowed_tokens_are_chosen() -> None:
             jnp.asarray(LOGITS),
             sampling_kind(sampling),
             sampling_values(sampling),
-            *[jnp.arange(6)] * 2,
-            None,
-            jnp.asarray(allowed),
+            DrawIds(jnp.arange(6), jnp.arange(6)),
+            TokenMasks(allowed_BV=jnp.asarray(allowed)),
         )
         assert set(np.asarray(draws.tokens_B).tolist()) <= {3, 8}
 

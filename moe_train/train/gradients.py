@@ -100,8 +100,8 @@ def _accumulate_on_replicas(
     # The check is off: with it, JAX 0.10 to 0.12 give the values that a shard_map in here saves for its backward pass a spec
     # that names `data` twice.
     on_replicas = jax.shard_map(inside, in_specs=in_specs, out_specs=P(), axis_names={"data"}, check_vma=False)
-    out_specs = StepGradients(P(), P(), P(), jax.tree.map(spec_of, trainable))
-    return jax.sharding.auto_axes(on_replicas, axes=other_axes, out_sharding=out_specs)(*arguments)
+    out_specs: list[Any] = [P(), P(), P(), jax.tree.map(spec_of, trainable)]
+    return jax.sharding.auto_axes(on_replicas, axes=other_axes, out_sharding=StepGradients(*out_specs))(*arguments)
 
 
 def _without_data(spec: P) -> P:

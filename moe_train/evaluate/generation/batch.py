@@ -18,16 +18,16 @@ from moe_train.evaluate.generation.json_schema import JsonSchema
 from moe_train.evaluate.generation.programs import (
     Block,
     Choice,
-    Memory,
     Prompts,
     Rows,
+    empty_memory,
     first_tokens,
     generate_block,
     read_prompts,
 )
 from moe_train.evaluate.generation.sampling import Sampling, sampling_kind, sampling_values
 from moe_train.machine.mesh import BATCH
-from moe_train.model.transformer import Transformer, empty_caches
+from moe_train.model.transformer import Transformer
 
 PROMPT_TOKENS = 64
 """Number of tokens of each prompt that are read at once."""
@@ -83,15 +83,9 @@ class Batch:
 
     def allocate(self, model: config.Model, rows: int, slots: int, dtype: jnp.dtype) -> None:
         """Create empty caches on the device for `rows` sequences of at most `slots` tokens."""
-
-        def empty() -> Memory:
-            hidden_BD = jnp.zeros((rows, model.model_dim), self._transformer.dtype, out_sharding=P(BATCH))
-            seen_BV = None
-            if self._kind.penalizes:
-                seen_BV = jnp.zeros((rows, model.vocab_size), bool, out_sharding=P(BATCH))
-            return Memory(empty_caches(self._transformer, model, rows, slots, dtype), hidden_BD, seen_BV)
-
-        self._memory = jax.jit(empty)()
+        self._memory = empty_memory(
+            self._transformer, model=model, rows=rows, slots=slots, dtype=dtype, keeps_tokens=self._kind.penalizes
+        )
         self._vocab_size = model.vocab_size
         self._sequences: list[_Sequence | None] = [None] * rows
         self._rows = Rows(*(np.zeros(rows, np.int32) for _ in Rows._fields))

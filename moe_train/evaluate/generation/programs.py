@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from moe_train import config
 from moe_train.evaluate.generation.sampling import DrawIds, Draws, SamplingKind, SamplingValues, TokenMasks, choose_tokens
 from moe_train.machine.mesh import BATCH, axis_size
 from moe_train.model.attention.kinds import Cache
-from moe_train.model.transformer import Transformer
+from moe_train.model.transformer import Transformer, empty_caches
 
 BLOCK_TOKENS = 32
 """Number of tokens that a block has room for; a program argument says how many are generated."""
@@ -75,6 +76,25 @@ class Prompts(NamedTuple):
     """Column of the prompt's last token; -1 if it is not in this part."""
     is_new_B: Bool[Array, " B"]
     """Whether the row starts a new sequence with this part."""
+
+
+@partial(jax.jit, static_argnames=("model", "rows", "slots", "dtype", "keeps_tokens"))
+def empty_memory(
+    transformer: Transformer, *, model: config.Model, rows: int, slots: int, dtype: jnp.dtype, keeps_tokens: bool
+) -> Memory:
+    """Return memory for `rows` sequences of at most `slots` tokens.
+
+    Args:
+        transformer: the model, whose stacks the caches follow.
+        model: its architecture.
+        rows: number of sequences.
+        slots: largest number of tokens of a sequence.
+        dtype: dtype of the caches.
+        keeps_tokens: whether the tokens that occur are kept, for a repetition penalty.
+    """
+    hidden_BD = jnp.zeros((rows, model.model_dim), transformer.dtype, out_sharding=P(BATCH))
+    seen_BV = jnp.zeros((rows, model.vocab_size), bool, out_sharding=P(BATCH)) if keeps_tokens else None
+    return Memory(empty_caches(transformer, model, rows, slots, dtype), hidden_BD, seen_BV)
 
 
 @partial(jax.jit, donate_argnames="memory")

@@ -116,11 +116,11 @@ class Mistral(Tokenizer):
 
         if isinstance(self._text, Tekkenizer):
             return [self._text.id_to_byte_piece(number) for number in ids]
-        model: Any = self._text._model  # sentencepiece's processor; mistral-common types less of it
+        sentencepiece: Any = self._text  # mistral-common types less of it
         result = []
         for number in ids:
             piece = self._text.id_to_piece(number)
-            if model.is_byte(number):
+            if sentencepiece._model.is_byte(number):
                 result.append(bytes([int(piece[3:-1], 16)]))  # <0x0A>
             else:
                 result.append(b"" if number in self.control_ids else piece.replace(SPACE, " ").encode())

@@ -139,10 +139,15 @@ def test_a_word_is_trained_on_with_the_space_before_it() -> None:
 
 
 def test_a_piece_without_a_token_of_its_own_is_a_problem(tokenizer: HuggingFace) -> None:
-    within_a_word = conversation(answered([("cert", False), ("ainly not", True), (" certain", False), ("ly", True)]))
-    for template, used in ((None, mistral_of("tekken")), (CHATML, tokenizer)):
-        with pytest.raises(Problem, match=r"the loss is to cover '(ainly not|ly)', whose tokens also belong"):
-            examples(within_a_word, template, used)
+    within_a_word = answered([("cert", False), ("ainly not", True), (" certain", False), ("ly", True)])
+    with pytest.raises(Problem, match=r"the loss is to cover '(ainly not|ly)', whose tokens also belong"):
+        examples(conversation(within_a_word), None, mistral_of("tekken"))
+    text = "the quick brown fox"
+    offsets = tokenizer._control.encode(text, add_special_tokens=False).offsets
+    end = next(stop for start, stop in offsets if stop - start > 1 and text[stop - 2 : stop].isalpha())
+    last_letter = answered([(text[: end - 1], False), (text[end - 1 : end], True), (text[end:], False)])
+    with pytest.raises(Problem, match=f"the loss is to cover '{text[end - 1]}', whose tokens also belong"):
+        examples(conversation(last_letter), CHATML, tokenizer)
 
 
 def test_characters_of_several_bytes() -> None:

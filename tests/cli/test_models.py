@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from moe_train.commands.export import ExportOptions
+from moe_train.commands.generate import GeneratedText, GenerationRequest, Sampling
 from tests.cli.command import run
 
 CHECK = {"name": "tensors", "passed": True, "said": "3 tensors", "figures": {"tolerance": "bits"}, "seconds": 0.25}
@@ -66,15 +67,15 @@ def test_step(stand_in, tmp_path: Path, capsys) -> None:
         runs.append(adapter)
         return SimpleNamespace(to_json=dict)
 
-    def generate_text(directory: Path, *_: Any, **__: Any) -> list[str]:
+    def generate(directory: Path, _: GenerationRequest) -> list[GeneratedText]:
         runs.append(directory)
-        return [""]
+        return []
 
     stand_in("moe_train.commands.export", export=export, ExportOptions=ExportOptions)
     stand_in("moe_train.commands.verify", verify=verify)
     stand_in("moe_train.commands.verify_answers", verify_answers=None)
     stand_in("moe_train.commands.adapters", diff=diff, comparison_tables=None)
-    stand_in("moe_train.commands.generate", generate_text=generate_text)
+    stand_in("moe_train.commands.generate", generate=generate, GenerationRequest=GenerationRequest, Sampling=Sampling)
     tuned = tmp_path / "tuned"
     (tuned / "checkpoints").mkdir(parents=True)
     assert run("export", tuned, "out", "--step", "30", "--json") == 0

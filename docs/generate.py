@@ -98,7 +98,8 @@ def _section(section: SectionEntry) -> Iterator[str]:
 
 
 def _code(default: str) -> str:
-    return default if default == "the defaults of its keys" else f"`{default}`"
+    in_words = default in ("the defaults of its keys", "a built-in one")
+    return default if in_words else f"`{default}`"
 
 
 def _cell(text: str) -> str:

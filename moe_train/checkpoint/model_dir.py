@@ -100,7 +100,7 @@ def open_model(directory: str | Path) -> OpenedModel:
     model = run.model if run else read_model(directory)
     tokenizer = load_tokenizer(find_tokenizer_config(directory))
     if run:
-        _check_tokenizer(directory, run, tokenizer)
+        check_tokenizer_of_run(directory, run, tokenizer)
     check_vocab(tokenizer, model.vocab_size)
     chat_template = None
     if run and isinstance(run.data, config.RunData):
@@ -142,7 +142,7 @@ def find_tokenizer_config(directory: str | Path) -> config.Tokenizer:
     )
 
 
-def _check_tokenizer(directory: str | Path, run: config.Run, tokenizer: Tokenizer) -> None:
+def check_tokenizer_of_run(directory: str | Path, run: config.Run, tokenizer: Tokenizer) -> None:
     """Raise ValueError if the tokenizer that belongs to a run has changed since its checkpoint was saved."""
     step = named_step(directory)
     readable = survey(run_folder(directory)).readable

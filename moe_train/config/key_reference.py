@@ -25,7 +25,7 @@ class KeyEntry(NamedTuple):
     type: str
     """Type and limits in words, or the values that are allowed."""
     default: str | None
-    """Default as YAML's flow style; None if the key is required."""
+    """Default as YAML's flow style, or in words where it has no such form; None if the key is required."""
     description: str
 
 
@@ -124,7 +124,8 @@ def _entry(schema: FileSchema, value: JsonSchemaValue, path: str, tag: str, requ
     """Return the entry of one key of a section."""
     default = None
     if not required:
-        default = json.dumps(value.get("default"), ensure_ascii=False)
+        # A schema leaves out a default that JSON cannot hold, such as one that a function makes.
+        default = json.dumps(value["default"], ensure_ascii=False) if "default" in value else "a built-in one"
         # A section that is left out has the defaults of its keys, which stand in entries of their own.
         if "$ref" in value and isinstance(value.get("default"), dict):
             default = "the defaults of its keys"

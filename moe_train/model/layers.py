@@ -132,15 +132,21 @@ class Linear(Adapted):
         """
         return self.apply(x, self.apply_dropout(x, key))
 
-    def apply(self, x: Float[Array, "*dims"], adapter_input: Float[Array, "*dims"]) -> Float[Array, "..."]:
-        """Apply the map to x, and the LoRA adapter, if there is one, to `adapter_input`, which is x after dropout."""
-        y = fsdp.project(self.equation, x, self.weight[...])
+    def apply(self, x: Float[Array, "*dims"], adapter_input: Float[Array, "*dims"], saved: bool = True) -> Float[Array, "..."]:
+        """Apply the map to x, and the LoRA adapter, if there is one, to `adapter_input`, which is x after dropout.
+
+        Args:
+            x: input with the dims of the equation's first operand.
+            adapter_input: input of the adapter.
+            saved: whether remat `minimal` keeps the results for the backward pass.
+        """
+        y = fsdp.project(self.equation, x, self.weight[...], saved)
         adapter = self.adapter()
         if adapter is not None:
             a, b = adapter
             to_rank, from_rank = lora_equations(self.equation)
-            low_rank = fsdp.project(to_rank, adapter_input, a)
-            y += fsdp.project(from_rank, low_rank, b)
+            low_rank = fsdp.project(to_rank, adapter_input, a, saved)
+            y += fsdp.project(from_rank, low_rank, b, saved)
         return y
 
 

@@ -6,7 +6,7 @@ with depth. `config.stacks` gives the stacks of a model: one if all layers are a
 `hidden, stats = model(tokens, positions, segment_ids)`; the loss applies `model.head_weight()`.
 
 A model is passed around as a flat dict {path: array} (`parameters`, `combine`); `ParameterPath` gives the meaning of a path.
-Layer i * period + j of stack s is entry i of `stacks.s.layers.j.…`. README.md lists the shape letters of array names.
+Layer i * period + j of stack s is entry i of `stacks.s.layers.j.…`. docs/how_it_works/architecture.md lists the letters of shapes.
 """
 
 from __future__ import annotations

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from moe_train.commands.export import ExportOptions
-from moe_train.commands.generate import GeneratedText, GenerationRequest, Sampling
+from moe_train.commands.generate import GeneratedText, GenerationRequest
 from tests.cli.command import run
 
 CHECK = {"name": "tensors", "passed": True, "said": "3 tensors", "figures": {"tolerance": "bits"}, "seconds": 0.25}
@@ -51,7 +53,7 @@ def test_verify(stand_in, capsys) -> None:
     assert shown.err == "moe-train: out is not what was exported; these checks failed: tensors\n"
 
 
-def test_step(stand_in, tmp_path: Path, capsys) -> None:
+def test_step(stand_in, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     runs: list[Path] = []
 
     def export(source: Path, *_: Any) -> dict[str, Any]:
@@ -69,13 +71,14 @@ def test_step(stand_in, tmp_path: Path, capsys) -> None:
 
     def generate(directory: Path, _: GenerationRequest) -> list[GeneratedText]:
         runs.append(directory)
-        return []
+        return [GeneratedText(0, "", [], [], "max_tokens")]
 
     stand_in("moe_train.commands.export", export=export, ExportOptions=ExportOptions)
     stand_in("moe_train.commands.verify", verify=verify)
     stand_in("moe_train.commands.verify_answers", verify_answers=None)
     stand_in("moe_train.commands.adapters", diff=diff, comparison_tables=None)
-    stand_in("moe_train.commands.generate", generate=generate, GenerationRequest=GenerationRequest, Sampling=Sampling)
+    monkeypatch.setattr("moe_train.commands.generate.generate", generate)
+    monkeypatch.setenv("MOE_TRAIN_COMPILE_CACHE", "off")
     tuned = tmp_path / "tuned"
     (tuned / "checkpoints").mkdir(parents=True)
     assert run("export", tuned, "out", "--step", "30", "--json") == 0

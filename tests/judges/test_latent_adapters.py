@@ -77,7 +77,7 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     ("model", "lora"),
     [
         pytest.param(MISTRAL4, WITH_ROUTER, id="mistral4"),
-        pytest.param(DEEPSEEK_V3, LORA, id="deepseek_v3", marks=pytest.mark.slow),
+        pytest.param(DEEPSEEK_V3, WITH_ROUTER, id="deepseek_v3", marks=pytest.mark.slow),
     ],
 )
 def test_peft_applies_an_adapter_and_writes_one_that_is_read(model: config.Model, lora: config.Lora, tmp_path: Path) -> None:

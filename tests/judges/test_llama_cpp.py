@@ -38,6 +38,20 @@ from moe_train.weights import external, gguf, merge, names
 from moe_train.weights.gguf import chat_format, container
 from moe_train.weights.gguf import lora as gguf_lora
 from moe_train.weights.texts import Texts
+from tests.weights.gguf.models import (
+    ATTENTION,
+    DEEPSEEK_V3,
+    DENSE,
+    LATENT,
+    MINISTRAL,
+    MINISTRAL3,
+    MISTRAL4,
+    MIXTRAL,
+    MOE,
+    SCALED,
+    SIZES,
+    YARN,
+)
 
 NODE = os.environ.get("LLAMA_CPP_NODE")
 pytestmark = [
@@ -47,40 +61,12 @@ pytestmark = [
     ),
 ]
 
-SIZES: dict[str, Any] = {"vocab_size": 352, "model_dim": 64, "num_layers": 2, "max_seq_len": 128}
-ATTENTION = config.GroupedQueryAttention(num_heads=4, num_kv_heads=2, head_dim=24)
-DENSE = config.DenseFfn(name="dense", ffn_dim=96)
-MOE = config.MoeFfn(name="moe", ffn_dim=96, num_experts=4, experts_per_token=2)
-YARN = config.YarnRope(
-    name="yarn", theta=1e4, factor=16.0, original_max_seq_len=8, beta_fast=32.0, beta_slow=1.0, mscale=1.0, mscale_all_dim=1.0
-)
-SCALED = ATTENTION.model_copy(update={"query_scaling": config.QueryScaling(beta=0.1, original_max_seq_len=8)})
 WINDOW = ATTENTION.model_copy(update={"windows": (48,)})
-INTERLEAVED = ATTENTION.model_copy(update={"windows": (None, 48)})
-LATENT = config.MultiHeadLatentAttention(
-    name="mla",
-    num_heads=4,
-    q_lora_rank=32,
-    kv_lora_rank=32,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=24,
-    query_scaling=config.QueryScaling(beta=0.1, original_max_seq_len=8),
-)
-SHARED = MOE.model_copy(
-    update={
-        "router": config.SoftmaxRouter(name="softmax", scale=1.5),
-        "num_shared_experts": 2,
-        "dense_layers": config.DenseLayers(count=1, ffn_dim=64),
-    }
-)
-SIGMOID = config.SigmoidRouter(name="sigmoid", bias=True, scale=2.5, num_groups=2, groups_per_token=1)
-MISTRAL4 = config.Model(family="mistral4", attention=LATENT, ffn=SHARED, rope=YARN, norm_eps=1e-6, **SIZES)
 MODELS = {
-    "mixtral": config.Model(family="mixtral", attention=ATTENTION, ffn=MOE, **SIZES),
+    "mixtral": MIXTRAL,
     "mistral": config.Model(family="mistral", attention=WINDOW, ffn=DENSE, **SIZES),
-    "ministral": config.Model(family="ministral", attention=INTERLEAVED, ffn=DENSE, **SIZES),
-    "ministral3": config.Model(family="ministral3", attention=SCALED, ffn=DENSE, rope=YARN, tie_embeddings=True, **SIZES),
+    "ministral": MINISTRAL,
+    "ministral3": MINISTRAL3,
     "ministral3 of yarn's own scale": config.Model(
         family="ministral3",
         attention=ATTENTION,
@@ -94,14 +80,7 @@ MODELS = {
     "mistral4 with mscale squared": MISTRAL4.model_copy(
         update={"attention": LATENT.model_copy(update={"scale_correction": "mscale_squared"})}
     ),
-    "deepseek_v3": config.Model(
-        family="deepseek_v3",
-        attention=LATENT.model_copy(update={"query_scaling": None, "scale_correction": "mscale_squared"}),
-        ffn=SHARED.model_copy(update={"router": SIGMOID, "dense_layers": None}),
-        rope=YARN,
-        norm_eps=1e-6,
-        **SIZES,
-    ),
+    "deepseek_v3": DEEPSEEK_V3,
 }
 PROMPTS = [np.random.default_rng(0).integers(5, 300, length).tolist() for length in (40, 7)]
 

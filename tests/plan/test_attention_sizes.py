@@ -8,8 +8,8 @@ import pytest
 from moe_train import config
 from moe_train.plan.attention_sizes import attention_sizes
 from tests.random_parameters import abstract
-from tests.tiny import MIXTRAL, ONE
-from tests.weights.mistral.models import LATENT, MISTRAL4
+from tests.tiny import LATENT, MIXTRAL, ONE
+from tests.weights.mistral.models import MISTRAL4
 
 DIRECT = MISTRAL4.model_copy(update={"attention": LATENT.model_copy(update={"q_lora_rank": None})})
 

@@ -15,8 +15,8 @@ from moe_train.proof.softmax_scale import check_softmax_scale
 from moe_train.weights.gguf import container
 from moe_train.weights.gguf import settings as gguf_settings
 from moe_train.weights.mistral import params_json
-from tests.tiny import MIXTRAL
-from tests.weights.mistral.models import LATENT, MISTRAL4
+from tests.tiny import LATENT, MIXTRAL
+from tests.weights.mistral.models import MISTRAL4
 
 MSCALE = 0.1 * math.log(4.0) + 1
 

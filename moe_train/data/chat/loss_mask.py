@@ -18,7 +18,7 @@ from typing import NamedTuple
 from moe_train.data.chat.call_ids import differing, has_call_ids, with_other_ids
 from moe_train.data.chat.environment import GENERATION
 from moe_train.data.chat.example import by_turn, is_trained_on, restart_reason, turns
-from moe_train.data.chat.pieces import Layer, has_pieces, layers_of_rendering
+from moe_train.data.chat.pieces import Layer, layers_of_turns
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.normal_form import Conversation, Message
@@ -93,7 +93,8 @@ def trained_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
         # `rendered` is shared by all parts: `_prefix_spans` adds to it what it has to ask for.
         renderings = _Renderings(Conversation(messages[:end], conversation.tools, conversation.settings), rendered, tokenizer)
         text = yield from _trained_text(renderings, trained_on)
-        text = with_pieces(text, [[messages[i]] for i in trained_on], tokenizer)
+        layers = layers_of_turns(text.text, text.trained_on, [[messages[i]] for i in trained_on], tokenizer.special_pattern)
+        text = text._replace(pieces=layers)
         if in_turn:
             text = text._replace(turns=(TurnText(len(text.trained_on), text.text[text.end :]),))
         # Compared only up to the end of the earlier turn: what follows it there (`TurnText.after`) is not trained on.
@@ -120,25 +121,6 @@ def joined(before: Text, text: Text) -> Text:
         turns=(*before.turns, *turn_texts),
         restart=before.restart,
     )
-
-
-def with_pieces(text: Text, turn_messages: list[list[Message]], tokenizer: HuggingFace) -> Text:
-    """Return a text with the layers of turns of which only pieces are trained on.
-
-    Args:
-        text: The text.
-        turn_messages: The messages of each of its trained spans.
-        tokenizer: The tokenizer.
-    """
-    if not any(map(has_pieces, turn_messages)):
-        return text
-    if len(turn_messages) != len(text.trained_on):
-        message = "the loss covers pieces of a turn, and the chat template marks several generations in one message"
-        raise Problem("template", message, "put one {% generation %} … {% endgeneration %} around each message")
-    layers: list[Layer] = []
-    for span, messages in zip(text.trained_on, turn_messages, strict=True):
-        layers += layers_of_rendering(text.text, span, messages, tokenizer.special_pattern)
-    return text._replace(pieces=tuple(layers))
 
 
 def _with_random(texts: list[Text], ends: list[int], conversation: Conversation, tokenizer: HuggingFace) -> Steps:

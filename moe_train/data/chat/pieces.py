@@ -22,19 +22,22 @@ Layer = tuple[Span, bool]
 """A part of a text, and whether tokens that touch it are trained on, unless a later layer says otherwise."""
 
 
-def layers(pieces: Sequence[Piece], start: int = 0) -> list[Layer]:
-    """Return the layers of a text, given the position at which it begins."""
-    ends = list(itertools.accumulate((len(piece.text) for piece in pieces), initial=start))
-    spans = list(itertools.pairwise(ends))
-    untrained = [span for span, piece in zip(spans, pieces, strict=True) if not piece.trained_on]
-    trained = [span for span, piece in zip(spans, pieces, strict=True) if piece.trained_on]
-    words = []
-    for piece, (first, last) in zip(pieces, spans, strict=True):
-        if not piece.trained_on:
-            words.append((last - len(piece.text.lstrip()), first + len(piece.text.rstrip())))
-    # Untrained pieces, then whatever reaches into a trained one, then what is not white space of the untrained ones.
-    layered = [*((span, False) for span in untrained), *((span, True) for span in trained), *((span, False) for span in words)]
-    return [layer for layer in layered if layer[0][0] < layer[0][1]]
+def layers(pieces: Sequence[Piece]) -> list[Layer]:
+    """Return the layers of a text in pieces."""
+    trained: list[Layer] = []
+    untrained: list[Layer] = []
+    words: list[Layer] = []
+    position = 0
+    for piece in pieces:
+        end = position + len(piece.text)
+        if piece.trained_on:
+            trained.append(((position, end), True))
+        else:
+            untrained.append(((position, end), False))
+            words.append(((end - len(piece.text.lstrip()), position + len(piece.text.rstrip())), False))
+        position = end
+    # Untrained pieces first, then whatever reaches into a trained one, then what is not white space of the untrained ones.
+    return [layer for layer in (*untrained, *trained, *words) if layer[0][0] < layer[0][1]]
 
 
 def has_pieces(messages: Sequence[Message]) -> bool:
@@ -42,20 +45,35 @@ def has_pieces(messages: Sequence[Message]) -> bool:
     return any("pieces" in message for message in messages)
 
 
-def layers_of_rendering(text: str, turn: Span, messages: Sequence[Message], special_pattern: re.Pattern[str]) -> list[Layer]:
-    """Return the layers of a turn in a rendered text.
+def layers_of_turns(
+    text: str, turns: Sequence[Span], turn_messages: Sequence[Sequence[Message]], special_pattern: re.Pattern[str]
+) -> tuple[Layer, ...]:
+    """Return the layers of the turns of a rendered text.
 
     Args:
         text: The text, with marks around what looks like a control token (`renderings`).
-        turn: The span of the turn in the text.
-        messages: The messages of the turn.
+        turns: The spans of the text that are trained on.
+        turn_messages: The messages of each turn.
         special_pattern: Matches text that looks like a control token.
 
     Raises:
-        Problem: If a text in pieces is not in the turn, or more than once, so that its pieces cannot be located.
+        Problem: If there are other spans than turns, or a text in pieces is not in its turn, or more than once, so that its pieces
+            cannot be located.
     """
-    if not has_pieces(messages):
-        return []
+    if not any(map(has_pieces, turn_messages)):
+        return ()
+    if len(turn_messages) != len(turns):
+        message = "the loss covers pieces of a turn, and the chat template marks several generations in one message"
+        raise Problem("template", message, "put one {% generation %} … {% endgeneration %} around each message")
+    result: list[Layer] = []
+    for turn, messages in zip(turns, turn_messages, strict=True):
+        if has_pieces(messages):
+            result += _layers_of_turn(text, turn, messages, special_pattern)
+    return tuple(result)
+
+
+def _layers_of_turn(text: str, turn: Span, messages: Sequence[Message], special_pattern: re.Pattern[str]) -> list[Layer]:
+    """Return the layers of a turn in a rendered text. Raises Problem if a text in pieces cannot be located in it."""
     result: list[Layer] = []
     position, end = turn
     for message in messages:
@@ -71,14 +89,17 @@ def layers_of_rendering(text: str, turn: Span, messages: Sequence[Message], spec
             if start < 0:
                 continue
             position = start + len(searched)
-            if not partial:
-                continue
-            before = start - (len(plain) - len(plain.lstrip()))
-            for (first, last), trained_on in layers(pieces):
-                span = (_with_marks(plain, first, special_pattern), _with_marks(plain, last, special_pattern))
-                clipped = (max(span[0] + before, start), min(span[1] + before, position))
-                if clipped[0] < clipped[1]:
-                    result.append((clipped, trained_on))
+            if partial:
+                # The position at which the text begins with the white space that the template may have stripped.
+                origin = start - (len(plain) - len(plain.lstrip()))
+                written = marked_text(plain, special_pattern)
+                if origin >= turn[0] and text.startswith(written, origin):
+                    start, position = origin, min(origin + len(written), end)
+                marks = _Marks(plain, special_pattern)
+                for (first, last), trained_on in layers(pieces):
+                    span = (max(origin + marks.position(first), start), min(origin + marks.position(last), position))
+                    if span[0] < span[1]:
+                        result.append((span, trained_on))
     return result
 
 
@@ -98,11 +119,22 @@ def check_effective(layered: Sequence[tuple[Span, bool, str]], mask: Sequence[bo
             raise Problem("weight", message, "let the pieces end between words")
 
 
-def _with_marks(text: str, position: int, special_pattern: re.Pattern[str]) -> int:
-    """Translate a position in a text to one in the text with marks around what looks like a control token."""
-    matches = list(special_pattern.finditer(text))
-    num_marks = sum(match.start() < position for match in matches) + sum(match.end() <= position for match in matches)
-    return position + num_marks
+class _Marks:
+    """The marks around what looks like a control token in a text.
+
+    Args:
+        text: The text without marks.
+        special_pattern: Matches text that looks like a control token.
+    """
+
+    def __init__(self, text: str, special_pattern: re.Pattern[str]) -> None:
+        matches = list(special_pattern.finditer(text))
+        self._starts = [match.start() for match in matches]
+        self._ends = [match.end() for match in matches]
+
+    def position(self, position: int) -> int:
+        """Translate a position in the text to one in the text with marks."""
+        return position + bisect.bisect_left(self._starts, position) + bisect.bisect_right(self._ends, position)
 
 
 def trained_ids(ids: Sequence[int], messages: Sequence[Message], tokenizer: Mistral) -> list[bool]:

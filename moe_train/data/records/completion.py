@@ -66,7 +66,7 @@ def take_prompt(remaining: dict[str, Any], column: str, unread: Unread, weight: 
         # The loss covers the completion only, so assistant messages of the prompt get weight 0.
         messages = read_messages(prompt, column, PLAIN, unread)
         if weight is not None:
-            messages = [m | {"weight": weight} if m.get("role") == "assistant" else m for m in messages]
+            messages = [_weighted(message, weight) for message in messages]
         return with_system(remaining, messages)
     texts = [prompt]
     for name in MORE_PROMPT:
@@ -78,6 +78,13 @@ def take_prompt(remaining: dict[str, Any], column: str, unread: Unread, weight: 
         texts.append(more)
     question = "\n".join(text for text in texts if text)
     return with_system(remaining, [*_take_history(remaining, unread), {"role": "user", "content": question}])
+
+
+def _weighted(message: Message, weight: int) -> Message:
+    """Return a message; if it is the assistant's, with a weight in place of what it says of the loss."""
+    if message.get("role") != "assistant":
+        return message
+    return {key: value for key, value in message.items() if key != "pieces"} | {"weight": weight}
 
 
 def with_system(remaining: dict[str, Any], messages: list[Message]) -> list[Message]:

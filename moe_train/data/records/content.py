@@ -14,7 +14,7 @@ from moe_train.data.records.unread import Unread, is_empty
 _TEXT = ("text", "input_text", "output_text")
 _REASONING = ("thinking", "reasoning")
 _REASONING_KEYS = ("thinking", "reasoning", "text", "value")
-_CALL = ("tool_use", "tool_call")
+_CALL = ("tool_use", "tool_call", "tool_calls")
 _MEDIA = ("image", "audio", "video", "file", "document")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold the model's reasoning."""

@@ -118,12 +118,14 @@ def take_detail(remaining: dict[str, Any], location: str, role: object, text: ob
 
 def _range(entry: object, location: str, size: int) -> tuple[int, int, int]:
     """Return a range of characters as (start, end, flag), given the number of characters of the text."""
-    flag: int | None = None
-    if isinstance(entry, dict) and {key for key, value in entry.items() if value is not None} == {*_RANGE, "train"}:
-        flag = _meaning(entry["train"])
+    malformed = Problem("weight", f"{location} has {brief(entry)}", _DETAIL_REMEDY)
+    if not isinstance(entry, dict) or {key for key, value in entry.items() if value is not None} != {*_RANGE, "train"}:
+        raise malformed
+    flag = _meaning(entry["train"])
     if flag is None:
-        raise Problem("weight", f"{location} has {brief(entry)}", _DETAIL_REMEDY)
-    begin, last = (entry[name] for name in _RANGE)  # type: ignore[index]
+        raise malformed
+    begin = entry["begin_offset"]
+    last = entry["end_offset"]
     for offset in (begin, last):
         # Tables hold integers as floats where a column has nulls.
         if isinstance(offset, bool) or not isinstance(offset, int | float) or not float(offset).is_integer():

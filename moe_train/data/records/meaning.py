@@ -38,16 +38,8 @@ _TOPICS = (
     _Topic(
         "it marks an answer as good or bad, and no objective reads it yet",
         (
-            "label",
-            "labels",
-            "kto_tag",
-            "desirable",
-            "undesirable",
-            "is_desirable",
-            "preferred",
-            "is_preferred",
-            "is_good",
-            "is_bad",
+            *("label", "labels", "kto_tag", "desirable", "undesirable", "is_desirable", "preferred", "is_preferred"),
+            *("is_good", "is_bad"),
         ),
     ),
     _Topic(
@@ -63,7 +55,10 @@ _TOPICS = (
     _Topic(
         "it says what the loss covers, and is not read here; a message of the assistant has weight 0 or 1",
         ("train", "training", "train_detail", "loss", "loss_weight", "loss_scale", "loss_mask", "weight", "mask", "masked"),
-        ("train", "training", "trained", "trainable", "loss", "weight", "weights", "mask", "masked", "masking", "untrained"),
+        (
+            *("train", "training", "trained", "trainable", "untrained", "loss", "losses", "weight", "weights"),
+            *("mask", "masks", "masked", "masking"),
+        ),
     ),
     _Topic(
         "it may say that the loss does not cover this, and is not read here; a message of the assistant has weight 0 or 1",

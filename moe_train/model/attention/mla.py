@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -183,11 +182,15 @@ class MultiHeadLatentAttention(nnx.Module):
         C = R + self.sizes.qk_rope_head_dim
         latent_BSR = gathered_BSC[..., :R]
         dropped_BSR = latent_BSR if len(parts) == 2 else gathered_BSC[..., C:]
-        # Saving the results for the backward pass, as those of other projections, would take the memory of all devices' tokens.
-        return jax.checkpoint(self._keys_and_values)(latent_BSR, dropped_BSR, gathered_BSC[..., R:C])
+        # Saved for the backward pass, like the results of other projections, they would take memory for the whole sequence.
+        return self._keys_and_values(latent_BSR, dropped_BSR, gathered_BSC[..., R:C], saved=False)
 
     def _keys_and_values(
-        self, latent_BTR: Float[Array, "B T R"], dropped_BTR: Float[Array, "B T R"], shared_BTP: Float[Array, "B T P"]
+        self,
+        latent_BTR: Float[Array, "B T R"],
+        dropped_BTR: Float[Array, "B T R"],
+        shared_BTP: Float[Array, "B T P"],
+        saved: bool = True,
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N W"]]:
         """Return keys and values of all heads; every key ends with the shared rotary part.
 
@@ -195,8 +198,9 @@ class MultiHeadLatentAttention(nnx.Module):
             latent_BTR: normalized latents.
             dropped_BTR: the same after the dropout of the adapter of kv_b.
             shared_BTP: rotated shared parts of the keys.
+            saved: whether remat `minimal` keeps the results of kv_b for the backward pass.
         """
-        heads_BTNU = self.kv_b_proj.apply(latent_BTR, dropped_BTR)
+        heads_BTNU = self.kv_b_proj.apply(latent_BTR, dropped_BTR, saved)
         n = self.sizes.qk_nope_head_dim
         shape = (*heads_BTNU.shape[:-1], self.sizes.qk_rope_head_dim)
         # Created split over heads: its gradient is then summed on each device before it crosses devices.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +29,11 @@ from moe_train.weights.peft.pieces import (
     saved_pieces,
     tied_head,
 )
+from moe_train.weights.peft.selected import unselected_modules
 from moe_train.weights.peft.settings import MERGE_FIRST, read_settings
 from moe_train.weights.peft.stacks import Stacks, stacks_of
+
+log = logging.getLogger(__name__)
 
 
 def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
@@ -108,6 +113,8 @@ def _open(directory: Path, model: config.Model) -> _Opened:
     """Open an adapter. Raises ValueError if it is not supported."""
     settings = read_settings(directory)
     stored = safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS)
+    if modules := unselected_modules(stored, settings):
+        _warn_of_unselected(str(directory), modules[0], len(modules))
     layout = matrix_for_each_expert(names.detect_adapted(stored, model), model)
     tensors = _tensors_in_layers(directory, settings, stored, model, layout)
     # Files with fused adapters state alphas under the fused names, which are split here like the tensors.
@@ -128,6 +135,19 @@ def _open(directory: Path, model: config.Model) -> _Opened:
         train=_trained_in_full(directory / ADAPTER_CONFIG, settings, tensors, model, layout),
     )
     return _Opened(tensors, layout, stacks, lora)
+
+
+@functools.cache
+def _warn_of_unselected(directory: str, module: str, count: int) -> None:
+    """Warn, once for each adapter, of tensors that PEFT would leave out."""
+    log.warning(
+        "%s has adapters of %d modules that its %s does not select (such as %s, by target_modules, exclude_modules or "
+        "layers_to_transform); they are read, while PEFT leaves them out: correct the settings, or remove the tensors",
+        directory,
+        count,
+        ADAPTER_CONFIG,
+        module,
+    )
 
 
 def _tensors_in_layers(

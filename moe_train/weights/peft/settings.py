@@ -81,6 +81,7 @@ def read_settings(directory: Path) -> JsonObject:
             raise ValueError(f"{file}: {key} is {entries!r}; it has to be a list of names")
     _check_method(file, settings)
     _check_alphas(file, settings)
+    _check_types(file, settings)
     for key, value in settings.items():
         if key not in (*_READ, *_IGNORED) and not _is_off(key, value):
             raise ValueError(f"{file}: {key} is {value!r}, which is not supported; {MERGE_FIRST}")
@@ -125,6 +126,21 @@ def _is_off(key: str, value: Any) -> bool:
     if key in _REQUIRED and value == _REQUIRED[key]:
         return True
     return value is None or value is False or value in ([], {})
+
+
+def _check_types(file: Path, settings: JsonObject) -> None:
+    """Raise ValueError if a setting that is read has another type than PEFT writes."""
+    if settings.get("use_rslora") not in (None, True, False):
+        raise ValueError(f"{file}: use_rslora is {settings['use_rslora']!r}; it has to be true or false")
+    dropout = settings.get("lora_dropout") or 0.0
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"{file}: lora_dropout is {dropout!r}; it has to be a number from 0 up to, but not including, 1")
+    for key in ("target_modules", "exclude_modules"):
+        targets = settings.get(key)
+        try:
+            re.compile(targets if isinstance(targets, str) else "")
+        except re.error as error:
+            raise ValueError(f"{file}: {key} is {targets!r}, which is not a regular expression: {error}") from error
 
 
 def _check_alphas(file: Path, settings: JsonObject) -> None:

@@ -73,8 +73,12 @@ def adapter_config(
 
 def _stems(model: config.Model, layout: names.TensorLayout) -> dict[str, str]:
     """Return the name of a module in the base, in one of the layers that share its path."""
-    pieces = names.weight_pieces(model, layout)
-    return {ParameterPath.parse(piece.path).module_path: piece.name.removesuffix(".weight") for piece in pieces}
+    stems: dict[str, str] = {}
+    for piece in names.weight_pieces(model, layout):
+        path = ParameterPath.parse(piece.path)
+        if not path.is_router_bias:  # of the same module as the router's weight
+            stems[path.module_path] = piece.name.removesuffix(".weight")
+    return stems
 
 
 def _shape_of_keys(

@@ -178,6 +178,12 @@ def test_a_template_that_trims_and_reasons(tokenizer: HuggingFace) -> None:
     assert "the fox" in trained and " is brown</s>" in trained and "dog" not in trained and "It is" not in trained
 
 
+def test_white_space_around_a_text(tokenizer: HuggingFace) -> None:
+    message = answered([("\n\n\nfox", False), (" dog", True), ("  \n", False)])
+    (example,) = examples(conversation(message), CHATML, tokenizer)
+    assert trained_text(example, tokenizer).strip() == "dog</s>"
+
+
 @pytest.mark.parametrize(("template", "reason"), [(TWICE, "more than once"), (TWO_GENERATIONS, "several generations")])
 def test_pieces_that_cannot_be_located(tokenizer: HuggingFace, template: str, reason: str) -> None:
     with pytest.raises(Problem, match=reason):

@@ -17,7 +17,7 @@ from tests.data.records.reading import TOOL as A_TOOL
         *("trained", "no_loss", "do_train", "trainOnTurn", "role-loss", "lossMultiplier", "training_details", "isMasked"),
         *("image_path", "imageURL", "audio-file", "video2", "chat_history", "conversationHistory", "chain_of_thought", "CoT"),
         *("thoughts", "enable_thinking", "system_message", "SystemPrompt", "LABEL", "kto-tag"),
-        *("rejected_completion", "is_desirable", "answer-chosen", "instructions", "tool_use"),
+        *("rejected_completion", "is_desirable", "answer-chosen", "instructions", "tool_use", "assistant_masks"),
     ],
 )
 def test_words_and_spellings(key: str) -> None:

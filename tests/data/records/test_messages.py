@@ -89,7 +89,7 @@ def test_parallel_calls_as_messages_of_their_own_are_one_turn() -> None:
 
 
 def test_calls_in_parts_without_ids_are_numbered() -> None:
-    parts = [{"type": "tool_call", "value": CALL_TEXT}]
+    parts = [{"type": "tool_calls", "value": CALL_TEXT}]
     result = {"role": "tool", "content": [{"type": "text", "value": "4.2"}]}
     written = [USER, {"role": "assistant", "content": parts}, result, ANSWER]
     assert conversation({"messages": written}).messages == [USER, CALLING, RESULT, ANSWER]

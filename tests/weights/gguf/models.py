@@ -29,14 +29,14 @@ LATENT = config.MultiHeadLatentAttention(
     q_lora_rank=32,
     kv_lora_rank=32,
     qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=20,
+    qk_rope_head_dim=16,
+    v_head_dim=24,
     query_scaling=config.QueryScaling(beta=0.1, original_max_seq_len=8),
 )
 SHARED = MOE.model_copy(
     update={
         "router": config.SoftmaxRouter(name="softmax", scale=1.5),
-        "num_shared_experts": 1,
+        "num_shared_experts": 2,
         "dense_layers": config.DenseLayers(count=1, ffn_dim=64),
     }
 )

@@ -13,7 +13,8 @@ from moe_train import config
 from moe_train.weights.gguf import latent_settings
 from moe_train.weights.gguf import settings as gguf_settings
 from moe_train.weights.gguf.container import Gguf
-from tests.weights.mistral.models import LATENT, MISTRAL4
+from tests.tiny import LATENT
+from tests.weights.mistral.models import MISTRAL4
 
 GROUPS = config.SigmoidRouter(name="sigmoid", bias=True, scale=2.5, num_groups=2, groups_per_token=1)
 DEEPSEEK = MISTRAL4.model_copy(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_train.weights.gguf.latent_tensors import join_latents, split_latents, split_shapes
-from tests.weights.mistral.models import LATENT
+from tests.tiny import LATENT
 
 N, R, n, v = LATENT.num_heads, LATENT.kv_lora_rank, LATENT.qk_nope_head_dim, LATENT.v_head_dim
 MATRIX = np.random.default_rng(0).normal(size=(N * (n + v), R)).astype(np.float32)

@@ -13,6 +13,7 @@ from moe_train import config
 from moe_train.machine.files import new_directory
 from moe_train.weights import merge as merging
 from moe_train.weights import mistral
+from tests import tiny
 from tests.tiny import ATTENTION, DENSE, MINISTRAL, MIXTRAL, SIZES
 
 YARN = config.YarnRope(name="yarn", theta=1e4, factor=4.0, original_max_seq_len=8, beta_fast=4.0)
@@ -33,33 +34,8 @@ MODELS = {
     ),
 }
 
-LATENT = config.MultiHeadLatentAttention(
-    name="mla",
-    num_heads=4,
-    q_lora_rank=12,
-    kv_lora_rank=8,
-    qk_nope_head_dim=10,
-    qk_rope_head_dim=8,
-    v_head_dim=6,
-    query_scaling=config.QueryScaling(beta=0.1, original_max_seq_len=8),
-)
-MISTRAL4 = config.Model(
-    family="mistral4",
-    attention=LATENT,
-    ffn=config.MoeFfn(
-        name="moe",
-        ffn_dim=12,
-        num_experts=4,
-        experts_per_token=2,
-        router=config.SoftmaxRouter(name="softmax", scale=1.7),
-        num_shared_experts=2,
-        dense_layers=config.DenseLayers(count=1, ffn_dim=20),
-    ),
-    rope=YARN,
-    norm_eps=1e-6,
-    **SIZES,
-)
-"""All sizes of MLA differ, so that no split of a dim can be confused with another."""
+MISTRAL4 = tiny.MISTRAL4.model_copy(update={"norm_eps": 1e-6})
+"""Readers of this layout and of GGUF have one epsilon for all norms, while transformers has 1e-6 for those of latent attention."""
 
 
 def write(parameters: Mapping[str, jax.Array], model: config.Model, out: Path, dtype: Any = "float32") -> Path:

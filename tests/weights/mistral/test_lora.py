@@ -57,8 +57,8 @@ def test_latent_attention_and_shared_experts_have_native_names(tmp_path: Path) -
     # Smaller ranks are filled up to one rank in these files, so every module is read with the largest.
     assert [(target.rank, target.alpha) for target in read.targets] == [(3, 6.0)]
     attention = ("wq_a", "wq_b", "wkv_a_with_mqa", "wkv_b", "wo")
-    names = {f"layers.3.attention.{part}.lora_B.weight" for part in attention}
-    names |= {f"layers.3.{part}.w{i}.lora_A.weight" for part in ("shared_experts", "experts.0") for i in (1, 2, 3)}
+    names = {f"layers.2.attention.{part}.lora_B.weight" for part in attention}
+    names |= {f"layers.2.{part}.w{i}.lora_A.weight" for part in ("shared_experts", "experts.0") for i in (1, 2, 3)}
     assert names | {"layers.0.feed_forward.w1.lora_A.weight"} <= written.keys()
     assert len(written) == 2 * (4 * 5 + 3 + 3 * 3 * (1 + 4))
     np.testing.assert_array_equal(

@@ -1,0 +1,45 @@
+"""Settings that do not select the modules of an adapter's tensors, as PEFT decides it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moe_train.weights.peft.selected import unselected_modules
+
+Q, OUT = (f"model.layers.{layer}.self_attn.{leaf}" for layer, leaf in ((0, "q_proj"), (1, "o_proj")))
+EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1"
+TENSORS = [f"base_model.model.{module}.lora_{x}.weight" for module in (Q, OUT, EXPERT) for x in "AB"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "unselected"),
+    [
+        ({"target_modules": ["q_proj", "o_proj"]}, []),
+        ({"target_modules": ["q_proj"]}, [OUT]),
+        ({"target_modules": ["self_attn.q_proj", OUT]}, []),
+        ({"target_modules": ["proj"]}, [Q, OUT]),  # ends of names from a dot on
+        ({"target_modules": "all-linear"}, []),
+        ({"target_modules": r".*\.(q|o)_proj"}, []),
+        ({"target_modules": r"q_proj"}, [Q, OUT]),  # of the whole name
+        ({"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["o_proj"]}, [OUT]),
+        ({"target_modules": ["q_proj", "o_proj"], "exclude_modules": r".*\.1\..*"}, [OUT]),
+        ({"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0]}, [OUT]),
+        ({"target_modules": ["q_proj", "o_proj"], "layers_to_transform": 1}, [Q]),
+        ({"target_modules": ["q_proj", "o_proj"], "layers_to_transform": []}, []),
+        ({"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"}, []),
+        ({"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 1], "layers_pattern": ["h"]}, [Q, OUT]),
+        ({"target_modules": [], "target_parameters": ["self_attn.q_proj.weight"]}, [OUT]),
+        ({"target_modules": None}, [Q, OUT]),
+    ],
+)
+def test_modules_that_the_settings_do_not_select_are_named(settings: dict[str, Any], unselected: list[str]) -> None:
+    assert unselected_modules(TENSORS, settings) == sorted(unselected)
+
+
+def test_both_ends_of_a_tied_table_are_selected_by_one() -> None:
+    tensors = ["base_model.model.lm_head.lora_A.weight", "base_model.model.model.embed_tokens.lora_embedding_A"]
+    settings = {"target_modules": ["embed_tokens"]}
+    assert unselected_modules(tensors, settings) == ["lm_head"]
+    assert unselected_modules(tensors, settings | {"ensure_weight_tying": True}) == []

@@ -38,7 +38,7 @@ class GenerationRequest(NamedTuple):
     sampling: Sampling
     stop: Sequence[str] = ()
     """Texts that end a continuation, which ends before them."""
-    count: int = 1
+    samples: int = 1
     """Number of continuations of each prompt; the draws of each are independent."""
     schema: Mapping[str, Any] | None = None
     """JSON schema that the continuations fit; None for any text."""
@@ -83,13 +83,15 @@ def generate_text(
 
 
 def generate(directory: str | Path, request: GenerationRequest) -> list[GeneratedText]:
-    """Generate `count` continuations of each prompt, in the order of the prompts.
+    """Generate `samples` continuations of each prompt, in the order of the prompts.
 
     Raises:
         FileNotFoundError: there is no model.
         ValueError: a prompt cannot be rendered or is too long; nothing has been generated then.
     """
-    generated = [GeneratedText(i // request.count, "", [], [], "max_tokens") for i in range(len(request.prompts) * request.count)]
+    generated = [
+        GeneratedText(i // request.samples, "", [], [], "max_tokens") for i in range(len(request.prompts) * request.samples)
+    ]
     for part in stream(directory, request):
         continuation = generated[part.prompt]
         continuation.text += part.text
@@ -101,7 +103,7 @@ def generate(directory: str | Path, request: GenerationRequest) -> list[Generate
 
 
 def stream(directory: str | Path, request: GenerationRequest, block_tokens: int | None = None) -> Iterator[TextPart]:
-    """Yield what is generated block by block; `prompt` of a part is the index of the prompt times `count`, plus that of the copy.
+    """Yield what is generated block by block; `prompt` of a part is the index of the prompt times `samples`, plus that of the copy.
 
     Args:
         directory: the run or model.
@@ -116,7 +118,7 @@ def stream(directory: str | Path, request: GenerationRequest, block_tokens: int 
     encode = _conversation(generator) if request.chat is not None else _text(generator)
     prompts = [encode(prompt) for prompt in request.prompts]
     generator.check(prompts, request.sampling.max_tokens, [_name(prompt, i) for i, prompt in enumerate(request.prompts)])
-    copies = [prompt for prompt in prompts for _ in range(request.count)]
+    copies = [prompt for prompt in prompts for _ in range(request.samples)]
     settings: dict[str, Any] = {} if block_tokens is None else {"block_tokens": block_tokens}
     return generator.stream(copies, request.sampling, request.stop, request.schema, **settings)
 

@@ -37,7 +37,7 @@ def _repeats(stack: Stack, release: bool) -> list[Stack]:
         slices.append(_slices(leaf))
         if release:
             leaf.delete()
-    return [structure.unflatten(repeat) for repeat in zip(*slices, strict=True)]
+    return [jax.tree.unflatten(structure, repeat) for repeat in zip(*slices, strict=True)]
 
 
 @jax.jit

@@ -23,8 +23,8 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[GenerationRequest]:
 
     def generate(_: Path, request: GenerationRequest) -> list[GeneratedText]:
         received.append(request)
-        count = len(request.prompts) * request.count
-        return [GeneratedText(i // request.count, f" {i}", [i], [-0.5], "max_tokens") for i in range(count)]
+        count = len(request.prompts) * request.samples
+        return [GeneratedText(i // request.samples, f" {i}", [i], [-0.5], "max_tokens") for i in range(count)]
 
     monkeypatch.setattr("moe_train.commands.generate.generate", generate)
     monkeypatch.setenv("MOE_TRAIN_COMPILE_CACHE", "off")

@@ -62,7 +62,7 @@ def test_continuations_of_a_prompt_differ_and_errors_name_its_line(model_dir: tu
     file.write_text('{"prompt": "the quick"}\n{"messages": [{"role": "user", "content": "a dog"}]}\n')
     prompts = read_prompt_file(file)
     sampling = Sampling(6, temperature=1.0)
-    generated = generate(model, GenerationRequest(prompts, sampling, count=2, chat=ChatSettings(system="jump")))
+    generated = generate(model, GenerationRequest(prompts, sampling, samples=2, chat=ChatSettings(system="jump")))
     assert [one.prompt for one in generated] == [0, 0, 1, 1]
     assert generated[0].tokens != generated[1].tokens
     assert all(len(one.tokens) == len(one.logprobs) and max(one.logprobs) < 0 for one in generated)

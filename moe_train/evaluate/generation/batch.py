@@ -38,7 +38,7 @@ class Request(NamedTuple):
 
     number: int
     """Its place in the caller's list."""
-    index: int
+    draw_index: int
     """Index on which its draws depend."""
     prompt: list[int]
 
@@ -88,7 +88,9 @@ class Batch:
         )
         self._vocab_size = model.vocab_size
         self._sequences: list[_Sequence | None] = [None] * rows
-        self._rows = Rows(*(np.zeros(rows, np.int32) for _ in Rows._fields))
+        # The programs take NumPy arrays in the place of JAX arrays.
+        zeros: list[Any] = [np.zeros(rows, np.int32) for _ in Rows._fields]
+        self._rows = Rows(*zeros)
 
     def run(self, requests: Sequence[Request], block_tokens: int) -> Iterator[Progress]:
         """Continue the requests, and yield what is generated after each block."""
@@ -132,13 +134,14 @@ class Batch:
             tokens[row, : len(prompt)] = prompt
             self._rows.tokens_B[row] = 0
             self._rows.positions_B[row] = len(prompt)
-            self._rows.requests_B[row] = sequence.request.index
+            self._rows.requests_B[row] = sequence.request.draw_index
             self._rows.remaining_B[row] = self._plan.sampling.max_tokens
         self._read(tokens, lengths)
         block = first_tokens(self._transformer, self._memory, self._put(self._rows), self._choice(), kind=self._kind)
         # Only the new rows have a first token; the others wait.
         is_new_B = lengths > 0
-        first = Block(np.where(is_new_B, block.tokens_NB, -1), np.asarray(block.logprobs_NB))
+        tokens_NB: Any = np.where(is_new_B, block.tokens_NB, -1)
+        first = block._replace(tokens_NB=tokens_NB)
         # A block counts positions from the token before.
         self._rows.positions_B[is_new_B] -= 1
         yield from self._collect(first)
@@ -150,13 +153,13 @@ class Batch:
         for start in range(0, tokens.shape[1], columns):
             positions = np.tile(np.arange(start, start + columns, dtype=np.int32), (len(lengths), 1))
             last = lengths - 1 - start
-            prompts = Prompts(
+            parts: tuple[Any, ...] = (
                 tokens[:, start : start + columns],
                 np.where(positions < lengths[:, None], positions, -1),
                 np.where((last >= 0) & (last < columns), last, -1),
                 (lengths > 0) & (start == 0),
             )
-            self._memory = read_prompts(self._transformer, self._put(prompts), self._memory)
+            self._memory = read_prompts(self._transformer, self._put(Prompts(*parts)), self._memory)
 
     def _collect(self, block: Block) -> Iterator[Progress]:
         """Add a block's tokens to their sequences, free the rows of those that ended, and yield what is new."""

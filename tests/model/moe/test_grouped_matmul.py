@@ -118,6 +118,11 @@ def test_the_cost_follows_the_rows_that_exist(size: int) -> None:
     assert size <= done < size + min(gm.ROW_BLOCKS)
 
 
+def test_few_rows_are_multiplied_in_small_blocks() -> None:
+    assert [gm.row_blocks(rows, 8)[-1] for rows in (2, 16, 64, 128, 4096)] == [1, 2, 8, 16, 32]
+    assert gm.row_blocks(4096, 8) == gm.ROW_BLOCKS
+
+
 def test_check_finds_a_misplaced_row() -> None:
     """The comparison itself: one row given to the neighbour is more than the tolerance."""
     x, w, dy = operands(320, (64,) * E, np.float32)

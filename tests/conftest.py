@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+# As in an active virtual environment, where messages name the program without its path.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The user's own cache of compiled programs is left alone; launch/test.sh names one for the tests.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")

@@ -10,13 +10,13 @@ from jax.sharding import NamedSharding
 
 from moe_train import config
 from moe_train.model.parameters import Parameters, parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 
 
 def abstract(model: config.Model, dtype: str = "float32", lora: config.Lora | None = None) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of all weights, on the mesh in force."""
     compute = config.Compute(param_dtype=dtype)
-    return parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
+    return parameters(abstract_model(model, compute, lora))[1]
 
 
 def random_parameters(

@@ -1,6 +1,6 @@
 """Who may import whom: the arrows between the package's folders as data, checked in the source, inside functions too.
 
-config <- machine <- model, data <- train, weights <- checkpoint, proof <- evaluate <- plan <- run <- commands <- cli
+config <- machine <- model, data <- train, weights <- checkpoint, proof <- evaluate <- plan, governance <- run <- commands <- cli
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": (),
     "machine": ("config",),
     "model": ("config", "machine"),
-    "data": ("config", "machine.files"),
+    "data": ("config", "machine.files", "machine.program"),
     "train": ("config", "machine", "model", "data"),
     "weights": ("config", "machine", "model", "data"),
     "checkpoint": ("config", "machine", "model", "data", "train", "weights"),
@@ -35,8 +35,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "proof.checks": (),
     "evaluate": ("config", "machine", "model", "data", "train", "weights", "checkpoint", "proof"),
     "plan": ("config", "machine", "model", "data", "train", "weights", "checkpoint", "proof", "evaluate"),
+    "governance": ("config", "machine", "model", "data", "train", "weights", "checkpoint", "proof", "evaluate"),
     "run": ("config", "machine", "model", "data", "train", "weights", "checkpoint", "proof", "evaluate", "plan"),
-    "commands": ("config", "machine", "model", "data", "train", "weights", "checkpoint", "proof", "evaluate", "plan", "run"),
+    "commands": (
+        *("config", "machine", "model", "data", "train", "weights", "checkpoint", "proof", "evaluate", "plan", "governance", "run"),
+    ),
     "cli": ("config", "machine", "data", "plan", "commands", "run"),
     "__main__": ("cli",),
 }

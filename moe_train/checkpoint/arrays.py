@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore
 from jax.sharding import NamedSharding
 
@@ -30,6 +29,8 @@ def chunked_save_args(tree: Any) -> Any:
 
     Arrays are stored in chunks of `CHECKPOINT_CHUNK_BYTES`; large stacked arrays get separate chunks for each layer (first dim).
     """
+    # Imported here, since a fifth of a second goes into it, and models are read without it.
+    import orbax.checkpoint as ocp
 
     def save_args(x: jax.Array) -> ocp.SaveArgs:
         """Return the save arguments of one array."""

@@ -13,8 +13,8 @@ import jax
 from jax.sharding import Mesh
 
 from moe_train import config
-from moe_train.checkpoint import manager
 from moe_train.checkpoint.identity import check_base
+from moe_train.checkpoint.load_params import load_params
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, survey
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
 from moe_train.data.chat.conversation_to_tokens import load_template
@@ -25,7 +25,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import quantize_like, unquantized_shapes
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.train.state import partition
 from moe_train.weights import external, external_adapter, gguf
 from moe_train.weights.arrays import Abstract, LazyParameters
@@ -72,14 +72,14 @@ class OpenedModel(NamedTuple):
     def load_with_step(self) -> tuple[Any, Parameters, int | None]:
         """Load as `load` does; returns the model's structure, its weights, and the step of a run's checkpoint they are from."""
         # Only shapes are computed, so the seed does not matter.
-        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
+        structure, shapes = parameters(abstract_model(self.model, self.compute, self.lora))
         check_host_memory(shapes, str(self.directory))
         loaded = load_weights(self.directory, shapes)
         return structure, cast(Parameters, loaded.weights), loaded.step  # the default loader reads all arrays
 
     def to_export(self) -> LoadedWeights:
         """Return the weights for an export, adapters included; weights of external files are read lazily (see `load_lazily`)."""
-        _, shapes = parameters(jax.eval_shape(lambda: init_model(0, self.model, self.compute, self.lora)))
+        _, shapes = parameters(abstract_model(self.model, self.compute, self.lora))
         return load_weights(self.directory, shapes, load=load_lazily)
 
 
@@ -100,7 +100,7 @@ def open_model(directory: str | Path) -> OpenedModel:
     model = run.model if run else read_model(directory)
     tokenizer = load_tokenizer(find_tokenizer_config(directory))
     if run:
-        _check_tokenizer(directory, run, tokenizer)
+        check_tokenizer_of_run(directory, run, tokenizer)
     check_vocab(tokenizer, model.vocab_size)
     chat_template = None
     if run and isinstance(run.data, config.RunData):
@@ -142,7 +142,7 @@ def find_tokenizer_config(directory: str | Path) -> config.Tokenizer:
     )
 
 
-def _check_tokenizer(directory: str | Path, run: config.Run, tokenizer: Tokenizer) -> None:
+def check_tokenizer_of_run(directory: str | Path, run: config.Run, tokenizer: Tokenizer) -> None:
     """Raise ValueError if the tokenizer that belongs to a run has changed since its checkpoint was saved."""
     step = named_step(directory)
     readable = survey(run_folder(directory)).readable
@@ -262,7 +262,7 @@ def load_weights(
     if step is None:
         step = named_step(directory)
     # With the shapes of all arrays, even if `converters` reads a few: bit sums are stored in their order, without names.
-    params, about, loaded_step = manager.load_params(run_folder(directory), _trained_shapes(run), step, converters)
+    params, about, loaded_step = load_params(run_folder(directory), _trained_shapes(run), step, converters)
     if not frozen:
         return LoadedWeights(params, loaded_step, about)
     if about.base is None:
@@ -277,7 +277,7 @@ def _trained_shapes(run: config.Run) -> dict[str, Any]:
     """Return the shapes of what a run trains, which is what its checkpoints hold, on the mesh in force."""
     # Checkpoints hold unquantized weights, also where the run trains on a quantized base.
     lora = run.lora and run.lora.model_copy(update={"quantize": None})
-    _, shapes = parameters(jax.eval_shape(lambda: init_model(run.seed, run.model, run.compute, lora)))
+    _, shapes = parameters(abstract_model(run.model, run.compute, lora))
     trainable, _ = partition(shapes, lora)
     return trainable
 
@@ -319,5 +319,5 @@ def load_adapter(origin: WeightOrigin, model: config.Model, abstract: Mapping[st
     if is_run(origin.source):
         # The recorded step takes precedence, since the run may have newer checkpoints by now.
         step = named_step(origin.source) if origin.step is None else origin.step
-        return manager.load_params(run_folder(origin.source), trained_shapes, step).params
+        return load_params(run_folder(origin.source), trained_shapes, step).params
     return external_adapter.load_external_adapter(origin.source, model, trained_shapes)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from moe_train.machine.program import runnable
+
 if TYPE_CHECKING:
     from moe_train.config import Config
 
@@ -41,15 +43,31 @@ TextOnly = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+START = "Start"
+"""Heading of `--help` above the commands to begin with."""
+DATA = "Data"
+"""Heading of `--help` above the commands that read records."""
+TRAINING = "Training"
+"""Heading of `--help` above the commands around a training run."""
+MODELS = "Models"
+"""Heading of `--help` above the commands that read or write models."""
+
+
 def help_examples(*commands: str) -> str:
     """Format commands as the examples that end a command's `--help`, one paragraph each, since Typer joins single lines."""
     title = "Example:" if len(commands) == 1 else "Examples:"
-    return "\n\n".join([title, *commands])
+    return runnable("\n\n".join([title, *commands]))
 
 
 def read_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a config file and apply overrides. Raises ValueError with one line for each error."""
     # Imported here, since pydantic would slow down `--help`.
+    from moe_train.commands.recipes import is_recipe
     from moe_train.config import yaml_file
 
+    # The examples of `--help` name recipes, which stand in no folder of their own where the package was installed as a wheel.
+    if not path.exists() and is_recipe(path.stem):
+        raise FileNotFoundError(
+            f"{path}: no such config file; a recipe has this name; write it: moe-train recipes {path.stem} --copy {path}"
+        )
     return yaml_file.load_config(path, overrides or ())

@@ -146,6 +146,7 @@ def show_command(
     count: Annotated[int, typer.Option("-n", min=1, help="Number of records of a file, or of rows of a run's training step.")] = 3,
     tokenizer: TokenizerPath = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an HTML page instead.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a picture of what would be printed instead.")] = None,
     positions: Annotated[bool, typer.Option("--positions", help="Show the position and id of each token.")] = False,
     seq_len: Annotated[int | None, typer.Option(min=1, help="Pack the records of a file into rows of this many tokens.")] = None,
     step: Annotated[int | None, typer.Option(min=1, help="Training step of a run to show. Default: 1.")] = None,
@@ -160,10 +161,13 @@ def show_command(
 ) -> None:
     """Show rows as training sees them: which tokens are trained on (green), segments and positions."""
     from moe_train.commands import show
+    from moe_train.commands.show_picture import write_picture
     from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template
 
     if html is not None:
-        refuse_options({"--json": as_json}, "--html writes a page")
+        refuse_options({"--json": as_json, "--svg": svg is not None}, "--html writes a page")
+    if svg is not None:
+        refuse_options({"--json": as_json}, "--svg writes a picture")
     config = read_config(Path(file)) if file.endswith((".yaml", ".yml")) else None
     loaded = load_tokenizer(tokenizer, config, longest_stretch)
     if config is None:
@@ -171,7 +175,8 @@ def show_command(
         source = source_of_file(file, ReadingOptions(layout, columns or [], ignore or [], reasoning_effort))
         if source.record.name in ("preference", "labelled"):
             refuse_options(
-                {"--html": html is not None, "--seq-len": seq_len is not None}, "pairs are printed as text, without tokens"
+                {"--html": html is not None, "--svg": svg is not None, "--seq-len": seq_len is not None},
+                "pairs are printed as text, without tokens",
             )
             return _print_pairs(source, count, as_json)
         template = dated_template(load_template(chat_template, loaded), chat_date, None)
@@ -194,6 +199,9 @@ def show_command(
     if html is not None:
         show.write_page(html, rows, loaded, file, positions)
         print(f"{html}: {show.summary(rows)}")
+    elif svg is not None:
+        write_picture(svg, rows, loaded, file, positions)
+        print(f"{svg}: {show.summary(rows)}")
     elif as_json:
         print_json(show.segments_to_json(rows, loaded))
     else:

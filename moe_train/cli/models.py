@@ -1,4 +1,4 @@
-"""The commands that read or write whole models: generate, export, verify, upcycle and extend-vocab."""
+"""The commands that read or write whole models: export, verify, upcycle and extend-vocab."""
 
 from __future__ import annotations
 
@@ -8,59 +8,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from moe_train.cli.arguments import AsJson, ChatTemplate, ModelDir, OutDir, ProofDepth, Step, TextOnly, help_examples
+from moe_train.cli.arguments import MODELS, AsJson, ModelDir, OutDir, ProofDepth, Step, TextOnly, help_examples
 from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line
 
 model_commands = typer.Typer()
 
 
 @model_commands.command(
-    "generate",
-    epilog=help_examples(
-        'moe-train generate runs/quickstart/pretrain --prompt "The list type"',
-        'moe-train generate runs/quickstart/export_hf --chat --prompt "What does json.dumps do?" --temperature 0.7 --seed 1',
-    ),
-)
-def generate_command(
-    directory: ModelDir,
-    prompt: Annotated[list[str], typer.Option("--prompt", help="Text to continue; may be repeated.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to generate for each prompt.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of sampling.")] = 0,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Treat each prompt as a user message, rendered by the chat template.")
-    ] = False,
-    chat_template: ChatTemplate = None,
-    reasoning_effort: Annotated[
-        str | None, typer.Option(metavar="EFFORT", help="How long the model may think, such as none or high, with --chat.")
-    ] = None,
-    step: Step = None,
-    as_json: AsJson = False,
-) -> None:
-    """Continue prompts with a run or a model."""
-    from moe_train.commands.at_step import at_step
-    from moe_train.commands.generate import generate_text
-    from moe_train.machine.compile_cache import use_compile_cache
-
-    use_compile_cache()
-    with progress_line("generating"):
-        completions = generate_text(
-            *(at_step(directory, step), prompt, max_tokens, temperature, seed),
-            chat=chat,
-            chat_template=chat_template,
-            reasoning_effort=reasoning_effort,
-        )
-    pairs = list(zip(prompt, completions, strict=True))
-    if as_json:
-        print_json([{"prompt": text, "completion": completion} for text, completion in pairs])
-    else:
-        # A text that is continued follows its prompt without a break, an answer is a turn of its own.
-        separator = "\n" if chat else ""
-        print("\n\n".join(f"{text}{separator}{completion}" for text, completion in pairs))
-
-
-@model_commands.command(
     "export",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train export runs/quickstart/lora merged_model --merge",
         "moe-train export runs/quickstart/lora model_gguf --merge --for llama.cpp --dtype bfloat16",
@@ -74,7 +30,7 @@ def export_command(
         typer.Option(
             "--format",
             help="A whole model (hf, mistral, gguf) or only its adapter (peft, mistral-lora, gguf-lora). "
-            "Default: hf, or gguf for llama.cpp.",
+            "Default: hf, or gguf for llama.cpp and ollama.",
         ),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapters into the weights.")] = False,
@@ -86,7 +42,7 @@ def export_command(
         ),
     ] = None,
     server: Annotated[
-        Literal["vllm", "llama.cpp", "transformers"] | None,
+        Literal["vllm", "llama.cpp", "ollama", "transformers"] | None,
         typer.Option("--for", help="Write files that this server can read, and print the command that starts it."),
     ] = None,
     depth: ProofDepth = "full",
@@ -106,7 +62,7 @@ def export_command(
     from moe_train.machine.compile_cache import use_compile_cache
 
     use_compile_cache()
-    layout = layout or ("gguf" if server == "llama.cpp" else "hf")
+    layout = layout or ("gguf" if server in ("llama.cpp", "ollama") else "hf")
     options = ExportOptions(dtype=dtype, depth=depth, server=server, max_shard_size=max_shard_size, text_only=text_only)
     with progress_line("exporting"):
         record = export(at_step(source, step), out_dir, layout, merge, options)
@@ -124,6 +80,7 @@ def export_command(
 
 @model_commands.command(
     "verify",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train verify runs/quickstart/export_hf",
         "moe-train verify runs/quickstart/export_hf --run runs/quickstart/lora --proof tensors",
@@ -179,6 +136,7 @@ def verify_command(
 
 @model_commands.command(
     "upcycle",
+    rich_help_panel=MODELS,
     epilog=help_examples(
         "moe-train upcycle models/SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-4x135M --experts 4",
         "moe-train upcycle SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-fine --experts 64 --experts-per-token 8 --granularity 8",
@@ -211,6 +169,7 @@ def upcycle_command(
 
 @model_commands.command(
     "extend-vocab",
+    rich_help_panel=MODELS,
     epilog=help_examples("moe-train extend-vocab models/Mixtral-8x7B-v0.1 models/Mixtral-8x7B-v3 --tokenizer v3"),
 )
 def extend_vocab_command(

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from moe_train.machine.program import runnable
 from moe_train.machine.progress import listening
 
 if TYPE_CHECKING:
@@ -98,4 +99,4 @@ def _format(value: Any, key: str = "") -> str:
     # bool is a subclass of int.
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return runnable(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -19,14 +19,14 @@ from rich.text import Text
 
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
-from moe_train.checkpoint.manager import WeightOrigin
+from moe_train.checkpoint.metadata import WeightOrigin
 from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import warn_of_another_base
 from moe_train.machine.files import JsonObject, new_directory, read_object, refuse_existing
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.proof.scaled import prove_scaled
 from moe_train.weights import gguf, merge, names, peft, texts
 from moe_train.weights.arrays import LazyParameters, fetch_entry
@@ -150,13 +150,13 @@ def _load_adapter(source: str | Path, model: config.Model) -> tuple[config.Lora,
     """Return the section `lora` of an adapter, and the trained parameters."""
     # Quantization is a matter of the base's weights in training; here they are read as its files hold them.
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
-    shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute(), lora)))[1]
+    shapes = parameters(abstract_model(model, config.Compute(), lora))[1]
     return lora, model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes)
 
 
 def _base_weights(base: str | Path, model: config.Model) -> ReadBaseWeight:
     """Return a function that reads the base's weight of a piece from its files when it is called."""
-    shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
+    shapes = parameters(abstract_model(model, config.Compute()))[1]
     lazy_weights = model_dir.load_parameters(base, shapes, load=model_dir.load_lazily)
 
     def read_weight(piece: names.WeightPiece) -> np.ndarray:
@@ -289,7 +289,7 @@ def base_and_adapter(
     # float32 holds every number of a float16 file.
     compute = config.Compute(param_dtype="float32" if dtype == "float16" else dtype)
     lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
-    shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))[1]
+    shapes = parameters(abstract_model(model, compute, lora))[1]
     trained = model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes)
     frozen_shapes = {path: shape for path, shape in shapes.items() if not ParameterPath.parse(path).is_trained(lora)}
     # Loaded lazily, since the base may be larger than the host's memory.

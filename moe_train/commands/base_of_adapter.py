@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from moe_train.checkpoint import manager
+from moe_train.checkpoint.metadata import newest_metadata
 from moe_train.checkpoint.runs import is_run
 from moe_train.machine.files import read_object
 from moe_train.proof.surroundings import RECORD_FILE
@@ -54,7 +54,7 @@ def warn_of_another_base(base: str | Path, adapter: str | Path) -> None:
 def _recorded_base(adapter: str | Path) -> tuple[str | None, str | None]:
     """Return the base that an adapter names, and the hash of its weights; None for what is not known."""
     if is_run(adapter):
-        about = manager.newest_metadata(adapter)
+        about = newest_metadata(adapter)
         # With a step the hashes are of a checkpoint's files, not of tensors.
         if about is None or about.base is None or about.base.step is not None:
             return None, None

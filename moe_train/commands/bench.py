@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from moe_train import config
+from moe_train.machine.compiler_options import initialization_options
 from moe_train.machine.devices import peak_flops
 from moe_train.machine.files import JsonObject
-from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.machine.mesh import make_mesh, platform, put_batch
 from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import initial_parameters, parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model, init_model
 from moe_train.run.resolve import resolve
 from moe_train.run.self_test import run_self_tests
 from moe_train.train.optimizer import make_optimizer_of_any_length
@@ -102,10 +103,11 @@ def bench(written: config.Config, begun: float | None = None) -> JsonObject:
 
 def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
-    structure, shapes = parameters(jax.eval_shape(model))
+    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
     optimizer = make_optimizer_of_any_length(run.optimizer)
     trainable, frozen = partition(initial_parameters(model, shapes.keys()), run.lora)
-    state = jax.jit(lambda params: create_state(params, optimizer), donate_argnums=0)(trainable)
+    options = initialization_options(platform()) or None
+    state = jax.jit(lambda params: create_state(params, optimizer), donate_argnums=0, compiler_options=options)(trainable)
     return state._replace(frozen=frozen), structure, optimizer
 
 

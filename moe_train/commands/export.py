@@ -20,6 +20,7 @@ from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_
 from moe_train.checkpoint.runs import is_run, run_folder, saved_config
 from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
+from moe_train.commands.documents import documents_of_export
 from moe_train.config import yaml_file
 from moe_train.data.records.conversation import normalise, trainable
 from moe_train.data.records.normal_form import Conversation
@@ -133,6 +134,8 @@ def export(
     with jax.set_mesh(opened.mesh):
         loaded = opened.to_export()
         origin = _origin_of(opened, loaded)
+        documents = documents_of_export(opened, loaded, Path(out_dir).name, layout, merge)
+        origin = origin._replace(texts=origin.texts._replace(documents=documents))
         match layout:
             case "hf" | "mistral" | "gguf":
                 lost = left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
@@ -305,8 +308,24 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
     wrapper = None if base_folder is None else hf.find_wrapper(base_folder)
     auto_class = "AutoModelForCausalLM" if wrapper is None else wrapper.auto_class
     return base_export + serve.serving_command(
-        server, layout, opened.model, out_dir, base_model=base, rank=rank, tokenizer=kind, auto_class=auto_class
+        server,
+        layout,
+        opened.model,
+        out_dir,
+        base_model=base,
+        rank=rank,
+        tokenizer=kind,
+        auto_class=auto_class,
+        tool_parser=_tool_parser(opened),
     )
+
+
+def _tool_parser(opened: OpenedModel) -> serve.ToolParser | None:
+    """Return the format of the model's tool calls; None if its chat format has none."""
+    if opened.chat_template is not None:
+        return serve.tool_parser_of(opened.chat_template)
+    controls = sorted(opened.tokenizer.control_ids)
+    return serve.tool_parser_of(opened.tokenizer.decode(controls, keep_special=True))
 
 
 def _default_dtype(opened: OpenedModel) -> FloatDtype:

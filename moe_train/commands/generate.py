@@ -1,22 +1,49 @@
-"""Continue prompts with a model, in a batch of prompts of different lengths, with a cache of keys and values.
-
-Two programs are compiled for each batch and cache size: one takes 64 tokens of every prompt, the other a single token.
-"""
+"""Continue prompts with a model, or answer conversations, all prompts together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
+from moe_train.commands.prompt_file import PromptRecord
+from moe_train.commands.text_generator import ChatSettings, TextGenerator, TextPart
+from moe_train.data.records.problem import located
+from moe_train.evaluate.generation.completion import StopReason
+from moe_train.evaluate.generation.sampling import Sampling
 
-from moe_train import config
-from moe_train.checkpoint.model_dir import open_model
-from moe_train.data.chat.chat_date import date_of_data, dated
-from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template, render_prompt
-from moe_train.data.records.problem import checked_text
-from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.evaluate.generate import GenerationOptions, check_lengths, decode_after, generate_tokens
+__all__ = ["GeneratedText", "GenerationRequest", "Sampling", "generate", "generate_text", "stream"]
+
+
+@dataclass
+class GeneratedText:
+    """A continuation of a prompt."""
+
+    prompt: int
+    """Index of the prompt."""
+    text: str
+    tokens: list[int]
+    """New tokens, without an end token."""
+    logprobs: list[float]
+    """Log-probability of each token under the model, before temperature and filters."""
+    stop: StopReason
+
+
+class GenerationRequest(NamedTuple):
+    """What is asked of a model."""
+
+    prompts: Sequence[str | PromptRecord]
+    """Texts, or the records of a file."""
+    sampling: Sampling
+    stop: Sequence[str] = ()
+    """Texts that end a continuation, which ends before them."""
+    count: int = 1
+    """Number of continuations of each prompt; the draws of each are independent."""
+    schema: Mapping[str, Any] | None = None
+    """JSON schema that the continuations fit; None for any text."""
+    chat: ChatSettings | None = None
+    """Render each prompt as a conversation; None to continue texts."""
 
 
 def generate_text(
@@ -47,42 +74,79 @@ def generate_text(
     Returns:
         The completions, without their prompts.
     """
-    opened = open_model(directory)
-    model = opened.model
-    tokenizer = opened.tokenizer
     for option, value in (("--chat-template", chat_template), ("--reasoning-effort", reasoning_effort)):
         if value is not None and not chat:
             raise ValueError(f"{option} has no effect on text to continue; add --chat, or leave it out")
-    template = opened.chat_template if chat_template is None else load_template(chat_template, tokenizer)
-    if template is not None:
-        data = opened.run.data if opened.run else None
-        # The date of the training data, so that the prompt has the tokens that training saw.
-        template = dated(template, date_of_data(data if isinstance(data, config.RunData) else None))
-    check_effort_option(reasoning_effort, template, tokenizer)
-    encode = _chat_prompt(template, tokenizer, reasoning_effort) if chat else _text_prompt(tokenizer)
-    tokens = [encode(prompt) for prompt in prompts]
-    check_lengths(tokens, max_tokens, model)
-    with jax.set_mesh(opened.mesh):
-        structure, weights = opened.load()
-        options = GenerationOptions(max_tokens, tuple(tokenizer.end_ids), temperature, seed, opened.compute.dtype)
-        generated = generate_tokens(structure, weights, model, opened.mesh, tokens, options)
-    return [decode_after(tokenizer, before, after) for before, after in zip(tokens, generated, strict=True)]
+    settings = ChatSettings(chat_template, reasoning_effort) if chat else None
+    request = GenerationRequest(prompts, Sampling(max_tokens, temperature=temperature, seed=seed), chat=settings)
+    return [generated.text for generated in generate(directory, request)]
 
 
-def _chat_prompt(template: str | None, tokenizer: Tokenizer, reasoning_effort: str | None) -> Callable[[str], list[int]]:
-    """Return a function that renders a prompt as a user's turn."""
+def generate(directory: str | Path, request: GenerationRequest) -> list[GeneratedText]:
+    """Generate `count` continuations of each prompt, in the order of the prompts.
 
-    def encode(prompt: str) -> list[int]:
-        return render_prompt([{"role": "user", "content": prompt}], template, tokenizer, reasoning_effort=reasoning_effort)
+    Raises:
+        FileNotFoundError: there is no model.
+        ValueError: a prompt cannot be rendered or is too long; nothing has been generated then.
+    """
+    generated = [GeneratedText(i // request.count, "", [], [], "max_tokens") for i in range(len(request.prompts) * request.count)]
+    for part in stream(directory, request):
+        continuation = generated[part.prompt]
+        continuation.text += part.text
+        continuation.tokens += part.tokens
+        continuation.logprobs += part.logprobs
+        if part.stop is not None:
+            continuation.stop = part.stop
+    return generated
+
+
+def stream(directory: str | Path, request: GenerationRequest, block_tokens: int | None = None) -> Iterator[TextPart]:
+    """Yield what is generated block by block; `prompt` of a part is the index of the prompt times `count`, plus that of the copy.
+
+    Args:
+        directory: the run or model.
+        request: what is asked of it.
+        block_tokens: number of tokens of a block; None for the generator's own.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        ValueError: a prompt cannot be rendered or is too long; nothing has been generated then.
+    """
+    generator = TextGenerator(directory, request.chat or ChatSettings())
+    encode = _conversation(generator) if request.chat is not None else _text(generator)
+    prompts = [encode(prompt) for prompt in request.prompts]
+    generator.check(prompts, request.sampling.max_tokens, [_name(prompt, i) for i, prompt in enumerate(request.prompts)])
+    copies = [prompt for prompt in prompts for _ in range(request.count)]
+    settings: dict[str, Any] = {} if block_tokens is None else {"block_tokens": block_tokens}
+    return generator.stream(copies, request.sampling, request.stop, request.schema, **settings)
+
+
+def _name(prompt: str | PromptRecord, index: int) -> str:
+    """Return what a prompt is called in a message."""
+    return f"prompt {index + 1}" if isinstance(prompt, str) else f"{prompt.location}: the prompt"
+
+
+def _conversation(generator: TextGenerator) -> Callable[[str | PromptRecord], list[int]]:
+    """Return a function that renders a prompt as a conversation."""
+
+    def encode(prompt: str | PromptRecord) -> list[int]:
+        if isinstance(prompt, str):
+            return generator.conversation_tokens([{"role": "user", "content": prompt}])
+        tokens: list[int] = located(prompt.location, generator.conversation_tokens, prompt.messages, prompt.tools)
+        return tokens
 
     return encode
 
 
-def _text_prompt(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+def _text(generator: TextGenerator) -> Callable[[str | PromptRecord], list[int]]:
     """Return a function that encodes a prompt as the beginning of a text."""
-    start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
-    def encode(prompt: str) -> list[int]:
-        return start + tokenizer.encode(checked_text(prompt, "the prompt"))
+    def encode(prompt: str | PromptRecord) -> list[int]:
+        if isinstance(prompt, str):
+            return generator.text_tokens(prompt)
+        if prompt.text is None or prompt.tools:
+            raise ValueError(f"{prompt.location}: a conversation is answered in a chat format; add --chat")
+        tokens: list[int] = located(prompt.location, generator.text_tokens, prompt.text)
+        return tokens
 
     return encode

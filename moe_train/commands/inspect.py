@@ -18,7 +18,7 @@ from moe_train.model.moe.transport.choose import describe_transport
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized_shapes
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.run.resolve import resolve
 from moe_train.train.state import partition
 
@@ -74,7 +74,7 @@ def inspect(written: config.Config) -> Report:
 def abstract_parameters(run: config.Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Return {path: ShapeDtypeStruct with its sharding} of a model, adapters included, on the mesh of `run`."""
     with jax.sharding.use_abstract_mesh(abstract_mesh(run.mesh.model_dump())):
-        return parameters(jax.eval_shape(lambda: init_model(run.seed, run.model, run.compute, run.lora)))[1]
+        return parameters(abstract_model(run.model, run.compute, run.lora))[1]
 
 
 def active_parameters(shapes: dict[str, jax.ShapeDtypeStruct], model: config.Model) -> int:

@@ -14,9 +14,6 @@ from moe_train.config.architecture import (
     Model,
     MoeFfn,
     Rope,
-    Router,
-    SigmoidRouter,
-    SoftmaxRouter,
     YarnRope,
     features,
     without_format,
@@ -28,27 +25,21 @@ from moe_train.config.attention import (
     QueryScaling,
     require_grouped_query,
 )
+from moe_train.config.average import Average, ExponentialAverage, LastCheckpoints, NoAverage
 from moe_train.config.checks import Sections, check_batch, check_model
 from moe_train.config.compute import AxisSize, Compute, Mesh
 from moe_train.config.config import Config, RunName
 from moe_train.config.data import (
     BestFit,
-    ChatRecord,
-    CompletionRecord,
-    ConversationRecord,
     Data,
     FileSource,
     HubSource,
     HuggingFaceTokenizer,
-    LabelledRecord,
     MistralTokenizer,
-    PreferenceRecord,
     PreparedSource,
     PythonSource,
-    Record,
     RecordSource,
     Source,
-    TextRecord,
     Tokenizer,
 )
 from moe_train.config.families import (
@@ -92,6 +83,16 @@ from moe_train.config.optimization import (
     Schedule,
     WsdSchedule,
 )
+from moe_train.config.records import (
+    ChatRecord,
+    CompletionRecord,
+    ConversationRecord,
+    LabelledRecord,
+    PreferenceRecord,
+    Record,
+    TextRecord,
+)
+from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
 from moe_train.config.run import FullTraining, InitialWeights, NoData, PretrainedWeights, RandomWeights, Run, RunData, run_of
 from moe_train.config.section import (
     Decay,
@@ -115,6 +116,7 @@ __all__ = [
     "AdamW",
     "AnswerGeneration",
     "Attention",
+    "Average",
     "AxisSize",
     "BestFit",
     "ChatRecord",
@@ -136,6 +138,7 @@ __all__ = [
     "Dtype",
     "Evaluation",
     "ExactGrader",
+    "ExponentialAverage",
     "Family",
     "FamilyName",
     "Feature",
@@ -158,6 +161,7 @@ __all__ = [
     "JsonSchemaGrader",
     "JudgeGrader",
     "LabelledRecord",
+    "LastCheckpoints",
     "LayerPosition",
     "LayerStack",
     "LinearSchedule",
@@ -175,6 +179,7 @@ __all__ = [
     "Muon",
     "NextToken",
     "Nf4",
+    "NoAverage",
     "NoData",
     "NonNegative",
     "NonNegativeFloat",

@@ -28,17 +28,20 @@ def names_module(pattern: str, module: str) -> bool:
 
 
 class LoraTarget(Section):
-    """A group of modules that get an adapter with the same rank and alpha.
-
-    `modules` are patterns over module paths inside a layer (`attention.*`, `ffn.gate_proj`, `*.down_proj`), or the names
-    `ffn.router`, `embed` and `head`. The update is alpha / rank * B·A (arXiv:2106.09685). `experts`: indices of the routed
-    experts that get an adapter; dense layers get none then. Another target may name other experts.
-    """
+    """A group of modules that get an adapter with the same rank and alpha: the update alpha / rank * B·A (arXiv:2106.09685)."""
 
     modules: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Patterns over module paths inside a layer, such as `attention.*`, `ffn.*`, `ffn.gate_proj` or `*.down_proj`, or one of the
+    names `ffn.router`, `embed` and `head`, which no wildcard matches.
+    """
     rank: Positive
+    """Rank of the update B·A. 8 to 32 is usual; a higher rank learns more and costs memory and time in proportion."""
     alpha: PositiveFloat
+    """Numerator of the factor alpha / rank (alpha / sqrt(rank) with `rslora`) on the update. Twice the rank is usual."""
     experts: Annotated[tuple[NonNegative, ...], Field(min_length=1)] | None = None
+    """Indices, from 0, of the routed experts that get an adapter; null for all. Dense layers get none if it is stated. Another
+    target may name other experts.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -56,6 +59,7 @@ class Nf4(Section):
 
     name: Literal["nf4"]
     block_size: Annotated[Positive, Field(multiple_of=4)] = 64
+    """Number of weights that share a scale, a multiple of 4. Smaller blocks are more accurate and take more memory."""
 
 
 class Int8(Section):
@@ -63,6 +67,7 @@ class Int8(Section):
 
     name: Literal["int8"]
     block_size: Annotated[Positive, Field(ge=2)] = 64
+    """Number of weights that share a scale. Smaller blocks are more accurate and take more memory."""
 
 
 class Fp8(Section):
@@ -73,23 +78,33 @@ class Fp8(Section):
 
     name: Literal["fp8"]
     block_size: Annotated[Positive, Field(ge=2)] = 128
+    """Number of weights that share a float32 scale. The default is that of FP8 files in 128 x 128 blocks, which then keep their
+    numbers.
+    """
 
 
 class Lora(Section):
-    """Low-rank adapters (LoRA); all other weights are frozen.
-
-    quantize: store the frozen linear maps (attention, FFN, experts) in a quantized format. rslora: scale updates by
-    alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732). dropout: applied to the adapters' inputs during training.
-    train: patterns of modules that are trained in full in addition to the adapters (`*_norm`, `ffn.router`, `embed`, `head`, …).
-    init_from: an existing adapter to start from; `targets` and `train` default to those of that adapter.
-    """
+    """Low-rank adapters (LoRA); all other weights are frozen."""
 
     targets: tuple[LoraTarget, ...] = ()
+    """Groups of modules that get adapters. It may be left out with `init_from`, whose targets are used then."""
     rslora: bool = False
+    """Scale updates by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732). Set it for ranks above about 32."""
     dropout: Decay = 0.0
+    """Share of the adapters' inputs that is set to zero during training. Try 0.05 if the held-out loss rises while the training
+    loss falls.
+    """
     train: tuple[str, ...] = ()
+    """Patterns of modules that are trained in full in addition to the adapters, such as `*_norm`, `ffn.router`, `embed` or `head`.
+    """
     init_from: LocalPath | None = None
+    """Directory of an existing adapter (PEFT, Mistral or GGUF) to start from; `targets` and `train` default to those of that
+    adapter. Null starts with an update of zero.
+    """
     quantize: Annotated[Nf4 | Int8 | Fp8, Field(discriminator="name")] | None = None
+    """Format in which the frozen linear maps (attention, FFN, experts) are kept in memory; null keeps `compute.param_dtype`. Set it
+    if the base model does not fit into memory. Adapters are merged into the unquantized base.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from moe_train.config.attention import Attention, MultiHeadLatentAttention
 from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, FileFormat, describe_features
+from moe_train.config.presets import PresetName, expand_preset
+from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
 from moe_train.config.section import (
     NonNegative,
     NonNegativeFloat,
@@ -22,6 +26,7 @@ class DefaultRope(Section):
 
     name: Literal["default"]
     theta: PositiveFloat = 1e6
+    """Base of the rotary frequencies."""
 
 
 class YarnRope(Section):
@@ -32,12 +37,19 @@ class YarnRope(Section):
 
     name: Literal["yarn"]
     theta: PositiveFloat = 1e6
+    """Base of the rotary frequencies."""
     factor: PositiveFloat
+    """Factor by which low frequencies are interpolated: the new context divided by `original_max_seq_len`."""
     original_max_seq_len: Positive
+    """Context in tokens that the model was trained with before the extension."""
     beta_fast: PositiveFloat = 32.0
+    """Number of rotations within the original context above which a frequency is kept."""
     beta_slow: PositiveFloat = 1.0
+    """Number of rotations within the original context below which a frequency is interpolated in full."""
     mscale: NonNegativeFloat = 1.0
+    """Numerator of the correction of rotary values, as in DeepSeek's files; equal to `mscale_all_dim`, the correction cancels."""
     mscale_all_dim: NonNegativeFloat = 1.0
+    """Denominator of the correction of rotary values; latent attention also reads it (`attention.scale_correction`)."""
 
 
 Rope = Annotated[DefaultRope | YarnRope, Field(discriminator="name")]
@@ -49,49 +61,7 @@ class DenseFfn(Section):
 
     name: Literal["dense"]
     ffn_dim: Positive
-
-
-class SoftmaxRouter(Section):
-    """A router whose weights are the softmax over the logits of the selected experts (Mixtral, arXiv:2401.04088).
-
-    bias: one value per expert, added to its probability for the selection of experts only, never to the weights. It is not
-    learned by gradient: `loss.bias_update_rate` sets how far each step moves it towards an even load (arXiv:2408.15664).
-    scale: factor on the weights, `routed_scaling_factor` of Mistral Small 4.
-    """
-
-    name: Literal["softmax"]
-    bias: bool = False
-    # A dump omits this key at its default: files that store a dump (GGUF) keep their bytes, and older readers still read them.
-    scale: Annotated[PositiveFloat, Field(exclude_if=lambda scale: scale == 1)] = 1.0
-
-
-class SigmoidRouter(Section):
-    """A router whose weights are the sigmoids of the selected experts' logits, divided by their sum, times `scale`.
-
-    This is the router of DeepSeek-V3 (arXiv:2412.19437, eq. 12 to 16). bias: as for the softmax router, added to the sigmoid.
-
-    num_groups, groups_per_token: the experts form `num_groups` consecutive groups. A token selects only among the experts of its
-    `groups_per_token` best groups, where the score of a group is the sum of its two best experts, biases included (section 2.1.2
-    of the paper).
-    """
-
-    name: Literal["sigmoid"]
-    bias: bool = False
-    scale: PositiveFloat = 1.0
-    num_groups: Positive = 1
-    groups_per_token: Positive = 1
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.groups_per_token > self.num_groups:
-            raise ValueError(f"groups_per_token {self.groups_per_token} exceeds num_groups {self.num_groups}; lower it")
-        if self.groups_per_token == self.num_groups > 1:
-            raise ValueError(f"groups_per_token {self.groups_per_token} equals num_groups, so it limits nothing; leave both out")
-        return self
-
-
-Router = Annotated[SoftmaxRouter | SigmoidRouter, Field(discriminator="name")]
-"""The tagged union of routers."""
+    """Width F of the hidden layer (`intermediate_size` of Hugging Face)."""
 
 
 class DenseLayers(Section):
@@ -101,24 +71,30 @@ class DenseLayers(Section):
     """
 
     count: Positive
+    """Number of first layers without experts (`first_k_dense_replace`)."""
     ffn_dim: Positive
+    """Width F of the hidden layer of each of them (`intermediate_size`)."""
 
 
 class MoeFfn(Section):
-    """A sparse feed-forward layer: SwiGLU experts of width ffn_dim, of which a router selects `experts_per_token` for each token.
-
-    num_shared_experts: additional experts that process every token (DeepSeekMoE, arXiv:2401.06066), computed together as one
-    dense SwiGLU of their summed width. dense_layers: the first layers, which have no experts (null: all layers have experts).
-    """
+    """A sparse feed-forward layer: SwiGLU experts, of which a router selects `experts_per_token` for each token."""
 
     name: Literal["moe"]
     ffn_dim: Positive
+    """Width F of each expert's hidden layer (`moe_intermediate_size`; Mixtral calls it `intermediate_size`)."""
     num_experts: Positive
+    """Number E of routed experts in a layer (`num_local_experts`)."""
     experts_per_token: Positive
+    """Number A of experts that process each token (`num_experts_per_tok`). Compute grows in proportion."""
     router: Router = SoftmaxRouter(name="softmax")
+    """How experts are selected and weighted; by default the softmax router of Mixtral."""
     num_shared_experts: NonNegative = 0
+    """Number of additional experts that process every token (DeepSeekMoE, arXiv:2401.06066), computed together as one dense SwiGLU
+    of their summed width.
+    """
     # A dump omits this key when it is null: files that store a dump (GGUF) keep their bytes, and older readers still read them.
     dense_layers: Annotated[DenseLayers | None, Field(exclude_if=lambda dense: dense is None)] = None
+    """First layers that have a dense feed-forward layer in place of experts; null: all layers have experts."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -151,16 +127,43 @@ class Model(Section):
     """The architecture of a transformer. Letters of the sizes: vocab_size V, model_dim D, ffn_dim F, head_dim H."""
 
     family: FamilyName
+    """Family of the model, which decides what it may have and which file formats can express it."""
     vocab_size: Positive
+    """Number V of token ids; at least the tokenizer's. A multiple of 128 is fastest on accelerators."""
     model_dim: Positive
+    """Width D of the residual stream (`hidden_size`)."""
     num_layers: Positive
+    """Number L of layers."""
     attention: Attention
+    """Attention of every layer: grouped-query (`gqa`, also if `name` is left out) or latent (`mla`)."""
     ffn: Ffn
+    """Feed-forward layers: `dense`, or `moe` with experts and a router. The family decides which of them is allowed."""
     rope: Rope = DefaultRope(name="default")
+    """Rotary position embeddings; `yarn` extends the context."""
     norm_eps: PositiveFloat = 1e-5
+    """Constant added to the mean square in RMSNorm."""
     tie_embeddings: bool = False
+    """Whether the head uses the matrix of the embedding. Usual for small models only."""
     max_seq_len: Positive = 32768
+    """Context in tokens that exports state; `train.seq_len` may not exceed it."""
     init_stddev: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; it matters for training from random weights only."""
+
+    preset: PresetName | None = Field(default=None, exclude=True)
+    """Published model whose sizes fill in all keys that are not stated. The resolved config states the keys themselves."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_preset(cls, section: object) -> object:
+        return expand_preset(section)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Require the sizes in the schema for editors only where no preset states them."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        schema["if"] = {"properties": {"preset": {"type": "string"}}, "required": ["preset"]}
+        schema["else"] = {"required": schema.pop("required")}
+        return schema
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -13,7 +13,9 @@ class QueryScaling(Section):
     """Query scaling of Llama 4: q *= 1 + beta * log(1 + floor(position / original_max_seq_len))."""
 
     beta: PositiveFloat
+    """Strength of the scaling (`llama_4_scaling_beta`)."""
     original_max_seq_len: Positive
+    """Number of tokens below which queries are not scaled."""
 
 
 def _list_as_tuple(value: object) -> object:
@@ -22,18 +24,21 @@ def _list_as_tuple(value: object) -> object:
 
 
 class GroupedQueryAttention(Section):
-    """Grouped-query attention (GQA, arXiv:2305.13245); this is the default when `name` is left out.
-
-    `windows` describes one period of layers, and layer i uses entry i modulo the period. With null a layer attends to all
-    previous positions; with a number W it attends to the last W positions, including the current one.
-    """
+    """Grouped-query attention (GQA, arXiv:2305.13245); this is the default when `name` is left out."""
 
     name: Literal["gqa"] = "gqa"
     num_heads: Positive
+    """Number N of query heads."""
     num_kv_heads: Positive
+    """Number K of key and value heads, a divisor of `num_heads`; each serves num_heads / num_kv_heads query heads."""
     head_dim: Positive
+    """Width H of a head; even."""
     windows: Annotated[tuple[Positive | None, ...], Field(min_length=1), BeforeValidator(_list_as_tuple)] = (None,)
+    """One period of layers: layer i uses entry i modulo the period. Null attends to all previous positions, a number W to the last
+    W positions, including the current one. All numbers must be equal.
+    """
     query_scaling: QueryScaling | None = None
+    """Scaling of queries by position, as in Ministral 3; null for none."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -47,24 +52,29 @@ class GroupedQueryAttention(Section):
 class MultiHeadLatentAttention(Section):
     """Multi-head latent attention (MLA, arXiv:2405.04434, section 2.1): keys and values are computed from a latent of low rank.
 
-    q_lora_rank: rank of the queries' latent; null projects queries directly. kv_lora_rank: rank of the latent of keys and
-    values. A query and a key have `qk_nope_head_dim` dims without positions, then `qk_rope_head_dim` rotary dims, and a value
-    has `v_head_dim` dims. The rotary part of the key is shared by all heads.
-
-    scale_correction: `none` divides scores by the square root of the query's dims. `mscale_squared` also multiplies them by
-    (1 + 0.1 * rope.mscale_all_dim * ln rope.factor)^2, as transformers does for files that state mscale_all_dim. Readers of
-    one model may differ in this, so it is recorded, and exports are written so that their reader computes it.
+    A query and a key have `qk_nope_head_dim` dims without positions, then `qk_rope_head_dim` rotary dims.
     """
 
     name: Literal["mla"]
     num_heads: Positive
+    """Number N of heads."""
     q_lora_rank: Positive | None = None
+    """Rank of the queries' latent; null projects queries directly."""
     kv_lora_rank: Positive
+    """Rank of the latent of keys and values."""
     qk_nope_head_dim: Positive
+    """Dims of a query and key without positions."""
     qk_rope_head_dim: Positive
+    """Rotary dims of a query and key; the rotary part of the key is shared by all heads."""
     v_head_dim: Positive
+    """Dims of a value."""
     query_scaling: QueryScaling | None = None
+    """Scaling of queries by position, as in Mistral Small 4; null for none."""
     scale_correction: Literal["none", "mscale_squared"] = "none"
+    """`none` divides scores by the square root of the query's dims. `mscale_squared` also multiplies them by (1 + 0.1 *
+    rope.mscale_all_dim * ln rope.factor)^2, as transformers does for files that state mscale_all_dim. Readers of one model may
+    differ in this, so it is recorded, and exports are written so that their reader computes it.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model
+from moe_train.config.average import Average, LastCheckpoints, NoAverage
 from moe_train.config.checks import check_batch, check_model, check_rounding
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
@@ -28,22 +29,43 @@ class Config(Section):
     """
 
     name: RunName
+    """Name of the run, in logs and records."""
     run_dir: LocalPath
+    """Folder for checkpoints, metrics and records. All hosts must see it. A second start with the same folder continues the run."""
     seed: Seed = 0
+    """Seed of the initial weights, the order of data and dropout."""
     init_from: LocalPath | None = None
+    """Directory of a checkpoint to start from: a run (`RUN`, `RUN@30`, `RUN@best`), or a model in Hugging Face, Mistral or GGUF
+    format. Null starts from random weights, which `model` describes.
+    """
     model: Model | None = None
+    """Architecture to train from random weights. With `init_from` leave it out: the checkpoint states it."""
     lora: Lora | None = None
+    """Low-rank adapters on a frozen model; null trains every weight."""
     data: Data | None = None
+    """Training and evaluation data. Only `plan`, `inspect` and `bench` work without it."""
     objective: Objective = NextToken(name="next_token")
+    """What training minimizes."""
     train: Train
+    """Length and batch shape of the run."""
     optimizer: Optimizer
+    """Optimizer, learning rate and schedule."""
     loss: Loss = Loss()
+    """Settings that keep routers balanced."""
     compute: Compute = Compute()
+    """Dtypes, rematerialization and kernels."""
     mesh: Mesh = Mesh()
+    """Number of devices along each axis; by default one device. `moe-train plan` finds the best."""
     evaluation: Evaluation = Evaluation()
+    """When and how long the held-out loss is measured."""
     checkpoint: Checkpoint = Checkpoint()
+    """When the state is saved, and which checkpoints stay."""
+    average: Average = NoAverage()
+    """Average of the weights that is saved with each checkpoint, as a run of its own: RUN_DIR/average."""
     metrics: Metrics = Metrics()
+    """How often metrics are logged, and where to."""
     export: Literal["all", "none"] = "all"
+    """`all` refuses an architecture that no file format can express before training; `none` trains it all the same."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -55,6 +77,11 @@ class Config(Section):
         if self.data is not None:
             check_records(self.objective, self.data)
         check_batch(self)
+        if isinstance(self.average, LastCheckpoints) and self.checkpoint.keep_last < self.average.count - 1:
+            raise ValueError(
+                f"average.count {self.average.count} needs checkpoint.keep_last {self.average.count - 1} or more, not "
+                f"{self.checkpoint.keep_last}, since the mean is taken over checkpoints that are kept; raise it, or lower the count"
+            )
         check_rounding(self)
         if self.compute.attention == "cudnn" and self.compute.dtype == "float32":
             raise ValueError(

@@ -22,6 +22,7 @@ class ConstantSchedule(Section):
 
     name: Literal["constant"]
     warmup_steps: NonNegative = 0
+    """Steps over which the learning rate rises linearly from zero."""
 
 
 class CosineSchedule(Section):
@@ -29,7 +30,9 @@ class CosineSchedule(Section):
 
     name: Literal["cosine"]
     warmup_steps: NonNegative = 0
+    """Steps over which the learning rate rises linearly from zero."""
     final_fraction: Fraction = 0.1
+    """Learning rate at the last step, as a fraction of the peak."""
 
 
 class LinearSchedule(Section):
@@ -37,7 +40,9 @@ class LinearSchedule(Section):
 
     name: Literal["linear"]
     warmup_steps: NonNegative = 0
+    """Steps over which the learning rate rises linearly from zero."""
     final_fraction: Fraction = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
 
 
 class WsdSchedule(Section):
@@ -48,8 +53,11 @@ class WsdSchedule(Section):
 
     name: Literal["wsd"]
     warmup_steps: NonNegative = 0
+    """Steps over which the learning rate rises linearly from zero."""
     decay_steps: Positive
+    """Number of last steps over which the learning rate decays linearly; a tenth of the run is usual."""
     final_fraction: Fraction = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
 
 
 Schedule = Annotated[ConstantSchedule | CosineSchedule | LinearSchedule | WsdSchedule, Field(discriminator="name")]
@@ -61,20 +69,24 @@ Rounding = Literal["nearest", "stochastic", "float32_master"]
 
 
 class _OptimizerBase(Section):
-    """The settings that all optimizers have.
-
-    rounding: how updates reach weights of `compute.param_dtype` bfloat16 in full training. With nearest, updates below 1/512 of a
-    weight vanish. float32_master keeps float32 copies in the optimizer state, and rounds the weights from them; stochastic rounds
-    up or down at random, right on average. Both keep the moments in float32: with AdamW 14 and 10 bytes per parameter instead of
-    6. The setting is fixed when a run starts.
-    """
+    """The settings that all optimizers have."""
 
     learning_rate: PositiveFloat
+    """Peak learning rate. Start with 1e-4 to 2e-4 for LoRA and 1e-5 for a full fine-tune."""
     schedule: Schedule = ConstantSchedule(name="constant")
+    """Course of the learning rate over the run."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay per step, multiplied by the learning rate. 0.1 is usual in pretraining."""
     no_decay: tuple[Literal["norms", "biases", "router", "embeddings"], ...] = ("norms", "biases")
+    """Kinds of weights that weight decay leaves out."""
     max_grad_norm: PositiveFloat | None = 1.0
+    """Global norm to which larger gradients are scaled down; null does not limit them."""
     rounding: Rounding = "nearest"
+    """How updates reach weights of `compute.param_dtype` bfloat16 in full training. With nearest, updates below 1/512 of a weight
+    vanish. float32_master keeps float32 copies in the optimizer state, and rounds the weights from them; stochastic rounds up or
+    down at random, right on average. Both keep the moments in float32: with AdamW 14 and 10 bytes per parameter instead of 6. The
+    setting is fixed when a run starts.
+    """
 
 
 class AdamW(_OptimizerBase):
@@ -82,8 +94,11 @@ class AdamW(_OptimizerBase):
 
     name: Literal["adamw"]
     b1: Decay = 0.9
+    """Decay of the mean of gradients per step."""
     b2: Decay = 0.95
+    """Decay of the mean of squared gradients per step. 0.95 suits large batches; 0.999 is torch's default."""
     eps: PositiveFloat = 1e-8
+    """Constant added to the root of the second moment."""
 
 
 class Lion(_OptimizerBase):
@@ -91,7 +106,9 @@ class Lion(_OptimizerBase):
 
     name: Literal["lion"]
     b1: Decay = 0.9
+    """Interpolation between momentum and gradient whose sign is the update."""
     b2: Decay = 0.99
+    """Decay of the momentum per step."""
 
 
 class Adafactor(_OptimizerBase):
@@ -99,7 +116,9 @@ class Adafactor(_OptimizerBase):
 
     name: Literal["adafactor"]
     decay_rate: Decay = 0.8
+    """Exponent by which the decay of second moments approaches 1 as steps pass."""
     min_dim_size_to_factor: Positive = 128
+    """Matrices with both dims at least this large store factored second moments."""
 
 
 class Muon(_OptimizerBase):
@@ -111,12 +130,19 @@ class Muon(_OptimizerBase):
 
     name: Literal["muon"]
     momentum: Decay = 0.95
+    """Decay of the momentum per step."""
     ns_steps: Positive = 5
+    """Newton-Schulz iterations that orthogonalize an update."""
     nesterov: bool = True
+    """Whether the gradient enters the update a second time, after the momentum."""
     adamw_learning_rate: PositiveFloat
+    """Peak learning rate of embeddings, head, router and norms, which use AdamW."""
     b1: Decay = 0.9
+    """Decay of AdamW's mean of gradients per step."""
     b2: Decay = 0.95
+    """Decay of AdamW's mean of squared gradients per step."""
     eps: PositiveFloat = 1e-8
+    """Constant added to the root of AdamW's second moment."""
 
 
 Optimizer = Annotated[AdamW | Lion | Adafactor | Muon, Field(discriminator="name")]
@@ -124,20 +150,25 @@ Optimizer = Annotated[AdamW | Lion | Adafactor | Muon, Field(discriminator="name
 
 
 class Loss(Section):
-    """Settings that keep routers balanced.
-
-    load_balance_loss_coef, router_z_loss_coef: coefficients of the two router losses, applied per layer. Full training of a
-    sparse model must state them. bias_update_rate: how far one step moves the bias of a router that has one: up for an expert
-    with less than the mean load of the step, down for one with more (DeepSeek-V3 uses 0.001). balance_over: the tokens whose
-    loads the balance loss multiplies. With microbatch it is the mean of the microbatches' losses, weighted by their tokens. With
-    step (arXiv:2501.11873) loss and gradient are those of one large batch, whatever train.microbatches is; if that is more than
-    one, each step begins with a forward pass that counts the loads, a quarter to a third more work.
-    """
+    """Settings that keep routers balanced."""
 
     load_balance_loss_coef: NonNegativeFloat | None = None
+    """Coefficient of the load-balance loss, applied per layer; 0.01 is usual. Full training of a sparse model must state it; null
+    is 0 where routers are frozen.
+    """
     router_z_loss_coef: NonNegativeFloat | None = None
+    """Coefficient of the z-loss (squared log-sum-exp of router logits), applied per layer; 0.001 is usual. Full training of a
+    sparse model must state it; null is 0 where routers are frozen.
+    """
     bias_update_rate: NonNegativeFloat | None = None
+    """How far one step moves the bias of a router that has one: up for an expert with less than the mean load of the step, down for
+    one with more. DeepSeek-V3 uses 0.001.
+    """
     balance_over: Literal["microbatch", "step"] = "microbatch"
+    """Tokens whose loads the balance loss multiplies. With microbatch it is the mean of the microbatches' losses, weighted by their
+    tokens. With step (arXiv:2501.11873) loss and gradient are those of one large batch, whatever train.microbatches is; if that is
+    more than one, each step begins with a forward pass that counts the loads, a quarter to a third more work.
+    """
 
     def needs_routing_pass(self, microbatches: int) -> bool:
         """Return whether each step begins with a forward pass that counts the loads of all microbatches."""

@@ -30,12 +30,12 @@ class FileSchema:
     """
 
     def __init__(self, root: JsonSchemaValue):
-        self._root = root
+        self.root = root
 
     def members(self, schema: JsonSchemaValue) -> dict[str, JsonSchemaValue]:
         """Return tag -> section schema for a tagged union; one section under the tag "" for a plain one; {} for other values."""
         if "discriminator" in schema:
-            return {tag: self._follow({"$ref": ref}) for tag, ref in schema["discriminator"]["mapping"].items()}
+            return {tag: self.follow({"$ref": ref}) for tag, ref in schema["discriminator"]["mapping"].items()}
         return {"": schema} if "properties" in schema else {}
 
     def key_path(self, loc: tuple[str | int, ...]) -> tuple[KeyPath, JsonSchemaValue]:
@@ -48,7 +48,7 @@ class FileSchema:
             The key path without tags, and the schema of the innermost section (of the union, if the tag itself is at fault).
         """
         path: KeyPath = ()
-        schema = section = self._root
+        schema = section = self.root
         for part in loc:
             if "discriminator" in schema:
                 # pydantic puts the tag of a union into `loc`, where the file has no key.
@@ -59,29 +59,29 @@ class FileSchema:
             subschema = schema.get("items", {})
             if not isinstance(part, int):
                 subschema = schema.get("properties", {}).get(part, {})
-            schema = self._follow(subschema)
+            schema = self.follow(subschema)
         return path, schema if "discriminator" in schema else section
 
     def all_keys(self) -> list[str]:
         """Return every key path that a file can have."""
-        return list(dict.fromkeys(path for path, _ in self._keys(self._root, "")))
+        return list(dict.fromkeys(path for path, _ in self._keys(self.root, "")))
 
     def owners(self, key: str | int, section: str) -> list[str]:
         """Return the tags of the union members at `section` that have a key of this name."""
-        return [tag for path, tag in self._keys(self._root, "") if path == f"{section}.{key}" and tag]
+        return [tag for path, tag in self._keys(self.root, "") if path == f"{section}.{key}" and tag]
 
-    def _follow(self, schema: JsonSchemaValue) -> JsonSchemaValue:
+    def follow(self, schema: JsonSchemaValue) -> JsonSchemaValue:
         """Resolve a reference, or the `X` of `X or null`, to the schema behind it."""
         if "$ref" in schema:
-            return self._follow(self._root["$defs"][schema["$ref"].rpartition("/")[2]])
+            return self.follow(self.root["$defs"][schema["$ref"].rpartition("/")[2]])
         for choice in schema.get("anyOf", ()):
             if choice.get("type") != "null":
-                return self._follow(choice)
+                return self.follow(choice)
         return schema
 
     def _keys(self, schema: JsonSchemaValue, prefix: str) -> Iterator[tuple[str, str]]:
         """Yield every key path below `schema`, with the tag of the section that it is in; lists are entered at item 0."""
-        schema = self._follow(schema)
+        schema = self.follow(schema)
         if schema.get("type") == "array":
             yield from self._keys(schema["items"], f"{prefix}0.")
         for tag, section in self.members(schema).items():

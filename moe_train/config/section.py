@@ -62,4 +62,5 @@ class Section(BaseModel):
     """The base class of all config sections: strict types, no unknown keys, immutable."""
 
     # Strict: a quoted "10" or a 1 for true is an error rather than a guess. Frozen: defaults are shared.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    # The docstring below a field describes it in the schema, the reference and `moe-train explain`.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True)

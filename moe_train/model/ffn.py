@@ -9,13 +9,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key
 
 from moe_train import config
-from moe_train.model.layers import Linear, keys_of
+from moe_train.model.layers import Linear, RandomSource, keys_of
 
 
 class DenseFfn(nnx.Module):
     """SwiGLU feed-forward layer: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn_dim: int):
+    def __init__(self, rngs: RandomSource, model: config.Model, compute: config.Compute, ffn_dim: int):
         D = model.model_dim
         F = ffn_dim
         std = model.init_stddev

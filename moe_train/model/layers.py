@@ -11,17 +11,22 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_train.model.sharding import fsdp, specs
 
+RandomSource = nnx.Rngs | None
+"""PRNG streams for initial weights; None for zeros, where only shapes matter and random numbers would only take time to trace."""
 
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype) -> nnx.Param:
+
+def normal(rngs: RandomSource, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype) -> nnx.Param:
     """Initialize a parameter with independent normal entries; the values are the same on every mesh.
 
     Args:
-        rngs: PRNG streams.
+        rngs: PRNG streams; None for zeros.
         shape: shape of the parameter.
         spec: partition spec that the parameter is created with.
         stddev: standard deviation of the entries.
         dtype: dtype of the parameter.
     """
+    if rngs is None:
+        return nnx.Param(jnp.zeros(shape, dtype, out_sharding=spec))
     return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, dtype, out_sharding=spec))
 
 
@@ -107,7 +112,7 @@ class Linear(Adapted):
         dtype: dtype of the weight.
     """
 
-    def __init__(self, rngs: nnx.Rngs, equation: str, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype):
+    def __init__(self, rngs: RandomSource, equation: str, shape: tuple[int, ...], spec: P, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, shape, spec, stddev, dtype))
         self.equation = equation
 
@@ -125,13 +130,23 @@ class Linear(Adapted):
             x: input with the dims of the equation's first operand.
             key: PRNG key for the dropout on the adapter's input; None for no dropout.
         """
-        y = fsdp.project(self.equation, x, self.weight[...])
+        return self.apply(x, self.apply_dropout(x, key))
+
+    def apply(self, x: Float[Array, "*dims"], adapter_input: Float[Array, "*dims"], saved: bool = True) -> Float[Array, "..."]:
+        """Apply the map to x, and the LoRA adapter, if there is one, to `adapter_input`, which is x after dropout.
+
+        Args:
+            x: input with the dims of the equation's first operand.
+            adapter_input: input of the adapter.
+            saved: whether remat `minimal` keeps the results for the backward pass.
+        """
+        y = fsdp.project(self.equation, x, self.weight[...], saved)
         adapter = self.adapter()
         if adapter is not None:
             a, b = adapter
             to_rank, from_rank = lora_equations(self.equation)
-            low_rank = fsdp.project(to_rank, self.apply_dropout(x, key), a)
-            y += fsdp.project(from_rank, low_rank, b)
+            low_rank = fsdp.project(to_rank, adapter_input, a, saved)
+            y += fsdp.project(from_rank, low_rank, b, saved)
         return y
 
 
@@ -154,7 +169,7 @@ class Embedding(Adapted):
     The adapter's factors are A (V, J) and B (J, D); it has no dropout, as in PEFT.
     """
 
-    def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
+    def __init__(self, rngs: RandomSource, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, (vocab_size, dim), P(specs.split_axes(vocab_size), "fsdp"), stddev, dtype))
 
     def __call__(self, tokens_BT: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
@@ -169,7 +184,7 @@ class Embedding(Adapted):
 class Head(Adapted):
     """The output matrix (V, D), which the loss applies. The adapter's factors are A (D, J) and B (J, V)."""
 
-    def __init__(self, rngs: nnx.Rngs, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
+    def __init__(self, rngs: RandomSource, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, (vocab_size, dim), P(specs.split_axes(vocab_size), "fsdp"), stddev, dtype))
 
     def lora_factors(

@@ -18,12 +18,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.model.layers import Adapted, Embedding, Head, Linear, RMSNorm, lora_equations
+from moe_train.model.layers import Adapted, Embedding, Head, Linear, RandomSource, RMSNorm, lora_equations
 from moe_train.model.moe.layer import ExpertLinear
 from moe_train.model.sharding.specs import spec_of, without_fsdp
 
 
-def add_lora(model: Any, lora: config.Lora, rngs: nnx.Rngs) -> None:
+def add_lora(model: Any, lora: config.Lora, rngs: RandomSource) -> None:
     """Add adapters to every module that a target's pattern names, and make float32 of weights that are trained in full.
 
     The model is changed in place.
@@ -132,7 +132,7 @@ def _make_float32(module: nnx.Module) -> None:
     setattr(module, name, nnx.Param(getattr(module, name)[...].astype(jnp.float32)))
 
 
-def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora, rngs: nnx.Rngs) -> None:
+def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora, rngs: RandomSource) -> None:
     """Create the adapter's factors, with the weight's spec on the dims that they share."""
     weight = module.weight[...]
     J = max(target.rank for target in targets)
@@ -154,13 +154,13 @@ def _attach(module: Adapted, targets: list[config.LoraTarget], lora: config.Lora
         a_spec = without_fsdp(a_spec)
         b_spec = without_fsdp(b_spec)
     # Always float32: an update of 1e-4 to a bfloat16 adapter would mostly be rounded away.
-    if isinstance(module, Embedding):
-        a = jnp.zeros((*ins, J), jnp.float32, out_sharding=a_spec)
-        b = jax.random.normal(rngs.params(), (J, *outs), jnp.float32, out_sharding=b_spec)
-    else:
+    a = jnp.zeros((*lead, *ins, J), jnp.float32, out_sharding=a_spec)
+    b = jnp.zeros((*lead, J, *outs), jnp.float32, out_sharding=b_spec)
+    if rngs is not None and isinstance(module, Embedding):
+        b = jax.random.normal(rngs.params(), b.shape, jnp.float32, out_sharding=b_spec)
+    elif rngs is not None:
         bound = float(np.prod(ins)) ** -0.5  # 1 / sqrt(fan-in)
-        a = jax.random.uniform(rngs.params(), (*lead, *ins, J), jnp.float32, -bound, bound, out_sharding=a_spec)
-        b = jnp.zeros((*lead, J, *outs), jnp.float32, out_sharding=b_spec)
+        a = jax.random.uniform(rngs.params(), a.shape, jnp.float32, -bound, bound, out_sharding=a_spec)
     module.lora_dropout = lora.dropout
     # Without lists of experts a module has exactly one target (`_check_experts`).
     module.lora_scale = lora.scale(targets[0])

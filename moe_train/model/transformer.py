@@ -6,7 +6,7 @@ with depth. `config.stacks` gives the stacks of a model: one if all layers are a
 `hidden, stats = model(tokens, positions, segment_ids)`; the loss applies `model.head_weight()`.
 
 A model is passed around as a flat dict {path: array} (`parameters`, `combine`); `ParameterPath` gives the meaning of a path.
-Layer i * period + j of stack s is entry i of `stacks.s.layers.j.…`. README.md lists the shape letters of array names.
+Layer i * period + j of stack s is entry i of `stacks.s.layers.j.…`. docs/how_it_works/architecture.md lists the letters of shapes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from moe_train import config
 from moe_train.machine.mesh import use_default_mesh
 from moe_train.model.attention.kinds import Cache, apply_attention, attention_layer, empty_cache
 from moe_train.model.ffn import DenseFfn
-from moe_train.model.layers import Embedding, Head, Linear, RMSNorm, keys_of
+from moe_train.model.layers import Embedding, Head, Linear, RandomSource, RMSNorm, keys_of
 from moe_train.model.lora import adaptable, add_lora
 from moe_train.model.moe.layer import ExpertLinear, MoE
 from moe_train.model.moe.router import RouterStats
@@ -50,7 +50,7 @@ class Layer(nnx.Module):
         ffn: the layer's feed-forward part, dense or sparse.
     """
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None, ffn: config.Ffn):
+    def __init__(self, rngs: RandomSource, model: config.Model, compute: config.Compute, window: int | None, ffn: config.Ffn):
         dtype = jnp.dtype(compute.param_dtype)
         self.attention_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
         self.attention = attention_layer(rngs, model, compute, window)
@@ -90,7 +90,7 @@ class Layer(nnx.Module):
         return x_BTD + y_BTD, cache, stats
 
 
-def _feed_forward(rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn: config.Ffn) -> MoE | DenseFfn:
+def _feed_forward(rngs: RandomSource, model: config.Model, compute: config.Compute, ffn: config.Ffn) -> MoE | DenseFfn:
     match ffn:
         case config.DenseFfn():
             return DenseFfn(rngs, model, compute, ffn.ffn_dim)
@@ -110,12 +110,16 @@ class Stack(nnx.Module):
         stack: windows of the period's layers, their feed-forward part and the number of repeats.
     """
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, stack: config.LayerStack):
-        keys = jax.random.split(rngs.params(), (stack.period, stack.repeats))
+    def __init__(self, rngs: RandomSource, model: config.Model, compute: config.Compute, stack: config.LayerStack):
+        keys: Shaped[Array, " P R"]
+        if rngs is None:
+            keys = jnp.zeros((stack.period, stack.repeats))
+        else:
+            keys = jax.random.split(rngs.params(), (stack.period, stack.repeats))
 
-        def repeated(window: int | None, keys: Key[Array, " R"]) -> Layer:
+        def repeated(window: int | None, keys: Shaped[Array, " R"]) -> Layer:
             # vmap over the keys initializes all repeats at once, and stacks each weight on dim 0.
-            return jax.vmap(lambda key: Layer(nnx.Rngs(key), model, compute, window, stack.ffn))(keys)
+            return jax.vmap(lambda key: Layer(None if rngs is None else nnx.Rngs(key), model, compute, window, stack.ffn))(keys)
 
         self.layers = nnx.List([repeated(window, k) for window, k in zip(stack.windows, keys, strict=True)])
         self.remat = compute.remat
@@ -188,6 +192,10 @@ class Stack(nnx.Module):
                 extended.append(new_cache)
             return x_BTD, extended
 
+        if self.repeats == 1:
+            # Without a loop there is no slice of the weights, which would be a copy (see `separate_layers`).
+            x_BTD, extended = period(x_BTD, jax.tree.map(lambda x: jax.lax.squeeze(x, (0,)), (self.layers, caches)))
+            return x_BTD, jax.tree.map(lambda x: jax.lax.expand_dims(x, (0,)), extended)
         return jax.lax.scan(period, x_BTD, (self.layers, caches))
 
 
@@ -214,7 +222,7 @@ def _concatenate(stats: list[RouterStats]) -> RouterStats | None:
 class Transformer(nnx.Module):
     """A decoder-only transformer of the Mistral family."""
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute):
+    def __init__(self, rngs: RandomSource, model: config.Model, compute: config.Compute):
         dtype = jnp.dtype(compute.param_dtype)
         std = model.init_stddev
         self.embed = Embedding(rngs, model.vocab_size, model.model_dim, std, dtype)
@@ -287,8 +295,8 @@ class Transformer(nnx.Module):
 
     def decode(
         self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Sequence[Sequence[Cache]]
-    ) -> tuple[Float[Array, "B T V"], Sequence[Sequence[Cache]]]:
-        """Compute the logits of T further tokens of each sequence.
+    ) -> tuple[Float[Array, "B T D"], Sequence[Sequence[Cache]]]:
+        """Compute the hidden states of T further tokens of each sequence, after the final norm.
 
         Args:
             tokens_BT: token ids.
@@ -296,7 +304,7 @@ class Transformer(nnx.Module):
             caches: caches as from `empty_caches`.
 
         Returns:
-            The logits, and the extended caches.
+            The hidden states, of which `logits` makes logits, and the extended caches.
         """
         x_BTD = self.embed(tokens_BT, self.dtype)
         # Segment 0 keeps padding out of the routers; attention to a cache masks by position.
@@ -305,7 +313,7 @@ class Transformer(nnx.Module):
         for stack, stack_caches in zip(self.stacks, caches, strict=True):
             x_BTD, new_caches = stack.decode(x_BTD, positions_BT, segment_ids_BT, stack_caches)
             extended.append(new_caches)
-        return self.logits(self.final_norm(x_BTD)), extended
+        return self.final_norm(x_BTD), extended
 
 
 def init_model(
@@ -331,7 +339,23 @@ def init_model(
         ValueError: `lora` does not fit the model (see `add_lora` and `quantize_weights`).
     """
     use_default_mesh()
-    rngs = nnx.Rngs(params=jax.random.key(seed))
+    return _build(nnx.Rngs(params=jax.random.key(seed)), model, compute, lora)
+
+
+def abstract_model(
+    model: config.Model,
+    compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
+    lora: config.Lora | None = None,
+) -> Transformer:
+    """Return the model of `init_model` with a `jax.ShapeDtypeStruct` in place of each array, in a fraction of the time.
+
+    The arguments and errors are those of `init_model`.
+    """
+    use_default_mesh()
+    return jax.eval_shape(lambda: _build(None, model, compute, lora))
+
+
+def _build(rngs: RandomSource, model: config.Model, compute: config.Compute, lora: config.Lora | None) -> Transformer:
     transformer = Transformer(rngs, model, compute)
     if lora is not None:
         # Adapters come before quantization: they take shape and sharding from the weights, which are replaced then.
@@ -346,13 +370,15 @@ def init_model(
     return transformer
 
 
-def empty_caches(model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype) -> list[list[Cache]]:
+def empty_caches(
+    transformer: Transformer, model: config.Model, batch_size: int, max_len: int, dtype: jnp.dtype
+) -> list[list[Cache]]:
     """Return caches for `batch_size` sequences of at most `max_len` tokens, in the form that `Transformer.decode` takes.
 
-    There is a list for each stack, with one cache for each layer of its period.
+    There is a list for each stack of the transformer, with one cache for each layer of its period.
     """
 
-    def stack_caches(stack: config.LayerStack) -> list[Cache]:
-        return [empty_cache(model.attention, stack.repeats, batch_size, max_len, dtype) for _ in range(stack.period)]
+    def stack_caches(stack: Stack) -> list[Cache]:
+        return [empty_cache(model.attention, stack.repeats, batch_size, max_len, dtype) for _ in stack.layers]
 
-    return [stack_caches(stack) for stack in config.stacks(model)]
+    return [stack_caches(stack) for stack in transformer.stacks]

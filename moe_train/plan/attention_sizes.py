@@ -24,6 +24,8 @@ class AttentionSizes(NamedTuple):
     latents."""
     input_gradients: int
     """Gradients of inputs of projections to heads, which are summed over `tensor`."""
+    key_latent: int
+    """Latent and shared key that devices of `context` gather in place of keys and values; 0 without latents."""
 
     @property
     def projections_of_heads(self) -> int:
@@ -40,7 +42,7 @@ def attention_sizes(model: config.Model) -> AttentionSizes:
             queries = a.num_heads * a.head_dim
             keys = a.num_kv_heads * a.head_dim
             # The gradients of the inputs of three projections are summed.
-            return AttentionSizes(a.num_heads, queries, keys, keys, queries, 0, 0, 3 * D)
+            return AttentionSizes(a.num_heads, queries, keys, keys, queries, 0, 0, 3 * D, 0)
         case config.MultiHeadLatentAttention():
             N = a.num_heads
             into_kv_latent = a.kv_lora_rank + a.qk_rope_head_dim
@@ -54,6 +56,7 @@ def attention_sizes(model: config.Model) -> AttentionSizes:
                 latents=query_latent + into_kv_latent,
                 expanded=N * (a.qk_nope_head_dim + a.v_head_dim),
                 input_gradients=(query_latent or D) + into_kv_latent,
+                key_latent=into_kv_latent,
             )
         case _:
             assert_never(a)

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from moe_train import config
 from moe_train.data.batches.batch import PackedBatch
 from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.parameters import Parameters, parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.plan import gpu_targets, hlo
 from moe_train.plan.hlo_text import num_instructions
 from moe_train.plan.replica_groups import axes_of
@@ -190,9 +189,8 @@ def abstract_step(run: config.Run, mesh: Mesh) -> AbstractStep:
         spec = P() if x.sharding is None else x.sharding.spec
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    model = partial(init_model, run.seed, run.model, run.compute, run.lora)
     optimizer = make_optimizer_of_any_length(run.optimizer)
-    structure, params = parameters(jax.eval_shape(model))
+    structure, params = parameters(abstract_model(run.model, run.compute, run.lora))
     state = jax.eval_shape(lambda params: create_state(params, optimizer, run.lora), jax.tree.map(placed, params))
     state = jax.tree.map(placed, state)
     sharding = NamedSharding(mesh, P(BATCH, "context"))

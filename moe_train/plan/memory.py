@@ -72,8 +72,8 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     at_loss = _loss_bytes(model, layout, sizes, shape) - gradients - layer
     at_end = _table_gradient_bytes(model, layout, sizes, shape) - layer
     loss = max(0, at_loss, at_end)
-    if M > 1:  # float32 copies of the sum so far and of the next summand
-        gradients += sum(2 * 4 * w.layers * w.elements(sizes) for w in trained)
+    if M > 1:  # the sum so far, in float32, in the same layout
+        gradients += sum(_padded_bytes(w, sizes) * 4 // w.itemsize for w in trained)
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in layout.weights),
         optimizer=layout.optimizer_bytes,
@@ -139,8 +139,10 @@ def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[st
     t = sizes["tensor"]
     D = model.model_dim
     a = attention_sizes(model)
+    # Along `context` keys and values are computed again from the gathered latents.
+    heads = a.queries if a.key_latent and sizes["context"] > 1 else a.projections_of_heads
     # Results of all projections, attention, and log-sum-exps in float32.
-    saved = m * (a.latents + (a.projections_of_heads + a.outputs) // t + D) * b + m * a.num_heads // t * 4
+    saved = m * (a.latents + (heads + a.outputs) // t + D) * b + m * a.num_heads // t * 4
     f = ffn.ffn_dim // t
     if not isinstance(ffn, config.MoeFfn):
         return saved + m * 2 * f * b
@@ -177,7 +179,8 @@ def _layer_bytes(
     else:
         parts = _dense_ffn_bytes(run, ffn, stacked, sizes, shape)
     # attention: its output, log-sum-exps in whole lanes of 128 numbers of 4 bytes, and q, k, v
-    heads = (a.outputs + a.queries + a.keys + a.values) // t
+    sequence = sizes["context"] if a.key_latent else 1  # of latents, each device expands those of the whole sequence
+    heads = (a.outputs + a.queries + sequence * (a.keys + a.values)) // t
     attention = m * (heads * b + a.num_heads // t * 128 * 4) + 3 * m * model.model_dim * b
     # The product of gate and up involves six arrays in the backward pass (both, their product, and the gradient of each);
     # three of them reuse the space of the others, unless adapters need them again.

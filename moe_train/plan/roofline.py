@@ -86,7 +86,7 @@ def step_work(run: config.Run, layout: WeightLayout, flows: list[Flow], topology
     tokens = train.batch_size * train.seq_len / topology.num_devices
     trained = layout.trainable if run.lora is not None else None
     model_flops = tokens * flops_per_token(model, train.seq_len, trained)
-    recomputed_flops = tokens * _recomputed_flops(run, model, shape)
+    recomputed_flops = tokens * (_recomputed_flops(run, model, shape) + _copied_flops(run))
     if run.loss.needs_routing_pass(train.microbatches):
         recomputed_flops += tokens * _forward_flops(run)
     sizes = axis_sizes(run.mesh)
@@ -111,6 +111,20 @@ def _recomputed_flops(run: config.Run, model: config.Model, shape: MicrobatchSha
     if isinstance(model.ffn, config.MoeFfn) and shape.recomputes_experts:
         return len(config.sparse_layers(model)) * 2 * 3 * D * model.ffn.ffn_dim * model.ffn.experts_per_token
     return 0.0
+
+
+def _copied_flops(run: config.Run) -> float:
+    """Return the FLOPs per token of keys and values that a device of `context` computes for the tokens of the others.
+
+    Under `context` latents are gathered, and each device expands those of the whole sequence: in the forward pass, again in the
+    backward pass, and with two products for the gradients. This is for its own tokens what `model_flops` and remat `full` count.
+    """
+    a = run.model.attention
+    if run.mesh.context == 1 or not isinstance(a, config.MultiHeadLatentAttention):
+        return 0.0
+    product = 2 * a.kv_lora_rank * attention_sizes(run.model).expanded
+    counted = 4 if run.compute.remat == "full" else 3
+    return run.model.num_layers * product * (4 * run.mesh.context - counted)
 
 
 def _forward_flops(run: config.Run) -> float:

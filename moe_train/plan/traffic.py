@@ -202,17 +202,19 @@ def _token_flows(
     # the tokens of all devices of `expert`; XLA:TPU scatters them before summing, so that only a device's own are left.
     x = m * D * b
     num_outputs = 2 if run.compute.remat == "full" else 1
-    attention = x * num_outputs + m * a.input_gradients * b
+    # Copies of the latents on all devices of `context` have gradients of their own, which are summed over `tensor` too.
+    attention = x * num_outputs + m * (a.input_gradients + (context - 1) * a.key_latent) * b
     dense = x * (1 + 2)
     y = x if shape.transport in (None, "all_gather") else m * D * 4  # other transports combine rows in float32
     num_shares = sizes["expert"] if shape.transport == "all_gather" and platform != "tpu" else 1
     sparse = y * num_shares + x
     layers = L * attention + num_sparse * sparse + (L - num_sparse) * dense
     add("activations", "all-reduce", "tensor", layers + 2 * x)  # plus the embedding and the head
-    # Along `context` each device gathers all keys and values, again in the backward pass, and scatters their gradients.
+    # Along `context` each device gathers all keys and values, or the latents that they are computed from (which `tensor` does
+    # not split), again in the backward pass, and scatters their gradients.
     # Queries and the outputs of attention are exchanged in zig-zag order (`context_parallel`) and back: in the forward pass,
     # in its recomputation, and for their gradients. With two devices, one half of each stays where it is.
-    keys = m * context * (a.keys + a.values) // tensor * b
+    keys = m * context * (a.key_latent or (a.keys + a.values) // tensor) * b
     queries = m * (a.queries + a.outputs) // tensor * b
     add("keys and values", "all-gather", "context", keys, 2 * L)
     add("keys and values", "reduce-scatter", "context", keys, L)

@@ -15,7 +15,7 @@ from moe_train import config
 from moe_train.machine.mesh import AXES, abstract_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.train.optimizer import make_optimizer_of_any_length
 from moe_train.train.state import create_state, partition
 
@@ -102,7 +102,7 @@ def _layout(inputs: _Inputs) -> WeightLayout:
     sizes = axis_sizes(inputs.mesh)
     optimizer = make_optimizer_of_any_length(inputs.optimizer)
     with jax.sharding.use_abstract_mesh(abstract_mesh(sizes)):
-        model = jax.eval_shape(lambda: init_model(0, inputs.model, inputs.compute, inputs.lora))
+        model = abstract_model(inputs.model, inputs.compute, inputs.lora)
         _, shapes = parameters(model)
         trained, _ = partition(shapes, inputs.lora)
         # Only shapes are computed: a model of any size takes milliseconds and no memory.

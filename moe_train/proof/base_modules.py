@@ -15,7 +15,6 @@ from moe_train import config
 from moe_train.machine.files import read_object
 from moe_train.proof import expected, reread
 from moe_train.proof.checks import Fault, Finding
-from moe_train.proof.reread import Stored
 
 WRAPPERS = {
     "Mistral3ForConditionalGeneration": "mistral3",
@@ -32,6 +31,11 @@ _IN_MEMORY = {
 }
 """Prefixes of a wrapper's tensors in its files, and in memory if these differ."""
 _SCALES = ("_scale_inv", "_scale")
+_FUSED = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+"""A matrix of an expert in files, and the parameter of all experts that it is a part of in memory."""
+_TAKEN_FOR_EXPERTS = {"deepseek_v3": ("gate", "gate_proj", "up_proj", "down_proj")}
+"""Last names in target_modules that PEFT takes for those of routed experts and routers, whatever precedes them, by model type."""
+_TYPE_OF_CLASS = {"MixtralForCausalLM": "mixtral", "DeepseekV3ForCausalLM": "deepseek_v3"}
 _PREFIX = "base_model.model."
 _LORA_NAME = re.compile(r"(?P<module>.*)\.lora_(A\.weight|B\.weight|embedding_A|embedding_B)")
 
@@ -44,7 +48,9 @@ class BaseModules(NamedTuple):
     is_wrapper: bool
     """Whether the text model is inside a multimodal model."""
     weights: frozenset[str]
-    """Names of the weights, with a matrix for each expert."""
+    """Names of the weights in memory, where a Mixtral's experts have a matrix each, as in its adapters."""
+    model_type: str = "mixtral"
+    """The type of the text model in transformers."""
 
 
 def read_base_modules(base: Path) -> BaseModules:
@@ -52,37 +58,50 @@ def read_base_modules(base: Path) -> BaseModules:
     settings = read_object(base / "config.json")
     architectures = settings.get("architectures") or []
     is_wrapper = bool(set(architectures) & set(WRAPPERS)) or settings.get("model_type") in WRAPPERS.values()
+    # Older files state a class alone.
+    model_type = (settings.get("text_config") or settings).get("model_type") or _TYPE_OF_CLASS.get(next(iter(architectures), ""))
     weights: set[str] = set()
     for name, stored in reread.tensors(base).items():
         if stored.name.endswith(_SCALES):  # scales of FP8 weights and activations belong to no module that PEFT could adapt
             continue
         if not stored.file.name.startswith("consolidated"):  # Mistral's own layout, which may be in the same folder
-            weights.update(_weights_in_memory(name, stored, is_wrapper))
+            weights.update(_weights_in_memory(_in_memory(name) if is_wrapper else name, stored.shape, str(model_type)))
     weights.add("lm_head.weight")  # a tied head has no tensor
-    return BaseModules(next(iter(architectures), str(settings.get("model_type"))), is_wrapper, frozenset(weights))
+    architecture = next(iter(architectures), str(settings.get("model_type")))
+    return BaseModules(architecture, is_wrapper, frozenset(weights), str(model_type))
 
 
 def exported_modules(model: config.Model) -> BaseModules:
     """Return the modules of a base that has to be exported to Hugging Face's layout before transformers can load it."""
-    weights = {tensor.name for tensor in expected.model_tensors("hf", model)}
-    return BaseModules("its export with --format hf", False, frozenset({*weights, "lm_head.weight"}))
+    weights = {"lm_head.weight"}
+    for tensor in expected.model_tensors("hf", model):
+        weights.update(_weights_in_memory(tensor.name, tensor.shape, model.family))
+    return BaseModules("its export with --format hf", False, frozenset(weights), model.family)
 
 
-def _weights_in_memory(name: str, stored: Stored, is_wrapper: bool) -> Iterator[str]:
-    """Yield the names in memory of a tensor of the files; fused experts become a matrix for each expert."""
-    if is_wrapper:
-        for in_file, in_memory in _IN_MEMORY.items():
-            if name.startswith(in_file):
-                name = in_memory + name.removeprefix(in_file)
-    layer, fused, parameter = name.partition("mlp.experts.")
-    # Experts as transformers 5 fuses them: (E, 2f, d) and (E, d, f), with gate and up in one tensor and no `.weight`.
-    leaves = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.get(parameter, ())
-    if fused and leaves:
-        for e in range(stored.shape[0]):
-            for leaf in leaves:
-                yield f"{layer}block_sparse_moe.experts.{e}.{leaf}.weight"
+def _in_memory(name: str) -> str:
+    """Return the name in memory of a tensor of a wrapper's files."""
+    for in_file, in_memory in _IN_MEMORY.items():
+        if name.startswith(in_file):
+            return in_memory + name.removeprefix(in_file)
+    return name
+
+
+def _weights_in_memory(name: str, shape: tuple[int, ...], model_type: str) -> Iterator[str]:
+    """Yield the weights that a tensor of the files is or belongs to."""
+    layer, experts, of_expert = name.partition("mlp.experts.")
+    if model_type != "mixtral":
+        # Files may have a matrix for each expert, which transformers 5 joins: `3.up_proj.weight`.
+        leaf = of_expert.removesuffix(".weight").rpartition(".")[2]
+        yield f"{layer}{experts}{_FUSED.get(leaf, leaf)}" if experts else name
         return
-    yield _old_router(name)
+    # Experts as transformers 5 fuses them: (E, 2f, d) and (E, d, f), with gate and up in one tensor and no `.weight`.
+    leaves = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.get(of_expert, ())
+    for e in range(shape[0] if leaves else 0):
+        for leaf in leaves:
+            yield f"{layer}block_sparse_moe.experts.{e}.{leaf}.weight"
+    if not leaves:
+        yield _old_router(name)
 
 
 def _old_router(name: str) -> str:
@@ -101,12 +120,14 @@ def check_adapter_names(adapter: Collection[str], settings: Mapping[str, Any], b
     Raises:
         Fault: a tensor would be left out, or a module without a tensor would get a new adapter.
     """
+    _check_last_names(settings, base)
+    parameters = _adapted_parameters(settings, base)
     adapted: set[str] = set()
     in_full: set[str] = set()
     for name in sorted(adapter):
         lora = _LORA_NAME.fullmatch(name.removeprefix(_PREFIX))
-        module = lora["module"] if lora else _old_router(name.removeprefix(_PREFIX)).removesuffix(".weight")
-        if not name.startswith(_PREFIX) or f"{module}.weight" not in base.weights:
+        module = lora["module"] if lora else _saved_module(name.removeprefix(_PREFIX), base)
+        if not name.startswith(_PREFIX) or (module not in parameters and f"{module}.weight" not in base.weights):
             raise Fault(
                 f"{name} belongs to no module of the base ({base.architecture}); PEFT would leave it out with a mere warning"
             )
@@ -115,11 +136,13 @@ def check_adapter_names(adapter: Collection[str], settings: Mapping[str, Any], b
             in_full.add(module)
             continue
         adapted.add(module)
-        if not _is_selected(module, settings):
+        if module not in parameters and not _is_selected(module, settings):
             raise Fault(f"{name} is not selected by target_modules {settings.get('target_modules')!r}; PEFT would leave it out")
+    if unused := sorted(parameters.keys() - adapted):
+        raise Fault(f"target_parameters also selects {parameters[unused[0]]} of the base, which has no adapter here")
     for weight in sorted(base.weights):
         module = weight.removesuffix(".weight")
-        if module not in adapted and _is_selected(module, settings):
+        if module != weight and module not in adapted and _is_selected(module, settings):
             raise Fault(
                 f"target_modules {settings.get('target_modules')!r} also selects {module} of the base, which has no adapter here"
             )
@@ -128,6 +151,40 @@ def check_adapter_names(adapter: Collection[str], settings: Mapping[str, Any], b
     if in_full:
         summary += f"; {len(in_full):,} are replaced"
     return Finding(summary, {"count": len(adapted), "replaced": len(in_full), "architecture": base.architecture})
+
+
+def _check_last_names(settings: Mapping[str, Any], base: BaseModules) -> None:
+    """Check that PEFT does not take a target for the routed experts. Raises Fault if it does."""
+    targets = settings.get("target_modules") or []
+    for target in re.split(r"[|()]", targets) if isinstance(targets, str) else targets:
+        if re.split(r"\W", target)[-1] in _TAKEN_FOR_EXPERTS.get(base.model_type, ()):
+            raise Fault(
+                f"target_modules has {target!r}, which PEFT takes for the routed experts of a {base.model_type}, so that the "
+                "module itself would get no adapter; it has to be in target_parameters"
+            )
+
+
+def _adapted_parameters(settings: Mapping[str, Any], base: BaseModules) -> dict[str, str]:
+    """Return the parameters that target_parameters selects, by the names of the modules that PEFT wraps around them.
+
+    Of two parameters of the same module, the wrapper of the first is inside that of the second.
+    """
+    targets = settings.get("target_parameters") or ()
+    selected = [weight for weight in base.weights if any(f".{weight}".endswith(f".{target}") for target in targets)]
+    by_module: dict[str, list[str]] = {}
+    # In reverse order, gate_up_proj is before down_proj, as in the module.
+    for weight in sorted(selected, reverse=True):
+        by_module.setdefault(weight.rpartition(".")[0], []).append(weight)
+    wrappers: dict[str, str] = {}
+    for module, weights in by_module.items():
+        for i, weight in enumerate(reversed(weights)):
+            wrappers[module + ".base_layer" * i] = weight
+    return wrappers
+
+
+def _saved_module(name: str, base: BaseModules) -> str:
+    """Return the module of a weight that was trained in full."""
+    return (_old_router(name) if base.model_type == "mixtral" else name).removesuffix(".weight")
 
 
 def _check_saved(in_full: Collection[str], settings: Mapping[str, Any], base: BaseModules) -> None:

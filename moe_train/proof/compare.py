@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -85,11 +85,18 @@ class TensorResults(NamedTuple):
             raise Fault(first_and_count(faults))
 
 
-def stored_kind(layout: expected.ModelLayout, tensor: ExpectedTensor, dtype: str) -> str | None:
-    """Return how a file of `dtype` stores a tensor; None if llama.cpp's own tool decides."""
+def stored_kind(layout: expected.ModelLayout, tensor: ExpectedTensor, dtype: str, unquantized: Collection[str] = ()) -> str | None:
+    """Return how a file of `dtype` stores a tensor; None if llama.cpp's own tool decides.
+
+    Args:
+        layout: layout of the file.
+        tensor: the tensor.
+        dtype: dtype of the export.
+        unquantized: modules whose linear maps stay bfloat16 in an FP8 file.
+    """
     kind = FILE_KINDS.get(dtype.lower())
-    if kind == reread.FP8 and not _is_linear_of_layer(tensor):
-        return "BF16"
+    if kind == reread.FP8 and (not _is_linear_of_layer(tensor) or _is_part_of(tensor.name, unquantized)):
+        return "F32" if tensor.name.endswith("e_score_correction_bias") else "BF16"
     if layout != "gguf":
         # transformers keeps the biases of routers in float32.
         return "F32" if tensor.name.endswith("e_score_correction_bias") else kind
@@ -105,6 +112,12 @@ def _is_linear_of_layer(tensor: ExpectedTensor) -> bool:
     """Return whether a tensor is a linear map of a layer, but no router: what FP8 files have quantized."""
     path = ParameterPath.parse(tensor.parts[0].path)
     return path.in_layer and path.leaf == "weight" and not path.is_router
+
+
+def _is_part_of(name: str, modules: Collection[str]) -> bool:
+    """Return whether a tensor belongs to one of some modules."""
+    parts = name.split(".")
+    return any(".".join(parts[:i]) in modules for i in range(1, len(parts)))
 
 
 def check_names(stored: Mapping[str, Stored], expected_tensors: Sequence[ExpectedTensor], kinds: Mapping[str, str | None]) -> None:
@@ -175,15 +188,16 @@ def _examine(stored: Stored, tensor: ExpectedTensor, parameters: LazyParameters 
     num_parts = len(tensor.parts)
     rows = stored.rows // num_parts
     step = max(1, COMPARE_CHUNK_BYTES * rows // max(1, stored.nbytes // num_parts))
+    scales = fp8.ScalesOfParts(stored, num_parts) if stored.scales is not None else None
     with stored.file.open("rb") as file:
         for i, part in enumerate(tensor.parts):
-            comparison = None
+            comparison: _PartComparison | None = None
             if parameters is not None and stored.kind in DECODED_KINDS:
                 comparison = _PartComparison(part, parameters, lora)
             if not together.is_first():  # other processes have contributed their part of the values when they were fetched
                 continue
-            if comparison is not None and stored.scales is not None:
-                comparison.use_scales(stored)
+            if comparison is not None and scales is not None:
+                comparison.use_scales(scales.of_part(i), scales.maxima_of(i))
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
                 raw = stored.read(file.fileno(), i * rows + start, i * rows + stop)
@@ -193,8 +207,8 @@ def _examine(stored: Stored, tensor: ExpectedTensor, parameters: LazyParameters 
                     problem = comparison.compare(stored, raw, start, stop)
                     if problem:
                         fault = f"{stored.name} {problem}"
-            if comparison is not None and comparison.maxima is not None and fault is None:
-                problem = comparison.maxima.fault()
+            if comparison is not None and scales is not None and fault is None:
+                problem = scales.fault(i)
                 if problem:
                     fault = f"{stored.name} {problem}"
             if comparison is not None and comparison.adapter is not None:
@@ -216,23 +230,24 @@ class _PartComparison:
         self.adapter: tuple[np.ndarray, np.ndarray] | None = None
         if lora is not None and path.has_adapter(parameters):
             self.adapter = adapter_in_file_order(part, parameters, lora)
-        self.maxima: fp8.BlockMaxima | None = None
+        self.scales: tuple[np.ndarray, fp8.BlockMaxima] | None = None
         self.squared_norm = 0.0
         self.inner_product = 0.0
         self.noise = 0.0
         self.changed = False
 
-    def use_scales(self, stored: Stored) -> None:
-        """Read the scales of an FP8 tensor, before its rows are compared."""
-        self.maxima = fp8.BlockMaxima(fp8.read_scales(stored))
+    def use_scales(self, scales: np.ndarray, maxima: fp8.BlockMaxima) -> None:
+        """Take the scales of the part in an FP8 tensor, and what checks them, before its rows are compared."""
+        self.scales = scales, maxima
 
     def _decode(self, stored: Stored, raw: bytearray, exact: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Decode rows that begin at `start`; returns the numbers, and how far each may be from `exact`."""
-        if self.maxima is None:
+        if self.scales is None:
             return decode_with_tolerance(stored.kind, raw, exact)
-        self.maxima.add(exact, start)
-        scales = fp8.scales_of_rows(self.maxima.scales, start, start + len(exact), exact.shape[1])
-        return decode_with_tolerance(stored.kind, raw, exact, scales)
+        scales, maxima = self.scales
+        maxima.add(exact, start)
+        of_rows = fp8.scales_of_rows(scales, start, start + len(exact), exact.shape[1])
+        return decode_with_tolerance(stored.kind, raw, exact, of_rows)
 
     def compare(self, stored: Stored, raw: bytearray, start: int, stop: int) -> str | None:
         """Compare rows start to stop of the part; returns what is wrong, or None."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +47,20 @@ class AdapterFiles(NamedTuple):
     scale: ScaleInFile
     in_wrapper: bool
     """Whether the base is the text model inside a vision wrapper, and the adapter has the names of that."""
+    parameters: tuple[str, ...] = ()
+    """PEFT's target_parameters."""
+
+    def names_of(self, weight: str) -> tuple[str, str]:
+        """Return the names of A and B of a weight's adapter."""
+        container, _, leaf = weight.rpartition(".")
+        if self.layout != "peft" or not container.endswith(".experts"):
+            return expected.adapter_names(self.layout, weight)
+        # PEFT wraps gate_up_proj first; the wrapper of down_proj is around that.
+        is_inner = leaf == "gate_up_proj" and any(f"{container}.down_proj".endswith(f".{name}") for name in self.parameters)
+        stem = f"base_model.model.{container}" + (".base_layer" if is_inner else "")
+        if not any(weight.endswith(f".{name}") for name in self.parameters):
+            stem = f"base_model.model.{weight}"  # no adapter
+        return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
 def examine_adapter(
@@ -71,23 +85,24 @@ def examine_adapter(
     remaining = dict(stored)
     deltas: list[DeltaResult] = []
     full_weights: list[ExpectedTensor] = []
-    for tensor in expected.model_tensors(expected.MODEL_LAYOUT_OF[layout], model):
+    for tensor in expected.adapted_tensors(layout, model):
         if files.in_wrapper:
             tensor = expected.in_wrapper(tensor)
-        name_a, name_b = expected.adapter_names(layout, tensor.name)
+        name_a, name_b = files.names_of(tensor.name)
         path = ParameterPath.parse(tensor.parts[0].path)
-        has_adapter = path.has_adapter(parameters)
+        has_adapter = any(ParameterPath.parse(part.path).has_adapter(parameters) for part in tensor.parts)
         if has_adapter and not {name_a, name_b} <= remaining.keys():
             raise Fault(f"{name_a if name_a not in remaining else name_b} is missing")
         if name_a in remaining and name_b in remaining:
             a = remaining.pop(name_a)
             b = remaining.pop(name_b)
-            for i in range(len(tensor.parts)):
-                factors = _read_factors(tensor, i, a, b)
+            for i, factors in enumerate(_read_factors(layout, tensor, a, b)):
                 scale = files.scale(tensor.name, len(factors.a_Ji))
                 # A scale may have been multiplied into B, so it is applied before the comparison.
                 scaled_factors = factors._replace(b_oJ=factors.b_oJ * scale)
-                deltas.append(_compare_delta(tensor, i, scaled_factors, a.kind, parameters if has_adapter else None, lora))
+                part_path = ParameterPath.parse(tensor.parts[i].path)
+                with_adapter = parameters if part_path.has_adapter(parameters) else None
+                deltas.append(_compare_delta(tensor, i, scaled_factors, a.kind, with_adapter, lora))
             continue
         for name in expected.full_weight_names(layout, tensor.name, model.tie_embeddings):
             if name in remaining:
@@ -111,16 +126,39 @@ class _Factors(NamedTuple):
     b_oJ: np.ndarray
 
 
-def _read_factors(tensor: ExpectedTensor, i: int, a: Stored, b: Stored) -> _Factors:
-    """Read A and B of part i of a tensor. Raises Fault if their shapes are not those of its adapter."""
-    a_Ji = _read_part(a, i, len(tensor.parts))
-    b_oJ = _read_part(b, i, len(tensor.parts))
-    # The embedding's A takes tokens, (J, V), and its B is (D, J).
-    if tensor.module == "embed" and a_Ji.shape[1] == tensor.shape[0]:
-        a_Ji, b_oJ = b_oJ.T, a_Ji.T
-    if (len(b_oJ), a_Ji.shape[1]) != tensor.shape[-2:] or len(a_Ji) != b_oJ.shape[1]:
-        raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are not an adapter of a weight {tensor.shape[-2:]}")
-    return _Factors(a_Ji, b_oJ)
+def _read_factors(layout: expected.AdapterLayout, tensor: ExpectedTensor, a: Stored, b: Stored) -> Iterator[_Factors]:
+    """Yield A and B of each part of a tensor. Raises Fault if their shapes are not those of its adapter."""
+    if layout == "peft" and len(tensor.parts) > 1:
+        yield from _read_fused_factors(tensor, a, b)
+        return
+    for i in range(len(tensor.parts)):
+        a_Ji = _read_part(a, i, len(tensor.parts))
+        b_oJ = _read_part(b, i, len(tensor.parts))
+        # The embedding's A takes tokens, (J, V), and its B is (D, J).
+        if tensor.module == "embed" and a_Ji.shape[1] == tensor.shape[0]:
+            a_Ji, b_oJ = b_oJ.T, a_Ji.T
+        if (len(b_oJ), a_Ji.shape[1]) != tensor.shape[-2:] or len(a_Ji) != b_oJ.shape[1]:
+            raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are not an adapter of a weight {tensor.shape[-2:]}")
+        yield _Factors(a_Ji, b_oJ)
+
+
+def _read_fused_factors(tensor: ExpectedTensor, a: Stored, b: Stored) -> Iterator[_Factors]:
+    """Yield A and B of each part of a parameter that PEFT adapts for all experts at once.
+
+    A has the ranks of one expert after those of another; B has the first rank of every expert, then the second of every expert.
+    """
+    num_experts, outputs, inputs = tensor.shape
+    a_all = _read_part(a, 0, 1)
+    b_all = _read_part(b, 0, 1)
+    if len(a_all) % num_experts or a_all.shape[1] != inputs or b_all.shape != (outputs, len(a_all)):
+        raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are not an adapter of {tensor.name} {tensor.shape}")
+    rank = len(a_all) // num_experts
+    parts_of_expert = len(tensor.parts) // num_experts
+    rows = outputs // parts_of_expert
+    for i in range(len(tensor.parts)):
+        expert, part = divmod(i, parts_of_expert)
+        b_oJ = b_all[part * rows : (part + 1) * rows, expert::num_experts]
+        yield _Factors(a_all[expert * rank : (expert + 1) * rank], b_oJ)
 
 
 def _compare_delta(

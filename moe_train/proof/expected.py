@@ -36,6 +36,13 @@ def model_tensors(layout: ModelLayout, model: config.Model) -> list[ExpectedTens
             return list(_gguf(model))
 
 
+def adapted_tensors(layout: AdapterLayout, model: config.Model) -> list[ExpectedTensor]:
+    """List the weights of a model as the tools of an adapter's layout have them."""
+    if layout == "peft" and isinstance(model.attention, config.MultiHeadLatentAttention):
+        return list(expected_hugging_face.latent_tensors(model, model.attention, in_memory=True))
+    return model_tensors(MODEL_LAYOUT_OF[layout], model)
+
+
 def adapter_names(layout: AdapterLayout, weight: str) -> tuple[str, str]:
     """Return the names of A (rank, in) and B (out, rank) of the adapter for a weight of that layout's model."""
     stem = weight.removesuffix(".weight")

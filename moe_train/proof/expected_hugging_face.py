@@ -11,8 +11,14 @@ from moe_train import config
 from moe_train.proof.expected_tensor import ExpectedTensor, Part, as_is, layers_of, one, outputs_last, outputs_one
 
 
-def latent_tensors(model: config.Model, a: config.MultiHeadLatentAttention) -> Iterator[ExpectedTensor]:
-    """Yield the tensors of transformers' `Mistral4ForCausalLM` and `DeepseekV3ForCausalLM`."""
+def latent_tensors(model: config.Model, a: config.MultiHeadLatentAttention, *, in_memory: bool = False) -> Iterator[ExpectedTensor]:
+    """Yield the tensors of transformers' `Mistral4ForCausalLM` and `DeepseekV3ForCausalLM`.
+
+    Args:
+        model: the architecture.
+        a: its attention.
+        in_memory: whether experts are joined in any case, as transformers has them in memory, or only where files have them so.
+    """
     D = model.model_dim
     V = model.vocab_size
     assert isinstance(model.ffn, config.MoeFfn)
@@ -25,7 +31,7 @@ def latent_tensors(model: config.Model, a: config.MultiHeadLatentAttention) -> I
         yield one(f"{name}post_attention_layernorm.weight", (D,), f"{path}ffn_norm.scale", (r,), as_is)
         if dense is not None and layer < dense.count:
             yield from _swiglu(f"{name}mlp.", f"{path}ffn.", (r,), D, dense.ffn_dim)
-        elif model.family == "mistral4":
+        elif in_memory or model.family == "mistral4":
             yield from _fused_experts(f"{name}mlp.", f"{path}ffn.", r, model.ffn, D)
         else:
             yield from _separate_experts(f"{name}mlp.", f"{path}ffn.", r, model.ffn, D)

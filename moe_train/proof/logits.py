@@ -24,7 +24,7 @@ from moe_train.machine.mesh import BATCH
 from moe_train.model.moe.layer import MoE
 from moe_train.model.parameters import Parameters, combine_some, parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.weights import arrays
 from moe_train.weights.arrays import LazyArray, LazyParameters
 
@@ -85,7 +85,7 @@ def structure_and_shapes(
         dtype: dtype of the weights.
     """
     compute = config.Compute(dtype="float32", param_dtype=dtype, attention="reference", grouped_matmul="blocked")
-    return parameters(jax.eval_shape(lambda: init_model(0, model, compute, lora)))
+    return parameters(abstract_model(model, compute, lora))
 
 
 def probe_logits(structure: PyTreeDef, weights: LazyParameters, prompts: Prompts, transform: WeightTransform = dict) -> ProbeLogits:

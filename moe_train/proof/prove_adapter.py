@@ -67,7 +67,7 @@ def prove_adapter(export: AdapterExport) -> ProofRecord:
     def check_tensors() -> Finding:
         stored = reread.tensors(export.directory)
         scale = scale_in_file(export.layout, export.directory)
-        files = AdapterFiles(export.layout, stored, scale, in_wrapper)
+        files = AdapterFiles(export.layout, stored, scale, in_wrapper, _target_parameters(export.layout, export.directory))
         results, delta_results = examine_adapter(files, export.model, export.parameters, export.lora)
         tensors.append(results)
         deltas.extend(delta_results)
@@ -96,6 +96,13 @@ def check_names(directory: Path, base: base_modules.BaseModules) -> Finding:
     return base_modules.check_adapter_names(reread.tensors(directory), read_object(directory / "adapter_config.json"), base)
 
 
+def _target_parameters(layout: expected.AdapterLayout, directory: Path) -> tuple[str, ...]:
+    """Return the parameters that PEFT adapts itself, rather than a linear map that has them."""
+    if layout != "peft":
+        return ()
+    return tuple(read_object(directory / "adapter_config.json").get("target_parameters") or ())
+
+
 def scale_in_file(layout: expected.AdapterLayout, directory: Path) -> ScaleInFile:
     """Return a function (name of a weight, rank) -> the factor of B·A, as the layout's own tools compute it."""
     match layout:
@@ -112,7 +119,9 @@ def scale_in_file(layout: expected.AdapterLayout, directory: Path) -> ScaleInFil
 
 def _peft_scale(settings: Mapping[str, Any], weight: str, rank: int) -> float:
     """Return the scale of a weight's adapter as PEFT computes it. Raises Fault if the settings state another rank."""
-    module = weight.removesuffix(".weight")
+    # PEFT looks up the name of what it adapts: a module, or a parameter.
+    parameters = settings.get("target_parameters") or ()
+    module = weight if any(weight.endswith(f".{name}") for name in parameters) else weight.removesuffix(".weight")
     alpha = _value_for(module, settings["alpha_pattern"], settings["lora_alpha"])
     stated_rank = _value_for(module, settings["rank_pattern"], settings["r"])
     if stated_rank != rank:

@@ -107,7 +107,8 @@ def _check_tensors(directory: Path, record: ProofRecord, model: config.Model) ->
     if _is_model(record):
         carried = _carried_names(record)
         expected_tensors = text_tensors(record["format"], model, bool(carried), is_audio(carried))
-        expected_kinds = {w.name: compare.stored_kind(record["format"], w, record["dtype"]) for w in expected_tensors}
+        left_out = fp8.unquantized_modules(directory, record["format"])
+        expected_kinds = {w.name: compare.stored_kind(record["format"], w, record["dtype"], left_out) for w in expected_tensors}
         of_text = {name: tensor for name, tensor in stored.items() if name not in carried}
         compare.check_names(of_text, expected_tensors, expected_kinds)
         if not any(record["tensors"][name]["dtype"].startswith("F8") for name in carried):

@@ -29,6 +29,8 @@ _IN_TOWER = re.compile(r"(model\.)?(vision_|audio_tower|multi_modal_projector|pa
 """Beginning of the names of the tensors of a tower and projector."""
 _SCALE_NAMES = ("weight_scale_inv", "qscale_weight")
 """What takes the place of `weight` in the names of scales: in Hugging Face's layout and in Mistral's."""
+_FUSED_EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
+"""Ends of the names of tensors that all experts of a layer share; `_scale_inv` follows in the names of their scales."""
 _GGUF_TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -121,16 +123,31 @@ def _with_scales(by_name: dict[str, Stored]) -> dict[str, Stored]:
     joined = dict(by_name)
     for name, tensor in by_name.items():
         # A tower is carried tensor by tensor, so its scales are tensors like any other.
-        if tensor.kind != "F8_E4M3" or not name.endswith(".weight") or _IN_TOWER.match(name):
+        if tensor.kind != "F8_E4M3" or _IN_TOWER.match(name):
             continue
-        blocks = tuple(-(-size // SCALE_BLOCK) for size in tensor.shape)
-        for scale_name in _SCALE_NAMES:
-            scales = by_name.get(name.removesuffix("weight") + scale_name)
-            if scales is not None and scales.kind == "F32" and scales.shape in ((), blocks):
+        candidates: list[str] = []
+        if name.endswith(".weight"):
+            candidates = [name.removesuffix("weight") + scale_name for scale_name in _SCALE_NAMES]
+        elif name.endswith(_FUSED_EXPERTS):
+            candidates = [f"{name}_scale_inv"]
+        shapes = (scale_shape(tensor, in_blocks=False), scale_shape(tensor, in_blocks=True))
+        for candidate in candidates:
+            scales = by_name.get(candidate)
+            if scales is not None and scales.kind == "F32" and scales.shape in shapes:
                 joined[name] = tensor._replace(kind=FP8, scales=scales)
                 del joined[scales.name]
                 break
     return joined
+
+
+def scale_shape(tensor: Stored, in_blocks: bool) -> tuple[int, ...]:
+    """Return the shape of the scales of an FP8 tensor: one per matrix, two per expert for gate and up, or one per block."""
+    *experts, outputs, inputs = tensor.shape
+    if in_blocks:
+        return (*experts, -(-outputs // SCALE_BLOCK), -(-inputs // SCALE_BLOCK))
+    if not experts:
+        return ()
+    return (*experts, 2 if tensor.name.endswith("gate_up_proj") else 1, 1)
 
 
 def dequantize_gguf(kind: str, raw: bytearray, rows: int) -> np.ndarray:

@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 
 from moe_train import config
-from moe_train.checkpoint import manager
 from moe_train.checkpoint.initial_files import describe_initial_files
+from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER
 from moe_train.data.records import unread
+from moe_train.machine.program import runnable
 from moe_train.model.moe.transport.choose import describe_transport
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
@@ -80,10 +81,10 @@ def print_finished(run: config.Run, begin: Start, total_steps: int) -> None:
 
 def conclude(run: config.Run, say: Say, total_steps: int) -> None:
     """Say where the checkpoints are and which command exports them."""
-    say(f"finished {total_steps} steps; the checkpoints are in {Path(run.run_dir) / manager.CHECKPOINTS_FOLDER}")
+    say(f"finished {total_steps} steps; the checkpoints are in {Path(run.run_dir) / CHECKPOINTS_FOLDER}")
     if run.export == "all":
         merge = " --merge" if run.lora else ""
-        say(f"to use the model in other tools: moe-train export {run.run_dir} {run.run_dir}-hf{merge}")
+        say(runnable(f"to use the model in other tools: moe-train export {run.run_dir} {run.run_dir}-hf{merge}"))
 
 
 def _describe_epochs(epochs: dict[str, float]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_train import config
 from moe_train.checkpoint import model_dir
+from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.records.conversation import normalise, trainable
 from moe_train.data.records.normal_form import Conversation
@@ -38,14 +39,17 @@ def check_ready(run: config.Run, data: config.RunData, tokenizer: Tokenizer) -> 
 
 
 def _check_same_tokenizer(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:
-    """Raise ValueError if more than 5% of the compared ids decode differently with the tokenizer found at `init_from`."""
+    """Raise ValueError if more than 5% of the compared ids decode differently with the tokenizer found at `init_from`.
+
+    A run's own copy must not have changed at all since its checkpoint was saved.
+    """
     try:
         model_section = model_dir.find_tokenizer_config(init_from)
     except FileNotFoundError:
         return  # weights without a tokenizer: nothing to compare
-    if model_section == section:
-        return
-    model_tokenizer = load_tokenizer(model_section)
+    model_tokenizer = tokenizer if model_section == section else load_tokenizer(model_section)
+    if is_run(init_from):
+        model_dir.check_tokenizer_of_run(init_from, read_run(init_from), model_tokenizer)
     if model_tokenizer.identity == tokenizer.identity:
         return
     count = min(model_tokenizer.vocab_size, tokenizer.vocab_size)

@@ -15,7 +15,7 @@ from moe_train.data.chat.conversation_to_tokens import read_template
 from moe_train.machine.mesh import AXES, abstract_mesh, mesh_sizes
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 
 
 def resolve(written: config.Config, device_count: int | None = None) -> config.Run:
@@ -130,7 +130,7 @@ def _modules(model: config.Model) -> list[str]:
     """Return the names of all modules with weights, each once, such as `attention.q_proj`."""
     # Module names do not depend on the mesh, so one abstract device is enough.
     with jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1))):
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
+        shapes = parameters(abstract_model(model, config.Compute()))[1]
     return sorted({ParameterPath.parse(path).module for path in shapes})
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from moe_train import config
-from moe_train.checkpoint import manager
-from moe_train.checkpoint.manager import CheckpointMetadata
+from moe_train.checkpoint import manager, set_aside
+from moe_train.checkpoint.metadata import CheckpointMetadata
 from moe_train.model.parameters import Parameters
+from moe_train.run.averaging import WeightAverage
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
 from moe_train.train.spike_guard import guard_to_json
@@ -44,13 +46,21 @@ class RolledBack(Exception):
 class Saving:
     """Save every so many steps and minutes, at the end, and when the held-out loss is the best so far."""
 
-    def __init__(self, run: config.Run, checkpoints: ocp.CheckpointManager, begin: Start, inputs: RunInputs) -> None:
+    def __init__(
+        self,
+        run: config.Run,
+        checkpoints: ocp.CheckpointManager,
+        begin: Start,
+        inputs: RunInputs,
+        average: WeightAverage | None = None,
+    ) -> None:
+        self._average = average
         self._run = run
         self._checkpoints = checkpoints
         self._begin = begin
         self._inputs = inputs
         self._resumed_step = begin.checkpoint_step
-        self._best = manager.best_loss(checkpoints)
+        self._best = manager.best_rank(checkpoints)
         self._saved_at = time.monotonic()
 
     def is_overdue(self) -> bool:
@@ -62,19 +72,26 @@ class Saving:
         """Return whether the state is always saved after `step`: every `checkpoint.every_steps` steps and after the last one."""
         return step % self._run.checkpoint.every_steps == 0 or step == self._inputs.total_steps
 
-    def is_best(self, held_out_loss: float | None) -> bool:
-        """Return whether the loss is the lowest so far and best checkpoints are kept; it then becomes the loss to beat.
+    def is_best(self, held_out_loss: float | None, suite_scores: Mapping[str, float] | None = None) -> bool:
+        """Return whether these are the best figures so far and best checkpoints are kept; they then are those to beat.
 
         Args:
             held_out_loss: None if it was not measured.
+            suite_scores: the score on each suite; None if they were not measured.
         """
+        best_by = self._run.checkpoint.best_by
+        rank = held_out_loss
+        if best_by != "loss":
+            rank = None if suite_scores is None else -suite_scores[best_by]
         # `not <` rather than `>=`, so that a NaN is never the best.
-        if held_out_loss is None or not self._run.checkpoint.keep_best or not held_out_loss < self._best:
+        if rank is None or not self._run.checkpoint.keep_best or not rank < self._best:
             return False
-        self._best = held_out_loss
+        self._best = rank
         return True
 
-    def save(self, step: int, state: TrainState, held_out_loss: float | None) -> None:
+    def save(
+        self, step: int, state: TrainState, held_out_loss: float | None, suite_scores: Mapping[str, float] | None = None
+    ) -> None:
         """Start an asynchronous save.
 
         Raises:
@@ -97,7 +114,12 @@ class Saving:
             adapter=self._begin.adapter,
             tokenizer=self._inputs.tokenizer.identity,
             guard=None if state.guard is None else guard_to_json(state.guard),
+            suite_scores=None if suite_scores is None else dict(suite_scores),
         )
+        if self._average is not None:
+            # A checkpoint that is still being written would be missing from a mean of the last ones.
+            manager.finish_saving(self._checkpoints)
+            self._average.save(step, state, about)
         manager.save(self._checkpoints, step, state, about, held_out_loss)
         self._saved_at = time.monotonic()
 
@@ -111,7 +133,7 @@ class Saving:
         """
         step = self._resumed_step
         # Without an older one the checkpoint is kept: it is all that there is.
-        older = None if step is None else manager.set_unusable_aside(self._checkpoints, step)
+        older = None if step is None else set_aside.set_unusable_aside(self._checkpoints, step)
         if older is not None:
             raise UnusableCheckpoint(
                 f"the first step after the checkpoint of step {step} is not finite, so the checkpoint was renamed to "
@@ -135,7 +157,7 @@ class Saving:
         self.finish()
         newest = spike_step - (settings.steps_back or 1)
         # Checkpoints at these steps only, so that saves by the clock or after a signal do not decide how the run goes on.
-        target = manager.set_newer_aside(self._checkpoints, newest, self._run.checkpoint.every_steps)
+        target = set_aside.set_newer_aside(self._checkpoints, newest, self._run.checkpoint.every_steps)
         if target is not None:
             raise RolledBack(spike_step, spikes, target)
 

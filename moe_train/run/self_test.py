@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
+from moe_train.machine.compiler_options import initialization_options
 from moe_train.machine.mesh import BATCH, axis_size, make_mesh
 from moe_train.model.attention import kernels, splash
 from moe_train.model.moe import grouped_matmul as gm
@@ -109,24 +110,27 @@ def check_grouped_matmul(compute: config.Compute) -> float:
         kernel = gm.choose_grouped_matmul_kernel(compute.grouped_matmul)
         tolerance = _tolerance(dtype, device)
         rng = np.random.default_rng(0)
-        x_RD = jnp.asarray(rng.normal(size=(TEST_ROWS, TEST_DIM)), dtype)
-        w_EDF = jnp.asarray(rng.normal(size=(len(ROWS_PER_EXPERT["even"]), TEST_DIM, TEST_FFN_DIM)), dtype)
-        dy_RF = jnp.asarray(rng.normal(size=(TEST_ROWS, TEST_FFN_DIM)), dtype)
+        shapes = ((TEST_ROWS, TEST_DIM), (len(ROWS_PER_EXPERT["even"]), TEST_DIM, TEST_FFN_DIM), (TEST_ROWS, TEST_FFN_DIM))
+        x_RD, w_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype) for shape in shapes)
 
-        @jax.jit
         @partial(jax.shard_map, in_specs=P(), out_specs=P())  # local view, as in the model
-        def both(
-            x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array
-        ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        def with_kernel(x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]:
             y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, kernel), x, w)
+            return y, *vjp(dy)
+
+        @partial(jax.shard_map, in_specs=P(), out_specs=P())
+        def reference(x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]:
             with jax.default_matmul_precision("highest"):
                 exact = [a.astype(jnp.float32) for a in (x, w, dy)]
-                y_exact, vjp_exact = jax.vjp(lambda x, w: gm.reference_grouped_matmul(x, w, sizes), *exact[:2])
-                return (y, *vjp(dy)), (y_exact, *vjp_exact(exact[2]))
+                y, vjp = jax.vjp(lambda x, w: gm.reference_grouped_matmul(x, w, sizes), *exact[:2])
+                return y, *vjp(exact[2])
 
+        compiled = jax.jit(with_kernel)
+        compiled_reference = jax.jit(reference, compiler_options=_reference_options(device))
         worst = 0.0
         for case, sizes in ROWS_PER_EXPERT.items():
-            actual, expected = jax.device_get(both(x_RD, w_EDF, dy_RF, jnp.asarray(sizes, jnp.int32)))
+            arguments = (x_RD, w_EDF, dy_RF, jnp.asarray(sizes, jnp.int32))
+            actual, expected = jax.device_get((compiled(*arguments), compiled_reference(*arguments)))
             for quantity, a, b in zip(("result", "gradient of x", "gradient of w"), actual, expected, strict=True):
                 error = _worst_part(a, b, sizes if quantity != "gradient of w" else None)
                 if not error <= tolerance:
@@ -252,7 +256,6 @@ def _attention_and_gradients(
     def place(x: jax.Array | np.ndarray) -> jax.Array:
         return jax.sharding.reshard(x, activation_spec("BTNH"[: x.ndim]))
 
-    @jax.jit
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, positions: jax.Array, segments: jax.Array
     ) -> tuple[jax.Array, ...]:
@@ -260,7 +263,13 @@ def _attention_and_gradients(
         y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, positions, segments, window, kernel), q, k, v)
         return y, *vjp(dy)
 
-    return attend(*arrays, rows.positions_BT, rows.segments_BT)
+    options = _reference_options(jax.local_devices()[0]) if kernel == "reference" else None
+    return jax.jit(attend, compiler_options=options)(*arrays, rows.positions_BT, rows.segments_BT)
+
+
+def _reference_options(device: jax.Device) -> dict[str, int] | None:
+    """Return the compiler options of references, which run once; kernels are compiled as in the training step."""
+    return initialization_options(device.platform) or None
 
 
 def _tolerance(dtype: jnp.dtype, device: jax.Device) -> float:

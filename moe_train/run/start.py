@@ -11,17 +11,20 @@ import optax
 import orbax.checkpoint as ocp
 
 from moe_train import config
-from moe_train.checkpoint import identity, manager, model_dir
-from moe_train.checkpoint.manager import CheckpointMetadata, WeightOrigin
+from moe_train.checkpoint import identity, model_dir
+from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, newest_metadata
+from moe_train.checkpoint.restore import restore
 from moe_train.checkpoint.runs import run_folder, saved_config
 from moe_train.config import yaml_file
 from moe_train.data.batches.loader import Loader
+from moe_train.machine.compiler_options import initialization_options
 from moe_train.machine.host_memory import check_host_memory
+from moe_train.machine.mesh import platform
 from moe_train.model.parameters import Parameters, initial_parameters, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized_shapes
-from moe_train.model.transformer import init_model
-from moe_train.train.optimizer import make_optimizer
+from moe_train.model.transformer import abstract_model, init_model
+from moe_train.train.optimizer import make_optimizer, rate_arrays
 from moe_train.train.spike_guard import guard_of_json
 from moe_train.train.state import TrainState, create_state, partition
 
@@ -88,15 +91,15 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     """
     # Shapes are computed first, so that at most one copy of the weights is ever allocated.
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
-    structure, shapes = parameters(jax.eval_shape(model))
+    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
     learned, frozen = partition(shapes, run.lora)
     optimizer = make_optimizer(run.optimizer, total_steps)
-    new_state = jax.jit(partial(create_state, optimizer=optimizer))
+    new_state = jax.jit(partial(create_state, optimizer=optimizer), compiler_options=initialization_options(platform()) or None)
     learned_state = jax.eval_shape(new_state, learned)
     check_host_memory((learned_state, frozen), run.name)
 
     # Only the metadata: a config or data that differ are refused before any weights are read.
-    last = manager.newest_metadata(run.run_dir)
+    last = newest_metadata(run.run_dir)
     changed = {} if last is None else _changes(run, last, loader)
     base = _base(run, last, bool(frozen))
     adapter = _adapter(run, last)
@@ -107,7 +110,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         weights = model_dir.load_parameters(base.source, base_shapes, base.step)
     base_weights = {path: x for path, x in weights.items() if path in learned}
 
-    restored = manager.restore(checkpoints, learned_state)
+    restored = restore(checkpoints, learned_state)
     if restored is not None:
         state = restored.state
     # Full training from existing weights: everything is loaded, nothing initialized.
@@ -125,7 +128,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     return Start(
         structure,
         optimizer,
-        state._replace(frozen={path: weights[path] for path in frozen}, guard=guard),
+        state._replace(frozen={path: weights[path] for path in frozen}, guard=guard, learning_rates=rate_arrays(run.optimizer)),
         restored is not None,
         base_weights,
         base,

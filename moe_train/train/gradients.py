@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key, Num, Shaped
 
 from moe_train import config
-from moe_train.machine.mesh import axis_size, batch_axes, platform
+from moe_train.machine.mesh import AXES, axis_size, batch_axes, platform
 from moe_train.model.moe.router import RouterStats, balance_loss, merge_microbatches
 from moe_train.model.parameters import Parameters
-from moe_train.model.sharding.specs import sum_over_replicas
+from moe_train.model.sharding.fsdp import mesh_axes
+from moe_train.model.sharding.specs import spec_of, sum_over_replicas
 from moe_train.train.objectives.objective import ModelWeights, Terms, divide, objective_inputs
 from moe_train.train.step_definition import StepDefinition
 
@@ -73,12 +74,40 @@ def step_gradients(
         return StepGradients(loss, totals.weight, terms, gradients)
     if axis_size("data") == 1:
         return _accumulate(definition, trainable, fixed, totals, batch, key)
+    return _accumulate_on_replicas(definition, trainable, fixed, totals, batch, key)
+
+
+def _accumulate_on_replicas(
+    definition: StepDefinition,
+    trainable: Parameters,
+    fixed: ModelWeights,
+    totals: _Totals,
+    batch: Any,
+    key: Key[Array, ""] | None,
+) -> StepGradients:
+    """Accumulate the gradients of each replica's rows, in a `shard_map` over `data`, and all-reduce the sums.
+
+    JAX 0.10 takes arguments and results of a `shard_map` over some of the explicit axes as replicated over the others:
+    each chip would gather the whole model, and whole gradients in float32. Automatic axes leave their sharding open, so the
+    others are automatic at its border and explicit again inside.
+    """
+    arguments = (trainable, fixed, totals, batch, key)
+    other_axes = tuple(axis for axis in AXES if axis != "data")
+    inside_specs = jax.tree.map(lambda x: _without_data(spec_of(x)), arguments)
     accumulate = partial(_accumulate, definition, gradient_dtype=definition.gradient_dtype)
+    inside = jax.sharding.explicit_axes(accumulate, axes=other_axes, in_sharding=inside_specs)
     in_specs = (P(), P(), P(), P("data"), P())
     # The check is off: with it, JAX 0.10 to 0.12 give the values that a shard_map in here saves for its backward pass a spec
     # that names `data` twice.
-    run = jax.shard_map(accumulate, in_specs=in_specs, out_specs=P(), axis_names={"data"}, check_vma=False)
-    return run(trainable, fixed, totals, batch, key)
+    on_replicas = jax.shard_map(inside, in_specs=in_specs, out_specs=P(), axis_names={"data"}, check_vma=False)
+    out_specs: list[Any] = [P(), P(), P(), jax.tree.map(spec_of, trainable)]
+    return jax.sharding.auto_axes(on_replicas, axes=other_axes, out_sharding=StepGradients(*out_specs))(*arguments)
+
+
+def _without_data(spec: P) -> P:
+    """Return the spec that an array has on one replica: `data`, which splits the first dim of a batch, is left out."""
+    entries = (tuple(axis for axis in mesh_axes(entry) if axis != "data") or None for entry in spec)
+    return P(*(entry[0] if entry is not None and len(entry) == 1 else entry for entry in entries))
 
 
 def _accumulate(

@@ -1,4 +1,4 @@
-"""What vLLM, llama.cpp and transformers can read of an export, if that is less than the layout can express.
+"""What vLLM, llama.cpp, Ollama and transformers can read of an export, if that is less than the layout can express.
 
 This is taken from their sources in 2026 and from tests of vLLM 0.32.0 (tests/judges/test_vllm.py):
 - vLLM rejects `modules_to_save` (vllm/lora/peft_helper.py) and supports only the ranks of `MaxLoRARanks` (vllm/config/lora.py).
@@ -10,22 +10,29 @@ This is taken from their sources in 2026 and from tests of vLLM 0.32.0 (tests/ju
   put a PEFT adapter on (vllm/model_executor/models/registry.py).
 - vLLM supports interleaved windows from params.json (vllm/transformers_utils/configs/mistral.py); with config.json, it runs a
   Ministral through transformers' layers.
-- llama.cpp reads only GGUF, including adapters (`gguf_lora`).
+- vLLM parses tool calls only with `--enable-auto-tool-choice` and the parser of the format: `mistral` for [TOOL_CALLS], `hermes`
+  for <tool_call> (docs.vllm.ai/en/latest/features/tool_calling).
+- llama.cpp reads only GGUF, including adapters (`gguf_lora`). It writes tools with the file's own template under `--jinja`
+  (docs/function-calling.md), and recognizes the format of the calls by itself.
+- Ollama reads GGUF through the Modelfile that is written next to it (docs.ollama.com/modelfile).
 - transformers and PEFT read everything that we write; AutoModelForCausalLM does not know vision wrappers and `mistral4`, which
   AutoModelForImageTextToText loads.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, assert_never
 
 from moe_train import config
 
-Server = Literal["vllm", "llama.cpp", "transformers"]
+Server = Literal["vllm", "llama.cpp", "ollama", "transformers"]
+ToolParser = Literal["mistral", "hermes"]
+"""Format of tool calls, by the name of vLLM's parser for it."""
 ExportFormat = Literal["hf", "mistral", "gguf", "peft", "mistral-lora", "gguf-lora"]
 
 SERVING_COMMANDS: dict[Server, dict[ExportFormat, str]] = {
@@ -38,6 +45,7 @@ SERVING_COMMANDS: dict[Server, dict[ExportFormat, str]] = {
         "gguf": "llama-server -m {out}/model.gguf",
         "gguf-lora": "llama-server -m BASE.gguf --lora {out}/adapter.gguf",
     },
+    "ollama": {"gguf": "ollama create {ollama_name} -f {out}/Modelfile && ollama run {ollama_name}"},
     "transformers": {
         "hf": "transformers serve {out}",
         "peft": "python -c {code}",
@@ -107,6 +115,31 @@ def adapter_shapes(
     return dict.fromkeys(shapes, AdapterShape(rank, scale * rank))
 
 
+def tool_parser_of(chat_format: str) -> ToolParser | None:
+    """Return the format of the tool calls that a chat template writes; None if it writes none that vLLM parses.
+
+    Args:
+        chat_format: the text of the template; for a tokenizer with a chat format of its own, the names of its control tokens.
+    """
+    if "[TOOL_CALLS]" in chat_format:
+        return "mistral"
+    return "hermes" if "<tool_call>" in chat_format else None
+
+
+def _with_tool_flags(command: str, server: Server, parser: ToolParser | None) -> str:
+    """Return the command of a server with the flags that let it read and write tools."""
+    if parser is None:
+        return command
+    match server:
+        case "vllm":
+            return f"{command} --enable-auto-tool-choice --tool-call-parser {parser}"
+        case "llama.cpp":
+            return f"{command} --jinja"
+        case "ollama" | "transformers":
+            return command
+    assert_never(server)
+
+
 def auto_class_of(model: config.Model) -> str:
     """Return the Auto class of transformers that loads a text model; AutoModelForCausalLM does not know mistral4."""
     return "AutoModelForImageTextToText" if model.family == "mistral4" else "AutoModelForCausalLM"
@@ -122,6 +155,7 @@ def serving_command(
     rank: int = 1,
     tokenizer: Literal["mistral", "huggingface"] = "huggingface",
     auto_class: str = "AutoModelForCausalLM",
+    tool_parser: ToolParser | None = None,
 ) -> str:
     """Return the command line that serves an export.
 
@@ -134,6 +168,7 @@ def serving_command(
         rank: of an adapter: its largest rank.
         tokenizer: the kind of tokenizer that is exported with the weights.
         auto_class: of an adapter: the Auto class of transformers that loads its base; a multimodal one has its own.
+        tool_parser: format of the model's tool calls (`tool_parser_of`); None if it has none.
 
     Raises:
         ValueError: the server does not read the layout; the message names those it reads.
@@ -157,12 +192,14 @@ def serving_command(
     if server == "transformers" and layout == "hf" and auto_class != "AutoModelForCausalLM":
         template = "python -c {code}"
         code = _MODEL_CODE
-    return template.format(
+    command = template.format(
         out=shlex.quote(str(out_dir)),
         base=shlex.quote(base),
         name=shlex.quote(Path(out_dir).name),
+        ollama_name=re.sub(r"[^a-z0-9._-]+", "-", Path(out_dir).resolve().name.lower()).strip("-._") or "model",
         rank=max_rank,
         tokenizer="mistral" if tokenizer == "mistral" else "auto",
         # Quoted twice: by !r in the template for Python, and here for the shell.
         code=shlex.quote(code.format(out=str(out_dir), base=base, auto_class=auto_class)),
     )
+    return _with_tool_flags(command, server, tool_parser)

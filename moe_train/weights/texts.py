@@ -1,9 +1,11 @@
-"""The files of an export that hold no weights: tokenizer, chat template and the run's config."""
+"""The files of an export that hold no weights: tokenizer, chat template, the run's config, and documents about the model."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from moe_train.data.tokenizers.template_files import ADDITIONAL_TEMPLATES
@@ -20,6 +22,8 @@ class Texts(NamedTuple):
     """Template that replaces the tokenizer's own; None to keep that."""
     config: str | None = None
     """The resolved config of the run, kept as `moe_train.yaml`; None for a model without a run."""
+    documents: Mapping[str, str] = MappingProxyType({})
+    """File name -> text, such as a model card."""
 
 
 NO_TEXTS = Texts()
@@ -38,3 +42,5 @@ def write_texts(directory: Path, texts: Texts) -> None:
         (directory / "chat_template.jinja").write_text(texts.chat_template, encoding="utf-8")
     if texts.config is not None:
         (directory / "moe_train.yaml").write_text(texts.config, encoding="utf-8")
+    for name, text in texts.documents.items():
+        (directory / name).write_text(text, encoding="utf-8")

@@ -32,6 +32,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_train import config
 from moe_train.config import yaml_file
 from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.moe.layer import MoE
@@ -78,7 +79,7 @@ def run_experts(kind: str) -> RunExperts:
 
 def program(kind: str) -> jax.stages.Compiled:
     run = yaml_file.load_config(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml")
-    mesh = make_mesh(run.mesh.model_copy(update={"fsdp": 1}), topologies.get_topology_desc("v5p:2x2x2", platform="tpu").devices)
+    mesh = make_mesh(config.Mesh(expert=8), topologies.get_topology_desc("v5p:2x2x2", platform="tpu").devices)
 
     def placed(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))

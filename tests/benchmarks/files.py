@@ -52,7 +52,7 @@ def ours(mode: str, folder: Path) -> dict[str, float]:
     from moe_train.machine.files import new_directory
     from moe_train.machine.mesh import make_mesh
     from moe_train.model.parameters import parameters
-    from moe_train.model.transformer import init_model
+    from moe_train.model.transformer import abstract_model
     from moe_train.weights import external, merge
 
     s = SIZES
@@ -65,7 +65,7 @@ def ours(mode: str, folder: Path) -> dict[str, float]:
         ffn=config.MoeFfn(name="moe", ffn_dim=s["intermediate"], num_experts=s["experts"], experts_per_token=2),
     )
     with jax.set_mesh(make_mesh(config.Mesh())):
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
+        shapes = parameters(abstract_model(model, config.Compute()))[1]
         if mode == "load":
             loaded, figures = measure(lambda: external.load_external_parameters(folder / "hf", shapes))
             sums, more = measure(lambda: sum(float(np.asarray(x).sum()) for x in loaded.values()))

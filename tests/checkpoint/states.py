@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.checkpoint import manager
-from moe_train.checkpoint.manager import CheckpointMetadata
+from moe_train.checkpoint.metadata import CheckpointMetadata
+from moe_train.checkpoint.restore import Restored, restore
 from moe_train.train.rounding import with_rounding
 from moe_train.train.state import TrainState, create_state
 
@@ -60,6 +62,17 @@ def save_steps(run_dir: Path, losses: dict[int, float | None]) -> dict[int, Trai
             manager.save(checkpoints, step, state, ABOUT, loss)
             state = changed(state)
     return saved
+
+
+def restored(run_dir: Path, new: Callable[[], TrainState] = new_state) -> Restored | None:
+    """Restore the newest state of a run that can be read."""
+    with manager.open_for_saving(run_dir, SETTINGS) as checkpoints:
+        return restore(checkpoints, jax.eval_shape(new))
+
+
+def steps_in(run_dir: Path) -> list[str]:
+    """Names of the checkpoints on disk."""
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 def damage(folder: Path, how: str) -> None:

@@ -9,7 +9,8 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 4)
 
-from moe_train.checkpoint import manager  # noqa: E402
+from moe_train.checkpoint import manager, restore  # noqa: E402
+from moe_train.checkpoint.metadata import CheckpointMetadata  # noqa: E402
 from moe_train.machine.agreement import exchange  # noqa: E402
 from moe_train.machine.mesh import join_processes, make_mesh  # noqa: E402
 from tests.checkpoint.states import MESHES, SETTINGS, new_state  # noqa: E402
@@ -17,14 +18,14 @@ from tests.checkpoint.states import MESHES, SETTINGS, new_state  # noqa: E402
 
 def blind(path: Path) -> None:
     """Let this process not see anything below `path`."""
-    read = manager.read_array
+    read = restore.read_array
 
     def reading(item: Path, *args: object) -> object:
         if path in item.parents:
             raise FileNotFoundError(f"{item} is missing")
         return read(item, *args)
 
-    manager.read_array = reading
+    restore.read_array = reading
 
 
 join_processes()
@@ -33,7 +34,7 @@ with jax.set_mesh(make_mesh(MESHES["one"])):
     with manager.open_for_saving(run_dir, SETTINGS) as checkpoints:
         state = jax.jit(new_state)()
         for step in (1, 2):
-            manager.save(checkpoints, step, state, manager.CheckpointMetadata({"name": "test"}, step, "an identity", None))
+            manager.save(checkpoints, step, state, CheckpointMetadata({"name": "test"}, step, "an identity", None))
     newest = run_dir.absolute() / "checkpoints" / "2"
     if fault == "blind" and index == 1:
         blind(newest)
@@ -44,7 +45,7 @@ with jax.set_mesh(make_mesh(MESHES["one"])):
         (newest / "about" / "metadata").write_bytes(b"")
     exchange("", "on the damage")
     with manager.open_for_saving(run_dir, SETTINGS) as checkpoints:
-        found = manager.restore(checkpoints, jax.eval_shape(new_state))
+        found = restore.restore(checkpoints, jax.eval_shape(new_state))
         assert found is not None
         print(
             f"process {index}: row {found.about.row}, damaged {sorted(found.damaged)}, {checkpoints.all_steps()}", file=sys.stderr

@@ -7,40 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from moe_train.commands.export import ExportOptions
+from moe_train.commands.generate import GeneratedText, GenerationRequest
 from tests.cli.command import run
-
-
-def test_generate(stand_in, capsys) -> None:
-    def generate_text(
-        directory: Path,
-        prompts: list[str],
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        *,
-        chat: bool,
-        chat_template: str | None,
-        reasoning_effort: str | None,
-    ) -> list[str]:
-        return [f" {max_tokens} {temperature} {seed} {reasoning_effort or chat_template or chat}" for _ in prompts]
-
-    stand_in("moe_train.commands.generate", generate_text=generate_text)
-    options = ["--max-tokens", "3", "--temperature", "0.5", "--seed", "7"]
-    assert run("generate", "runs/tiny", "--prompt", "a", "--prompt", "b", *options, "--json") == 0
-    assert json.loads(capsys.readouterr().out) == [
-        {"prompt": "a", "completion": " 3 0.5 7 False"},
-        {"prompt": "b", "completion": " 3 0.5 7 False"},
-    ]
-    assert run("generate", "runs/tiny", "--prompt", "a") == 0
-    assert capsys.readouterr().out == "a 64 0.0 0 False\n"
-    assert run("generate", "runs/tiny", "--prompt", "a", "--chat") == 0
-    assert capsys.readouterr().out == "a\n 64 0.0 0 True\n"
-    assert run("generate", "runs/tiny", "--prompt", "a", "--chat", "--chat-template", "chatml") == 0
-    assert capsys.readouterr().out == "a\n 64 0.0 0 chatml\n"
-    assert run("generate", "runs/tiny", "--prompt", "a", "--chat", "--reasoning-effort", "high") == 0
-    assert capsys.readouterr().out == "a\n 64 0.0 0 high\n"
-
 
 CHECK = {"name": "tensors", "passed": True, "said": "3 tensors", "figures": {"tolerance": "bits"}, "seconds": 0.25}
 
@@ -82,7 +53,7 @@ def test_verify(stand_in, capsys) -> None:
     assert shown.err == "moe-train: out is not what was exported; these checks failed: tensors\n"
 
 
-def test_step(stand_in, tmp_path: Path, capsys) -> None:
+def test_step(stand_in, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     runs: list[Path] = []
 
     def export(source: Path, *_: Any) -> dict[str, Any]:
@@ -98,15 +69,16 @@ def test_step(stand_in, tmp_path: Path, capsys) -> None:
         runs.append(adapter)
         return SimpleNamespace(to_json=dict)
 
-    def generate_text(directory: Path, *_: Any, **__: Any) -> list[str]:
+    def generate(directory: Path, _: GenerationRequest) -> list[GeneratedText]:
         runs.append(directory)
-        return [""]
+        return [GeneratedText(0, "", [], [], "max_tokens")]
 
     stand_in("moe_train.commands.export", export=export, ExportOptions=ExportOptions)
     stand_in("moe_train.commands.verify", verify=verify)
     stand_in("moe_train.commands.verify_answers", verify_answers=None)
     stand_in("moe_train.commands.adapters", diff=diff, comparison_tables=None)
-    stand_in("moe_train.commands.generate", generate_text=generate_text)
+    monkeypatch.setattr("moe_train.commands.generate.generate", generate)
+    monkeypatch.setenv("MOE_TRAIN_COMPILE_CACHE", "off")
     tuned = tmp_path / "tuned"
     (tuned / "checkpoints").mkdir(parents=True)
     assert run("export", tuned, "out", "--step", "30", "--json") == 0

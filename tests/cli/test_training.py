@@ -28,7 +28,7 @@ def test_train_hands_on_the_config_and_its_exit_code(stand_in, config_path: str,
 
 def test_inspect(tmp_path: Path, capsys) -> None:
     path = str(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml")
-    assert run("inspect", path, "--json") == 0
+    assert run("inspect", path, "mesh.fsdp=8", "mesh.expert=8", "--json") == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["config"]["optimizer"]["eps"] == 1e-8
     (gate,) = (row for row in answer["parameters"] if row["path"].endswith("gate_proj.weight"))
@@ -36,7 +36,7 @@ def test_inspect(tmp_path: Path, capsys) -> None:
     assert gate["spec"] == "- expert fsdp tensor"
     assert gate["bytes_per_device"] == 32 * 4096 * 14336 * 8 * 4 // 64
     assert answer["total_parameters"] == 46_702_792_704  # as transformers counts MixtralForCausalLM of these sizes
-    assert run("inspect", path, "mesh.expert=4") == 0
+    assert run("inspect", path, "mesh.fsdp=8", "mesh.expert=4") == 0
     shown = capsys.readouterr().out
     assert "num_experts: 8" in shown and "1,792.00 MiB" in shown and "46,702,792,704" in shown
     assert run("inspect", path, "init_from=models/none", "model=null") == 2

@@ -10,6 +10,7 @@ import optax
 
 from moe_train import config
 from moe_train.checkpoint import identity, manager
+from moe_train.checkpoint.metadata import CheckpointMetadata
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters
@@ -44,7 +45,7 @@ def save_run(directory: Path, weights: Parameters, tokenizer: HuggingFace, **mor
     }
     run = config.Config(**(sections | more))
     base = identity.base_origin(run.init_from) if run.init_from else None
-    about = manager.CheckpointMetadata(config=run.model_dump(mode="json"), row=0, data="", base=base)
+    about = CheckpointMetadata(config=run.model_dump(mode="json"), row=0, data="", base=base)
     with manager.open_for_saving(directory, run.checkpoint) as checkpoints:
         manager.save(checkpoints, 1, create_state(weights, optax.sgd(0.1), run.lora), about)
     return run

@@ -29,9 +29,9 @@ from tests.random_parameters import random_parameters
 
 
 def same_files(one: Path, other: Path, *but: str) -> None:
-    names = {file.name for file in one.iterdir()}
-    assert names == {file.name for file in other.iterdir()}
-    assert filecmp.cmpfiles(one, other, names - set(but), shallow=False)[1:] == ([], [])
+    names, other_names = ({file.name for file in folder.iterdir()} - set(but) for folder in (one, other))
+    assert names == other_names
+    assert filecmp.cmpfiles(one, other, names, shallow=False)[1:] == ([], [])
 
 
 def test_a_lora_run_becomes_a_merged_model_and_an_adapter(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
@@ -49,7 +49,10 @@ def test_a_lora_run_becomes_a_merged_model_and_an_adapter(small_tokenizer: Huggi
     report = export(tmp_path / "run", tmp_path / "hf", "hf", merge=True)
     (merge,) = (check["figures"] for check in report["checks"] if check["name"] == "merge")
     assert merge["count"] == 2 * (4 + 3 * 4)
-    same_files(tmp_path / "hf", tmp_path / "merged", "moe_train.yaml", "export_proof.json")
+    documents = ("README.md", "ml_bom.cdx.json")
+    same_files(tmp_path / "hf", tmp_path / "merged", "moe_train.yaml", "export_proof.json", *documents)
+    assert f"base_model: {tmp_path}/base" in (tmp_path / "hf/README.md").read_text()
+    assert set(documents) < set(report["files"])  # a proof covers them too
     line = export(tmp_path / "run", tmp_path / "peft", "peft", options=ExportOptions(server="vllm"))["serve"]
     assert line == f"vllm serve {tmp_path}/base --enable-lora --max-lora-rank 8 --lora-modules peft={tmp_path}/peft"
     opened = model_dir.open_model(tmp_path / "run")

@@ -50,7 +50,7 @@ def make_base(
 def logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     model = external.read_external_model(folder)
     with jax.set_mesh(ONE):
-        abstract = jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute()))
+        abstract = transformer.abstract_model(model, config.Compute())
         structure, shapes = parameters.parameters(abstract)
         module = parameters.combine(structure, external.load_external_parameters(folder, shapes))
         batch = put_batch((tokens[None], np.arange(len(tokens))[None], np.ones((1, len(tokens)), int)), ONE)

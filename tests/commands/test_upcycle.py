@@ -17,7 +17,7 @@ from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.commands.upcycle import NewExperts, mixtral_of, upcycle
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine, parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.weights import external, safetensors_files, texts
 from tests.commands.runs import ONE
 
@@ -37,7 +37,7 @@ def dense_dir(directory: Path, model: config.Model, tokenizer: Any, dtype: confi
     """A directory of normal weights."""
     compute = config.Compute(param_dtype=dtype)
     with jax.set_mesh(ONE):
-        _, shapes = parameters(jax.eval_shape(lambda: init_model(0, model, compute)))
+        _, shapes = parameters(abstract_model(model, compute))
         draw = np.random.default_rng(0).normal
         weights = {
             path: jax.device_put(draw(0, 0.3, x.shape).astype(x.dtype), NamedSharding(ONE, x.sharding.spec))
@@ -54,7 +54,7 @@ def logits(directory: Path) -> np.ndarray:
     model = external.read_external_model(directory)
     tokens = np.random.default_rng(0).integers(0, 300, (2, 20)).astype(np.int32)
     with jax.set_mesh(ONE):
-        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))
+        structure, shapes = parameters(abstract_model(model, config.Compute()))
         weights = external.load_external_parameters(directory, shapes)
         batch = put_batch((tokens, np.tile(np.arange(20, dtype=np.int32), (2, 1)), np.ones_like(tokens)), ONE)
 

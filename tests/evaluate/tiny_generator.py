@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-
 from moe_train import config
 from moe_train.model.parameters import Parameters, parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from tests.meshes import mesh_of
 from tests.random_parameters import random_parameters
 
@@ -21,5 +19,5 @@ ONE = mesh_of(config.Mesh())
 
 def random_model(model: config.Model) -> tuple[Any, Parameters]:
     """Structure and normal weights on the mesh in force; the same numbers on every mesh."""
-    structure, _ = parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))
+    structure, _ = parameters(abstract_model(model, config.Compute()))
     return structure, random_parameters(model, scale=0.3)

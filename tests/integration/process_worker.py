@@ -21,7 +21,7 @@ from moe_train import config
 from moe_train.cli import main as cli
 from moe_train.machine import mesh
 from moe_train.model.parameters import parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.weights import external, external_adapter, safetensors_files, together
 
 LAYOUTS = {
@@ -69,9 +69,7 @@ def main(arguments: list[str], run_dir: Path, out_dir: Path) -> None:
     model = external.read_external_model(out_dir / "hf")
     with jax.set_mesh(mesh.make_mesh(config.Mesh(fsdp=4, expert=2))):
         seen["read"] = 0
-        external.load_external_parameters(
-            out_dir / "hf", parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute())))[1]
-        )
+        external.load_external_parameters(out_dir / "hf", parameters(abstract_model(model, config.Compute()))[1])
         seen["loaded"], seen["read"] = seen["read"], 0
         seen["hashes"] = external.hash_external_model(out_dir / "hf")
         seen["read"], before = 0, seen["read"]

@@ -27,12 +27,13 @@ from jax.sharding import NamedSharding
 
 from moe_train import config
 from moe_train.checkpoint import manager, model_dir
+from moe_train.checkpoint.metadata import CheckpointMetadata
 from moe_train.commands import write_and_prove
 from moe_train.commands.extend_vocab import extend_vocab
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.proof import expected
 from moe_train.train.state import create_state
 from moe_train.weights import external
@@ -66,7 +67,7 @@ def above(work: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def shapes_of(lora: config.Lora | None) -> Abstract:
-    return parameters(jax.eval_shape(lambda: init_model(0, MODEL, COMPUTE, lora)))[1]
+    return parameters(abstract_model(MODEL, COMPUTE, lora))[1]
 
 
 def random_weights(shapes: Abstract) -> Parameters:
@@ -91,7 +92,7 @@ def save_run(run_dir: Path) -> None:
     run = config.Config.model_validate({"name": "run", "run_dir": str(run_dir), **sections})
     state = create_state(random_weights(shapes_of(None)), optax.identity())
     with manager.open_for_saving(run_dir, run.checkpoint) as checkpoints:
-        manager.save(checkpoints, 1, state, manager.CheckpointMetadata(run.model_dump(mode="json"), 0, "", None))
+        manager.save(checkpoints, 1, state, CheckpointMetadata(run.model_dump(mode="json"), 0, "", None))
 
 
 def main(mode: str, folder: Path) -> dict[str, float]:

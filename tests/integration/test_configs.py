@@ -1,4 +1,4 @@
-"""Every file of configs/ loads, says what it is for, and fits together: sizes, mesh, shapes."""
+"""Every file of configs/ loads, says what it is for, and fits together: sizes, mesh, shapes; and it is what `plan` recommends."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from moe_train.commands.inspect import abstract_parameters, inspect
 from moe_train.config.yaml_file import dump, load_config
 from moe_train.evaluate.suites.load import SuiteOptions, load_suites
 from moe_train.machine.mesh import mesh_sizes
+from moe_train.plan.choice import model_choice
+from moe_train.plan.search import model_all_choices, ranked
+from moe_train.plan.topology import parse_topology
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -58,9 +61,14 @@ def model_of(path: Path, run: config.Config) -> config.Model:
         pretrained = load_config(path.with_name("quickstart_pretrain.yaml")).model
         assert pretrained is not None
         return pretrained
-    if path.stem == "smollm2_upcycle_lora":
+    if path.stem.startswith("smollm2_"):
         return SMOLLM2
     return PUBLISHED["_".join(path.stem.split("_")[:2])][0]
+
+
+ON_ACCELERATORS = [path for path in CONFIGS if not path.stem.startswith(("quickstart", "smollm2", "tool_dialogue"))]
+MOST = 1.4
+"""Largest ratio of a recipe's predicted step to that of `plan`'s best choice."""
 
 
 def test_there_are_recipes() -> None:
@@ -100,9 +108,7 @@ def test_it_fits_together(path: Path, tmp_path: Path) -> None:
     assert load_config(tmp_path / "resolved.yaml") == run
 
 
-@pytest.mark.parametrize(
-    "stem", [path.stem for path in CONFIGS if not path.stem.startswith(("quickstart", "smollm2", "tool_dialogue"))]
-)
+@pytest.mark.parametrize("stem", [path.stem for path in ON_ACCELERATORS])
 def test_sizes_are_the_published_ones(stem: str) -> None:
     path = next(path for path in CONFIGS if path.stem == stem)
     run = load_config(path)
@@ -116,6 +122,28 @@ def test_sizes_are_the_published_ones(stem: str) -> None:
     for size in run.mesh.model_dump().values():
         devices *= size
     assert re.search(rf"\b{devices} (H100|chips)", path.read_text())
+
+
+@pytest.mark.parametrize("path", ON_ACCELERATORS, ids=lambda path: path.stem)
+def test_it_is_what_plan_recommends_or_says_why_not(path: Path) -> None:
+    """By the model alone: nothing is compiled. `-s` prints the ratios."""
+    header = path.read_text().split("\n\n")[0]
+    slice_shape = re.search(r"TPU (\w+), .*topology ([\dx]+)", header)
+    topology = parse_topology(f"{slice_shape[1]}:{slice_shape[2]}" if slice_shape else path.stem.split("_")[-1])
+    written = load_config(path)
+    mesh = mesh_sizes(written.mesh, topology.num_devices)
+    run = config.run_of(written.model_copy(update={"model": model_of(path, written), "mesh": mesh}))
+    choices, _ = model_all_choices(run, topology)
+    recipe = model_choice(run, topology)
+    best = ranked(choices)[0]
+    ratio = recipe.time.step / best.time.step
+    print(f"{path.stem} on {topology.name}: {recipe.time.step:.2f} s a step, {ratio:.2f} of plan's best choice")
+    assert recipe.fits and ratio < MOST
+    stated = re.search(r"# Plan: .* needs (\d+)% less time", header)
+    if stated is None:
+        assert ratio < 1.02, f"{path.name}: state `# Plan: CHOICE needs {1 - 1 / ratio:.0%} less time …` and why it was not taken"
+    else:
+        assert float(stated[1]) == pytest.approx(100 * (1 - 1 / ratio), abs=1)
 
 
 SUITES = Path(__file__).parents[2] / "configs/suites"

@@ -79,6 +79,29 @@ def tool_records(draw: st.DrawFn, nulls: bool) -> Record:
     return {"messages": messages, "tools": [{"type": "function", "function": function}]}
 
 
+@st.composite
+def flagged_parts(draw: st.DrawFn) -> Record:
+    """A conversation whose contents are parts, of which some have flags."""
+    flags = st.fixed_dictionaries({}, optional={"train": st.booleans(), "weight": st.sampled_from([0, 1.0])})
+    parts = draw(
+        st.lists(st.builds(lambda text, flag: {"type": "text", "text": text, **flag}, texts(1), flags), min_size=1, max_size=3)
+    )
+    question = [{"type": "text", "text": draw(texts(1))}]
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]}
+
+
+@st.composite
+def flagged_ranges(draw: st.DrawFn) -> Record:
+    """A conversation with ranges of characters that are trained on."""
+    text = draw(texts(2))
+    cut = draw(st.integers(1, len(text) - 1))
+    detail = [{"begin_offset": 0, "end_offset": cut - 1, "train": draw(st.booleans())}]
+    if draw(st.booleans()):
+        detail.append({"begin_offset": cut, "end_offset": len(text) - 1, "train": draw(st.booleans())})
+    question = {"role": "user", "content": draw(texts(1))}
+    return {"messages": [question, {"role": "assistant", "content": text, "train_detail": detail}]}
+
+
 def answers(label: bool, as_messages: bool) -> st.SearchStrategy[Record]:
     """Preference pairs, or labelled answers: texts, or lists of messages with flags."""
     flags = st.fixed_dictionaries({}, optional={"weight": st.sampled_from([0, 1, 0.0, 1.0, True]), "train": st.booleans()})
@@ -123,6 +146,8 @@ KINDS: dict[str, tuple[config.Record, st.SearchStrategy[Record]]] = {
     "labelled messages": (config.LabelledRecord(name="labelled"), answers(label=True, as_messages=True)),
     "settings": (CHAT, st.builds(operator.or_, conversations(tools=False), st.fixed_dictionaries({}, optional=SETTINGS))),
     "chats": (CHAT, conversations(tools=False)),
+    "parts with flags": (CHAT, flagged_parts()),
+    "ranges with flags": (CHAT, flagged_ranges()),
     "calls with text": (CHAT, conversations(tools=True)),
     "calls with objects": (CHAT, tool_records(nulls=False)),
     "calls with objects and nulls": (CHAT, tool_records(nulls=True)),

@@ -17,7 +17,7 @@ from moe_train import config
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.quantize import unquantized_shapes
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model, init_model
 from moe_train.proof import reread
 from moe_train.weights import external, external_adapter, gguf, hf, mistral, names, peft, safetensors_files
 from moe_train.weights.gguf import lora as gguf_lora
@@ -84,13 +84,13 @@ def read_adapter(folder: Path) -> None:
     if lora.targets != LORA.targets and sum(target.rank for target in lora.targets) > 8:
         return  # a changed adapter of other ranks is an adapter as well
     with jax.set_mesh(ONE):
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora)))[1]
+        shapes = parameters(abstract_model(MODEL, config.Compute(), lora))[1]
         external_adapter.load_external_adapter(folder, MODEL, {path: like for path, like in shapes.items() if ".lora_" in path})
 
 
 ONE = make_mesh(config.Mesh(), jax.devices()[:1])
 with jax.set_mesh(ONE):
-    SHAPES = {"": parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute())))[1]}
+    SHAPES = {"": parameters(abstract_model(MODEL, config.Compute()))[1]}
 KINDS: dict[str, tuple[Callable[[Path, str], None], Callable[[Path], None], str]] = {
     # how it is written, how it is read, what is damaged
     "hf": (write_model, read_model, "*.safetensors"),

@@ -27,7 +27,7 @@ from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import combine, parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.plan.answer import PlanOptions
 from moe_train.run import loop
 from moe_train.train.optimizer import make_optimizer
@@ -74,7 +74,7 @@ def lines(run: config.Config, kind: str) -> list[dict[str, Any]]:
 def load(run: config.Config) -> tuple[Any, dict[str, jax.Array]]:
     """Structure and newest weights; the run's mesh is in force."""
     assert run.model is not None
-    structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, run.lora)))
+    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
     return structure, model_dir.load_parameters(run.run_dir, shapes)
 
 
@@ -172,7 +172,7 @@ def steps_on(mesh: jax.sharding.Mesh, run: config.Config) -> list[float]:
     positions = np.tile(np.arange(length, dtype=np.int32), (8, 1))
     rows = Batch(tokens, np.roll(tokens, -1, 1), np.ones((8, length), bool), np.ones((8, length), np.int32), positions)
     with jax.set_mesh(mesh):
-        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, run.lora)))
+        structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
         drawn = {path: draw_like(path, like, mesh) for path, like in shapes.items()}
         optimizer = make_optimizer(run.optimizer, 3)
         state = create_state(drawn, optimizer, run.lora)

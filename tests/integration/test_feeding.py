@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from moe_train.checkpoint import manager
+from moe_train.checkpoint.metadata import newest_metadata
 from moe_train.commands.train import train
 from moe_train.run import loop
 from moe_train.run.inputs import open_inputs
@@ -18,7 +18,7 @@ def test_a_run_records_its_data_and_how_long_it_waits_for_them(small_run, tmp_pa
     run = small_run(tmp_path / "run", train__steps=4, checkpoint__every_steps=4)
     assert train(run) == loop.FINISHED
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    about = manager.newest_metadata(tmp_path / "run")
+    about = newest_metadata(tmp_path / "run")
     assert about is not None and about.manifest == manifest["hash"] == manifest["sets"][0]["hash"]
     [event, *_] = events(tmp_path / "run")
     [(source, epochs)] = event["epochs"].items()

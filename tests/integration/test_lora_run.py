@@ -19,7 +19,7 @@ from moe_train.commands.export import export
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model, init_model
 from moe_train.run import loop
 from tests.run_dir import lines
 
@@ -77,7 +77,7 @@ def make(small_run: Callable[..., config.Config], run_dir: Path, base: Path, **c
 
 def weights_of(directory: Path, run: config.Run, lora: config.Lora | None) -> dict[str, np.ndarray]:
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, lora)))[1]
+        shapes = parameters(abstract_model(run.model, run.compute, lora))[1]
         return jax.device_get(model_dir.load_parameters(directory, shapes))
 
 

@@ -16,7 +16,7 @@ from moe_train.data.chat.example import Example
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine, parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.train.token_logprobs import batch_logprobs
 from tests.compiled_programs import quick_jit
 from tests.data.chat import trajectories
@@ -51,7 +51,7 @@ def test_the_losses_are_the_same(tmp_path: Path) -> None:
     model = MIXTRAL.model_copy(update={"vocab_size": tokenizer.vocab_size, "max_seq_len": SEQ_LEN})
     with jax.set_mesh(ONE):
         compute = config.Compute(grouped_matmul="reference", attention="reference")
-        structure, _ = parameters(jax.eval_shape(lambda: init_model(0, model, compute, None)))
+        structure, _ = parameters(abstract_model(model, compute, None))
         weights = random_parameters(model, scale=0.3)
 
         def losses(batch: Batch) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.checkpoint import manager, model_dir, runs
+from moe_train.checkpoint import load_params, model_dir, runs
 from moe_train.checkpoint.arrays import StoredPart
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import export
@@ -22,7 +22,7 @@ from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.quantize import quantize_like
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.run import loop
 from moe_train.run.writer import Writer
 from moe_train.weights import external
@@ -48,7 +48,7 @@ def held_out(run_dir: Path) -> list[float]:
 
 def shapes_of(run: config.Run, how: Any = None) -> dict[str, Any]:
     lora = run.lora and run.lora.model_copy(update={"quantize": how})
-    return parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, lora)))[1]
+    return parameters(abstract_model(run.model, run.compute, lora))[1]
 
 
 pytestmark = pytest.mark.slow
@@ -112,7 +112,7 @@ def test_a_run_beside_quantised_weights(
 
 
 def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, read, restored = runs.read_run(base / "run"), manager.read_in_parts, []
+    run, read, restored = runs.read_run(base / "run"), load_params.read_in_parts, []
 
     def noting(params: Path, path: str, like: jax.ShapeDtypeStruct) -> Iterator[StoredPart]:
         restored.append(path)
@@ -125,7 +125,7 @@ def test_a_run_is_held_in_few_bits_array_by_array(base: Path, monkeypatch: pytes
             for how in (config.Nf4(name="nf4", block_size=8), None)
         )
         wanted = quantize_like(dict(model_dir.load_parameters(base / "run", whole)), few_bits)
-        monkeypatch.setattr(manager, "read_in_parts", noting)
+        monkeypatch.setattr(load_params, "read_in_parts", noting)
         held = model_dir.load_parameters(base / "run", few_bits)
     assert held.keys() == few_bits.keys() == wanted.keys()
     assert sorted(restored) == sorted(whole)  # never two arrays that are not in few bits yet
@@ -177,7 +177,7 @@ def test_interrupted_and_started_again_is_the_run_undisturbed(
         adapters = {p: x for p, x in shapes_of(run).items() if "lora" in p}
 
         def trained(run_dir: Path) -> Parameters:
-            return manager.load_params(run_dir, adapters).params
+            return load_params.load_params(run_dir, adapters).params
 
         for path, x in trained(whole).items():
             np.testing.assert_array_equal(np.asarray(x), np.asarray(trained(tmp_path / "parts")[path]), err_msg=path)

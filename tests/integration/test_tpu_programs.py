@@ -23,7 +23,7 @@ from moe_train.machine.devices import DEVICES
 from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.sharding.specs import TENSOR_AND_EXPERT
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.plan import hlo
 from moe_train.plan.choice import model_choice
 from moe_train.plan.compile import compile_config
@@ -54,7 +54,7 @@ def no_tpu_to_ask() -> Iterator[None]:
 
 def compiled(topology: str, *overrides: str) -> tuple[Any, dict[str, Any]]:
     """The recipe's step, and {path: abstract weight}."""
-    overrides = ("compute.remat=full", *overrides)
+    overrides = ("compute.remat=full", "mesh={fsdp: 8, expert: 8}", *overrides)
     run = config.run_of(yaml_file.load_config(ROOT / "configs" / "mixtral_8x7b_pretrain_v5p.yaml", overrides))
     mesh = make_mesh(run.mesh, topologies.get_topology_desc(f"v5p:{topology}", platform="tpu").devices)
 
@@ -64,7 +64,7 @@ def compiled(topology: str, *overrides: str) -> tuple[Any, dict[str, Any]]:
 
     with jax.set_mesh(mesh):
         optimizer = make_optimizer(run.optimizer, 1000)
-        structure, params = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))
+        structure, params = parameters(abstract_model(run.model, run.compute))
         params = jax.tree.map(placed, params)
         state = jax.tree.map(placed, jax.eval_shape(lambda params: create_state(params, optimizer), params))
         shape, sharding = (run.train.batch_size, run.train.seq_len), NamedSharding(mesh, P(BATCH, "context"))

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from moe_train.commands.train import train
 from moe_train.config import yaml_file
-from moe_train.run import loop, writer
+from moe_train.run import attempt, writer
 
 CHECKPOINT = 5
 path, step_to_die, signal_name, *runs = sys.argv[1:]
-write, put = writer.Writer.train, loop.put_batch
+write, put = writer.Writer.train, attempt.put_batch
 
 for overrides in runs:
     config = yaml_file.load_config(path, overrides.split(","))
@@ -39,7 +39,7 @@ for overrides in runs:
             file.write(hashlib.sha256(b"".join(array.tobytes() for array in batch)).hexdigest() + "\n")
         return put(batch, mesh)
 
-    writer.Writer.train, loop.put_batch = write_and_die, note_and_put  # type: ignore[method-assign]
+    writer.Writer.train, attempt.put_batch = write_and_die, note_and_put  # type: ignore[method-assign]
     code = train(config)
     if code:
         sys.exit(code)

@@ -177,6 +177,87 @@ def test_transformers_reads_our_fp8_exports(family: str, sizes: dict[str, Any], 
     }
 
 
+LATENT_SIZES: dict[str, Any] = {
+    **{"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 128},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    **{"q_lora_rank": 128, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64},
+    **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "max_position_embeddings": 128},
+}
+"""Blocks divide every matrix but `kv_a_proj_with_mqa`."""
+
+
+@pytest.mark.slow
+def test_deepseek_v3_is_written_in_blocks(mesh: jax.sharding.Mesh, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.DeepseekV3Config(**LATENT_SIZES, num_mtp_layers=0, architectures=["DeepseekV3ForCausalLM"])
+    settings.save_pretrained(tmp_path)
+    ours, section, tokens = export_random(tmp_path, mesh)
+    assert section["weight_block_size"] == [128, 128]
+    judge = dequantized_by_transformers(tmp_path / "q")
+    assert_same_logits(judge, ours, tokens)
+    quantized = {name.removesuffix(".weight_scale_inv") for name in on_disk_names(tmp_path / "q") if name.endswith("scale_inv")}
+    modules = {name.split(".experts.")[0] + (".experts" if ".experts." in name else "") for name in quantized}
+    assert converted_by_transformers(settings, section) == modules
+    assert not any("_a_proj" in name for name in modules) and "model.layers.1.mlp.experts" in modules
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, {"moe_intermediate_size": 48, "q_lora_rank": 24, "v_head_dim": 40}], ids=["blocks", "tensors"]
+)
+def test_fused_experts_of_mistral4_are_read_as_transformers_keeps_them(
+    sizes: dict[str, Any], mesh: jax.sharding.Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers knows FP8 experts on GPUs alone, where it keeps codes and scales: these are ours, and so are the logits."""
+    transformers = pytest.importorskip("transformers")
+    quantizer = pytest.importorskip("transformers.quantizers.quantizer_finegrained_fp8").FineGrainedFP8HfQuantizer
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    settings = transformers.Mistral4Config(**LATENT_SIZES | sizes, architectures=["Mistral4ForCausalLM"])
+    settings.save_pretrained(tmp_path)
+    ours, section, tokens = export_random(tmp_path, mesh)
+    assert section["weight_block_size"] == (None if sizes else [128, 128])
+    # Without this, a machine without a GPU dequantizes, and drops the scales of fused experts.
+    monkeypatch.setattr(quantizer, "validate_environment", lambda self, *args, **kwargs: None)
+    # The kernel runs on GPUs alone: in its place, the values that codes and scales stand for.
+    monkeypatch.setattr(fp8, "fp8_linear", dequantized_linear)
+    judge, info = transformers.Mistral4ForCausalLM.from_pretrained(
+        tmp_path / "q", dtype="float32", attn_implementation="eager", experts_implementation="eager", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    weights = external.open_external_weights(tmp_path / "q")
+    dequantize = fp8.Fp8Dequantize(None)._dequantize_one
+    experts = {name: p for name, p in judge.named_parameters() if name.endswith(("experts.gate_up_proj", "experts.down_proj"))}
+    for name, codes in experts.items():
+        scales = judge.get_parameter(inverse(name))
+        theirs = dequantize(codes.data, scales.data, pytest.importorskip("torch").bfloat16).float().numpy()
+        np.testing.assert_array_equal(weights.tensors[name].read().astype(np.float32), theirs)
+    assert len(experts) == 2
+    assert_same_logits(judge.eval(), ours, tokens)
+
+
+def dequantized_linear(
+    input: Any, weight: Any, scales: Any, block_size: Any, bias: Any = None, activation_scale: Any = None, allow: bool = True
+) -> Any:
+    """Stand in for the kernel: multiply by the dequantized weight."""
+    torch = pytest.importorskip("torch")
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    assert bias is None and activation_scale is None
+    w = fp8.Fp8Dequantize(None)._dequantize_one(weight, scales, torch.bfloat16).float()
+    return torch.nn.functional.linear(input, w)
+
+
+def export_random(folder: Path, mesh: jax.sharding.Mesh) -> tuple[Any, dict[str, Any], Any]:
+    """Export a random model of the config in a folder as FP8 to `q`; returns our logits, what config.json states, and tokens."""
+    model = external.read_external_model(folder)
+    with jax.set_mesh(mesh):
+        _, weights = random_parameters(model)
+        options = write_and_prove.WriteOptions(dtype="fp8", max_shard_bytes=400_000, depth="tensors")
+        write_and_prove.export_model(weights, model, folder / "q", options)
+        _, structure, parameters = load(folder / "q")
+        tokens, arrays = batch(mesh)
+        ours = our_logits(structure, parameters, arrays)
+    return ours, json.loads((folder / "q/config.json").read_text())["quantization_config"], tokens
+
+
 def on_disk_names(folder: Path) -> set[str]:
     """Names of the tensors of an export."""
     return set(json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"])

@@ -111,7 +111,7 @@ def test_logits_and_gradients_equal_transformers(case: str, sizes: config.Mesh, 
     model = external.read_external_model(tmp_path)
     mesh = make_mesh(sizes, jax.devices()[: 1 if sizes is ONE else 8])
     with jax.set_mesh(mesh):
-        structure, shapes = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute())))
+        structure, shapes = flat.parameters(transformer.abstract_model(model, config.Compute()))
         weights = external.load_external_parameters(tmp_path, shapes)
         tokens, arrays = batch(mesh)
         gradients, logits = gradients_and_logits(structure, weights, tokens, arrays)
@@ -142,7 +142,7 @@ def test_transformers_reads_an_export(case: str, tmp_path: Path) -> None:
     model = external.read_external_model(tmp_path / "base")
     mesh = make_mesh(ONE, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        structure, shapes = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute())))
+        structure, shapes = flat.parameters(transformer.abstract_model(model, config.Compute()))
         draw = np.random.default_rng(1).normal
         weights = {}
         for path, like in shapes.items():

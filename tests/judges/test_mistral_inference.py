@@ -56,7 +56,7 @@ def inference(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def our_logits(parameters: dict[str, jax.Array], model: config.Model, lora: config.Lora | None = None) -> np.ndarray:
-    abstract = jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora))
+    abstract = transformer.abstract_model(model, config.Compute(), lora)
     structure, _ = flat.parameters(abstract)
     batch = put_batch((TOKENS[None], np.arange(len(TOKENS))[None], np.ones((1, len(TOKENS)), int)), ONE)
 

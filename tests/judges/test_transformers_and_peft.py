@@ -77,7 +77,7 @@ def random_judge(family: str) -> Any:
 
 def load(directory: Path) -> tuple[config.Model, Any, dict[str, jax.Array]]:
     model = external.read_external_model(directory)
-    abstract = jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute()))
+    abstract = transformer.abstract_model(model, config.Compute())
     structure, shapes = flat.parameters(abstract)
     return model, structure, external.load_external_parameters(directory, shapes)
 
@@ -304,7 +304,7 @@ def logits_with_adapter(base_directory: Path, adapter: Path, arrays: Any) -> np.
     """Logits of a base with an adapter, both read from files."""
     model, _, base = load(base_directory)
     lora = peft.read_lora(adapter, model)
-    structure, shapes = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
+    structure, shapes = flat.parameters(transformer.abstract_model(model, config.Compute(), lora))
     wanted = {path: like for path, like in shapes.items() if ParameterPath.parse(path).is_trained(lora)}
     return our_logits(structure, base | peft.load_adapter(adapter, model, wanted), arrays)
 

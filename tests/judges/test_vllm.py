@@ -77,7 +77,7 @@ class Answer(NamedTuple):
 
 
 def ours(parameters: dict[str, jax.Array], model: config.Model, lora: config.Lora | None = None) -> Answer:
-    structure, _ = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, config.Compute(), lora)))
+    structure, _ = flat.parameters(transformer.abstract_model(model, config.Compute(), lora))
     batch = put_batch((PROMPT[None], np.arange(len(PROMPT))[None], np.ones((1, len(PROMPT)), int)), ONE)
 
     def logprobs(parameters: dict[str, jax.Array]) -> jax.Array:

@@ -18,7 +18,7 @@ from moe_train.machine.mesh import put_batch
 from moe_train.model.moe.experts import _drop
 from moe_train.model.parameters import Parameters, combine, parameters
 from moe_train.model.paths import ParameterPath
-from moe_train.model.transformer import Transformer, init_model
+from moe_train.model.transformer import Transformer, abstract_model, init_model
 from moe_train.train.gradients import step_gradients
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import ModelWeights
@@ -42,7 +42,7 @@ def lora_of(*targets: tuple[tuple[str, ...], int, float]) -> config.Lora:
 
 
 def abstract(lora: config.Lora) -> Transformer:
-    return jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora))
+    return abstract_model(MODEL, config.Compute(), lora)
 
 
 def test_patterns_name_modules_and_carry_their_rank() -> None:
@@ -141,7 +141,7 @@ def test_modules_of_latent_attention_and_shared_experts() -> None:
     targets = (config.LoraTarget(modules=("attention.*", "ffn.*_proj"), rank=2, alpha=4.0),)
     with jax.set_mesh(ONE):
         lora = config.Lora(targets=targets, train=("*_norm",), quantize=config.Int8(name="int8", block_size=2))
-        arrays = parameters(jax.eval_shape(lambda: init_model(0, MISTRAL4, config.Compute(param_dtype="bfloat16"), lora)))[1]
+        arrays = parameters(abstract_model(MISTRAL4, config.Compute(param_dtype="bfloat16"), lora))[1]
     adapted = {ParameterPath.parse(path).module for path in arrays if path.endswith(".lora_a")}
     latents = {f"attention.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj")}
     routed = {f"ffn.{name}_proj" for name in ("gate", "up", "down")}
@@ -163,7 +163,7 @@ def test_a_tied_embedding_has_no_adapter() -> None:
 def test_what_is_trained_in_full_is_float32() -> None:
     lora = config.Lora(targets=(config.LoraTarget(modules=("attention.*",), rank=2, alpha=4.0),), train=("ffn.router", "*_norm"))
     with jax.set_mesh(ONE):
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(param_dtype="bfloat16"), lora)))[1]
+        shapes = parameters(abstract_model(MODEL, config.Compute(param_dtype="bfloat16"), lora))[1]
     trainable, frozen = partition(shapes, lora)
     assert {x.dtype.name for x in trainable.values()} == {"float32"} and {x.dtype.name for x in frozen.values()} == {"bfloat16"}
     assert "stacks.0.layers.0.ffn.router.weight" in trainable and "final_norm.scale" in trainable
@@ -277,7 +277,7 @@ def test_every_kind_of_adapter_is_the_merged_weight() -> None:
                     delta = a @ b if module == "embed" else 1.5 * (a @ b).T
                 w = jax.device_put(np.asarray(w) + delta.astype(np.float32), w.sharding)
             merged[path] = w
-        plain = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute())))[0]
+        plain = parameters(abstract_model(MODEL, config.Compute()))[0]
         wanted = logits(plain, merged, *tokens)
     assert np.max(np.abs(found - wanted)) <= 1e-4 * np.max(np.abs(wanted))
 

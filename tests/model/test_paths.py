@@ -9,7 +9,7 @@ import pytest
 from moe_train import config
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath, adapter_ranks, router_rows
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from tests.tiny import ONE
 
 MODEL = config.Model(
@@ -38,7 +38,7 @@ LORA = config.Lora(
 @pytest.fixture(scope="module")
 def shapes() -> dict[str, jax.ShapeDtypeStruct]:
     with jax.set_mesh(ONE):
-        return parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), LORA)))[1]
+        return parameters(abstract_model(MODEL, config.Compute(), LORA))[1]
 
 
 def test_every_path_of_a_model_is_taken_apart_and_put_together(shapes: dict[str, jax.ShapeDtypeStruct]) -> None:

@@ -28,7 +28,7 @@ from moe_train.model.quantize import (
 )
 from moe_train.model.sharding.fsdp import project
 from moe_train.model.sharding.specs import activation_spec
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from tests.compiled_programs import quick_jit
 from tests.tiny import EIGHT, ONE
 
@@ -170,8 +170,8 @@ def test_a_quantised_model_is_the_model_of_its_values_on_any_mesh(how: Any) -> N
     """Loss and adapters' gradients equal those beside full weights of the same values, on one device and on eight."""
     rng = np.random.default_rng(0)
     with jax.set_mesh(ONE):
-        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(how))))
-        plain_structure, plain = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(None))))
+        structure, shapes = parameters(abstract_model(MODEL, config.Compute(), lora_of(how)))
+        plain_structure, plain = parameters(abstract_model(MODEL, config.Compute(), lora_of(None)))
         assert {p: x.shape for p, x in unquantized_shapes(shapes).items()} == {p: x.shape for p, x in plain.items()}
         held = {p.removesuffix(".codes") for p in shapes if p.endswith(".codes")}
         assert held == {p for p in plain if p.endswith("_proj.weight")}
@@ -188,7 +188,7 @@ def test_a_quantised_model_is_the_model_of_its_values_on_any_mesh(how: Any) -> N
         wanted = quick_jit(loss_of(plain_structure))(*split(full), *batch_on(ONE))
     for mesh in (ONE, EIGHT) if how.name == "nf4" else (EIGHT,):
         with jax.set_mesh(mesh):
-            structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(how))))
+            structure, shapes = parameters(abstract_model(MODEL, config.Compute(), lora_of(how)))
             arrays = {
                 p: jax.device_put(host[p], jax.sharding.NamedSharding(mesh, x.sharding.spec))
                 for p, x in unquantized_shapes(shapes).items()
@@ -209,7 +209,7 @@ def test_a_quantised_model_is_the_model_of_its_values_on_any_mesh(how: Any) -> N
 def test_blocks_lie_whole_on_a_device() -> None:
     def made(mesh: jax.sharding.Mesh, block: int) -> None:
         with jax.set_mesh(mesh):
-            jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(config.Nf4(name="nf4", block_size=block))))
+            abstract_model(MODEL, config.Compute(), lora_of(config.Nf4(name="nf4", block_size=block)))
 
     with pytest.raises(ValueError, match=r"block_size 64 does not divide the inputs of attention\.._proj, 16; use 16"):
         made(ONE, 64)
@@ -222,7 +222,7 @@ def test_blocks_lie_whole_on_a_device() -> None:
 @pytest.mark.parametrize("how", [*KINDS[:2], pytest.param(KINDS[2], marks=pytest.mark.slow)], ids=NAMES)
 def test_what_is_gathered_are_codes(how: Any, collectives: Any) -> None:
     with jax.set_mesh(EIGHT):
-        structure, shapes = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora_of(how))))
+        structure, shapes = parameters(abstract_model(MODEL, config.Compute(), lora_of(how)))
         batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in batch_on(EIGHT)]
         on_mesh = {
             p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(EIGHT, x.sharding.spec))

@@ -17,7 +17,7 @@ from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.parameters import combine, parameters
-from moe_train.model.transformer import empty_caches, init_model
+from moe_train.model.transformer import abstract_model, empty_caches, init_model
 from moe_train.train.gradients import StepGradients, step_gradients
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import ModelWeights
@@ -90,7 +90,7 @@ def weights(model: config.Model, lora: config.Lora | None = None) -> dict[str, n
 
 
 def abstract(model: config.Model, lora: config.Lora | None = None, **compute: Any) -> tuple[Any, dict[str, Any]]:
-    return parameters(jax.eval_shape(lambda: init_model(0, model, config.Compute(**compute), lora)))
+    return parameters(abstract_model(model, config.Compute(**compute), lora))
 
 
 def placed(params: dict[str, np.ndarray], like: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
@@ -182,6 +182,15 @@ def test_weights_are_the_same_on_every_mesh() -> None:
         with jax.set_mesh(mesh):
             made.append(jax.device_get(parameters(quick_jit(lambda: init_model(0, model, config.Compute()))())[1]))
     jax.tree.map(np.testing.assert_array_equal, *made)
+
+
+@pytest.mark.parametrize("name", ["fsdp, expert, tensor", "data, fsdp, expert"])
+def test_an_abstract_model_has_the_shapes_and_shardings_of_a_random_one(name: str) -> None:
+    lora = LORA.model_copy(update={"train": ("ffn.router",)})
+    with jax.set_mesh(make_mesh(MESHES[name])):
+        made = jax.eval_shape(partial(init_model, 0, MISTRAL4, config.Compute(param_dtype="bfloat16"), lora))
+        abstract = abstract_model(MISTRAL4, config.Compute(param_dtype="bfloat16"), lora)
+    assert parameters(abstract) == parameters(made)
 
 
 def lowered(num_layers: int, remat: str) -> str:
@@ -303,8 +312,14 @@ def test_decoding_equals_the_whole_sequence(model: config.Model, sizes: str | No
     with jax.set_mesh(mesh):
         structure, params, run = forward(model, mesh)
         wanted = jax.device_get(run(params, put_batch(whole, mesh)))
-        decode = quick_jit(lambda p, tokens, positions, caches: combine(structure, p).decode(tokens, positions, caches))
-        caches = jax.jit(lambda: empty_caches(model, B, T, jnp.dtype("float32")))()
+
+        def logits_and_caches(p: Any, tokens: jax.Array, positions: jax.Array, caches: Any) -> Any:
+            transformer = combine(structure, p)
+            hidden, caches = transformer.decode(tokens, positions, caches)
+            return transformer.logits(hidden), caches
+
+        decode = quick_jit(logits_and_caches)
+        caches = jax.jit(lambda: empty_caches(combine(structure, params), model, B, T, jnp.dtype("float32")))()
         positions = np.where(np.arange(prompt) < length[:, None], np.arange(prompt), -1).astype(np.int32)
         logits, caches = decode(params, *put_batch((tokens[:, :prompt], positions), mesh), caches)
         for b in range(B):

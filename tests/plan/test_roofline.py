@@ -12,7 +12,7 @@ from moe_train.plan.roofline import Time, Work, step_time, step_work
 from moe_train.plan.topology import parse_topology
 from moe_train.plan.traffic import Flow, flows
 from moe_train.plan.weights import layout
-from tests.plan.pretraining import SMALL, pretrain_run
+from tests.plan.pretraining import LATENT, SMALL, pretrain_run
 
 NOTHING = Work(0, 0, 0, 0, 0)
 
@@ -79,3 +79,12 @@ def test_rematerialization_adds_flops_and_no_useful_ones() -> None:
     )
     assert full.model_flops == minimal.model_flops == minimal.flops < full.flops < 4 / 3 * minimal.flops
     assert full.hbm_bytes > minimal.hbm_bytes and full.dcn_bytes == 0
+
+
+def test_each_device_of_context_expands_the_latents_of_the_whole_sequence() -> None:
+    run = pretrain_run(*SMALL, LATENT, "compute.remat=minimal", "mesh={fsdp: 2, context: 4}", "train.seq_len=128")
+    work = step_work(run, layout(run), [], parse_topology("v5p:2x2x2"))
+    product = 2 * 48 * 8 * (64 + 64)  # of the latents and the keys without their rotary part, and the values, of 8 heads
+    tokens = 16 * 128 / 8
+    # Four products, of which three are of the device's own tokens, in two layers.
+    assert work.flops - work.model_flops == tokens * 2 * product * (4 * 4 - 3)

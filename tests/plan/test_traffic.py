@@ -12,7 +12,7 @@ from moe_train.model.moe.transport.transport import ExchangeSizes, bytes_receive
 from moe_train.plan.compile import compile_on
 from moe_train.plan.traffic import Flow, flows, microbatch_shape
 from moe_train.plan.weights import layout
-from tests.plan.pretraining import pretrain_run
+from tests.plan.pretraining import LATENT, pretrain_run
 
 SMALL = ("model.num_layers=2", "model.model_dim=128", "model.ffn.ffn_dim=256", "model.vocab_size=256", "train.seq_len=128")
 SMALL += ("model.attention={num_heads: 8, num_kv_heads: 8, head_dim: 16}", "train.batch_size=16", "train.microbatches=1")
@@ -26,13 +26,25 @@ def modelled(run: config.Run) -> list[Flow]:
 @pytest.mark.parametrize(
     "mesh",
     [
-        ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2"),
+        ("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2", "train.microbatches=2"),
+        pytest.param(("mesh.data=2", "mesh.fsdp=2", "mesh.expert=2"), marks=pytest.mark.slow),
         pytest.param(("mesh.fsdp=2", "mesh.expert=4"), marks=pytest.mark.slow),
         pytest.param(("mesh.fsdp=1", "mesh.expert=2", "mesh.context=2", "mesh.tensor=2"), marks=pytest.mark.slow),
         pytest.param(("mesh.fsdp=2", "mesh.expert=1", "mesh.context=4"), marks=pytest.mark.slow),
         pytest.param(("mesh.fsdp=2", "mesh.expert=4", "train.microbatches=2", "loss.balance_over=step"), marks=pytest.mark.slow),
+        pytest.param((LATENT, "mesh.fsdp=2", "mesh.expert=1", "mesh.context=4"), marks=pytest.mark.slow),
+        pytest.param((LATENT, "mesh.fsdp=1", "mesh.expert=1", "mesh.context=4", "mesh.tensor=2"), marks=pytest.mark.slow),
     ],
-    ids=["data", "expert", "context and tensor", "context", "balance over the step"],
+    ids=[
+        "data and microbatches",
+        "data",
+        "expert",
+        "context and tensor",
+        "context",
+        "balance over the step",
+        "latents",
+        "latents and tensor",
+    ],
 )
 def test_bytes_are_those_of_the_compiled_program(mesh: tuple[str, ...]) -> None:
     run = pretrain_run(*SMALL, *mesh)

@@ -17,7 +17,7 @@ from moe_train.commands import write_and_prove
 from moe_train.proof import fp8, prove
 from moe_train.proof.checks import Fault
 from tests.random_parameters import random_parameters
-from tests.tiny import MIXTRAL, ONE
+from tests.tiny import MISTRAL4, MIXTRAL, ONE
 from tests.weights.fp8.files import Arrays, load, save
 
 
@@ -119,6 +119,52 @@ def test_a_config_that_states_another_quantization_is_found(
     (folder / "config.json").write_text(json.dumps(fields | {"quantization_config": section}))
     with pytest.raises(Fault, match=message):
         prove.check_tensors(export_of(folder, weights), [])
+
+
+GATE_UP = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+def other_scale_of_up(arrays: Arrays) -> None:
+    arrays[f"{GATE_UP}_scale_inv"][2, 1] *= 1.5
+
+
+def double_both_scales(arrays: Arrays) -> None:
+    arrays[GATE_UP][2] = (arrays[GATE_UP][2].astype(np.float32) / 2).astype(arrays[GATE_UP].dtype)
+    arrays[f"{GATE_UP}_scale_inv"][2] *= 2
+
+
+def swap_gate_and_up(arrays: Arrays) -> None:
+    arrays[GATE_UP][3] = np.roll(arrays[GATE_UP][3], 16, axis=0)
+
+
+FUSED_DAMAGE: dict[str, tuple[Callable[[Arrays], Any], str]] = {
+    "two scales": (other_scale_of_up, "off by|have to be equal"),
+    "a wasteful scale": (double_both_scales, "off by|the largest magnitude of its block needs"),
+    "gate for up": (swap_gate_and_up, "off by"),
+    "one scale": (
+        lambda arrays: arrays.update({f"{GATE_UP}_scale_inv": arrays[f"{GATE_UP}_scale_inv"][:, :1].copy()}),
+        r"has scales of the shape",  # of a grid of blocks, of which this is one
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, jax.Array]]:
+    folder = tmp_path_factory.mktemp("fused") / "q"
+    with jax.set_mesh(ONE):
+        arrays = random_parameters(MISTRAL4)
+        options = write_and_prove.WriteOptions(dtype="fp8", depth="tensors")
+        write_and_prove.export_model(arrays, MISTRAL4, folder, options)
+    return folder, arrays
+
+
+@pytest.mark.parametrize("damage", FUSED_DAMAGE)
+def test_damage_of_fused_experts_is_found(damage: str, fused: tuple[Path, dict[str, jax.Array]], tmp_path: Path) -> None:
+    exported, arrays = fused
+    change, message = FUSED_DAMAGE[damage]
+    folder = damaged(exported, tmp_path, change)
+    with pytest.raises(Fault, match=message):
+        prove.check_tensors(prove.Export(folder, "hf", "fp8", arrays, MISTRAL4, None, None, None), [])
 
 
 def damaged(exported: Path, tmp_path: Path, change: Callable[[Arrays], Any]) -> Path:

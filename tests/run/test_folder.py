@@ -9,7 +9,7 @@ import pytest
 
 from moe_train.checkpoint import model_dir
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
-from moe_train.run import folder
+from moe_train.run import folder, preflight
 from moe_train.run.folder import RunFolder, only_one
 
 
@@ -36,6 +36,9 @@ def test_a_changed_tokenizer_of_a_run_is_refused_and_copied_again(finished, text
     file.write_bytes(content.replace(b"bos_token", b"bor_token"))
     with pytest.raises(ValueError, match=r"moved/tokenizer is not the tokenizer that .*moved was trained with"):
         model_dir.open_model(moved)
+    section = tokenizer_at(moved / "tokenizer")
+    with pytest.raises(ValueError, match=r"moved/tokenizer is not the tokenizer that .*moved was trained with"):
+        preflight._check_same_tokenizer(section, load_tokenizer(section), str(moved))  # of a run with init_from
     original = load_tokenizer(tokenizer_at(text / "tokenizer"))
     folder._keep_tokenizer(moved / "tokenizer", original)
     assert "it was renamed to damaged-tokenizer, and copied again" in caplog.text and file.read_bytes() == content

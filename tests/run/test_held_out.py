@@ -14,10 +14,9 @@ from moe_train.commands.evaluate import evaluate_model
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
-from moe_train.machine.mesh import make_mesh
+from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.parameters import parameters
-from moe_train.model.transformer import init_model
-from moe_train.run import loop
+from moe_train.model.transformer import abstract_model
 from moe_train.run.held_out import DRIFT_BATCHES, drift_batches
 from tests.run.tiny_config import LORA, MODEL, written
 from tests.run_dir import lines
@@ -29,11 +28,11 @@ def test_held_out_loss_is_the_mean_over_loss_tokens(finished, small_run, text, t
     loader = Loader(run.data, "eval", load_tokenizer(run.data.tokenizer), BatchRows(8, 32), seed=0)
     total = count = 0.0
     with jax.set_mesh(make_mesh(run.mesh)):
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute)))
+        shapes = parameters(abstract_model(run.model, run.compute))
         model = shapes[0].unflatten([model_dir.load_parameters(finished, shapes[1])[path] for path in shapes[1]])
         logits_of = jax.jit(lambda batch: model.logits(model(batch.tokens, batch.positions, batch.segment_ids)[0]))
         for batch in loader.iterate():
-            log_probs = jax.nn.log_softmax(np.asarray(logits_of(loop.put_batch(batch, make_mesh(run.mesh))), np.float64))
+            log_probs = jax.nn.log_softmax(np.asarray(logits_of(put_batch(batch, make_mesh(run.mesh))), np.float64))
             chosen = np.take_along_axis(np.asarray(log_probs), batch.targets[..., None], axis=-1)[..., 0]
             total, count = total - float(np.sum(chosen * batch.loss_mask)), count + batch.loss_mask.sum()
     said = lines(finished, "eval")[-1]

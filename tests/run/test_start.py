@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.checkpoint import manager, model_dir, runs
+from moe_train.checkpoint import model_dir, runs
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
-from moe_train.model.transformer import init_model
-from moe_train.run import loop
+from moe_train.model.transformer import abstract_model
+from moe_train.run import loop, start
 from moe_train.run.writer import Writer
 from tests.run.tiny_config import LORA
 from tests.run_dir import events, lines, losses
@@ -119,8 +119,8 @@ def test_damaged_small_files_do_not_keep_a_run_from_going_on(finished, tmp_path,
 
 
 def test_a_restored_optimizer_is_split_as_its_weights_are(after_two, small_run, monkeypatch):
-    found, restore = [], manager.restore
-    monkeypatch.setattr(manager, "restore", lambda *args: found.append(restore(*args)) or found[-1])
+    found, restore = [], start.restore
+    monkeypatch.setattr(start, "restore", lambda *args: found.append(restore(*args)) or found[-1])
     assert train(small_run(after_two, train__steps=2)) == loop.FINISHED
     state = found[0].state
     (adam,) = (part for part in jax.tree.leaves(state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu"))
@@ -134,7 +134,7 @@ TENSORS = ExportOptions(depth="tensors")
 
 def weights(run: config.Config, run_dir: Path) -> dict[str, np.ndarray]:
     with jax.set_mesh(make_mesh(run.mesh)):
-        shapes = parameters(jax.eval_shape(lambda: init_model(0, run.model, run.compute, run.lora)))[1]
+        shapes = parameters(abstract_model(run.model, run.compute, run.lora))[1]
         return {path: np.asarray(x) for path, x in model_dir.load_parameters(run_dir, shapes).items()}
 
 

@@ -12,7 +12,7 @@ import pytest
 from moe_train import config
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
-from moe_train.run import loop
+from moe_train.run import attempt, loop
 from moe_train.run.stopping import Votes, signals, vote
 from moe_train.run.writer import Writer
 from tests.run_dir import events, lines, losses, steps_in
@@ -63,7 +63,7 @@ def test_a_signal_before_the_first_step_ends_the_start(tmp_path, small_run, monk
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "run_self_tests", interrupt)
+        patch.setattr(attempt, "run_self_tests", interrupt)
         assert train(small_run(tmp_path)) == loop.UNFINISHED
     said = capfd.readouterr().err
     assert "moe-train: SIGTERM received; waiting for testing the kernels, for 4 s at most; nothing is lost" in said

@@ -14,7 +14,7 @@ from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.state import TrainState, create_state
 from moe_train.train.step import StepMetrics, train_step
@@ -57,9 +57,7 @@ def batch(*, poisoned: bool = False, loss: bool = True) -> Batch:
 @cache
 def started(mesh: Mesh, lora: config.Lora | None = None) -> tuple[Any, TrainState]:
     with jax.set_mesh(mesh):
-        structure, like = parameters(
-            jax.eval_shape(lambda: init_model(0, MIXTRAL, config.Compute(grouped_matmul="reference"), lora))
-        )
+        structure, like = parameters(abstract_model(MIXTRAL, config.Compute(grouped_matmul="reference"), lora))
         rng, params = np.random.default_rng(1), {}
         for path, x in like.items():
             values = rng.normal(path.endswith(".scale"), 0.3, x.shape).astype(x.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.model.parameters import parameters
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from tests.meshes import mesh_of
 
 MODEL = config.Model(
@@ -28,7 +28,7 @@ LORA = config.Lora(targets=(config.LoraTarget(modules=("*",), rank=2, alpha=4.0)
 def shapes_of(lora: config.Lora | None) -> dict[str, jax.ShapeDtypeStruct]:
     """A small model's weights, stacked on layers and experts, with their specs."""
     with jax.set_mesh(mesh_of(config.Mesh(fsdp=2, expert=2, tensor=2))):
-        return parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute(), lora)))[1]
+        return parameters(abstract_model(MODEL, config.Compute(), lora))[1]
 
 
 def random_parameters(lora: config.Lora | None = None) -> dict[str, np.ndarray]:

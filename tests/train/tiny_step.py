@@ -16,7 +16,7 @@ from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import Parameters, combine, parameters
-from moe_train.model.transformer import Transformer, init_model
+from moe_train.model.transformer import Transformer, abstract_model
 from moe_train.train.gradients import StepGradients, step_gradients
 from moe_train.train.objectives.objective import ModelWeights, Objective
 from moe_train.train.state import partition, trained_in_full
@@ -63,7 +63,7 @@ def batch() -> Batch:
 def structure_of(lora: config.Lora | None) -> Any:
     compute = config.Compute(grouped_matmul="reference", attention="reference")
     with jax.set_mesh(ONE):
-        return parameters(jax.eval_shape(lambda: init_model(0, MODEL, compute, lora)))[0]
+        return parameters(abstract_model(MODEL, compute, lora))[0]
 
 
 def gradients(

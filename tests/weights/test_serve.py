@@ -101,6 +101,18 @@ def test_commands() -> None:
     assert "--tokenizer-mode auto" in serve.serving_command("vllm", "mistral", MINISTRAL, "out")
     assert serve.serving_command("llama.cpp", "gguf", MIXTRAL, "out") == "llama-server -m out/model.gguf"
     assert serve.serving_command("transformers", "hf", MIXTRAL, "out") == "transformers serve out"
+    assert serve.serving_command("ollama", "gguf", MIXTRAL, "runs/My run") == (
+        "ollama create my-run -f 'runs/My run'/Modelfile && ollama run my-run"
+    )
+
+
+def test_commands_have_the_flags_of_tools() -> None:
+    assert serve.tool_parser_of("{% if tools %}[AVAILABLE_TOOLS]{% endif %}[TOOL_CALLS]") == "mistral"
+    assert serve.tool_parser_of("<tool_call>{{ call | tojson }}</tool_call>") == "hermes"
+    assert serve.tool_parser_of("{{ messages }}") is None
+    line = serve.serving_command("vllm", "hf", MIXTRAL, "out", tool_parser="hermes")
+    assert line == "vllm serve out --enable-auto-tool-choice --tool-call-parser hermes"
+    assert serve.serving_command("llama.cpp", "gguf", MIXTRAL, "out", tool_parser="mistral").endswith(" --jinja")
 
 
 def test_a_mistral4_is_served_by_what_knows_it() -> None:

@@ -15,8 +15,9 @@ def names_in(directory: Path) -> set[str]:
 
 
 def test_files_of_the_tokenizer_are_copied_and_its_template_replaced(tokenizer: HuggingFace, tmp_path: Path) -> None:
-    write_texts(tmp_path, Texts(tokenizer, "{{ x }} ü", "name: run\n"))
-    assert names_in(tmp_path) == {file.name for file in tokenizer.files} | {"chat_template.jinja", "moe_train.yaml"}
+    write_texts(tmp_path, Texts(tokenizer, "{{ x }} ü", "name: run\n", {"README.md": "# ü\n"}))
+    assert names_in(tmp_path) == {file.name for file in tokenizer.files} | {"chat_template.jinja", "moe_train.yaml", "README.md"}
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# ü\n"
     assert (tmp_path / "tokenizer.json").read_bytes() == tokenizer.files[0].read_bytes()
     assert (tmp_path / "chat_template.jinja").read_text(encoding="utf-8") == "{{ x }} ü"
     assert (tmp_path / "moe_train.yaml").read_text() == "name: run\n"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from moe_train.data.chat.call_ids import differing, has_call_ids, with_other_ids
 from moe_train.data.chat.environment import GENERATION
 from moe_train.data.chat.example import by_turn, is_trained_on, restart_reason, turns
+from moe_train.data.chat.pieces import Layer, layers_of_turns
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Prefix, Request
 from moe_train.data.records.normal_form import Conversation, Message
@@ -47,6 +48,8 @@ class Text(NamedTuple):
     """For a conversation with tools or reasoning: the turns that share the text, in order."""
     restart: str | None = None
     """Why the text does not continue the one before; None for the first text of a conversation."""
+    pieces: tuple[Layer, ...] = ()
+    """For turns of which only pieces are trained on: the layers of their texts (`pieces`)."""
 
     @property
     def end(self) -> int:
@@ -90,6 +93,8 @@ def trained_texts(conversation: Conversation, tokenizer: HuggingFace) -> Steps:
         # `rendered` is shared by all parts: `_prefix_spans` adds to it what it has to ask for.
         renderings = _Renderings(Conversation(messages[:end], conversation.tools, conversation.settings), rendered, tokenizer)
         text = yield from _trained_text(renderings, trained_on)
+        layers = layers_of_turns(text.text, text.trained_on, [[messages[i]] for i in trained_on], tokenizer.special_pattern)
+        text = text._replace(pieces=layers)
         if in_turn:
             text = text._replace(turns=(TurnText(len(text.trained_on), text.text[text.end :]),))
         # Compared only up to the end of the earlier turn: what follows it there (`TurnText.after`) is not trained on.
@@ -110,7 +115,12 @@ def joined(before: Text, text: Text) -> Text:
     """Return a text with the turns of the text before, which it continues."""
     num_spans = len(before.trained_on)
     turn_texts = [turn._replace(num_spans=num_spans + turn.num_spans) for turn in text.turns]
-    return text._replace(trained_on=before.trained_on + text.trained_on, turns=(*before.turns, *turn_texts), restart=before.restart)
+    return text._replace(
+        trained_on=before.trained_on + text.trained_on,
+        pieces=before.pieces + text.pieces,
+        turns=(*before.turns, *turn_texts),
+        restart=before.restart,
+    )
 
 
 def _with_random(texts: list[Text], ends: list[int], conversation: Conversation, tokenizer: HuggingFace) -> Steps:

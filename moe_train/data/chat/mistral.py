@@ -28,6 +28,7 @@ from moe_train.data.chat.mistral_prefixes import Prefixes
 from moe_train.data.chat.mistral_refusals import refusal
 from moe_train.data.chat.mistral_settings import check_written, request_fields
 from moe_train.data.chat.mistral_trajectory import merged_examples
+from moe_train.data.chat.pieces import trained_ids
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.mistral import Mistral
@@ -60,7 +61,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     _, normalizer = _rules(tokenizer, ValidationMode.finetuning)
     prefixes = Prefixes(request, normalizer, _instruct(tokenizer), tokenizer.finetuning.version >= _FIRST_WITHOUT_IDS)
     with _refusals(conversation, tokenizer):
-        return merged_examples(messages, prefixes)
+        return merged_examples(messages, prefixes, tokenizer)
 
 
 def prompt(conversation: Conversation, tokenizer: Mistral) -> list[int]:
@@ -94,7 +95,7 @@ def _all_turns(conversation: Conversation, tokenizer: Mistral) -> Example:
     for end, message, turn in zip(ends, assistant_messages, turns(conversation.messages), strict=True):
         start = end - _length_of_last(tokens[:end], message, tokenizer)
         if turn.trained_on:
-            mask[start:end] = [True] * (end - start)
+            mask[start:end] = trained_ids(tokens[start:end], conversation.messages[turn.start : turn.end], tokenizer)
     return Example(tokens, mask)
 
 
@@ -113,7 +114,13 @@ def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mis
     return len(encoded)
 
 
-_CLOSING = (SpecialTokens.end_inst, SpecialTokens.end_tool_results, SpecialTokens.end_system, SpecialTokens.eos)
+_CLOSING = (
+    SpecialTokens.bos,  # of a conversation that begins with the assistant
+    SpecialTokens.end_inst,
+    SpecialTokens.end_tool_results,
+    SpecialTokens.end_system,
+    SpecialTokens.eos,
+)
 
 
 @functools.lru_cache(maxsize=8)

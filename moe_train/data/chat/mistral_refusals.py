@@ -37,9 +37,9 @@ def refusal(error: Exception, conversation: Conversation, tokenizer: Mistral) ->
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        return Problem(
-            "refused", f"mistral-common refuses the record: {place}: {first['msg']}", f"correct {place}, or drop the record"
-        )
+        rule = "settings" if place.startswith(("response_format", "reasoning_effort")) else "type"
+        reason = first["msg"].removeprefix("Value error, ")
+        return Problem(rule, f"{place} of the record is not accepted: {reason}", f"correct {place}, or drop the record")
     words = " ".join(str(error).split())
     for entry in _REFUSALS:
         if re.search(entry.words, words):
@@ -49,6 +49,11 @@ def refusal(error: Exception, conversation: Conversation, tokenizer: Mistral) ->
     schema = re.match(r"Invalid tool schema: (.*)", words)
     if schema:
         return Problem("tool-schema", f"the parameters of a tool are no JSON schema: {brief(schema[1])}", "correct the schema")
+    # The words of another version of mistral-common may differ, but hardly what it refuses.
+    for entry in _REFUSALS:
+        fault = entry.fault(conversation)
+        if fault is not None:
+            return Problem(entry.rule, f"{fault}, which {name} does not write ({words})", entry.remedy)
     return Problem("refused", f"mistral-common refuses the record: {words}", "change or drop the record")
 
 
@@ -121,6 +126,16 @@ def _unanswered(conversation: Conversation) -> str | None:
     return None
 
 
+def _repeated_id(conversation: Conversation) -> str | None:
+    """Name the first message with two calls of one id."""
+    for i, message in enumerate(conversation.messages):
+        ids = [call.get("id") for call in message.get("tool_calls", ())]
+        for name in ids:
+            if ids.count(name) > 1:
+                return f"message {i} has {ids.count(name)} calls with the id {brief(name)}"
+    return None
+
+
 def _several_results(conversation: Conversation) -> str | None:
     """Name the first message whose calls have several results."""
     for i, message in enumerate(conversation.messages):
@@ -187,6 +202,7 @@ _REFUSALS = (
         _unanswered,
         "each call is followed by one tool message with its id as tool_call_id",
     ),
+    _Refusal("Duplicate tool call id", "call-id", _repeated_id, "give each call of a message an id of its own"),
     _Refusal(
         "multiple tool results",
         "call-result",
@@ -194,7 +210,7 @@ _REFUSALS = (
         "make one call a turn, or use a tokenizer of version v3 or later",
     ),
     _Refusal(
-        "Unexpected role|must start with",
+        "Unexpected role|must start with|number of function calls|tool responses|tool call id",
         "role-order",
         _role_order,
         "after an optional system message, user and assistant take turns, and results follow calls",

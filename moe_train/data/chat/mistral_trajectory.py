@@ -18,7 +18,9 @@ import dataclasses
 
 from moe_train.data.chat.example import WITHOUT_ID, Example, MergedTurns, Turn, restart_reason, turns
 from moe_train.data.chat.mistral_prefixes import Prefixes, TurnSpan
+from moe_train.data.chat.pieces import trained_ids
 from moe_train.data.records.normal_form import Message
+from moe_train.data.tokenizers.mistral import Mistral
 
 _MOST_ENCODED = 64  # encoded prefixes of a conversation, apart from those before a new user turn
 _ANCHOR = 4  # tokens that must be equal for two forms of a call to be aligned again after a difference
@@ -34,18 +36,21 @@ class _Row:
     tokens: list[int]
     """The tokens up to the end of the last turn, as later turns see them."""
     spans: list[TurnSpan]
+    turn_messages: list[list[Message]]
+    """The messages of each turn."""
 
     def seen(self, span: TurnSpan) -> list[int]:
         """Return the tokens of a turn as later turns see them."""
         return self.tokens[span.start : span.end]
 
 
-def merged_examples(messages: list[Message], prefixes: Prefixes) -> list[Example]:
+def merged_examples(messages: list[Message], prefixes: Prefixes, tokenizer: Mistral) -> list[Example]:
     """Put the turns of a conversation that are trained on into examples.
 
     Args:
         messages: The conversation.
         prefixes: Its encoder.
+        tokenizer: The tokenizer.
 
     Returns:
         The examples, in the order of the conversation.
@@ -55,15 +60,17 @@ def merged_examples(messages: list[Message], prefixes: Prefixes) -> list[Example
     all_turns = turns(messages)
     for numbers in _stretches(all_turns, messages):
         end = all_turns[numbers[-1]].end
+        turn_messages = [messages[all_turns[number].start : all_turns[number].end] for number in numbers]
         tokens, spans = prefixes.encode(numbers, end)
         if rows and tokens[: len(rows[-1].tokens)] == rows[-1].tokens:
             rows[-1].tokens = tokens
             rows[-1].spans += spans
+            rows[-1].turn_messages += turn_messages
         else:
             between = messages[previous_end : all_turns[numbers[0]].start]
-            rows.append(_Row(restart_reason(between) if rows else None, tokens, spans))
+            rows.append(_Row(restart_reason(between) if rows else None, tokens, spans, turn_messages))
         previous_end = end
-    return [_example(row) for row in _with_first_call_alone(rows)]
+    return [_example(row, tokenizer) for row in _with_first_call_alone(rows)]
 
 
 def _stretches(all_turns: list[Turn], messages: list[Message]) -> list[range]:
@@ -94,20 +101,23 @@ def _with_first_call_alone(rows: list[_Row]) -> list[_Row]:
     for i, row in enumerate(rows):
         for j, span in enumerate(row.spans):
             if row.seen(span) != span.generated:
-                alone = _Row(row.restart, row.tokens[: span.end], [span])
+                alone = _Row(row.restart, row.tokens[: span.end], [span], [row.turn_messages[j]])
                 # A turn is trained on once, so the rest leaves out the one that is alone.
-                rest = _Row(WITHOUT_ID, row.tokens, row.spans[:j] + row.spans[j + 1 :])
+                turn_messages = row.turn_messages[:j] + row.turn_messages[j + 1 :]
+                rest = _Row(WITHOUT_ID, row.tokens, row.spans[:j] + row.spans[j + 1 :], turn_messages)
                 return [*rows[:i], alone, rest, *rows[i + 1 :]]
     return rows
 
 
-def _example(row: _Row) -> Example:
+def _example(row: _Row, tokenizer: Mistral) -> Example:
     """Return a row as an example; its last turn is written as it is generated."""
     last = row.spans[-1]
     tokens = row.tokens[: last.start] + last.generated
-    mask = [False] * last.start + [True] * len(last.generated)
-    for span in row.spans[:-1]:
-        mask[span.start : span.end] = _aligned(row.seen(span), span.generated)
+    mask = [False] * last.start + trained_ids(last.generated, row.turn_messages[-1], tokenizer)
+    for span, messages in zip(row.spans[:-1], row.turn_messages[:-1], strict=True):
+        seen = row.seen(span)
+        covered = zip(_aligned(seen, span.generated), trained_ids(seen, messages, tokenizer), strict=True)
+        mask[span.start : span.end] = [generated and trained_on for generated, trained_on in covered]
     ends = (*(span.end for span in row.spans[:-1]), len(tokens))
     separate_tokens = sum(span.start + len(span.generated) for span in row.spans)
     return Example(tokens, mask, MergedTurns(ends, separate_tokens, row.restart))

@@ -89,10 +89,10 @@ def _between_marks(match: re.Match[str]) -> str:
 def _as_templates_read(message: Message) -> Message:
     """Return the message in the form that transformers passes to templates.
 
-    It has no `weight`, which is our own key, and call arguments are objects.
+    It has no `weight` or `pieces`, which are our own keys, and call arguments are objects.
     """
     if "weight" in message:
-        message = {key: value for key, value in message.items() if key != "weight"}
+        message = {key: value for key, value in message.items() if key not in ("weight", "pieces")}
     if "tool_calls" in message:
         calls = [
             call | {"function": call["function"] | {"arguments": _parsed(call["function"].get("arguments", "{}"))}}

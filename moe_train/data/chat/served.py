@@ -22,6 +22,7 @@ from moe_train.data.chat.loss_mask import (
     joined,
     trained_texts,
 )
+from moe_train.data.chat.pieces import layers_of_turns
 from moe_train.data.chat.rendered_checks import check_rendered
 from moe_train.data.chat.renderings import marked_text, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Prefix, Request
@@ -88,6 +89,8 @@ def _served_texts(conversation: Conversation, trained: list[Turn], tokenizer: Hu
         served = [text._replace(random=differing(text.text, variant_text.text)) for text, variant_text in pairs]
     texts: list[Text] = []
     for i, text in enumerate(served):
+        turn_messages = [messages[trained[i].start : trained[i].end]]
+        text = text._replace(pieces=layers_of_turns(text.text, text.trained_on, turn_messages, tokenizer.special_pattern))
         if by_turn(conversation):
             text = text._replace(turns=(TurnText(1, text.text[text.end :]),))
         if texts and text.text.startswith(texts[-1].text[: texts[-1].end]):

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from moe_train.data.chat import sandbox
 from moe_train.data.chat.example import EXTEND_VOCAB, OTHER_TEMPLATE, Example, without_tools
 from moe_train.data.chat.loss_mask import Answers, Steps, Text
-from moe_train.data.chat.renderings import checked, request, text_or_raise, without_marks
+from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, checked, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Request
 from moe_train.data.chat.served import checked_texts
 from moe_train.data.chat.template_reasoning import check_reasoning_rendered, spelled
 from moe_train.data.chat.text_to_ids import encode_texts
-from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message, texts_of
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
@@ -63,7 +63,30 @@ def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) ->
     """Return the tokens up to where the assistant's next turn begins."""
     conversation = spelled(conversation, template, tokenizer)
     text = Text(without_marks(_text(conversation, True, template, tokenizer)), [], [])
+    _check_system(conversation, text.text)
     return encode_texts([text], tokenizer)[0][0].tokens
+
+
+def prompt_text(conversation: Conversation, template: str, tokenizer: HuggingFace) -> str:
+    """Return the text up to where the assistant's next turn begins, in which control tokens stand by name."""
+    conversation = spelled(conversation, template, tokenizer)
+    text = without_marks(_text(conversation, True, template, tokenizer))
+    # What a user has typed is marked in a rendering where it looks like a control token.
+    return text.replace(PLAIN_TEXT_MARKS[0], "").replace(PLAIN_TEXT_MARKS[1], "")
+
+
+def _check_system(conversation: Conversation, rendered: str) -> None:
+    """Raise Problem if a template has left a system message out, as some do silently."""
+    if conversation.messages[-1].get("role") != "user":
+        return  # Mistral's formats write the system message into the last user turn, unless results of tools follow it
+    for message in conversation.messages:
+        if message.get("role") != "system":
+            continue
+        for written in texts_of(message):
+            # Templates trim what they write.
+            if written.strip() not in rendered:
+                remedy = f"write its text into the first user message, or name a template that has a system turn {OTHER_TEMPLATE}"
+                raise Problem("system", "the chat template leaves the system message out", remedy)
 
 
 @functools.lru_cache(maxsize=8)

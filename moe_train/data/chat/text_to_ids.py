@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from moe_train.data.chat.example import REWRITTEN, Example, MergedTurns
 from moe_train.data.chat.loss_mask import Text
+from moe_train.data.chat.pieces import check_effective
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS
 from moe_train.data.tokenizers.huggingface import HuggingFace, Marked
 
@@ -55,14 +56,17 @@ def _ends_in_control(encoded: _Encoded, tokenizer: HuggingFace) -> bool:
 def _separate(text: Text) -> list[Text]:
     """Return a text for each turn: the conversation up to the turn."""
     separate = []
-    first = 0
+    first_span = 0
     for turn in text.turns:
-        spans = text.trained_on[first : turn.num_spans]
+        spans = text.trained_on[first_span : turn.num_spans]
         end = spans[-1][1] if spans else len(text.text)
+        start = spans[0][0] if spans else end
+        pieces = tuple(((first, last), on) for (first, last), on in text.pieces if start <= first and last <= end)
         # The ids of calls in the turns before stay marked as random, although nothing there is trained on.
         random = [span for span in text.random if span[1] <= end]
-        separate.append(text._replace(text=text.text[:end] + turn.after, trained_on=spans, random=random, turns=(turn,)))
-        first = turn.num_spans
+        own = text._replace(text=text.text[:end] + turn.after, trained_on=spans, random=random, pieces=pieces, turns=(turn,))
+        separate.append(own)
+        first_span = turn.num_spans
     return [
         # A text of one turn has only that turn's spans, so the turn ends with the last of them.
         text._replace(turns=(turn._replace(num_spans=len(text.trained_on)),))
@@ -107,9 +111,13 @@ def _encode(texts: list[Text], tokenizer: HuggingFace) -> list[_Encoded]:
     encoded = tokenizer.encode_marked([_marked(text, tokenizer) for text in texts])
     for text, (ids, touched) in zip(texts, encoded, strict=True):
         mask = [False] * len(ids)
-        for i, (first, last) in enumerate(touched):
-            # Trained spans come first and random ones after them, so an id that touches both is not trained on.
-            mask[first:last] = [i < len(text.trained_on)] * (last - first)
+        # In this order, so that an id that touches a trained span and a random one is not trained on.
+        covered = [True] * len(text.trained_on) + [trained_on for _, trained_on in text.pieces] + [False] * len(text.random)
+        for (first, last), trained_on in zip(touched, covered, strict=True):
+            mask[first:last] = [trained_on] * (last - first)
+        first_piece = len(text.trained_on)
+        of_pieces = zip(touched[first_piece:], text.pieces, strict=False)  # the ids of random spans come after them
+        check_effective([(ids_of, on, _SPLIT.sub("", text.text[slice(*span)])) for ids_of, (span, on) in of_pieces], mask)
         turn_ends = [touched[turn.num_spans - 1][1] if turn.num_spans else len(ids) for turn in text.turns]
         results.append(_Encoded(ids, mask, turn_ends))
     return results
@@ -118,7 +126,7 @@ def _encode(texts: list[Text], tokenizer: HuggingFace) -> list[_Encoded]:
 def _marked(text: Text, tokenizer: HuggingFace) -> Marked:
     """Move the marks: from around user text that looks like a control token to around the control tokens themselves."""
     pieces = _SPLIT.split(text.text)
-    spans = text.trained_on + text.random
+    spans = text.trained_on + [span for span, _ in text.pieces] + text.random
     if len(pieces) > 1:  # translate positions in the text with marks to positions without
         marks = [end + i for i, end in enumerate(itertools.accumulate(map(len, pieces[:-1])))]
         spans = [(start - bisect.bisect_left(marks, start), end - bisect.bisect_left(marks, end)) for start, end in spans]

@@ -6,7 +6,8 @@ Punctuation and white space are ignored. The hashes depend only on the text, not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ _LETTERS[[*range(48, 58), *range(65, 91), *range(97, 123), *range(128, 256)]] = 
 _PUNCTUATION = {0xC2: 2, 0xE2: 3}  # first bytes of U+0080 to U+00BF and U+2000 to U+2FFF, mostly signs -> bytes of such a character
 _IDEOGRAPH = 0xE3  # first bytes from here on begin characters from U+3000
 _LONGEST = 32  # bytes of a word that are hashed, along with its length
+_AT_ONCE = 1 << 20  # characters of a text whose words are found at once
+_LOOK_BACK = 1 << 10  # characters within which white space is looked for
 # 2**64 over the golden ratio. It is odd, so multiplication by it modulo 2**64 loses no bits.
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -35,7 +38,44 @@ class Grams(NamedTuple):
 
 
 def words(texts: Sequence[str]) -> Words:
-    """Split texts into words, and hash each word."""
+    """Split texts into words, and hash each word.
+
+    Memory is bounded for texts of any length. A word across the end of a part of a long text without white space counts as two.
+    """
+    if all(len(text) <= _AT_ONCE for text in texts):
+        return _words(texts)
+    parts: list[Words] = []
+    counts: list[int] = []
+    for text in texts:
+        of_text = [_words([part]) for part in _parts(text)]
+        parts += of_text
+        counts.append(sum(len(part.hashes) for part in of_text))
+    return Words(np.concatenate([part.hashes for part in parts]), np.concatenate(([0], np.cumsum(counts))))
+
+
+def first_words(text_words: Words, limit: int) -> Words:
+    """Return the words of each text, of those with more than `limit` words only the first ones."""
+    hashes, offsets = text_words
+    if not len(hashes) or np.diff(offsets).max() <= limit:
+        return text_words
+    parts = [hashes[start : min(stop, start + limit)] for start, stop in itertools.pairwise(offsets)]
+    return Words(np.concatenate(parts), np.concatenate(([0], np.cumsum([len(part) for part in parts]))))
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Yield parts of a text that end at white space where there is any, and have at most `_AT_ONCE` characters."""
+    start = 0
+    while len(text) - start > _AT_ONCE:
+        stop = start + _AT_ONCE
+        space = text.rfind(" ", stop - _LOOK_BACK, stop)
+        stop = stop if space < 0 else space
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _words(texts: Sequence[str]) -> Words:
+    """Split texts into words, all at once."""
     parts = [text.lower().encode("utf-8", "surrogatepass") for text in texts]
     data = np.frombuffer(b" ".join([b"", *parts, b""]), np.uint8)  # each text has a space on both sides
     begins = np.cumsum([1, *(len(part) + 1 for part in parts)])

@@ -30,10 +30,10 @@ def pair_problems(record: PreferencePair | LabelledAnswer) -> Iterator[Problem]:
 
 
 def _compared(messages: list[Message]) -> list[Message]:
-    """Return messages without what does not tell answers apart: weights, and spaces around a text."""
+    """Return messages without what does not tell answers apart: what the loss covers, and spaces around a text."""
     compared = []
     for message in messages:
-        copy = {key: value for key, value in message.items() if key != "weight"}
+        copy = {key: value for key, value in message.items() if key not in ("weight", "pieces")}
         content = message.get("content")
         if isinstance(content, str):
             copy["content"] = content.strip()

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from moe_train.data.check.results import CheckResult, FixedResult, MergedTurnsResult, PackingResult, SampleResult
 from moe_train.data.records.unread import in_words
+from moe_train.machine.program import runnable
 
 _BAR = 40  # width of a bar in characters
 
@@ -45,7 +46,7 @@ def print_report(result: CheckResult, console: Console) -> None:
 
 def _print_group(console: Console, heading: str, count: int, remedy: str, lines: list[str]) -> None:
     """Print the heading of a group of findings, its members, and how many more there are."""
-    console.print(f"[bold]{heading}[/bold]: {count:,} × — {escape(remedy)}")
+    console.print(f"[bold]{heading}[/bold]: {count:,} × — {escape(runnable(remedy))}")
     for line in lines:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
     if count > len(lines):

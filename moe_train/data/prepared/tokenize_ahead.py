@@ -33,7 +33,7 @@ from moe_train.data.records.unread import add_counts
 
 log = logging.getLogger(__name__)
 
-_RULES = 6
+_RULES = 7
 """Version of the rules that turn a record into ids. Increase it with every change of the ids, so that old sets are made again."""
 
 

@@ -66,7 +66,7 @@ def take_prompt(remaining: dict[str, Any], column: str, unread: Unread, weight: 
         # The loss covers the completion only, so assistant messages of the prompt get weight 0.
         messages = read_messages(prompt, column, PLAIN, unread)
         if weight is not None:
-            messages = [m | {"weight": weight} if m.get("role") == "assistant" else m for m in messages]
+            messages = [_weighted(message, weight) for message in messages]
         return with_system(remaining, messages)
     texts = [prompt]
     for name in MORE_PROMPT:
@@ -77,7 +77,14 @@ def take_prompt(remaining: dict[str, Any], column: str, unread: Unread, weight: 
             raise Problem("type", f"column {name!r} should be text, not {brief(more)}", "write it as a string")
         texts.append(more)
     question = "\n".join(text for text in texts if text)
-    return with_system(remaining, [*_take_history(remaining), {"role": "user", "content": question}])
+    return with_system(remaining, [*_take_history(remaining, unread), {"role": "user", "content": question}])
+
+
+def _weighted(message: Message, weight: int) -> Message:
+    """Return a message; if it is the assistant's, with a weight in place of what it says of the loss."""
+    if message.get("role") != "assistant":
+        return message
+    return {key: value for key, value in message.items() if key != "pieces"} | {"weight": weight}
 
 
 def with_system(remaining: dict[str, Any], messages: list[Message]) -> list[Message]:
@@ -104,13 +111,15 @@ def with_system(remaining: dict[str, Any], messages: list[Message]) -> list[Mess
     return messages
 
 
-def _take_history(remaining: dict[str, Any]) -> list[Message]:
-    """Take the earlier turns out of a record: pairs of question and answer, which are trained on like any other turn."""
+def _take_history(remaining: dict[str, Any], unread: Unread) -> list[Message]:
+    """Take the earlier turns out of a record: pairs of question and answer, or messages, trained on like any other turn."""
     history = remaining.pop("history", None)
     if is_empty(history):
         return []
     remedy = "write a list of pairs [question, answer], or messages in place of the prompt"
     history = json_value(history, "history", remedy)
+    if isinstance(history, list | tuple) and all(map(_is_message, history)):
+        return read_messages(history, "history", PLAIN, unread)
     if not isinstance(history, list | tuple):
         raise Problem("type", f"history should be a list of pairs, not {brief(history)}", remedy)
     messages: list[Message] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from moe_train.data.records.flags import take_flag
+from moe_train.data.records.flags import FlaggedPiece, take_flag
 from moe_train.data.records.meaning import PART
 from moe_train.data.records.normal_form import JOINT
 from moe_train.data.records.problem import Problem, brief
@@ -14,7 +14,7 @@ from moe_train.data.records.unread import Unread, is_empty
 _TEXT = ("text", "input_text", "output_text")
 _REASONING = ("thinking", "reasoning")
 _REASONING_KEYS = ("thinking", "reasoning", "text", "value")
-_CALL = ("tool_use", "tool_call")
+_CALL = ("tool_use", "tool_call", "tool_calls")
 _MEDIA = ("image", "audio", "video", "file", "document")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold the model's reasoning."""
@@ -26,8 +26,10 @@ class Content(NamedTuple):
 
     content: str | list[dict[str, Any]] | None
     """Text, or parts in the normal form; None if there are only calls or results."""
-    flags: list[int | None]
-    """The flag of each part; see `flags`."""
+    pieces: list[list[FlaggedPiece]]
+    """The texts of the content in order, reasoning included, with their flags."""
+    call_flags: list[int | None]
+    """The flag of each part that is a call."""
     calls: list[dict[str, Any]]
     results: list[dict[str, Any]]
     """Tool messages that answer calls, for the parts that are results."""
@@ -35,6 +37,8 @@ class Content(NamedTuple):
 
 def read_parts(value: list[Any], location: str, role: object, unread: Unread) -> Content:
     """Convert the parts of a content.
+
+    Texts with flags of their own are pieces of one text, as in axolotl, which alone has such flags.
 
     Args:
         value: The parts.
@@ -47,9 +51,9 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
     """
     parts: list[dict[str, Any]] = []
     flags: list[int | None] = []
+    call_flags: list[int | None] = []
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
-    # Flags keep one entry a part, whatever becomes of the part, so that `common_flag` sees all of them.
     for k, part in enumerate(value):
         part_where = f"part {k} of {location}"
         if isinstance(part, str):
@@ -57,19 +61,22 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
         if not isinstance(part, dict):
             raise Problem("type", f"{part_where} should be an object with a type, not {brief(part)}", _REMEDY)
         remaining = unread.opened(PART, part)
-        flags.append(take_flag(remaining, part_where, role))
+        flag = take_flag(remaining, part_where, role)
         # Parts without a type are text if they have one; anything else has to state its type.
         kind = remaining.pop("type", "text" if "text" in remaining else None)
         if kind in _TEXT:
             parts.append({"type": "text", "text": _text(remaining, ("text", "value"), part_where)})
+            flags.append(flag)
         elif kind in _REASONING and _is_ignored(part, remaining):
             pass
         elif kind in _REASONING:
             if role in ("user", "tool"):
                 raise Problem("thinking", f"{part_where} is reasoning, and the message is {role}", "leave it out")
             parts.append(_thinking(remaining, part_where))
+            flags.append(flag)
         elif kind in _CALL:
             calls += _calls(remaining, part_where, unread)
+            call_flags.append(flag)
             # `_calls` has closed the part already, under the level of calls.
             remaining = {}
         elif kind == "tool_result":
@@ -77,11 +84,34 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
         else:
             raise _not_read(kind, part_where)
         unread.close(part_where, PART, remaining)
+    parts, pieces = _joined_pieces(parts, flags)
     content: str | list[dict[str, Any]] | None = normal_content(parts)
     # `messages` tells by the missing content that a message holds nothing but results.
     if content == "" and (calls or results):
         content = None
-    return Content(content, flags, calls, results)
+    return Content(content, pieces, call_flags, calls, results)
+
+
+def _joined_pieces(parts: list[dict[str, Any]], flags: list[int | None]) -> tuple[list[dict[str, Any]], list[list[FlaggedPiece]]]:
+    """Join neighbouring texts, if one of them has a flag of its own.
+
+    Returns:
+        The parts, and for each the pieces that it consists of.
+    """
+    # The part holds its text under the name of its type.
+    pieces = [[FlaggedPiece(part[part["type"]], flag)] for part, flag in zip(parts, flags, strict=True)]
+    if all(flag is None for part, flag in zip(parts, flags, strict=True) if part["type"] == "text"):
+        return parts, pieces
+    joined: list[dict[str, Any]] = []
+    joined_pieces: list[list[FlaggedPiece]] = []
+    for part, piece in zip(parts, pieces, strict=True):
+        if joined and joined[-1]["type"] == part["type"] == "text":
+            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
+            joined_pieces[-1] += piece
+        else:
+            joined.append(part)
+            joined_pieces.append(piece)
+    return joined, joined_pieces
 
 
 def normal_content(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
@@ -94,25 +124,44 @@ def normal_content(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
     return filled
 
 
-def take_reasoning(remaining: dict[str, Any], location: str, role: object) -> list[dict[str, Any]]:
-    """Take the reasoning out of the fields of a message, as at most one part in the normal form.
+def take_reasoning(remaining: dict[str, Any], location: str, role: object) -> list[list[FlaggedPiece]]:
+    """Take the reasoning out of the fields of a message.
+
+    Returns:
+        At most one text, in the pieces that have flags of their own.
 
     Raises:
         Problem: If two fields differ, a field is not text, or the message is not the assistant's.
     """
-    texts: dict[str, str] = {}  # text -> field
+    fields: dict[str, list[FlaggedPiece]] = {}
     for name in REASONING_FIELDS:
         value = remaining.pop(name, None)
-        if not is_empty(value):
-            texts.setdefault(_joined(value, f"{name} of {location}"), name)
-    # Parts of empty texts join to the empty text, which is no reasoning.
-    texts.pop("", None)
-    names = list(texts.values())
-    if len(texts) > 1:
+        pieces = [] if is_empty(value) else _reasoning_pieces(value, f"{name} of {location}", role)
+        # Parts of empty texts join to the empty text, which is no reasoning.
+        if "".join(piece.text for piece in pieces):
+            fields[name] = pieces
+    names = list(fields)
+    if any(pieces != fields[names[0]] for pieces in fields.values()):
         raise Problem("thinking", f"{location} has both {names[0]} and {names[1]}, which differ", "keep the one that is meant")
-    if texts and role in ("system", "user", "tool"):
+    if fields and role in ("system", "user", "tool"):
         raise Problem("thinking", f"{location} is {role}, and has {names[0]}", "only the assistant reasons; leave it out")
-    return [{"type": "thinking", "thinking": text} for text in texts]
+    return list(fields.values())[:1]
+
+
+def _reasoning_pieces(value: Any, location: str, role: object) -> list[FlaggedPiece]:
+    """Return the reasoning in a field of a message: a text, or a list of text parts, which may have flags."""
+    if not isinstance(value, list | tuple) or not all(isinstance(part, dict) for part in value):
+        return [FlaggedPiece(_joined(value, location), None)]
+    flagged: list[FlaggedPiece] = []
+    parts: list[dict[str, Any]] = []
+    for part in value:
+        remaining = {key: item for key, item in part.items() if item is not None}
+        flag = take_flag(remaining, f"a part of {location}", role)
+        parts.append(remaining)
+        flagged.append(FlaggedPiece(_joined([remaining], location), flag))
+    if all(piece.flag is None for piece in flagged):
+        return [FlaggedPiece(_joined(parts, location), None)]
+    return flagged
 
 
 def _is_ignored(part: dict[str, Any], remaining: dict[str, Any]) -> bool:

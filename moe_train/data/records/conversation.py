@@ -10,6 +10,7 @@ Supported spellings (`…` stands for a list, which may also be JSON text):
 | `text` or `content` | plain text |
 | `messages: […]`, `tools: […]` | OpenAI's and Mistral's; also `interactions`, `available_tools`, `functions`, `system` |
 | `conversations: [{from, value}]` | ShareGPT's: human, gpt, system, function_call, observation |
+| `conversation: [{human, assistant}]` | ms-swift's |
 | `prompt`, `completion`; `question`, `answer`; `instruction`, `input`, `output`; `query`, `response` | see `completion` |
 | the above with `label` | an answer that is good or bad; see `preference` |
 | `prompt`, `chosen`, `rejected` | a preference pair; see `preference` |

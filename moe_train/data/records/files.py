@@ -6,11 +6,12 @@ parsed here, line by line or element by element, so that an error names its line
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.data.records import zip_archive
-from moe_train.data.records.file_bytes import COMPRESSIONS
+from moe_train.data.records.file_bytes import BOM, COMPRESSIONS, open_bytes
 from moe_train.data.records.json_document import is_lines, read_document
 from moe_train.data.records.json_lines import read_lines
 from moe_train.data.records.plain_text import read_text
@@ -23,6 +24,7 @@ FILE_FORMATS = {
     ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
 """File name suffix -> format."""
+_LONGEST_LINE = 1 << 20  # bytes of the first line of a text that are looked at
 
 
 def suffix(file: Path) -> str:
@@ -48,6 +50,26 @@ def format_of(file: Path) -> str:
     if file.suffix.lower() in COMPRESSIONS and kind in ("parquet", "arrow"):
         raise ValueError(f"{file}: {kind} is compressed inside; unpack the file")
     return kind
+
+
+def check_text(file: Path) -> None:
+    """Raise ValueError if a file of texts begins with a line that is a JSON object, as JSON lines under a wrong name do."""
+    try:
+        with open_bytes(file) as stream:
+            line = stream.readline(_LONGEST_LINE).removeprefix(BOM).strip()
+    except Problem:
+        return  # reading the records reports it, with a line number
+    if not line.startswith(b"{"):
+        return
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, dict) and value:
+        raise ValueError(
+            f"{file}: its name is that of a text, and its first line is a JSON object; state --format json for JSON lines, or "
+            "--format text for a text (in a config: format)"
+        )
 
 
 def is_json_lines(file: Path, kind: str) -> bool:

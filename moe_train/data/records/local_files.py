@@ -74,7 +74,7 @@ def expand_files(source: config.FileSource) -> ExpandedFiles:
     Raises:
         FileNotFoundError: If a pattern matches nothing.
         ValueError: If a file is named twice or has no known format, a folder or glob has several splits, a pattern is a URL, or a
-            text file is to hold conversations.
+            text file is to hold conversations, or holds JSON lines.
     """
     formats: dict[Path, str] = {}
     left_out: list[Path] = []
@@ -98,6 +98,8 @@ def expand_files(source: config.FileSource) -> ExpandedFiles:
                 formats[file] = "zip"
             elif source.format == "auto":
                 formats[file] = files.format_of(file)
+                if formats[file] == "text":
+                    files.check_text(file)
             else:
                 formats[file] = source.format
     if isinstance(source.record, config.ChatRecord | config.CompletionRecord):

@@ -35,10 +35,17 @@ class _Topic(NamedTuple):
 
 _CHANGES = "it changes the meaning, and is not read here"
 _TOPICS = (
-    _Topic("it marks an answer as good or bad, and no objective reads it yet", ("label", "labels", "kto_tag")),
+    _Topic(
+        "it marks an answer as good or bad, and no objective reads it yet",
+        (
+            *("label", "labels", "kto_tag", "desirable", "undesirable", "is_desirable", "preferred", "is_preferred"),
+            *("is_good", "is_bad"),
+        ),
+    ),
     _Topic(
         "it belongs to a preference pair, and no objective reads those yet",
         ("chosen", "rejected", "chosen_response", "rejected_response", "chosen_messages", "rejected_messages"),
+        ("chosen", "rejected"),
     ),
     _Topic(
         "images, sound and video are not read",
@@ -48,7 +55,16 @@ _TOPICS = (
     _Topic(
         "it says what the loss covers, and is not read here; a message of the assistant has weight 0 or 1",
         ("train", "training", "train_detail", "loss", "loss_weight", "loss_scale", "loss_mask", "weight", "mask", "masked"),
-        ("train", "training", "trained", "trainable", "loss", "weight", "weights", "mask", "masked", "masking"),
+        (
+            *("train", "training", "trained", "trainable", "untrained", "loss", "losses", "weight", "weights"),
+            *("mask", "masks", "masked", "masking"),
+        ),
+    ),
+    _Topic(
+        "it may say that the loss does not cover this, and is not read here; a message of the assistant has weight 0 or 1",
+        ("ignore", "ignored", "skip", "skipped", "exclude", "excluded", "learn", "supervised", "is_target"),
+        (),
+        (MESSAGE, PART),
     ),
     _Topic(
         "it holds reasoning, and is not read here",
@@ -58,7 +74,7 @@ _TOPICS = (
     _Topic(_CHANGES, ("history",), ("history",)),
     _Topic(
         "it holds the choices of a question, and is not read here",
-        ("choices", "options"),
+        ("choices", "options", "A", "B", "C", "D", "E"),
         ("choice", "choices", "option", "options"),
         (RECORD, MESSAGE),
     ),
@@ -67,8 +83,24 @@ _TOPICS = (
         (
             *("system", "system_prompt", "system_message", "system_instruction", "tools", "available_tools", "functions"),
             *("tool_definitions", "tool_schemas", "available_functions", "function_call", "tool_calls", "documents", "input"),
-            *("context", "contexts", "passage", "passages", "chat_template_kwargs", "prefix", "refusal"),
+            *("context", "contexts", "passage", "passages", "chat_template_kwargs", "prefix", "refusal", "instructions", "inputs"),
+            *("tool_call", "tool_use", "tool_uses", "function_calls"),
         ),
+    ),
+    _Topic(
+        "it may be what the answer is about, and is not read here",
+        (
+            *("document", "article", "articles", "paragraph", "paragraphs", "evidence", "background", "knowledge", "retrieved"),
+            *("snippet", "snippets", "excerpt", "hint", "hints", "retrieved_documents", "retrieved_context", "source_text"),
+        ),
+        (),
+        (RECORD, MESSAGE),
+    ),
+    _Topic(
+        "it says for whom the message is, and is not read here",
+        ("channel", "recipient"),
+        (),
+        (MESSAGE,),
     ),
     _Topic(
         "it may be text of the message, which is read from another key",
@@ -84,15 +116,20 @@ _TOPICS = (
     ),
     _Topic(
         "it may be part of the function, which is read from other keys",
-        ("name", "description", "parameters", "input_schema", "arguments", "properties", "required"),
+        (
+            *("name", "description", "parameters", "input_schema", "arguments", "properties", "required"),
+            *("desc", "docstring", "params", "args", "schema"),
+        ),
         (),
         (TOOL, TOOL_FUNCTION),
     ),
 )
 _HARMLESS = ("tool_choice", "train_split")
 """Keys with one of the words that say nothing about the text of a record or its loss."""
-_DESCRIBING = {"id", "ids", "num", "count", "number", "tokens", "size", "width", "height", "length", "duration", "title"}
-"""Words of keys that only describe something, such as `video_id` and `reasoning_tokens`; the other words do not count then."""
+_DESCRIBING = frozenset(
+    "id ids num count number tokens size width height length duration title score scores rating ratings model logps".split()
+)
+"""Words of keys that only describe something, such as `video_id` and `score_chosen`; the other words do not count then."""
 MEANING_KEYS = frozenset(name for topic in _TOPICS if RECORD in topic.levels for name in topic.names)
 """The usual names of keys that change the meaning of a record."""
 

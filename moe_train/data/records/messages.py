@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from moe_train import config
 from moe_train.data.records.content import Content, normal_content, read_parts, take_reasoning
-from moe_train.data.records.flags import common_flag, take_flag
+from moe_train.data.records.flags import FlaggedPiece, loss_of, take_detail, take_flag
 from moe_train.data.records.meaning import MESSAGE
 from moe_train.data.records.normal_form import Message
 from moe_train.data.records.problem import Problem, brief
@@ -21,8 +22,10 @@ _SPEAKERS = {
 """Names of roles in ShareGPT, LLaMA-Factory, ms-swift, Gemini and OpenAI that mean one of ours."""
 _CALL_ROLES = ("function_call", "tool_call")
 """Roles of messages whose content is a call of the assistant."""
-MESSAGE_COLUMNS = ("messages", "interactions", "conversations")
+MESSAGE_COLUMNS = ("messages", "interactions", "conversations", "conversation")
 """Columns of a record that may hold messages."""
+_KEYS_BY_ROLE = {"system": "system", "human": "user", "user": "user", "assistant": "assistant"}
+"""Keys of entries such as ms-swift's {human, assistant}, and the roles of their texts, in the order in which they are said."""
 PLAIN = config.ChatRecord(name="chat")
 """The section of messages in the usual spelling."""
 _REMEDY = "write one object with role and content for each turn"
@@ -45,11 +48,14 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
         value = json_value(value, column, _REMEDY)
     if isinstance(value, tuple):
         value = list(value)
+    names_keys = record.role != "role" or record.content != "content"
+    if isinstance(value, list) and value and not names_keys and all(map(_is_keyed_by_role, value)):
+        value = list(itertools.chain.from_iterable(map(_by_role, value)))
     if not isinstance(value, list) or not value:
         raise Problem("type", f"{column} should be a list with at least one message, not {brief(value)}", _REMEDY)
     messages: list[Message] = []
     # Renamed keys or roles, and ignored keys, need the slow path, where all of them are looked at.
-    plain = record.role == "role" and record.content == "content" and not record.roles and not unread.ignore
+    plain = not names_keys and not record.roles and not unread.ignore
     ids: CallIds | None = None
     for i, entry in enumerate(value):
         if plain and _is_plain(entry):
@@ -68,6 +74,19 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
         if _continues_call(value, i, messages):
             messages[-2]["tool_calls"] += messages.pop()["tool_calls"]
     return messages
+
+
+def _is_keyed_by_role(entry: Any) -> bool:
+    """Return whether an entry holds texts under the names of those who say them, as ms-swift's {human, assistant} does."""
+    # By its class first, which spares almost all messages the rest.
+    if not isinstance(entry, dict) or "role" in entry or "from" in entry:
+        return False
+    return bool(entry) and entry.keys() <= _KEYS_BY_ROLE.keys() and all(isinstance(text, str) for text in entry.values())
+
+
+def _by_role(entry: dict[str, str]) -> list[Message]:
+    """Return the messages of an entry that holds texts under the names of those who say them."""
+    return [{"role": role, "content": entry[key]} for key, role in _KEYS_BY_ROLE.items() if key in entry]
 
 
 def _continues_call(entries: list[Any], i: int, messages: list[Message]) -> bool:
@@ -104,23 +123,30 @@ def _message(remaining: dict[str, Any], i: int, record: config.ChatRecord, ids: 
     if speaker in _CALL_ROLES:
         calls = ids.numbered(read_calls(content, location, unread))
         content = None
-    parts = Content(content, [], [], [])
+    detail = take_detail(remaining, location, role, content)
+    if not detail and isinstance(content, str):
+        detail = [FlaggedPiece(content, None)]
+    parts = Content(content, [detail], [], [], [])
     if isinstance(content, list | tuple):
         parts = read_parts(list(content), location, role, unread)
-    flag = common_flag(location, take_flag(remaining, location, role), parts.flags)
+    flag = take_flag(remaining, location, role)
     reasoning = take_reasoning(remaining, location, role)
-    calls += ids.numbered(parts.calls) + _calls(remaining, location, ids, unread)
+    separate_calls = _calls(remaining, location, ids, unread)
+    calls += ids.numbered(parts.calls) + separate_calls
     if remaining.get("prefix") is False:  # the default of Mistral's API
         del remaining["prefix"]
     message = {} if role is None else {"role": role}
-    content = _with_reasoning(reasoning, parts.content, location)
+    texts, content = _with_reasoning(reasoning, parts, location)
+    loss = loss_of(location, flag, texts, [*parts.call_flags, *(None for _ in separate_calls)])
     # APIs write an empty text or null beside calls; both become no content, so that they are tokenized alike.
     if content is not None and not (content == "" and calls):
         message["content"] = content
     if calls:
         message["tool_calls"] = calls
-    if flag is not None:
-        message["weight"] = flag
+    if loss.flag is not None:
+        message["weight"] = loss.flag
+    if loss.pieces:
+        message["pieces"] = loss.pieces
     if role == "tool":
         name = remaining.get("name")
         message |= {key: remaining.pop(key) for key in ("tool_call_id", "name") if key in remaining}
@@ -165,16 +191,19 @@ def _take_content(remaining: dict[str, Any], record: config.ChatRecord, location
     return value if content is None else content
 
 
-def _with_reasoning(reasoning: list[dict[str, Any]], content: Any, location: str) -> Any:
-    """Return a content with the reasoning of the message's fields before it."""
+def _with_reasoning(reasoning: list[list[FlaggedPiece]], parts: Content, location: str) -> tuple[list[list[FlaggedPiece]], Any]:
+    """Return the texts of a message, and its content, with the reasoning of its fields before it."""
+    content = parts.content
     if not reasoning:
-        return content
+        return parts.pieces, content
+    part = {"type": "thinking", "thinking": "".join(piece.text for piece in reasoning[0])}
     if content is None:
-        return reasoning
+        return reasoning, [part]
     if isinstance(content, str):
-        return normal_content([*reasoning, {"type": "text", "text": content}])
-    if isinstance(content, list) and content[: len(reasoning)] == reasoning:
-        return content  # the same text in both spellings
+        return [*reasoning, *parts.pieces], normal_content([part, {"type": "text", "text": content}])
+    # The same text in both spellings; only that of the part can have a flag for the whole of it.
+    if isinstance(content, list) and content[:1] == [part] and len(reasoning[0]) == 1 and reasoning[0][0].flag is None:
+        return parts.pieces, content
     raise Problem("thinking", f"{location} has reasoning in a field and in a part of its content", "keep the one that is meant")
 
 

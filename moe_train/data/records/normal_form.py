@@ -4,6 +4,7 @@ The normal form is OpenAI's. A message is a dict with `role` (system, user, assi
 `weight`, `tool_calls` [{id, type: function, function: {name, arguments: JSON text}}], `tool_call_id` and `name`. A content is
 text, or a list of parts if there are several: {type: text, text} and {type: thinking, thinking, closed: false if it is cut off}.
 Texts that stand side by side are separate parts, since a chat format decides what stands between them (`JOINT`).
+Where the loss covers only pieces of a message, it has `pieces`: all its texts in order, each as a list of `Piece`.
 A tool is {type: function, function: {name, description, parameters, strict}}.
 """
 
@@ -48,6 +49,24 @@ class LabelledAnswer(NamedTuple):
 
     conversation: Conversation
     good: bool
+
+
+class Piece(NamedTuple):
+    """A piece of a text, and whether the loss covers it."""
+
+    text: str
+    trained_on: bool
+
+
+def pieces_of(message: Message) -> list[list[Piece]]:
+    """Return the texts of a message in order, reasoning included, each in the pieces that differ in their loss."""
+    if "pieces" in message:
+        return message["pieces"]
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return [[Piece(content, True)]] if content else []
+    # A part holds its text under the name of its type.
+    return [[Piece(part[part["type"]], True)] for part in content]
 
 
 def texts_of(message: Message) -> list[str]:

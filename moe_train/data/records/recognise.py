@@ -88,12 +88,15 @@ def _text(fields: Mapping[str, Any], ignored: tuple[str, ...]) -> config.TextRec
         return config.TextRecord(name="text", column=column, ignore=ignored)
     if not fields:
         raise Problem("columns", "the record has no columns", "drop it")
-    supported = "text, messages, interactions, conversations, prompt and completion, question and answer, instruction and output"
+    supported = (
+        "text, messages, conversations, prompt and completion, question and answer, instruction and output, query and response"
+    )
     names = ", ".join(str(name) or "''" for name in fields)
     raise Problem(
         "columns",
         f"no column is one of {supported}; the record has {brief(names)}",
-        "name the columns with --map (in a config: in the record section)",
+        "name the columns, as in --map messages=COLUMN, or --map prompt=COLUMN --map completion=COLUMN (in a config: in the record "
+        "section)",
     )
 
 

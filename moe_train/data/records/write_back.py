@@ -9,7 +9,7 @@ from moe_train import config
 from moe_train.data.records.completion import MORE_PROMPT, SYSTEM_COLUMNS
 from moe_train.data.records.conversation import read
 from moe_train.data.records.messages import MESSAGE_COLUMNS
-from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.normal_form import Conversation, Message, pieces_of
 from moe_train.data.records.problem import Problem
 from moe_train.data.records.tools import TOOL_COLUMNS
 from moe_train.data.records.unread import is_empty
@@ -55,14 +55,27 @@ def _chat(fields: Mapping[str, Any], edited: Conversation, record: config.ChatRe
 def _spelled(message: Message, record: config.ChatRecord) -> Message:
     """Return a message with the keys that the section names."""
     names = {"role": record.role, "content": record.content}
-    return {names.get(key, key): value for key, value in message.items()}
+    return {names.get(key, key): value for key, value in _with_parts(message).items()}
+
+
+def _with_parts(message: Message) -> Message:
+    """Return a message with the pieces of its texts as parts of its content, which have flags."""
+    if "pieces" not in message:
+        return message
+    content = message["content"]
+    kinds = ["text"] if isinstance(content, str) else [part["type"] for part in content]
+    parts: list[dict[str, Any]] = []
+    # An edit may have changed the number of texts; reading back finds it.
+    for kind, pieces in zip(kinds, pieces_of(message), strict=False):
+        parts += [{"type": kind, kind: piece.text, "train": piece.trained_on} for piece in pieces]
+    return {key: value for key, value in message.items() if key != "pieces"} | {"content": parts}
 
 
 def _completion(fields: Mapping[str, Any], edited: Conversation, record: config.CompletionRecord) -> dict[str, Any]:
     """Write the texts or messages of a conversation into the columns of a prompt and a completion."""
     prompt = fields.get(record.prompt)
     completion = fields.get(record.completion)
-    messages = edited.messages
+    messages = [_with_parts(message) for message in edited.messages]
     written = dict(fields)
     # An edit keeps the number of messages of the answer; if it does not, reading back finds the difference.
     size = len(completion) if isinstance(completion, list) else 1

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_train.data.tokenizers.stretches import LONGEST_STRETCH, SPACE, Stretches, words_of_pattern, words_of_vocabulary
 from moe_train.data.tokenizers.tokenizer import Tokenizer, hash_files
@@ -55,6 +56,9 @@ class Mistral(Tokenizer):
             raise ValueError(f"{file} is not a tokenizer that mistral-common reads: {error}") from error
         self._text = self.finetuning.instruct_tokenizer.tokenizer
         self.longest_stretch = longest_stretch
+        first_piece = self._text.id_to_piece(self._text.encode("a", bos=False, eos=False)[0])
+        self.adds_space = not is_tekken(file) and first_piece.startswith(SPACE)
+        """Whether a text is encoded with a space before it."""
         # An attribute shadows the method of the class, so that mistral-common encodes long messages in parts, too.
         vars(self._text)["encode"] = _in_parts(self._text.encode, self._stretches())
         self.vocab_size = self._text.n_words
@@ -68,8 +72,7 @@ class Mistral(Tokenizer):
 
         if isinstance(self._text, Tekkenizer):
             return words_of_pattern(self.longest_stretch, self._text._model._pat_str)
-        first_piece = self._text.id_to_piece(self._text.encode("a", bos=False, eos=False)[0])
-        return words_of_vocabulary(self.longest_stretch, self._text.vocab(), first_piece.startswith(SPACE))
+        return words_of_vocabulary(self.longest_stretch, self._text.vocab(), self.adds_space)
 
     @functools.cached_property
     def control_ids(self) -> frozenset[int]:
@@ -106,6 +109,26 @@ class Mistral(Tokenizer):
         if keep_special:
             policy = SpecialTokenPolicy.KEEP
         return self._text.decode(list(ids), special_token_policy=policy)
+
+    def bytes_of(self, ids: Sequence[int]) -> list[bytes]:
+        """Return the bytes that each id stands for, none for a control token; together they are the texts as UTF-8."""
+        from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+
+        if isinstance(self._text, Tekkenizer):
+            return [self._text.id_to_byte_piece(number) for number in ids]
+        model: Any = self._text._model  # sentencepiece's processor; mistral-common types less of it
+        result = []
+        for number in ids:
+            piece = self._text.id_to_piece(number)
+            if model.is_byte(number):
+                result.append(bytes([int(piece[3:-1], 16)]))  # <0x0A>
+            else:
+                result.append(b"" if number in self.control_ids else piece.replace(SPACE, " ").encode())
+        return result
+
+    def as_decoded(self, text: str) -> str:
+        """Return a text as `bytes_of` gives it: sentencepiece cannot tell a space from the character that stands for it."""
+        return text.replace(SPACE, " ") if self.adds_space else text
 
     def __reduce__(self) -> tuple[type[Mistral], tuple[Path, int]]:
         # Pickled by path: another process reads the files again.

@@ -1,4 +1,4 @@
-"""Load-balanced (zig-zag) context parallelism: sequences split over the mesh axis `context`. Local view.
+"""Load-balanced (zig-zag) context parallelism: sequences split over the mesh axis `context`. Local view, but for `gather_sequence`.
 
 Under causal masking the last queries of a sequence see the most keys. Queries are therefore reordered before attention: of
 2c chunks, device i of c computes attention for chunks i and 2c - 1 - i, which is equal work on every device.
@@ -6,14 +6,28 @@ Under causal masking the last queries of a sequence see the most keys. Queries a
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
-from moe_train.machine.mesh import axis_size
+from moe_train.machine.mesh import axis_size, batch_axes
+from moe_train.model.sharding.collectives import gather_axis
 
 RunStarts = tuple[tuple[int, ...], ...]
 """For each device of `context`, the positions where its runs of queries start."""
+
+
+def gather_sequence(x_BTX: Shaped[Array, "B T X"]) -> Shaped[Array, "B S X"]:
+    """Give each device of `context` the numbers of the whole sequence; in the backward pass their gradients are scattered.
+
+    Global view: with c devices, S is c * T, and each device's part of it is a copy of the sequence. Products with the copies,
+    and the gradients of their weights, are therefore sharded and summed like those of any other tokens.
+    """
+    spec = P(batch_axes(), "context", None)
+    return jax.shard_map(partial(gather_axis, axis="context", dim=1), in_specs=spec, out_specs=spec)(x_BTX)
 
 
 def run_starts(T: int) -> RunStarts:

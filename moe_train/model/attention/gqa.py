@@ -23,7 +23,7 @@ from moe_train.model.attention import rope
 from moe_train.model.attention.cache import attend_slots, extend
 from moe_train.model.attention.kernels import attend
 from moe_train.model.attention.query_scaling import query_scale
-from moe_train.model.layers import Linear, keys_of
+from moe_train.model.layers import Linear, RandomSource, keys_of
 from moe_train.model.sharding.specs import split_axes
 
 _CACHE_SPEC = P(BATCH, "context", "tensor", None)
@@ -53,7 +53,7 @@ class GroupedQueryAttention(nnx.Module):
 
     def __init__(
         self,
-        rngs: nnx.Rngs,
+        rngs: RandomSource,
         model: config.Model,
         attention: config.GroupedQueryAttention,
         compute: config.Compute,

@@ -19,8 +19,8 @@ from moe_train.model.sharding.collectives import gather_axis
 
 def attend(
     q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKW: Float[Array, "B T K W"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKW: Float[Array, "B S K W"],
     positions_BT: Int[Array, "B T"],
     segment_ids_BT: Int[Array, "B T"],
     window: int | None = None,
@@ -30,8 +30,9 @@ def attend(
 
     Args:
         q_BTNH: queries with N heads; scores are divided by the square root of H.
-        k_BTKH: keys with K heads; N is a multiple of K.
-        v_BTKW: values, which may have another width than queries and keys.
+        k_BSKH: keys with K heads; N is a multiple of K. S is T, or more if each device of `context` already has the whole
+            sequence (`gather_sequence`).
+        v_BSKW: values, which may have another width than queries and keys.
         positions_BT: positions, which restart in each segment.
         segment_ids_BT: a query sees only keys with its own segment id.
         window: a query sees only keys less than `window` positions before it; None for no limit.
@@ -44,17 +45,20 @@ def attend(
     # The kernel's tables are an argument of the `shard_map`, which splits them over `context` like the queries.
     splash = None
     if kernel == "splash":
-        splash = make_splash(q_BTNH.shape[1], q_BTNH.shape[2] // k_BTKH.shape[2], window)
+        splash = make_splash(q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2], window)
+    is_gathered = k_BSKH.shape[1] > q_BTNH.shape[1]
 
     def local(
         q: Float[Array, "b t n H"],
-        k: Float[Array, "b t k H"],
-        v: Float[Array, "b t k W"],
+        k: Float[Array, "b s k H"],
+        v: Float[Array, "b s k W"],
         positions: Int[Array, "b t"],
         segments: Int[Array, "b t"],
         splash: Any,
     ) -> Float[Array, "b t n W"]:
-        k, v, positions_k, segments_k = (gather_axis(x, "context", 1) for x in (k, v, positions, segments))
+        if not is_gathered:
+            k, v = (gather_axis(x, "context", 1) for x in (k, v))
+        positions_k, segments_k = (gather_axis(x, "context", 1) for x in (positions, segments))
         match kernel:
             case "reference":
                 return reference_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window))
@@ -80,7 +84,7 @@ def attend(
     check_vma = kernel in ("reference", "blocked")
     in_specs = (heads, heads, heads, tokens, tokens, None if splash is None else table_specs(splash))
     run = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=check_vma)
-    return run(q_BTNH, k_BTKH, v_BTKW, positions_BT, segment_ids_BT, splash)
+    return run(q_BTNH, k_BSKH, v_BSKW, positions_BT, segment_ids_BT, splash)
 
 
 def _cudnn_attention(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import assert_never
 
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from moe_train import config
 from moe_train.model.attention.gqa import GroupedQueryAttention, KeyValueCache
 from moe_train.model.attention.mla import LatentCache, MultiHeadLatentAttention
+from moe_train.model.layers import RandomSource
 
 AttentionLayer = GroupedQueryAttention | MultiHeadLatentAttention
 """The attention module of a layer."""
@@ -18,7 +18,7 @@ Cache = KeyValueCache | LatentCache
 """What decoding keeps of earlier positions of one layer."""
 
 
-def attention_layer(rngs: nnx.Rngs, model: config.Model, compute: config.Compute, window: int | None) -> AttentionLayer:
+def attention_layer(rngs: RandomSource, model: config.Model, compute: config.Compute, window: int | None) -> AttentionLayer:
     """Initialize the attention of one layer.
 
     Args:

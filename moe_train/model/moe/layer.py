@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_train import config
 from moe_train.model.ffn import DenseFfn
-from moe_train.model.layers import Adapted, keys_of, normal
+from moe_train.model.layers import Adapted, RandomSource, keys_of, normal
 from moe_train.model.moe.experts import Dropout, ExpertMatrix, ExpertSettings, ExpertWeights, Routing, run_experts
 from moe_train.model.moe.router import Router, RouterStats, router_stats, top_k, within_groups
 
@@ -30,7 +30,7 @@ class ExpertLinear(Adapted):
     summed_dim = -2
     """Weight dim that the product sums over, as `Linear.summed_dim`."""
 
-    def __init__(self, rngs: nnx.Rngs, shape: tuple[int, int, int], spec: P, stddev: float, dtype: jnp.dtype):
+    def __init__(self, rngs: RandomSource, shape: tuple[int, int, int], spec: P, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, shape, spec, stddev, dtype))
 
     def matrix(self) -> ExpertMatrix:
@@ -41,7 +41,7 @@ class ExpertLinear(Adapted):
 class MoE(nnx.Module):
     """Router, experts and weighted sum. Padding (segment 0) is neither routed nor counted."""
 
-    def __init__(self, rngs: nnx.Rngs, model: config.Model, compute: config.Compute, ffn: config.MoeFfn):
+    def __init__(self, rngs: RandomSource, model: config.Model, compute: config.Compute, ffn: config.MoeFfn):
         D = model.model_dim
         E = ffn.num_experts
         F = ffn.ffn_dim

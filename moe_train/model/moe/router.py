@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_train.machine.mesh import batch_axes
-from moe_train.model.layers import Adapted, normal
+from moe_train.model.layers import Adapted, RandomSource, normal
 from moe_train.model.sharding.specs import activation_spec, sum_over_replicas
 
 
@@ -84,7 +84,7 @@ class Router(Adapted):
     `bias` (E,) is float32, or None; see `config.SoftmaxRouter`.
     """
 
-    def __init__(self, rngs: nnx.Rngs, dim: int, num_experts: int, stddev: float, dtype: jnp.dtype, bias: bool = False):
+    def __init__(self, rngs: RandomSource, dim: int, num_experts: int, stddev: float, dtype: jnp.dtype, bias: bool = False):
         # Replicated: it is small, and every token needs all of it.
         super().__init__(normal(rngs, (dim, num_experts), P(None, None), stddev, dtype))
         self.bias: nnx.Param | None = nnx.data(None)

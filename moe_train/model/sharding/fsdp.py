@@ -24,22 +24,28 @@ SpecEntry = str | tuple[str, ...] | None
 """Entry of a partition spec: the mesh axis or axes that split a dim; None if none does."""
 
 
-def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quantized) -> Float[Array, "..."]:
+def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quantized, saved: bool = True) -> Float[Array, "..."]:
     """Compute `einsum(equation, x, w)` for an activation and a weight sharded over `fsdp`.
 
     Args:
         equation: two operands, e.g. `"BTD,DNH->BTNH"`; the letters determine the result's sharding (`ACTIVATION`).
         x: activation.
         w: weight. A quantized weight is gathered in its quantized form, and has no gradient.
+        saved: whether remat `minimal` keeps the product for the backward pass (`transformer.SAVED`).
 
     Returns:
         The product, in the dtype of x.
     """
     x = place(x, equation.split(",")[0])
     if isinstance(w, Quantized):
-        return checkpoint_name(_project_quantized(equation, x, w), "projection")
+        return _named(_project_quantized(equation, x, w), saved)
     # Cast before the gather, so that it moves numbers of the compute dtype.
-    return checkpoint_name(_project(equation, x, w.astype(x.dtype)), "projection")
+    return _named(_project(equation, x, w.astype(x.dtype)), saved)
+
+
+def _named(y: Float[Array, "*dims"], saved: bool) -> Float[Array, "*dims"]:
+    """Give y the name by which remat `minimal` keeps it for the backward pass, or none."""
+    return checkpoint_name(y, "projection") if saved else y
 
 
 _Operands = tuple[Float[Array, "..."], Float[Array, "..."]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +14,15 @@ from moe_train import config
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject, read_object
 from moe_train.weights import fp8, names, on_disk, safetensors_files
+from moe_train.weights.fp8.scheme import Fp8Scheme
+from moe_train.weights.fp8.sections import DEFAULT_BLOCK
 from moe_train.weights.hf.config_json import read_model_config, write_model_config
 from moe_train.weights.hf.config_keys import CONFIG_FILE, wrapper_class
 from moe_train.weights.on_disk import Carried, WeightFiles
 from moe_train.weights.wrappers import towers
 from moe_train.weights.wrappers.carry import Wrapping
+
+log = logging.getLogger(__name__)
 
 
 def open_weights(directory: str | Path) -> WeightFiles:
@@ -124,9 +129,11 @@ def write(
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     layout = names.hugging_face_of(model) if wrapping is None else wrapping.text_layout
     pieces = names.weight_pieces(model, layout)
+    scheme = fp8.scheme.hugging_face_scheme(pieces)
     if dtype == "fp8":
-        settings["quantization_config"] = fp8.write.hugging_face_section(pieces)
-    specs, values = fp8.tensors_of_dtype(pieces, dtype, matrix, fp8.write.hugging_face_scheme(pieces))
+        settings["quantization_config"] = fp8.scheme.hugging_face_section(pieces, scheme)
+        _warn_of_readers(model, scheme, is_wrapped=wrapping is not None)
+    specs, values = fp8.tensors_of_dtype(pieces, dtype, matrix, scheme)
     carried = {} if wrapping is None else wrapping.tensors
     specs += [safetensors_files.TensorSpec(name, tensor.base.shape, tensor.base.dtype) for name, tensor in carried.items()]
 
@@ -144,6 +151,21 @@ def write(
         generation["eos_token_id"] = list(tokenizer.end_ids)
     # Without this file, servers generate past the end of an answer.
     write_json(directory / "generation_config.json", {"_from_model_config": True, **generation})
+
+
+def _warn_of_readers(model: config.Model, scheme: Fp8Scheme, is_wrapped: bool) -> None:
+    """Warn of readers that refuse FP8 files of this kind, or read them wrongly."""
+    if model.family == "mistral4":
+        log.warning(
+            "transformers reads the scales of FP8 experts only on a GPU of compute capability 8.9 or more; elsewhere it reports "
+            "them as UNEXPECTED and computes without them: use --dtype bfloat16 for such machines"
+        )
+    elif scheme.block is None and not is_wrapped:
+        log.warning(
+            "blocks of %d x %d, which vLLM needs in FP8 files, do not divide most matrices of this model, so there is one scale "
+            "per tensor, which transformers reads; use --dtype bfloat16 for vLLM",
+            *DEFAULT_BLOCK,
+        )
 
 
 def write_json(file: Path, value: JsonObject) -> None:

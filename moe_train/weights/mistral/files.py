@@ -117,9 +117,9 @@ def write(
             "weights is for moe-train and for vLLM with --tokenizer-mode auto"
         )
     if dtype == "fp8":
-        params["quantization"] = fp8.write.MISTRAL_SECTION
+        params["quantization"] = fp8.scheme.MISTRAL_SECTION
     layout = names.mistral_of(model) if wrapping is None else wrapping.text_layout
-    specs, values = fp8.tensors_of_dtype(names.weight_pieces(model, layout), dtype, matrix, fp8.write.MISTRAL_SCHEME)
+    specs, values = fp8.tensors_of_dtype(names.weight_pieces(model, layout), dtype, matrix, fp8.scheme.MISTRAL_SCHEME)
     carried = {} if wrapping is None else wrapping.tensors
     carried_specs = [safetensors_files.TensorSpec(name, tensor.base.shape, tensor.base.dtype) for name, tensor in carried.items()]
     file = directory / f"{STEM}.safetensors"

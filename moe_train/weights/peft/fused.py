@@ -1,4 +1,4 @@
-"""Split PEFT's fused adapters of experts into per-expert ones; fused adapters are read and never written.
+"""Split PEFT's fused adapters of experts into per-expert ones; `fused_parameters` does the opposite.
 
 For a parameter (E, out, in) such as `mlp.experts.gate_up_proj`, PEFT keeps one A (r·E, in), expert after expert, and one B
 (out, r·E), of which every E-th column belongs to the same expert (`ParamWrapper.get_delta_weight`). The names state only
@@ -19,13 +19,29 @@ import numpy as np
 from moe_train import config
 from moe_train.machine.files import JsonObject
 from moe_train.weights.on_disk import FileTensor
+from moe_train.weights.peft.pieces import has_linear_experts
 from moe_train.weights.peft.settings import alpha_of
 
 _NAME = re.compile(r"(?P<layer>.*\.)mlp\.experts\.(base_layer\.)?lora_(?P<matrix>[AB])\.weight")
-_LEAVES = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-"""A fused parameter, and the matrices of an expert that its rows contain."""
+_OF_MIXTRAL = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+_OF_OTHERS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _FIRST_NOT_SWAPPED = (0, 19, 1)
 """The first version of PEFT that does not swap A and B."""
+
+
+class _ExpertNames(NamedTuple):
+    """Names of the matrices of an expert within a layer."""
+
+    container: str
+    leaves: Mapping[str, tuple[str, ...]]
+    """A fused parameter, and the matrices of an expert that its rows contain."""
+
+
+def _expert_names(model: config.Model) -> _ExpertNames:
+    """Return the names that `pieces.matrix_for_each_expert` gives to the experts of a model."""
+    if has_linear_experts(model):
+        return _ExpertNames("block_sparse_moe.experts", _OF_MIXTRAL)
+    return _ExpertNames("mlp.experts", _OF_OTHERS)
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class _FusedPair(NamedTuple):
     """What a fused pair of A and B is."""
 
     parameter: str
-    """The fused parameter: a key of `_LEAVES`."""
+    """The fused parameter: gate_up_proj or down_proj."""
     swapped: bool
     """Whether A and B are swapped and transposed."""
     in_dim: int
@@ -132,7 +148,8 @@ def _split_pair(
     """Return the A and B of each expert that a fused pair contains."""
     assert isinstance(model.ffn, config.MoeFfn)
     fused = _identify(source, a, b, model.model_dim, model.ffn, version)
-    leaves = _LEAVES[fused.parameter]
+    container, leaves_of = _expert_names(model)
+    leaves = leaves_of[fused.parameter]
     num_experts = model.ffn.num_experts
     rank = a.shape[0] // num_experts
     leaf_size = fused.out_dim // len(leaves)
@@ -143,7 +160,7 @@ def _split_pair(
         ranks_of_b = slice(expert, None, num_experts)  # B has one rank of each expert in turn
         for i, leaf in enumerate(leaves):
             outputs = slice(i * leaf_size, (i + 1) * leaf_size)
-            stem = f"{layer}block_sparse_moe.experts.{expert}.{leaf}"
+            stem = f"{layer}{container}.{expert}.{leaf}"
             name_a = f"{stem}.lora_A.weight"
             name_b = f"{stem}.lora_B.weight"
             if fused.swapped:
@@ -165,11 +182,12 @@ def _parse(version: str | None) -> tuple[int, ...] | None:
 
 def alpha_pattern(settings: JsonObject, model: config.Model) -> dict[str, float]:
     """Return the `alpha_pattern`, preceded by an entry for each expert matrix with the alpha of its fused parameter."""
+    container, leaves_of = _expert_names(model)
     expert_alphas: dict[str, float] = {}
     for layer in range(model.num_layers):
-        for parameter, leaves in _LEAVES.items():
+        for parameter, leaves in leaves_of.items():
             # `split_fused` gives the tensors per-expert names, so the alphas have to be found under these.
-            pattern = rf"layers\.{layer}\.block_sparse_moe\.experts\.\d+\.({'|'.join(leaves)})"
+            pattern = rf"layers\.{layer}\.{re.escape(container)}\.\d+\.({'|'.join(leaves)})"
             expert_alphas[pattern] = alpha_of(settings, f"model.layers.{layer}.mlp.experts.{parameter}")
         if any(name.endswith("gate.weight") for name in settings["target_parameters"]):
             alpha = alpha_of(settings, f"model.layers.{layer}.mlp.gate.weight")

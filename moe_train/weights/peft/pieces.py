@@ -26,36 +26,51 @@ ROUTER_OF_TRANSFORMERS = "mlp.gate"
 def has_linear_experts(model: config.Model) -> bool:
     """Return whether PEFT knows routed experts and routers of this family as linear maps, which it converts while loading.
 
-    PEFT has a conversion for Mixtral alone (`peft/utils/transformers_weight_conversion.py`). transformers keeps the experts of
-    other families in fused parameters, and their routers in classes of their own.
+    This is so for Mixtral alone. transformers keeps the experts of other families in fused parameters, and their routers in classes
+    of their own, so that PEFT adapts them as parameters (`target_parameters`).
     """
     return config.FAMILIES[model.family].hugging_face.experts == "block_sparse_moe"
 
 
-def is_adaptable(path: ParameterPath, model: config.Model) -> bool:
-    """Return whether PEFT can put an adapter on a weight."""
-    if path.is_norm or path.is_router_bias:
+def are_parameters(path: ParameterPath, model: config.Model) -> bool:
+    """Return whether PEFT adapts a weight as a parameter (`target_parameters`), although it may be that of a linear map.
+
+    In a DeepSeek V3, PEFT takes the last names of dense layers and shared experts in `target_modules` for those of routed experts,
+    whatever precedes them (`_MOE_TARGET_MODULE_MAPPING` in peft/utils/transformers_weight_conversion.py).
+    """
+    if isinstance(model.ffn, config.DenseFfn) or has_linear_experts(model) or not path.is_ffn:
         return False
-    if has_linear_experts(model):
-        return True
-    # Dense first layers share the names of targets with the experts, so they cannot be adapted without them.
-    is_in_experts_or_dense = path.is_ffn and not path.module.startswith("ffn.shared.")
-    return not is_in_experts_or_dense
+    return path.is_router or path.is_expert(model) or model.family == "deepseek_v3"
 
 
-def leaf_of(name: str) -> str:
+def matrix_for_each_expert(layout: names.TensorLayout, model: config.Model) -> names.TensorLayout:
+    """Return a layout with the family's names of experts and routers, and a matrix for each expert.
+
+    Fused adapters have these names here after they are split, or before they are joined.
+    """
+    experts = names.hugging_face_of(model) if has_linear_experts(model) else names.hugging_face(experts="mlp")
+    return replace(layout, router=experts.router, experts=experts.experts)
+
+
+def is_adaptable(path: ParameterPath) -> bool:
+    """Return whether PEFT can put an adapter on a weight."""
+    return not path.is_norm and not path.is_router_bias
+
+
+def leaf_of(name: str, model: config.Model) -> str:
     """Return the end of a weight's name by which PEFT finds its module in every layer.
 
-    This is the last component, except for shared experts, whose last component is that of dense layers too.
+    This is the last component, except for dense layers and shared experts of a model that has both, where these are the same.
     """
     parts = name.removesuffix(".weight").split(".")
-    return ".".join(parts[-2:]) if "shared_experts" in parts else parts[-1]
+    is_ambiguous = isinstance(model.ffn, config.MoeFfn) and parts[-1].endswith("_proj") and "mlp" in parts
+    return ".".join(parts[-2:]) if is_ambiguous else parts[-1]
 
 
 def adaptable_pieces(model: config.Model, layout: names.TensorLayout = names.HUGGING_FACE) -> list[names.WeightPiece]:
     """List A and B, in turn, of every weight that can have an adapter; their rank is a placeholder."""
     weights = [ParameterPath.parse(piece.path) for piece in names.weight_pieces(model)]
-    modules = {path.module_path for path in weights if is_adaptable(path, model)}
+    modules = {path.module_path for path in weights if is_adaptable(path)}
     return names.lora_pieces(model, dict.fromkeys(modules, 1), layout)
 
 

@@ -61,7 +61,7 @@ _INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 _WITHOUT_WEIGHTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 """Values of peft_type that cannot be merged into the weights of a model."""
 _FUSED_PARAMETERS = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-"""Parameters of transformers 5 whose adapters are read, by their names in a layer."""
+"""Parameters of transformers 5 that are no weights of linear maps, by their names in a layer."""
 
 
 def read_settings(directory: Path) -> JsonObject:
@@ -85,10 +85,14 @@ def read_settings(directory: Path) -> JsonObject:
         if key not in (*_READ, *_IGNORED) and not _is_off(key, value):
             raise ValueError(f"{file}: {key} is {value!r}, which is not supported; {MERGE_FIRST}")
     for name in settings.get("target_parameters") or ():
-        # PEFT matches a name against the end of a parameter's name, from a dot on.
-        if not any(f"model.layers.0.{parameter}".endswith(f".{_in_first_layer(name)}") for parameter in _FUSED_PARAMETERS):
+        # PEFT matches a name against the end of a parameter's name, from a dot on. The tensors show which weights these are.
+        is_fused = any(f"model.layers.0.{parameter}".endswith(f".{_in_first_layer(name)}") for parameter in _FUSED_PARAMETERS)
+        if not is_fused and not name.endswith(".weight"):
             supported = ", ".join(_FUSED_PARAMETERS)
-            raise ValueError(f"{file}: target_parameters has {name!r}; supported are {supported} and ends of these; {MERGE_FIRST}")
+            raise ValueError(
+                f"{file}: target_parameters has {name!r}; supported are {supported}, ends of these, and weights of linear maps; "
+                f"{MERGE_FIRST}"
+            )
     return settings
 
 
@@ -139,6 +143,9 @@ def _check_alphas(file: Path, settings: JsonObject) -> None:
 
 def alpha_of(settings: JsonObject, module: str) -> float:
     """Return the alpha of a module by its name in the model: that of the first matching pattern, else lora_alpha."""
+    parameters = settings.get("target_parameters") or ()
+    if any(f".{module}.weight".endswith(f".{name}") for name in parameters):
+        module = f"{module}.weight"  # PEFT looks up the name of what it adapts, which is a parameter here
     for key, alpha in (settings.get("alpha_pattern") or {}).items():
         # PEFT matches a pattern against the end of a module's name, from a dot on.
         if re.match(rf"(.*\.)?({key})$", module):

@@ -9,36 +9,35 @@ decides what is written:
 - Scales are written as lora_alpha / r, rank-stabilized ones too: PEFT's fusing of gate and up, and llama.cpp, know no other.
 - Dropout is written only where PEFT supports it, which excludes experts and routers.
 - Weights that were trained in full are `modules_to_save`.
-- Adapters of routed experts and routers of other families than Mixtral are refused: PEFT has no conversion for them.
+- Experts and routers of other families than Mixtral are adapted as parameters, all experts in one A and one B (`fused_parameters`).
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import JsonObject, check_space, new_directory
+from moe_train.machine.files import check_space, new_directory
 from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import hf, merge, names, safetensors_files
 from moe_train.weights.arrays import LazyParameters, fetch_entry
 from moe_train.weights.on_disk import array_bytes
+from moe_train.weights.peft.fused_parameters import Factors, FusedParameter, fused_parameters
 from moe_train.weights.peft.pieces import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     DOWN,
     GATE,
     UP,
+    are_parameters,
     has_linear_experts,
-    is_adaptable,
-    leaf_of,
+    matrix_for_each_expert,
     saved_pieces,
 )
+from moe_train.weights.peft.write_settings import adapter_config
 from moe_train.weights.serve import AdapterShape, Server, adapter_shapes
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
 
@@ -75,15 +74,16 @@ def export_adapter(
     adapted = adapter_ranks(parameters)
     if not adapted:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
-    of_family = names.hugging_face_of(model)
-    layout = replace(layout, router=of_family.router, experts=of_family.experts)
-    _check_adaptable(model, adapted)
+    layout = matrix_for_each_expert(layout, model)
     shapes = _in_file(model, {module: _shape(lora, module, rank) for module, rank in adapted.items()})
     saved = _saved(model, lora, layout)
     if server is not None:
         shapes = adapter_shapes(server, model.family, shapes, {ParameterPath.parse(piece.path).module_path for piece in saved})
-    table = names.lora_pieces(model, {module: shape.rank for module, shape in shapes.items()}, layout)
-    settings = {**_config(model, shapes, lora, layout), "base_model_name_or_path": base_model}
+        _check_server(server, model, shapes)
+    experts = [] if has_linear_experts(model) else list(fused_parameters(model, shapes, layout))
+    fused_modules = {module for parameter in experts for module in parameter.modules}
+    table = names.lora_pieces(model, {m: shape.rank for m, shape in shapes.items() if m not in fused_modules}, layout)
+    settings = adapter_config(model, shapes, experts, lora, layout, [piece.name for piece in saved])
     dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
 
     def matrix(piece: names.WeightPiece) -> np.ndarray:
@@ -100,26 +100,62 @@ def export_adapter(
             factor = merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha
         return _scale_and_pad(trained, factor, piece.internal_shape)
 
+    def factors(module: str, lead: tuple[int, int], scale: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return A and B of an expert for a file with this scale."""
+        a, b = (fetch_entry(parameters[path], lead) for path in of_module(module).adapter)
+        return a, _scale_and_pad(b, merge.scale_of(lora, module, lead) / scale, b.shape)
+
     pieces = {piece.name: piece for piece in (*table, *saved)}
     specs = [safetensors_files.TensorSpec(piece.name, piece.shape, dtype) for piece in table]
     specs += [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(parameters[piece.path].dtype)) for piece in saved]
+    fused = _FusedTensors(experts, factors, dtype)
+    specs += fused.specs()
     check_space(out_dir, sum(array_bytes(spec.shape, spec.dtype) for spec in specs))
     with new_directory(out_dir) as directory:
         safetensors_files.write_safetensors(
-            directory / ADAPTER_WEIGHTS, specs, lambda spec: pieces[spec.name].to_file(matrix(pieces[spec.name]))
+            directory / ADAPTER_WEIGHTS,
+            specs,
+            lambda spec: pieces[spec.name].to_file(matrix(pieces[spec.name])) if spec.name in pieces else fused.values(spec.name),
         )
-        hf.write_json(directory / ADAPTER_CONFIG, settings)
+        hf.write_json(directory / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base_model})
         write_texts(directory, texts)
 
 
-def _check_adaptable(model: config.Model, modules: Collection[str]) -> None:
-    """Raise ValueError if PEFT has no adapter for one of the modules, given by their paths."""
-    refused = [path for path in map(of_module, modules) if not is_adaptable(path, model)]
-    if refused:
-        raise ValueError(
-            f"PEFT has no linear map for {refused[0].module} of a {model.family}: transformers keeps experts and routers of this "
-            "family in parameters of their own; export with --format mistral-lora, or merge with --merge"
-        )
+def _check_server(server: Server, model: config.Model, modules: Collection[str]) -> None:
+    """Raise ValueError if a server does not know adapters of parameters."""
+    for path in map(of_module, modules):
+        if server == "vllm" and are_parameters(path, model) and (path.is_router or path.is_expert(model)):
+            raise ValueError(
+                f"vLLM does not read the adapter of {path.module} in a {model.family}, which PEFT keeps in one matrix for all "
+                "experts; export the merged model with --merge"
+            )
+
+
+class _FusedTensors:
+    """A and B of fused parameters; both come from one pass over the experts, and B waits until it is asked for."""
+
+    def __init__(self, parameters: Sequence[FusedParameter], factors: Factors, dtype: np.dtype) -> None:
+        self._by_stem = {parameter.stem: parameter for parameter in parameters}
+        self._factors = factors
+        self._dtype = dtype
+        self._b: np.ndarray | None = None
+
+    def specs(self) -> list[safetensors_files.TensorSpec]:
+        """Return the tensors in the order of the file: A and B of each parameter in turn."""
+        specs: list[safetensors_files.TensorSpec] = []
+        for stem, parameter in self._by_stem.items():
+            specs.append(safetensors_files.TensorSpec(f"{stem}.lora_A.weight", parameter.shape_of_a, self._dtype))
+            specs.append(safetensors_files.TensorSpec(f"{stem}.lora_B.weight", parameter.shape_of_b, self._dtype))
+        return specs
+
+    def values(self, name: str) -> np.ndarray:
+        """Return a tensor, in the order of the file."""
+        stem, _, leaf = name.rpartition(".lora_")
+        if leaf == "A.weight":
+            a, self._b = self._by_stem[stem].join(self._factors)
+            return a
+        assert self._b is not None, name
+        return self._b
 
 
 def _scale_and_pad(trained: np.ndarray, factor: float, shape: tuple[int, ...]) -> np.ndarray:
@@ -127,9 +163,6 @@ def _scale_and_pad(trained: np.ndarray, factor: float, shape: tuple[int, ...]) -
     if factor != 1:
         trained = (trained.astype(np.float64) * factor).astype(trained.dtype)
     return np.pad(trained, [(0, size - length) for size, length in zip(shape, trained.shape, strict=True)])
-
-
-# --- adapter_config.json -------------------------------------------------------------------------------------------
 
 
 def _shape(lora: config.Lora, module: str, rank: int) -> AdapterShape:
@@ -173,89 +206,3 @@ def _in_file(model: config.Model, trained: Mapping[str, AdapterShape]) -> dict[s
         shapes[gate] = shapes[up] = max(fused or [trained[down]])
         shapes.setdefault(down, shapes[gate])
     return shapes
-
-
-def _config(model: config.Model, shapes: Mapping[str, AdapterShape], lora: config.Lora, layout: names.TensorLayout) -> JsonObject:
-    """Return adapter_config.json without the base model's name."""
-    leaves = {ParameterPath.parse(piece.path).module: leaf_of(piece.name) for piece in names.weight_pieces(model)}
-    by_module = {of_module(module).module: shape for module, shape in shapes.items()}  # the same in every layer
-    sparse = isinstance(model.ffn, config.MoeFfn)
-    # The file's own r and lora_alpha; with experts, those of w1 and w3, which the patterns cannot name (see the top of this file).
-    usual = Counter(by_module.values()).most_common(1)[0][0]
-    if sparse and GATE in by_module:
-        usual = by_module[GATE]
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    fused_names: dict[str, str] = {}  # the names in transformers 5, which PEFT looks up in the patterns too
-    if sparse:
-        fused_names = {DOWN: "experts.down_proj", "ffn.router": "gate.weight"}
-    for module, shape in by_module.items():
-        keys = [leaves[module]]
-        if module in fused_names:
-            keys.append(fused_names[module])
-        for key in keys:
-            # Patterns list only what differs from the file's own r and lora_alpha.
-            if shape.rank != usual.rank:
-                ranks[key] = shape.rank
-            if shape.alpha != usual.alpha:
-                alphas[key] = _number(shape.alpha)
-    # PEFT rejects dropout for the parameters of experts and routers.
-    without_dropout = sparse and by_module.keys() & {GATE, "ffn.router"}
-    saved = {piece.name.removeprefix("base_model.model.").removesuffix(".weight") for piece in _saved(model, lora, layout)}
-    tied = model.tie_embeddings and "lm_head" in saved
-    if tied:
-        saved.remove("lm_head")  # PEFT names one of the two and keeps both
-    # A module of a layer is named within the layer, since `norm` alone would also match the end of input_layernorm. Within a
-    # multimodal model it has its whole name, since PEFT compares ends of names, and a tower may have the same ones.
-    to_save = sorted({_in_layer(name, layout) for name in saved} if layout.layer == names.HUGGING_FACE.layer else saved)
-    settings: JsonObject = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": usual.rank,
-        "lora_alpha": _number(usual.alpha),
-        "lora_dropout": 0.0 if without_dropout else lora.dropout,
-        "target_modules": _target_modules(model, shapes, layout),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "modules_to_save": to_save or None,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    if tied:
-        settings["ensure_weight_tying"] = True
-    return settings
-
-
-def _in_layer(name: str, layout: names.TensorLayout) -> str:
-    """Return the name of a module within its layer; modules outside layers keep their names."""
-    # re.escape also escapes the braces of the placeholder {l}.
-    prefix = re.escape(layout.layer).replace(r"\{l\}", r"\d+")
-    return re.sub(f"^{prefix}", "", name)
-
-
-def _target_modules(model: config.Model, modules: Collection[str], layout: names.TensorLayout) -> list[str] | str:
-    """Return the adapted modules, given by their paths, as PEFT's target_modules.
-
-    For a text model this is the list of their last names, which vLLM and llama.cpp expect. Inside a vision wrapper the vision tower
-    has modules of the same names, so there it is a regular expression of the whole names of the text model's modules.
-    """
-    stems: set[str] = set()
-    for piece in names.weight_pieces(model, layout):
-        if ParameterPath.parse(piece.path).module_path in modules:
-            stems.add(piece.name.removesuffix(".weight"))
-    if layout.layer == names.HUGGING_FACE.layer:
-        return sorted({leaf_of(stem) for stem in stems})
-    in_layers = sorted({re.escape(_in_layer(stem, layout)) for stem in stems if _in_layer(stem, layout) != stem})
-    alternatives = sorted(re.escape(stem) for stem in stems if _in_layer(stem, layout) == stem)
-    if in_layers:
-        prefix = re.escape(layout.layer).replace(r"\{l\}", r"\d+")
-        alternatives.append(f"{prefix}({'|'.join(in_layers)})")
-    return "|".join(alternatives)
-
-
-def _number(x: float) -> int | float:
-    """Return an integral alpha as int, as PEFT writes it; PEFT accepts a float otherwise."""
-    return int(x) if x.is_integer() else x

@@ -143,8 +143,8 @@ def carry(
     if not isinstance(settings, towers.PixtralSettings):
         target = "Mistral's own layout" if layout == "mistral" else "Hugging Face's layout"
         raise ValueError(
-            f"the {carried.parts} of {source} cannot be written in {target}, since nothing public states how its tensors "
-            f"correspond; use --format {carried.layout}, {_TEXT_ONLY}"
+            f"the {carried.parts} of {source} cannot be written in {target}, which describes it by other tensors and keys "
+            f"(positions, mel filters) that are not converted; use --format {carried.layout}, {_TEXT_ONLY}"
         )
     if any(name.endswith(towers.QUANTIZATION_SUFFIXES) for name in carried.tensors):
         raise ValueError(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from mistral_common.exceptions import MistralCommonException
 
 from moe_train.data.chat import mistral
-from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.chat.mistral_refusals import refusal
+from moe_train.data.records.normal_form import Conversation, Message, ModelSettings
 from moe_train.data.records.problem import Problem
 from tests.data.chat.test_mistral import both
 from tests.data.chat.trajectories import TOOL, asked, called, said
@@ -15,6 +17,7 @@ from tests.data.chat.trajectories import TOOL, asked, called, said
 CALL = called(0)
 TEXT_AND_CALL = [{**CALL[0], "content": "Let me see."}, CALL[1]]
 PAIR = called(0, 2)
+TWINS = [{**CALL[0], "tool_calls": CALL[0]["tool_calls"] * 2}, CALL[1], CALL[1]]
 ANSWERED = [*asked(), *CALL, *said()]
 SPOKEN = [*asked(), *said()]
 BAD_TOOL = {"type": "function", "function": {"name": "bash", "parameters": {"type": "no such type"}}}
@@ -76,6 +79,9 @@ CASES: list[tuple[str, list[Message], str, str, list[Message]]] = [
     ("v2", [*asked(), *PAIR, *said()], "call-result", "message 1 has 2 results", ANSWERED),
     ("v3", [*asked(), CALL[1], *said()], "role-order", "message 1 is tool after user", ANSWERED),
     ("v3", said(), "role-order", "message 0 is assistant, where user or system", SPOKEN),
+    ("v3", [CALL[1], CALL[1], *said()], "role-order", "message 0 is tool, where user or system", SPOKEN),
+    ("v11", [CALL[1], CALL[1], *said()], "role-order", "message 0 is tool, where user or system", SPOKEN),
+    ("v11", [*asked(), *TWINS, *said()], "call-id", "message 1 has 2 calls with the id 'call00000'", [*asked(), *PAIR, *said()]),
 ]
 
 
@@ -104,3 +110,38 @@ def test_tools(tool: dict[str, Any], rule: str) -> None:
 def test_text_beside_calls_is_written_by_later_versions() -> None:
     for version in ("v7", "v11", "v13", "v15"):
         assert mistral.examples(Conversation([*asked(), *TEXT_AND_CALL, *said()], [TOOL]), both(version)[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [
+        ({"type": "xml"}, "response_format.type of the record"),
+        ({"type": "json_schema"}, "response_format of the record is not accepted: Response format"),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}, "response_format.json_schema.schema of"),
+    ],
+)
+def test_settings(settings: dict[str, Any], place: str) -> None:
+    conversation = Conversation(SPOKEN, [], ModelSettings(response_format=settings))
+    with pytest.raises(Problem, match=place) as caught:
+        mistral.examples(conversation, both("small-v15")[0])
+    assert caught.value.rule == "settings" and "mistral-common" not in str(caught.value)
+
+
+class NewRefusal(MistralCommonException):
+    """What a later version of mistral-common might raise."""
+
+
+def test_other_words_for_a_known_fault() -> None:
+    conversation = Conversation([*asked(), CALL[1], *said()], [TOOL])
+    problem = refusal(NewRefusal("the roles are wrong"), conversation, both("v3")[0])
+    assert (
+        problem.rule == "role-order" and "message 1 is tool after user" in problem.message and "roles are wrong" in problem.message
+    )
+    assert refusal(NewRefusal("no reason"), Conversation(SPOKEN, []), both("v3")[0]).rule == "refused"
+
+
+@pytest.mark.parametrize("version", ["v7", "v11", "v13"])
+def test_a_conversation_may_begin_with_the_assistant(version: str) -> None:
+    ours, _ = both(version)
+    (example,) = mistral.examples(Conversation([*said("Hello."), *asked(), *said()], []), ours)
+    assert example.loss_mask is not None and example.loss_mask[:2] == [False, True]

@@ -106,7 +106,7 @@ def test_tokens_decide() -> None:
             tokens = [first, *range(2, 3 + numbers.stop)]
             return tokens, [TurnSpan(len(tokens) - 1, len(tokens), tokens[-1:])]
 
-    rows = merged_examples(agent(3).messages, Fickle())  # type: ignore[arg-type]
+    rows = merged_examples(agent(3).messages, Fickle(), both("v3")[0])  # type: ignore[arg-type]
     assert [row.merged.restart for row in rows if row.merged] == [None, REWRITTEN, REWRITTEN]
     assert [row.merged.ends for row in rows if row.merged] == [(3, 4), (5,), (6,)]
 

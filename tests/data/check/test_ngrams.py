@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.data.check.ngrams import grams, words
+from moe_train.data.check import ngrams
+from moe_train.data.check.ngrams import first_words, grams, words
 
 
 def plain_words(text: str) -> list[str]:
@@ -59,3 +61,23 @@ def test_hashes_are_the_same_everywhere() -> None:
     hashed = words(["The quick brown fox, 東京"])
     assert hashed.hashes.tolist() == words(["x", "THE quick; brown\tfox 東京!"]).hashes[1:].tolist()
     assert hex(int(np.bitwise_xor.reduce(grams(hashed, 3).hashes))) == HASH  # it must not change with numpy or the platform
+
+
+def test_long_texts_have_the_same_words_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["The quick brown fox jumps over 東京, the lazy dog. " * 3, "", "a b", "x" * 50]
+    whole = words(texts)
+    monkeypatch.setattr(ngrams, "_AT_ONCE", 20)
+    monkeypatch.setattr(ngrams, "_LOOK_BACK", 15)
+    in_parts = words(texts)
+    last = len(whole.hashes) - 1
+    assert in_parts.hashes[:last].tolist() == whole.hashes[:last].tolist()
+    # Only the text without white space has more words in parts than it has in one.
+    assert np.diff(in_parts.offsets).tolist() == [*np.diff(whole.offsets)[:-1].tolist(), 3]
+
+
+def test_first_words() -> None:
+    hashed = words(["a b c", "", "d", "e f"])
+    assert first_words(hashed, 3) is hashed
+    cut = first_words(hashed, 1)
+    assert cut.hashes.tolist() == words(["a", "", "d", "e"]).hashes.tolist()
+    assert cut.offsets.tolist() == [0, 1, 1, 2, 3]

@@ -184,7 +184,7 @@ def test_the_version_of_the_rules_goes_up_with_what_a_record_becomes(
     path = write_lines("a.jsonl", [fields])
     made = [stored(path, record=r, tokenizer=tokenizer, cache=tmp_path / "cache").manifest for r in (TEXT, CHAT, COMPLETION)]
     assert (tokenize_ahead._RULES, [manifest.shards[0].sha256[:8] for manifest in made]) == (
-        6,
+        7,
         ["01e76226", "dac944c4", "59ff2519"],
     )
 

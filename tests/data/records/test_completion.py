@@ -32,7 +32,7 @@ def test_system_history_and_tools(prompt: str, completion: str, system: str) -> 
     history = [["Hello", "Hi."], ["Bye", "Bye."]]
     turns = {prompt: USER["content"], completion: ANSWER["content"], system: "Be brief.", "tools": [TOOL]}
     before = [{"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
-    for written in (history, json.dumps(history), [tuple(pair) for pair in history]):
+    for written in (history, json.dumps(history), [tuple(pair) for pair in history], before):
         assert conversation(turns | {"history": written}) == Conversation([SYSTEM, *before, USER, ANSWER], [TOOL])
     assert conversation(turns | {"history": []}).messages == [SYSTEM, USER, ANSWER]
 
@@ -90,7 +90,7 @@ def test_settings() -> None:
     [
         ({"history": [["only one"]]}, "pairs of texts"),
         ({"history": [["a", None]]}, "pairs of texts"),
-        ({"history": [{"role": "user", "content": "a"}]}, "pairs of texts"),
+        ({"history": [{"role": "user", "content": "a"}, ["b", "c"]]}, "pairs of texts"),
         ({"history": "a, b"}, "is not JSON"),
         ({"system": ["a"]}, "should be text"),
         ({"system": "a", "system_prompt": "b"}, "which differ"),

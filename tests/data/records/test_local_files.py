@@ -57,3 +57,16 @@ def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
         opened(tmp_path / "a.txt", tmp_path / "*.txt")
     with pytest.raises(ValueError, match="plain text, which has no chat records"):
         opened(tmp_path / "a.txt", record=config.ChatRecord(name="chat"))
+
+
+def test_json_lines_with_the_name_of_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "records.txt"
+    for line in ('{"text": "a"}', '\ufeff {"messages": []}'):
+        file.write_text(line + "\n" + line, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"records\.txt: .* first line is a JSON object; state --format json"):
+            expand_files(files_section(file))
+        for stated in ("json", "text"):
+            assert expand_files(files_section(file).model_copy(update={"format": stated})).files == [(file, stated)]
+    for text in ("{} is empty", "{}", '{"a": 1', "plain"):
+        file.write_text(text, encoding="utf-8")
+        assert texts(opened(file)) == [text]

@@ -14,9 +14,10 @@ from tests.data.records.reading import TOOL as A_TOOL
 @pytest.mark.parametrize(
     "key",
     [
-        *("trained", "no_loss", "do_train", "trainOnTurn", "role-loss", "lossMultiplier", "training_detail", "isMasked"),
+        *("trained", "no_loss", "do_train", "trainOnTurn", "role-loss", "lossMultiplier", "training_details", "isMasked"),
         *("image_path", "imageURL", "audio-file", "video2", "chat_history", "conversationHistory", "chain_of_thought", "CoT"),
         *("thoughts", "enable_thinking", "system_message", "SystemPrompt", "LABEL", "kto-tag"),
+        *("rejected_completion", "is_desirable", "answer-chosen", "instructions", "tool_use", "assistant_masks"),
     ],
 )
 def test_words_and_spellings(key: str) -> None:
@@ -24,15 +25,23 @@ def test_words_and_spellings(key: str) -> None:
     assert problem({"messages": [USER, ANSWER | {key: "a"}]}).rule == "unread-key"
 
 
-@pytest.mark.parametrize("key", ["id", "lossless_id", "trainer", "imagery", "tool_choice", "video_id", "numImages", "Übung", ""])
+@pytest.mark.parametrize(
+    "key", ["id", "lossless_id", "trainer", "imagery", "tool_choice", "video_id", "numImages", "Übung", "", "score_rejected"]
+)
 def test_other_words(key: str) -> None:
     assert lost_meaning(RECORD, key) is None and lost_meaning(MESSAGE, key) is None
 
 
-@pytest.mark.parametrize("key", ["choices", "options", "choice0", "option_a", "answer_choices"])
+@pytest.mark.parametrize("key", ["choices", "options", "choice0", "option_a", "answer_choices", "A", "D"])
 def test_choices_belong_to_a_question(key: str) -> None:
     assert problem({"question": "Which?", "answer": "2", key: ["a", "b"]}).rule == "unread-key"
     assert lost_meaning(TOOL, key) is None
+
+
+@pytest.mark.parametrize("key", ["skip", "supervised", "channel", "evidence"])
+def test_what_a_message_is_for(key: str) -> None:
+    assert lost_meaning(MESSAGE, key)
+    assert lost_meaning(CALL, key) is None
 
 
 @pytest.mark.parametrize("key", ["text", "parts", "Content"])

@@ -15,7 +15,7 @@ from tests.data.records.reading import ANSWER, CALL, CALLING, RESULT, TOOL, USER
 MESSAGES = [USER, CALLING, RESULT, ANSWER]
 
 
-@pytest.mark.parametrize("column", ["messages", "interactions", "conversations"])
+@pytest.mark.parametrize("column", ["messages", "interactions", "conversations", "conversation"])
 def test_a_list_and_its_json_text_are_the_same(column: str) -> None:
     expected = conversation({"messages": MESSAGES, "tools": [TOOL]})
     for written in (MESSAGES, tuple(MESSAGES), json.dumps(MESSAGES)):
@@ -89,7 +89,7 @@ def test_parallel_calls_as_messages_of_their_own_are_one_turn() -> None:
 
 
 def test_calls_in_parts_without_ids_are_numbered() -> None:
-    parts = [{"type": "tool_call", "value": CALL_TEXT}]
+    parts = [{"type": "tool_calls", "value": CALL_TEXT}]
     result = {"role": "tool", "content": [{"type": "text", "value": "4.2"}]}
     written = [USER, {"role": "assistant", "content": parts}, result, ANSWER]
     assert conversation({"messages": written}).messages == [USER, CALLING, RESULT, ANSWER]
@@ -123,3 +123,14 @@ def test_no_calls_in_every_spelling(none: object) -> None:
 )
 def test_what_is_no_list_of_messages(messages: object, said: str) -> None:
     assert said in problem({"messages": messages}, PLAIN).message
+
+
+def test_texts_under_the_names_of_those_who_say_them() -> None:
+    expected = [{"role": "system", "content": "S"}, USER, ANSWER]
+    pair = {"human": USER["content"], "assistant": ANSWER["content"]}
+    assert conversation({"system": "S", "conversation": [pair]}).messages == expected
+    swapped = {"assistant": pair["assistant"], "human": pair["human"], "system": "S"}
+    assert conversation({"conversation": [swapped]}).messages == expected
+    assert conversation({"messages": [{"user": pair["human"]}, {"assistant": pair["assistant"]}]}).messages == expected[1:]
+    # With one entry of another kind nothing is guessed.
+    assert reading({"messages": [{"user": "a"}, ANSWER]}).unread == ("messages.user",)

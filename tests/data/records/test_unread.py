@@ -121,7 +121,7 @@ def test_what_is_ignored_by_name_is_allowed_and_named(fields: dict[str, Any], ig
 
 
 def test_the_remedy_works() -> None:
-    for fields in (CHAT | {"context": "c"}, {"messages": [USER, ANSWER | {"train_detail": [1]}]}, {"text": "a", "label": "b"}):
+    for fields in (CHAT | {"context": "c"}, {"messages": [USER, ANSWER | {"loss_mask": [1]}]}, {"text": "a", "label": "b"}):
         refused = problem(fields)
         name = refused.remedy.partition("--ignore ")[2].partition(" ")[0]
         assert refused.rule == "unread-key" and reading(fields, ignore=(name,)).unread == (name,)

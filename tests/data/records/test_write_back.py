@@ -50,3 +50,15 @@ def test_texts_and_tools() -> None:
     normal = reading(fields).record
     assert isinstance(normal, Conversation)
     assert denormalise(fields, normal, config.ChatRecord(name="chat")) == {"messages": normal.messages, "tools": [TOOL]}
+
+
+@pytest.mark.parametrize("column", ["messages", "completion"])
+def test_pieces_of_a_message(column: str) -> None:
+    guess: dict[str, Any] = {"type": "text", "text": "Perhaps 5. ", "train": False}
+    answer = {"role": "assistant", "content": [guess, {"type": "text", "text": "4"}]}
+    fields = {"messages": [USER, answer]} if column == "messages" else {"prompt": [USER, answer, USER], "completion": [answer]}
+    section = recognise(fields)
+    normal = reading(fields, section).record
+    assert isinstance(normal, Conversation) and normal.messages[-1]["pieces"] == [[("Perhaps 5. ", False), ("4", True)]]
+    written = denormalise(fields, normal, section)
+    assert written is not None and reading(written, section).record == normal

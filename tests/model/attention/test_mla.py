@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from moe_train import config
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.attention.mla import LATENT_NORM_EPS, MultiHeadLatentAttention
-from tests.compiled_programs import quick_jit
+from tests.compiled_programs import collectives_of, quick_jit
 from tests.tiny import MISTRAL4, ONE
 
 D, T, B = MISTRAL4.model_dim, 40, 4
@@ -88,8 +88,8 @@ def layer_of(model: config.Model) -> tuple[Any, dict[str, Any], dict[str, np.nda
     return structure, like, weights
 
 
-def run(model: config.Model, mesh: Mesh) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Output of the layer, and gradients of a sum that weights every number."""
+def run(model: config.Model, mesh: Mesh) -> tuple[np.ndarray, dict[str, np.ndarray], str]:
+    """Output of the layer, gradients of a sum that weights every number, and the text of the program."""
     with jax.set_mesh(mesh):
         structure, like, weights = layer_of(model)
         placed = {name: jax.device_put(w, NamedSharding(mesh, like[name].sharding.spec)) for name, w in weights.items()}
@@ -103,7 +103,8 @@ def run(model: config.Model, mesh: Mesh) -> tuple[np.ndarray, dict[str, np.ndarr
             (_, y), gradients = jax.value_and_grad(total, has_aux=True)(weights)
             return y, gradients
 
-        return jax.device_get(output(placed, *put_batch((X, POSITIONS, SEGMENTS), mesh)))
+        program = output.lower(placed, *put_batch((X, POSITIONS, SEGMENTS), mesh)).compile()
+        return *jax.device_get(program(placed, *put_batch((X, POSITIONS, SEGMENTS), mesh))), program.as_text()
 
 
 @pytest.mark.parametrize("correction", ["none", "mscale_squared"])
@@ -111,7 +112,7 @@ def run(model: config.Model, mesh: Mesh) -> tuple[np.ndarray, dict[str, np.ndarr
 def test_it_equals_numpy_in_float64(correction: str, rank: int | None) -> None:
     attention = ATTENTION.model_copy(update={"scale_correction": correction, "q_lora_rank": rank})
     model = MISTRAL4.model_copy(update={"attention": attention})
-    y, _ = run(model, ONE)
+    y, _, _ = run(model, ONE)
     with jax.set_mesh(ONE):
         weights = layer_of(model)[2]
     factor = 1.0 if correction == "none" else (0.1 * math.log(4) + 1) ** 2
@@ -123,8 +124,11 @@ def test_it_equals_numpy_in_float64(correction: str, rank: int | None) -> None:
 
 @pytest.mark.parametrize("sizes", [config.Mesh(expert=2, fsdp=2, tensor=2), config.Mesh(context=4, tensor=2)], ids=str)
 def test_every_mesh_equals_one_device(sizes: config.Mesh) -> None:
-    y, gradients = run(MISTRAL4, make_mesh(sizes))
-    expected, expected_gradients = run(MISTRAL4, ONE)
+    y, gradients, program = run(MISTRAL4, make_mesh(sizes))
+    expected, expected_gradients, _ = run(MISTRAL4, ONE)
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     for name, gradient in expected_gradients.items():
         np.testing.assert_allclose(gradients[name], gradient, atol=2e-5 * np.abs(gradient).max(), err_msg=name)
+    if sizes.context > 1:
+        gathered = [math.prod(shape) for c in collectives_of(program) if c.kind == "all-gather" for shape in c.shapes]
+        assert max(gathered) == B * T * (ATTENTION.kv_lora_rank + ATTENTION.qk_rope_head_dim)  # no keys or values of heads

@@ -17,7 +17,7 @@ from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import BATCH, make_mesh, put_batch
 from moe_train.model.parameters import parameters
 from moe_train.model.sharding import fsdp, specs
-from moe_train.model.transformer import init_model
+from moe_train.model.transformer import abstract_model
 from moe_train.train.gradients import step_gradients
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import ModelWeights
@@ -129,7 +129,7 @@ def program(collectives: Any) -> tuple[dict[str, dict[str, tuple[int, ...]]], li
     """Loss and gradients on a mesh: ({path: its shape on a device gathered over fsdp, and as stored}, collectives)."""
     mesh = MESHES["data, fsdp, expert"]
     with jax.set_mesh(mesh):
-        structure, like = parameters(jax.eval_shape(lambda: init_model(0, MODEL, config.Compute())))
+        structure, like = parameters(abstract_model(MODEL, config.Compute()))
         params = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)) for p, x in like.items()}
         batch = put_batch(Batch(*(np.ones((8, 24), dtype) for dtype in (np.int32, np.int32, bool, np.int32, np.int32))), mesh)
         coefs = config.Loss(load_balance_loss_coef=0.01, router_z_loss_coef=0.001)

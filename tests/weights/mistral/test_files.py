@@ -87,7 +87,7 @@ def test_the_plain_native_model_has_our_logits(model: config.Model, tmp_path: Pa
     tokens = np.random.default_rng(1).integers(0, model.vocab_size, 24)
     with jax.set_mesh(ONE):
         compute = config.Compute()
-        structure, _ = flat.parameters(jax.eval_shape(lambda: transformer.init_model(0, model, compute)))
+        structure, _ = flat.parameters(transformer.abstract_model(model, compute))
         parameters = {path: array * 3 for path, array in random_parameters(model).items()}
         batch = put_batch((tokens[None], np.arange(24)[None], np.ones((1, 24), int)), ONE)
         module = flat.combine(structure, parameters)

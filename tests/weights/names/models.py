@@ -91,7 +91,7 @@ PUBLISHED = {
 
 def shapes_of(m: config.Model) -> dict[str, tuple[int, ...]]:
     with jax.set_mesh(ONE):
-        abstract = jax.eval_shape(lambda: transformer.init_model(0, m, config.Compute()))
+        abstract = transformer.abstract_model(m, config.Compute())
     return {path: array.shape for path, array in parameters.parameters(abstract)[1].items()}
 
 

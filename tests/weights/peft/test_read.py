@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from moe_train.weights import peft
 from tests.tiny import ONE
-from tests.weights.peft.adapters import BY_EXPERT, LORA, MIXTRAL, abstract, adapters, settings_in, trained
+from tests.weights.peft.adapters import BY_EXPERT, LORA, MIXTRAL, abstract, adapters, lora_of, settings_in, trained
 
 
 def test_a_damaged_adapter_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -71,9 +71,41 @@ def test_a_file_with_some_experts_or_other_ranks_fills_zeros_up(tmp_path: Path) 
     for path, x in loaded.items():
         if path.endswith("lora_a"):
             assert np.array_equal(np.asarray(x), np.where(np.arange(4)[:, None, None] == 1, 0, np.asarray(parameters[path])))
-    safetensors.numpy.save_file({name: x for name, x in small.items() if "layers.1." not in name}, weights)
-    with pytest.raises(ValueError, match=r"experts\.0\.w1's are in 1 of 2 layers"):
-        peft.read_lora(tmp_path / "out", MIXTRAL)
+
+
+def test_layers_may_have_other_ranks_scales_or_no_adapter(tmp_path: Path) -> None:
+    """What a layer lacks is zeros in both factors; another scale is multiplied into B."""
+    lora = lora_of(("attention.q_proj", 4, 8.0), ("ffn.*_proj", 2, 4.0))
+    with jax.set_mesh(ONE):
+        parameters = adapters(lora)
+        peft.export_adapter(parameters, MIXTRAL, lora, tmp_path / "out", base_model="b")
+        weights = tmp_path / "out/adapter_model.safetensors"
+        files = safetensors.numpy.load_file(weights)
+        for name in list(files):
+            if "layers.1." in name and "experts" in name:
+                del files[name]
+            elif "layers.1." in name:
+                files[name] = np.ascontiguousarray(files[name][:3] if "lora_A" in name else files[name][:, :3])
+        safetensors.numpy.save_file(files, weights)
+        patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}
+        settings = settings_in(tmp_path / "out") | patterns | {"layers_to_transform": [0], "lora_alpha": 4}
+        settings["alpha_pattern"]["q_proj"] = 8
+        (tmp_path / "out/adapter_config.json").write_text(json.dumps(settings))
+        read = peft.read_lora(tmp_path / "out", MIXTRAL)
+        loaded = peft.load_adapter(tmp_path / "out", MIXTRAL, abstract(read))
+    assert {target.modules[0]: (target.rank, target.alpha, target.experts) for target in read.targets} == {
+        "attention.q_proj": (4, 8.0, None),
+        "ffn.gate_proj": (2, 4.0, None),
+    }
+    path = "stacks.0.layers.0.attention.q_proj"
+    a, b = (np.asarray(loaded[f"{path}.lora_{x}"]) for x in "ab")
+    trained_a, trained_b = (np.asarray(parameters[f"{path}.lora_{x}"]) for x in "ab")
+    np.testing.assert_array_equal(a[0], trained_a[0])
+    np.testing.assert_array_equal(a[1], np.where(np.arange(4) < 3, trained_a[1], 0))
+    np.testing.assert_allclose(b[1][:3], trained_b[1][:3] * 0.5)  # 3 / 3 instead of 8 / 4
+    assert not b[1][3:].any()
+    down = [np.asarray(loaded[f"stacks.0.layers.0.ffn.down_proj.lora_{x}"]) for x in "ab"]
+    assert all(factor[0].any() and not factor[1].any() for factor in down)
 
 
 def test_a_module_to_save_without_a_weight_is_refused(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ import safetensors.numpy
 from moe_train import config
 from moe_train.weights import peft, texts
 from tests.random_parameters import random_parameters
-from tests.tiny import EIGHT, ONE
-from tests.weights.mistral.models import MISTRAL4
+from tests.tiny import EIGHT, MISTRAL4, ONE
 from tests.weights.peft.adapters import BY_EXPERT, LORA, MIXTRAL, abstract, adapters, lora_of, settings_in, trained
 
 
@@ -137,13 +136,28 @@ def test_experts_trained_in_full_are_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", ["ffn.gate_proj", "ffn.router"])
-def test_experts_and_routers_that_peft_cannot_adapt_are_refused(module: str, tmp_path: Path) -> None:
-    lora = lora_of((module, 2, 4.0), ("attention.o_proj", 2, 4.0))
+def test_experts_of_other_families_are_parameters(tmp_path: Path) -> None:
+    """Gate and up are one parameter, whose rank is the sum of theirs, and whose product is what each of them adds."""
+    lora = lora_of(("ffn.gate_proj", 2, 4.0), ("ffn.up_proj", 3, 1.0), ("ffn.router", 2, 4.0))
     with jax.set_mesh(ONE):
         weights = random_parameters(MISTRAL4, lora=lora)
-        with pytest.raises(ValueError, match=rf"PEFT has no linear map for {module} of a mistral4: .* --format mistral-lora"):
-            peft.export_adapter(weights, MISTRAL4, lora, tmp_path / "out", base_model="b")
+        peft.export_adapter(weights, MISTRAL4, lora, tmp_path / "out", base_model="b")
+    settings = settings_in(tmp_path / "out")
+    assert settings["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.gate.weight"]
+    assert settings["target_modules"] == ["mlp.gate_proj", "mlp.up_proj"]  # those of the dense first layers
+    files = safetensors.numpy.load_file(tmp_path / "out/adapter_model.safetensors")
+    stem = "base_model.model.model.layers.1.mlp.experts"
+    E = MISTRAL4.ffn.num_experts
+    F = MISTRAL4.ffn.ffn_dim
+    a_EJI = files[f"{stem}.lora_A.weight"].reshape(E, 5, -1)
+    b_OJE = files[f"{stem}.lora_B.weight"].reshape(2 * F, 5, E)
+    scale = settings["alpha_pattern"].get("mlp.experts.gate_up_proj", settings["lora_alpha"]) / 5
+    delta = scale * np.einsum("oje,eji->eio", b_OJE, a_EJI)
+    for part, expected_scale, outputs in (("gate", 2.0, slice(F)), ("up", 1 / 3, slice(F, 2 * F))):
+        a, b = (np.asarray(weights[f"stacks.1.layers.0.ffn.{part}_proj.lora_{x}"])[0] for x in "ab")
+        np.testing.assert_allclose(delta[..., outputs], expected_scale * (a @ b), rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"vLLM runs mistral4 from Mistral's own files alone"):
+        peft.export_adapter(weights, MISTRAL4, lora, tmp_path / "vllm", base_model="b", server="vllm")
 
 
 def test_latent_attention_and_shared_experts_have_names_of_their_own(tmp_path: Path) -> None:
@@ -157,9 +171,8 @@ def test_latent_attention_and_shared_experts_have_names_of_their_own(tmp_path: P
     assert settings["rank_pattern"] == dict.fromkeys(shared, 3)
     read = peft.read_lora(tmp_path / "out", MISTRAL4)
     assert {target.rank: len(target.modules) for target in read.targets} == {2: 5, 3: 3}
-    name = "base_model.model.model.layers.1.mlp.shared_experts.up_proj.lora_A.weight"
     tensors = safetensors.numpy.load_file(tmp_path / "out/adapter_model.safetensors")
-    renamed = {n.replace("shared_experts.up_proj", "experts.up_proj") if n == name else n: x for n, x in tensors.items()}
+    renamed = {n.replace("shared_experts.up_proj", "experts.0.middle_proj"): x for n, x in tensors.items()}
     safetensors.numpy.save_file(renamed, tmp_path / "out/adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"mlp\.experts\.up_proj.*: adapters of experts and routers of a mistral4 are not read"):
+    with pytest.raises(ValueError, match=r"has .*mlp\.experts\.0\.middle_proj.*, which this model has no place for"):
         peft.read_lora(tmp_path / "out", MISTRAL4)

@@ -1,0 +1,118 @@
+"""A config of axolotl."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from moe_train.config.conversion import arguments
+from moe_train.config.conversion.draft import EVERY_LINEAR, Draft, local_model, modules
+from moe_train.config.strict_yaml import shown
+
+
+def read(draft: Draft, devices: int) -> None:
+    """Read a config of axolotl into the draft; `devices` is the number of devices that it ran on."""
+    draft.put("init_from", local_model(draft, str(draft.take("base_model", default="models/BASE"))))
+    draft.take("model_type", "base_model_config", "tokenizer_type", "is_mistral_derived_model", "strict")
+    _read_lora(draft)
+    _read_data(draft)
+    draft.put("train.seq_len", draft.whole("sequence_len", default=2048))
+    arguments.read_length_and_batch(draft, devices, epochs=1)
+    arguments.read_optimizer(draft, schedule="cosine")
+    arguments.read_precision(draft)
+    arguments.read_evaluation_and_saving(draft)
+    if draft.flag("sample_packing") or draft.flag("pad_to_sequence_len"):
+        draft.note("sample_packing", "left out: examples are always packed, and never attend to each other")
+    draft.take("flash_attention", "sdp_attention", "xformers_attention", "attn_implementation", "train_on_inputs")
+
+
+def _read_lora(draft: Draft) -> None:
+    adapter = draft.take("adapter")
+    four_bits = draft.flag("load_in_4bit")
+    eight_bits = draft.flag("load_in_8bit")
+    every_linear = draft.flag("lora_target_linear")
+    names = draft.take("lora_target_modules", default=[])
+    in_full = draft.take("lora_modules_to_save", default=[])
+    start = draft.take("lora_model_dir")
+    if adapter not in ("lora", "qlora"):
+        draft.take("lora_r", "lora_alpha", "lora_dropout")
+        if adapter:
+            draft.note("adapter", f"{adapter} is not supported; lora and qlora are")
+        return
+    target = arguments.read_lora_numbers(draft, ("lora_r",), 8, 16)
+    patterns = list(EVERY_LINEAR) if every_linear else modules(draft, "lora_target_modules", names)
+    draft.put("lora.targets", [{"modules": patterns or list(EVERY_LINEAR), **target}])
+    if not patterns:
+        draft.note("lora_target_modules", "none is stated; written are attention and FFN")
+    draft.put("lora.train", modules(draft, "lora_modules_to_save", in_full) or None)
+    draft.put("lora.init_from", start)
+    if adapter == "qlora" or four_bits:
+        draft.put("lora.quantize", {"name": "nf4"})
+    elif eight_bits:
+        draft.put("lora.quantize", {"name": "int8"})
+
+
+def _read_data(draft: Draft) -> None:
+    draft.put("data.train", [_source(draft, "datasets", entry) for entry in draft.take("datasets", default=[])])
+    held_out = [_source(draft, "test_datasets", entry) for entry in draft.take("test_datasets", default=[])]
+    draft.put("data.eval", held_out or None)
+    share = draft.number("val_set_size", default=0.0)
+    if share:
+        draft.note("val_set_size", f"held-out data are sources of their own (data.eval); split off {share:g} of the records")
+    template = draft.take("chat_template_jinja")
+    name = draft.take("chat_template")
+    if template is not None:
+        draft.put("data.chat_template", template)
+    elif name == "chatml":
+        draft.put("data.chat_template", "chatml")
+    elif name not in (None, "tokenizer_default"):
+        draft.note("chat_template", f"{name}: the tokenizer's own is used; compare with `moe-train data show`")
+    draft.put("data.num_proc", draft.whole("dataset_processes", "dataset_num_proc"))
+    draft.take("dataset_prepared_path")
+
+
+def _source(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return our source for an entry of `datasets`."""
+    known = {"path", "data_files", "ds_type", "type", "split", "name", "field", "conversation", "train_on_split"}
+    known |= {"field_messages", "message_field_role", "message_field_content", "message_property_mappings", "roles"}
+    for name in sorted(set(entry) - known):
+        draft.note(f"{key}.{name}", f"no such setting here (value {shown(entry[name])}); check with `moe-train data show`")
+    path = str(entry.get("path", ""))
+    record = _record(draft, key, entry)
+    files = entry.get("data_files") or ([path] if PurePosixPath(path).suffix or path.startswith((".", "/")) else None)
+    if files is not None:
+        names = [files] if isinstance(files, str) else list(files)
+        return {"name": "files", "files": [name.removeprefix("./") for name in names], "record": record}
+    draft.note(f"{key}.path", f"{path} is a data set of the hub; state its commit as revision, or download it and name files")
+    hub = {"name": "hub", "dataset": path, "split": entry.get("split", "train"), "revision": "STATE-THE-COMMIT", "record": record}
+    if entry.get("name"):
+        hub["subset"] = entry["name"]
+    return hub
+
+
+def _record(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return our record section for the `type` of a data set."""
+    kind = entry.get("type", "completion")
+    if isinstance(kind, dict):
+        question, answer = kind.get("field_instruction", "instruction"), kind.get("field_output", "output")
+        draft.note(f"{key}.type", "a format of one's own: prompts are written by the chat template instead")
+        return {"name": "completion", "prompt": question, "completion": answer}
+    if kind in ("chat_template", "sharegpt", "messages") or kind.startswith("chat_template"):
+        record: dict[str, Any] = {"name": "chat"}
+        mapping = entry.get("message_property_mappings") or {}
+        role = entry.get("message_field_role") or mapping.get("role")
+        content = entry.get("message_field_content") or mapping.get("content")
+        for name, value in (("column", entry.get("field_messages")), ("role", role), ("content", content)):
+            if value:
+                record[name] = value
+        roles = {spelling: ours for ours, spellings in (entry.get("roles") or {}).items() for spelling in spellings}
+        if roles:
+            record["roles"] = roles
+        return record
+    if kind == "completion" or kind == "pretrain":
+        return {"name": "text", "column": entry.get("field", "text")}
+    if kind.startswith("alpaca") or kind in ("gpteacher", "oasst"):
+        draft.note(f"{key}.type", f"{kind}: the chat template writes the prompt, not Alpaca's headings")
+        return {"name": "completion", "prompt": "instruction", "completion": "output"}
+    draft.note(f"{key}.type", f"{kind} is not known; written is a chat; see `moe-train explain data.train.record`")
+    return {"name": "chat"}

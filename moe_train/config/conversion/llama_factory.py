@@ -1,0 +1,74 @@
+"""A config of LLaMA-Factory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_train.config.conversion import arguments
+from moe_train.config.conversion.draft import EVERY_LINEAR, Draft, local_model, modules
+
+
+def read(draft: Draft, devices: int) -> None:
+    """Read a config of LLaMA-Factory into the draft; `devices` is the number of devices that it ran on."""
+    stage = draft.take("stage", default="sft")
+    if stage not in ("sft", "pt"):
+        draft.note("stage", f"{stage} is not supported here; written is the next-token objective")
+    draft.put("init_from", local_model(draft, str(draft.take("model_name_or_path", default="models/BASE"))))
+    _read_lora(draft)
+    _read_data(draft, stage)
+    draft.put("train.seq_len", draft.whole("cutoff_len", default=2048))
+    arguments.read_length_and_batch(draft, devices)
+    arguments.read_optimizer(draft)
+    arguments.read_precision(draft)
+    arguments.read_evaluation_and_saving(draft)
+    if draft.flag("packing") or draft.flag("neat_packing"):
+        draft.note("packing", "left out: examples are always packed, and never attend to each other")
+    draft.take("do_train", "do_eval", "do_predict", "overwrite_output_dir", "overwrite_cache", "plot_loss", "flash_attn")
+    draft.take("ddp_timeout", "per_device_eval_batch_size", "save_only_model", "train_on_prompt")
+
+
+def _read_lora(draft: Draft) -> None:
+    method = draft.take("finetuning_type", default="lora")
+    bits = draft.whole("quantization_bit")
+    targets = draft.take("lora_target", default="all")
+    in_full = draft.take("additional_target", default=[])
+    start = draft.take("adapter_name_or_path")
+    if method != "lora":
+        draft.take("lora_rank", "lora_alpha", "lora_dropout")
+        if method != "full":
+            draft.note("finetuning_type", f"{method} is not supported; lora and full are")
+        return
+    target = arguments.read_lora_numbers(draft, ("lora_rank",), 8, None)
+    patterns = modules(draft, "lora_target", targets)
+    draft.put("lora.targets", [{"modules": patterns or list(EVERY_LINEAR), **target}])
+    draft.put("lora.train", modules(draft, "additional_target", in_full) or None)
+    draft.put("lora.init_from", start)
+    if bits is not None:
+        draft.put("lora.quantize", {"name": "nf4" if bits == 4 else "int8"})
+
+
+def _read_data(draft: Draft, stage: str) -> None:
+    folder = str(draft.take("dataset_dir", default="data"))
+    template = draft.take("template")
+    if template is not None:
+        draft.note("template", f"{template}: the tokenizer's own chat template is used; compare with `moe-train data show`")
+    record: dict[str, Any] = {"name": "text"} if stage == "pt" else {"name": "completion"}
+    if stage != "pt":
+        # Their default format of a data set is Alpaca's.
+        record |= {"prompt": "instruction", "completion": "output"}
+    for key, section in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
+        value = draft.take(key)
+        if value is None:
+            continue
+        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+        draft.put(section, [{"name": "files", "files": [f"{folder}/{name}.json"], "record": record} for name in names])
+        draft.note(
+            key,
+            f"{', '.join(names)}: state the file_name that {folder}/dataset_info.json has for each; for its format sharegpt "
+            "set record: {name: chat}",
+        )
+    share = draft.number("val_size", default=0.0)
+    if share:
+        draft.note("val_size", f"held-out data are sources of their own (data.eval); split off {share:g} of the records")
+    draft.put("data.num_proc", draft.whole("preprocessing_num_workers"))
+    draft.take("dataloader_num_workers")

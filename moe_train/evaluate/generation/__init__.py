@@ -1,0 +1,1 @@
+"""Generation on the device: compiled blocks of tokens, sampling, continuous batching, stop texts and streams."""

@@ -1,0 +1,133 @@
+"""What a model was made from: its base, its data, its training and its figures, read from the records of a run."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from moe_train import config
+from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin
+from moe_train.data.prepared.manifest import MANIFEST, Manifest
+from moe_train.machine.files import JsonObject, read_object
+
+
+class HeldOut(NamedTuple):
+    """A held-out loss that the run has measured."""
+
+    step: int
+    loss: float
+    """Mean over the tokens that bear loss, in nats."""
+
+
+class Training(NamedTuple):
+    """The training that made the weights of a checkpoint."""
+
+    run: config.Run
+    step: int
+    base: WeightOrigin | None
+    """Where the initial weights come from; None if they were random."""
+    data: tuple[Manifest, ...]
+    """The prepared sets that were trained on; empty if the run keeps no manifest."""
+    data_hash: str | None
+    """The hash over these sets that the checkpoint states."""
+    held_out: tuple[HeldOut, ...]
+    """All measurements up to the checkpoint, in order."""
+    sessions: tuple[JsonObject, ...]
+    """What `run.json` states about each start and resume: command, versions, hardware."""
+    seconds: float | None
+    """Time between the starts and stops up to the checkpoint; None if a stop is not recorded."""
+
+
+class Lineage(NamedTuple):
+    """A model in files, and what it was made from."""
+
+    name: str
+    layout: str
+    """Format of the files: hf, mistral, gguf, peft, mistral-lora or gguf-lora."""
+    model: config.Model
+    lora: config.Lora | None
+    """The adapters that the files hold, or that were merged into them; None without any."""
+    num_parameters: int
+    """Number of parameters in the files, without those of a carried tower."""
+    source: str
+    """The run or model that was exported."""
+    training: Training | None
+    """None if the source is no run."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Return whether the files hold adapters alone."""
+        return self.layout in ("peft", "mistral-lora", "gguf-lora")
+
+
+def training_of(run_dir: Path, run: config.Run, about: CheckpointMetadata, step: int) -> Training:
+    """Read how a checkpoint of a run came about.
+
+    Args:
+        run_dir: the folder of the run.
+        run: the resolved run.
+        about: metadata of the checkpoint.
+        step: its step.
+
+    Raises:
+        ValueError: a record of the run is damaged; the message names the file.
+    """
+    events = _events(run_dir / "run.json")
+    starts = [event for event in events if event["event"] in ("start", "resume") and event["step"] <= step]
+    return Training(
+        run=run,
+        step=step,
+        base=about.base,
+        data=_manifests(run_dir / MANIFEST),
+        data_hash=about.manifest,
+        held_out=tuple(_held_out(run_dir / "metrics.jsonl", step)),
+        sessions=tuple(starts),
+        seconds=_seconds(events),
+    )
+
+
+def _events(path: Path) -> list[JsonObject]:
+    """Return the events of `run.json`; none if there is no such file."""
+    return list(read_object(path).get("events", [])) if path.exists() else []
+
+
+def _manifests(path: Path) -> tuple[Manifest, ...]:
+    """Return the manifests of the sets that a run trains on; none if there is no such file."""
+    if not path.exists():
+        return ()
+    return tuple(Manifest.model_validate_json(json.dumps(entry)) for entry in read_object(path)["sets"])
+
+
+def _held_out(path: Path, step: int) -> Iterable[HeldOut]:
+    """Yield the held-out losses in `metrics.jsonl` up to a step."""
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            is_measured = record["kind"] == "eval" and record["step"] <= step and isinstance(record["loss"], float)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is damaged ({error}); remove the line, or restore the file") from error
+        if is_measured:
+            yield HeldOut(record["step"], record["loss"])
+
+
+def _seconds(events: Iterable[JsonObject]) -> float | None:
+    """Return the time that a run was at work; None if one of its stops is not recorded, as after a kill."""
+    total = 0.0
+    started: datetime.datetime | None = None
+    for event in events:
+        time = datetime.datetime.fromisoformat(event["time"])
+        if event["event"] == "stop":
+            if started is None:
+                return None
+            total += (time - started).total_seconds()
+            started = None
+        elif event["event"] in ("start", "resume"):
+            if started is not None:
+                return None
+            started = time
+    return total if started is None and total else None

@@ -1,0 +1,84 @@
+"""A config of axolotl."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_train import config
+from tests.config.conversion.theirs import converted
+
+QLORA = """
+base_model: mistralai/Mixtral-8x7B-v0.1
+load_in_4bit: true
+adapter: qlora
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+lora_modules_to_save: [embed_tokens, lm_head]
+datasets:
+  - path: data/dialogues.jsonl
+    type: chat_template
+    field_messages: turns
+    message_property_mappings: {role: from, content: value}
+    roles: {assistant: [gpt, model], user: [human]}
+  - path: tatsu-lab/alpaca
+    type: alpaca
+    name: small
+  - path: ./text.jsonl
+    type: completion
+    field: body
+    shards: 4
+test_datasets:
+  - {path: data/held.jsonl, ds_type: json, type: chat_template}
+val_set_size: 0
+chat_template: chatml
+sequence_len: 4096
+sample_packing: true
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 2
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+warmup_steps: 10
+bf16: auto
+gradient_checkpointing: true
+flash_attention: true
+output_dir: ./outputs/out
+plugins: [axolotl.integrations.liger.LigerPlugin]
+"""
+
+
+def test_qlora(tmp_path: Path) -> None:
+    ours, conversion = converted(tmp_path, QLORA, devices=4)
+    assert conversion.trainer == "axolotl"
+    assert ours.init_from == "models/Mixtral-8x7B-v0.1" and ours.run_dir == "outputs/out"
+    assert ours.lora is not None and ours.lora.quantize == config.Nf4(name="nf4")
+    (target,) = ours.lora.targets
+    assert (target.modules, target.rank, target.alpha) == (("attention.*", "ffn.*"), 32, 16)
+    assert ours.lora.train == ("embed", "head") and ours.lora.dropout == 0.05
+    assert (ours.train.batch_size, ours.train.microbatches, ours.train.seq_len, ours.train.epochs) == (32, 4, 4096, 2)
+    assert isinstance(ours.optimizer, config.AdamW) and (ours.optimizer.learning_rate, ours.optimizer.b2) == (2e-4, 0.999)
+    assert ours.optimizer.schedule == config.CosineSchedule(name="cosine", warmup_steps=10, final_fraction=0.0)
+    assert ours.compute == config.Compute(dtype="bfloat16", param_dtype="bfloat16", remat="full")
+
+
+def test_data(tmp_path: Path) -> None:
+    ours, conversion = converted(tmp_path, QLORA)
+    assert ours.data is not None and ours.data.chat_template == "chatml" and len(ours.data.eval) == 1
+    chat, alpaca, text = ours.data.train
+    roles = {"gpt": "assistant", "model": "assistant", "human": "user"}
+    assert chat.model_dump()["record"]["roles"] == roles and chat.model_dump()["record"]["column"] == "turns"
+    assert isinstance(alpaca, config.HubSource) and alpaca.subset == "small"
+    assert isinstance(alpaca.record, config.CompletionRecord) and alpaca.record.prompt == "instruction"
+    assert isinstance(text, config.FileSource) and text.files == ("text.jsonl",)
+    assert text.record == config.TextRecord(name="text", column="body")
+    named = {line.partition(":")[0] for line in conversion.remarks}
+    assert {"init_from", "datasets.path", "datasets.shards", "optimizer", "sample_packing", "plugins"} <= named
+
+
+def test_a_full_fine_tune_has_no_adapters(tmp_path: Path) -> None:
+    text = "base_model: m\nsequence_len: 64\nlearning_rate: 1e-5\ndatasets: [{path: a.jsonl}]\nbf16: true\n"
+    ours, _ = converted(tmp_path, text)
+    assert ours.lora is None and ours.compute.param_dtype == "float32"

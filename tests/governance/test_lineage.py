@@ -1,0 +1,32 @@
+"""What a model was made from is read from the records of its run, up to the checkpoint and no further."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_train.checkpoint.metadata import CheckpointMetadata
+from moe_train.governance.lineage import HeldOut, training_of
+from tests.governance.lineages import SET, lineage_of, run_of, write_records
+
+ABOUT = CheckpointMetadata({}, 0, "data", None)
+
+
+def test_records_up_to_the_checkpoint_count(tmp_path):
+    training = lineage_of(tmp_path).training
+    assert training.held_out == (HeldOut(0, 5.0), HeldOut(2, 3.5), HeldOut(3, 3.75))
+    assert training.data == (SET,) and training.data_hash == SET.hash
+    assert [session["step"] for session in training.sessions] == [0, 2]
+    assert training.seconds == 1.5 * 3600
+
+
+def test_a_run_that_was_killed_states_no_time(tmp_path):
+    write_records(tmp_path, [("start", 0, "10:00:00"), ("resume", 2, "12:00:00"), ("stop", 3, "12:30:00")])
+    assert training_of(tmp_path, run_of(), ABOUT, 3).seconds is None
+
+
+def test_records_that_are_gone_are_left_out_and_damaged_ones_are_named(tmp_path):
+    training = training_of(tmp_path, run_of(), ABOUT, 3)
+    assert (training.data, training.held_out, training.sessions, training.seconds) == ((), (), (), None)
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind"')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is damaged"):
+        training_of(tmp_path, run_of(), ABOUT, 3)

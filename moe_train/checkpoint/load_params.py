@@ -79,10 +79,15 @@ def _log_choice(run_dir: str | Path, step: int, readable: Mapping[int, SavedChec
     newest = max(readable)
     age = "the newest" if step == newest else f"the newest is that of step {newest}"
     loss = readable[step].held_out_loss
-    measured = {other: saved.held_out_loss for other, saved in readable.items() if saved.held_out_loss is not None}
+    measured = {other: saved.rank for other, saved in readable.items() if saved.rank is not None}
     best = min(measured, key=measured.__getitem__, default=step)
     quality = "" if loss is None else f"; held-out loss {loss:.4f}"
-    if best != step:
+    for suite, score in (readable[step].about.suite_scores or {}).items():
+        quality += f"; {suite} {score:.4f}"
+    best_by = readable[step].about.config.get("checkpoint", {}).get("best_by", "loss")
+    if best != step and best_by != "loss":
+        quality += f"; the best {best_by} is that of step {best}, {-measured[best]:.4f} ({run_dir}@best)"
+    elif best != step:
         quality += f"; the lowest is that of step {best}, {measured[best]:.4f} ({run_dir}@best)"
     log.info("weights of %s: the checkpoint of step %d (%s%s)", run_dir, step, age, quality)
 

@@ -27,7 +27,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from moe_train import config
 from moe_train.checkpoint.arrays import bit_sums, chunked_save_args
 from moe_train.checkpoint.items import optimizer_of, params_of
-from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER, CheckpointMetadata, about_json, read_saved
+from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER, CheckpointMetadata, about_json, rank_of, read_saved
 from moe_train.checkpoint.reading import brief
 from moe_train.train.state import TrainState
 
@@ -102,18 +102,18 @@ class _Checkpoints(ocp.CheckpointManager):
         steps = sorted(self.all_steps())
         kept = set(steps[-1:])
         if self.keep_best:
-            losses = {step: _loss_or_inf(metrics) for step in steps if (metrics := self.metrics(step))}
-            if losses and math.isfinite(min(losses.values())):
-                # Of equal losses Orbax keeps the newest.
-                kept.add(min(reversed(losses), key=losses.__getitem__))
+            ranks = {step: _rank_or_inf(metrics) for step in steps if (metrics := self.metrics(step))}
+            if ranks and math.isfinite(min(ranks.values())):
+                # Of equal ranks Orbax keeps the newest.
+                kept.add(min(reversed(ranks), key=ranks.__getitem__))
         for step in steps:
             if step not in kept:
                 self.delete(step)
 
     def metrics(self, step: int) -> dict[str, float | None] | None:
-        """Return the held-out loss of a checkpoint; None if its metadata cannot be read."""
+        """Return the rank of a checkpoint, as Orbax takes it; None if its metadata cannot be read."""
         try:
-            return {"held_out_loss": read_saved(Path(self.directory) / str(step)).held_out_loss}
+            return {"rank": read_saved(Path(self.directory) / str(step)).rank}
         except (OSError, ValueError):  # `restore` names the file
             return None
 
@@ -125,11 +125,11 @@ def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.Checkpoint
     keep: list[PreservationPolicy] = [LatestN(max(2, settings.keep_last))]
     if settings.keep_best:
         # Descending, since BestN keeps the last of the sorted checkpoints.
-        best = BestN(get_metric_fn=_loss_or_inf, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        best = BestN(get_metric_fn=_rank_or_inf, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         keep.append(best)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=AnyPreservationPolicy(keep),
-        best_fn=_loss_or_inf,  # Orbax keeps metrics in memory only if this is set
+        best_fn=_rank_or_inf,  # Orbax keeps metrics in memory only if this is set
         best_mode="min",
         prevent_write_metrics=True,  # the metadata have them, and a hash over them
         # Nothing may be created before the first save; `save` creates the folder.
@@ -142,16 +142,16 @@ def _manager(run_dir: str | Path, settings: config.Checkpoint) -> ocp.Checkpoint
     return checkpoints
 
 
-def _loss_or_inf(metrics: Mapping[str, float | None]) -> float:
-    """Return the held-out loss of a checkpoint; infinite if it was not measured."""
-    loss = metrics["held_out_loss"]
-    return math.inf if loss is None else loss
+def _rank_or_inf(metrics: Mapping[str, float | None]) -> float:
+    """Return the rank of a checkpoint; infinite if what counts was not measured."""
+    rank = metrics["rank"]
+    return math.inf if rank is None else rank
 
 
-def best_loss(checkpoints: ocp.CheckpointManager) -> float:
-    """Return the lowest held-out loss among the checkpoints on disk; infinite if none has one."""
+def best_rank(checkpoints: ocp.CheckpointManager) -> float:
+    """Return the lowest rank (see `metadata.rank_of`) among the checkpoints on disk; infinite if none was measured."""
     measured = (checkpoints.metrics(step) for step in checkpoints.all_steps())
-    return min((_loss_or_inf(metrics) for metrics in measured if metrics), default=math.inf)
+    return min((_rank_or_inf(metrics) for metrics in measured if metrics), default=math.inf)
 
 
 def save(
@@ -182,7 +182,7 @@ def save(
         about=ocp.args.JsonSave(about_json(about, sums, held_out_loss)),
         **{item: ocp.args.StandardSave(tree, chunked_save_args(tree)) for item, tree in arrays.items()},
     )
-    metrics = {"held_out_loss": held_out_loss}
+    metrics = {"rank": rank_of(about, held_out_loss)}
     try:
         if isinstance(checkpoints, _Checkpoints) and checkpoints.keep_last == 1:
             checkpoints.delete_all_but_newest()

@@ -55,6 +55,8 @@ class CheckpointMetadata(NamedTuple):
     """Identity of the tokenizer: a sha256 over its files."""
     guard: JsonObject | None = None
     """State of the spike guard (`train.spike_guard.guard_to_json`); None without one."""
+    suite_scores: dict[str, float] | None = None
+    """Mean score on each suite of `evaluation.suites` at this step; None if they were not measured."""
 
 
 class SavedCheckpoint(NamedTuple):
@@ -66,6 +68,24 @@ class SavedCheckpoint(NamedTuple):
     held_out_loss: float | None
     """The held-out loss at this step; None if it was not measured."""
 
+    @property
+    def rank(self) -> float | None:
+        """The smaller, the better (see `rank_of`); None if what counts was not measured."""
+        return rank_of(self.about, self.held_out_loss)
+
+
+def rank_of(about: CheckpointMetadata, held_out_loss: float | None) -> float | None:
+    """Return what `checkpoint.best_by` judges a checkpoint by: the held-out loss, or minus the score of a suite.
+
+    Returns:
+        None if it was not measured.
+    """
+    best_by = about.config.get("checkpoint", {}).get("best_by", "loss")  # earlier versions had no such setting
+    if best_by == "loss":
+        return held_out_loss
+    score = (about.suite_scores or {}).get(best_by)
+    return None if score is None else -score
+
 
 class Survey(NamedTuple):
     """The checkpoints of a run, on which all processes of the job agree."""
@@ -76,9 +96,9 @@ class Survey(NamedTuple):
     """Step -> the error, for checkpoints whose metadata cannot be read."""
 
     def best(self) -> int | None:
-        """Return the step with the lowest held-out loss; None if no checkpoint has one."""
-        losses = {step: saved.held_out_loss for step, saved in self.readable.items() if saved.held_out_loss is not None}
-        return min(losses, key=losses.__getitem__, default=None)
+        """Return the best step by the run's `checkpoint.best_by`; None if no checkpoint was measured."""
+        ranks = {step: saved.rank for step, saved in self.readable.items() if saved.rank is not None}
+        return min(ranks, key=ranks.__getitem__, default=None)
 
 
 def about_json(about: CheckpointMetadata, sums: dict[str, list[int]], held_out_loss: float | None) -> JsonObject:

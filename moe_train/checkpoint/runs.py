@@ -1,7 +1,7 @@
 """Recognize the directory of a run, choose one of its checkpoints, and read the config that the run was trained with.
 
-Where a run is expected, `RUN@30` names its checkpoint of step 30, `RUN@best` the one with the lowest held-out loss, and
-`RUN@newest` the newest; `RUN` alone is the newest as well.
+Where a run is expected, `RUN@30` names its checkpoint of step 30, `RUN@best` the one with the lowest held-out loss
+(or the highest score, by `checkpoint.best_by`), and `RUN@newest` the newest; `RUN` alone is the newest as well.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ def named_step(directory: str | Path) -> int | None:
     if which == "best":
         best = survey(run_dir).best()
         if best is None:
-            raise FileNotFoundError(f"{directory}: no checkpoint of {run_dir} has a held-out loss; state {run_dir}@STEP")
+            raise FileNotFoundError(
+                f"{directory}: no checkpoint of {run_dir} has a held-out loss, or the score that its checkpoint.best_by names; "
+                f"state {run_dir}@STEP"
+            )
         return best
     return int(which) if which.isdecimal() else None
 

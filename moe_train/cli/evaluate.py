@@ -13,6 +13,7 @@ from moe_train.cli.terminal import print_json, print_mapping, print_table, progr
 evaluate_commands = typer.Typer()
 
 _PANEL = "With --suite"
+_HARNESS_PANEL = "With --lm-eval"
 
 
 @evaluate_commands.command(
@@ -71,23 +72,43 @@ def evaluate_command(
         Path | None,
         typer.Option("--items", help="New file for the answers and scores of all items.", rich_help_panel=_PANEL),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness, with commas.", rich_help_panel=_HARNESS_PANEL),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of the tasks' YAML files.", rich_help_panel=_HARNESS_PANEL)
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Number of solved examples.", rich_help_panel=_HARNESS_PANEL)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.", rich_help_panel=_HARNESS_PANEL)] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put questions as turns of a chat.", rich_help_panel=_HARNESS_PANEL)
+    ] = False,
     step: Step = None,
     chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the loss of a run or a model on files (--data), or grade its answers to questions (--suite)."""
+    """Measure the loss of a run or a model on files (--data), or grade its answers to questions (--suite, --lm-eval)."""
     from moe_train.commands.at_step import at_step
     from moe_train.commands.evaluate import evaluate_model
+    from moe_train.commands.evaluate_harness import HarnessOptions, evaluate_harness
     from moe_train.commands.evaluate_suite import Comparisons, Outputs, SuiteOptions, evaluate_suites, judge_at
     from moe_train.machine.compile_cache import use_compile_cache
 
-    if bool(data) == bool(suite):
-        raise typer.BadParameter("state --data FILE for the loss on files, or --suite FILE.yaml for graded answers")
-    with_suite = (overrides, suite_data, against, seed_run, require, grader, judge, judge_cache, out, items)
-    if data and any(with_suite):
+    if sum(map(bool, (data, suite, lm_eval))) != 1:
         raise typer.BadParameter(
-            "overrides, --against, --require, --out and the other options of suites have no effect on --data; state --suite"
+            "state --data FILE for the loss on files, --suite FILE.yaml for graded answers, or --lm-eval TASKS for the harness"
         )
+    if lm_eval is None and (include_path or num_fewshot is not None or limit or apply_chat_template):
+        raise typer.BadParameter(
+            "--include-path, --num-fewshot, --limit and --apply-chat-template have no effect without --lm-eval"
+        )
+    if not suite and any((overrides, suite_data, against, seed_run, require, grader, judge, judge_cache, items)):
+        raise typer.BadParameter("overrides, --against, --require and the other options of suites have no effect without --suite")
+    if data and out:
+        raise typer.BadParameter("--out has no effect on --data, whose result is printed; use --json")
     if judge_cache is not None and judge is None:
         raise typer.BadParameter("--judge-cache has no effect without --judge; name the endpoint")
     directory = at_step(directory, step)
@@ -97,11 +118,22 @@ def evaluate_command(
             answer = evaluate_model(directory, data, chat_template)
         print_mapping(answer, as_json)
         return
+    if lm_eval:
+        if include_path is None:
+            raise typer.BadParameter("--lm-eval needs --include-path DIR, the folder of the tasks' YAML files")
+        options = HarnessOptions(lm_eval.split(","), include_path, num_fewshot, limit, apply_chat_template)
+        with progress_line("evaluating"):
+            answer = evaluate_harness(directory, options, chat_template, out)
+        if as_json:
+            print_json(answer)
+        else:
+            print_table([{"task": task, **metrics} for task, metrics in answer["results"].items()])
+        return
     endpoint = None if judge is None else judge_at(judge, judge_cache)
-    options = SuiteOptions(overrides or (), suite_data, grader or (), endpoint)
+    suite_options = SuiteOptions(overrides or (), suite_data, grader or (), endpoint)
     comparisons = Comparisons(against or (), require or (), seed_run or ())
     with progress_line("evaluating"):
-        result = evaluate_suites(directory, suite or [], comparisons, chat_template, options, Outputs(out, items))
+        result = evaluate_suites(directory, suite or [], comparisons, chat_template, suite_options, Outputs(out, items))
     if as_json:
         print_json(result)
     else:

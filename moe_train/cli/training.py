@@ -178,3 +178,72 @@ def plot_command(
 
     plot(run_dirs, out)
     print(out)
+
+
+@training_commands.command("runs", epilog=help_examples("moe-train runs", "moe-train runs runs/sweep --price 3.5 --csv > runs.csv"))
+def runs_command(
+    directories: Annotated[
+        list[Path] | None, typer.Argument(metavar="[DIR]…", help="Directories of runs, or folders of them. Default: runs.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0.0, help="Dollars per device and hour, for the cost of each run.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show runs side by side: settings that differ, steps, losses, scores on suites, tokens, hours and cost."""
+    from moe_train.commands import runs
+
+    if as_csv and as_json:
+        raise typer.BadParameter("--csv and --json are two forms of one table; keep one of them")
+    summaries = runs.summarize_runs(directories or [Path("runs")], price)
+    if as_json:
+        print_json([{"run": s.run, "settings": s.settings, "status": s.status, **s.figures} for s in summaries])
+    elif as_csv:
+        print(runs.as_csv(runs.rows_of(summaries)), end="")
+    else:
+        print_table(runs.rows_of(summaries))
+
+
+@training_commands.command(
+    "sweep",
+    epilog=help_examples(
+        "moe-train sweep run.yaml optimizer.learning_rate=1e-4,3e-4,1e-3",
+        "moe-train sweep run.yaml optimizer.learning_rate=1e-4,3e-4 seed=0,1 --suite kpi.yaml",
+        "moe-train sweep run.yaml optimizer.learning_rate=1e-4,3e-4 --print",
+    ),
+)
+def sweep_command(
+    config_path: ConfigPath,
+    overrides: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY.PATH=VALUE[,VALUE]…", help="Settings; all combinations of values with commas are run."),
+    ],
+    only_print: Annotated[bool, typer.Option("--print", help="Print the command of each run, and run none.")] = False,
+    suite: Annotated[
+        list[Path] | None, typer.Option("--suite", help="Suite on which the runs are compared with the first; may be repeated.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a config once for each combination of settings, one after the other, and compare what the runs reached.
+
+    Each run has a folder of its own in the config's run_dir. An interrupted sweep continues with the same command. Runs whose
+    programs are equal, such as those that differ in their learning rate alone, are compiled once.
+    """
+    from moe_train.commands.sweep import commands_of, sweep_runs
+
+    runs = sweep_runs(config_path, overrides)
+    if only_print:
+        print("\n".join(commands_of(config_path, runs)))
+        return
+    from moe_train.commands.sweep_runs import compare_runs, train_runs
+    from moe_train.machine.compile_cache import use_compile_cache
+
+    use_compile_cache(str(Path(runs[0].config.run_dir).parent))
+    code = train_runs(runs)
+    if code:
+        raise typer.Exit(code)
+    table, result = compare_runs(runs, suite or [])
+    if as_json:
+        print_json({"runs": table, **result})
+        return
+    print_table(table)
+    print_table(result.get("comparisons", []))

@@ -25,6 +25,7 @@ from moe_train.config.attention import (
     QueryScaling,
     require_grouped_query,
 )
+from moe_train.config.average import Average, ExponentialAverage, LastCheckpoints, NoAverage
 from moe_train.config.checks import Sections, check_batch, check_model
 from moe_train.config.compute import AxisSize, Compute, Mesh
 from moe_train.config.config import Config, RunName
@@ -115,6 +116,7 @@ __all__ = [
     "AdamW",
     "AnswerGeneration",
     "Attention",
+    "Average",
     "AxisSize",
     "BestFit",
     "ChatRecord",
@@ -136,6 +138,7 @@ __all__ = [
     "Dtype",
     "Evaluation",
     "ExactGrader",
+    "ExponentialAverage",
     "Family",
     "FamilyName",
     "Feature",
@@ -158,6 +161,7 @@ __all__ = [
     "JsonSchemaGrader",
     "JudgeGrader",
     "LabelledRecord",
+    "LastCheckpoints",
     "LayerPosition",
     "LayerStack",
     "LinearSchedule",
@@ -175,6 +179,7 @@ __all__ = [
     "Muon",
     "NextToken",
     "Nf4",
+    "NoAverage",
     "NoData",
     "NonNegative",
     "NonNegativeFloat",

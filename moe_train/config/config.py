@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model
+from moe_train.config.average import Average, LastCheckpoints, NoAverage
 from moe_train.config.checks import check_batch, check_model, check_rounding
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
@@ -59,6 +60,8 @@ class Config(Section):
     """When and how long the held-out loss is measured."""
     checkpoint: Checkpoint = Checkpoint()
     """When the state is saved, and which checkpoints stay."""
+    average: Average = NoAverage()
+    """Average of the weights that is saved with each checkpoint, as a run of its own: RUN_DIR/average."""
     metrics: Metrics = Metrics()
     """How often metrics are logged, and where to."""
     export: Literal["all", "none"] = "all"
@@ -74,6 +77,11 @@ class Config(Section):
         if self.data is not None:
             check_records(self.objective, self.data)
         check_batch(self)
+        if isinstance(self.average, LastCheckpoints) and self.checkpoint.keep_last < self.average.count - 1:
+            raise ValueError(
+                f"average.count {self.average.count} needs checkpoint.keep_last {self.average.count - 1} or more, not "
+                f"{self.checkpoint.keep_last}, since the mean is taken over checkpoints that are kept; raise it, or lower the count"
+            )
         check_rounding(self)
         if self.compute.attention == "cudnn" and self.compute.dtype == "float32":
             raise ValueError(

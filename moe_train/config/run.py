@@ -11,6 +11,7 @@ from pydantic import Field
 
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model
+from moe_train.config.average import Average
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.config import Config, RunName
 from moe_train.config.data import Data, Tokenizer
@@ -79,6 +80,7 @@ class Run(Section):
     mesh: Mesh
     evaluation: Evaluation
     checkpoint: Checkpoint
+    average: Average
     metrics: Metrics
     export: Literal["all", "none"]
 

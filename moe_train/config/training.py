@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from moe_train.config.section import Fraction, NonNegative, Positive, PositiveFloat, Section
+from moe_train.config.section import Fraction, LocalPath, NonNegative, Positive, PositiveFloat, Section
 
 
 class SpikeGuard(Section):
@@ -105,10 +105,25 @@ class Evaluation(Section):
     """Number of these batches on which the routing of a model with adapters is compared with that of its base model, which takes a
     second forward pass. Null: 4 if the model has adapters and routers; 0: none.
     """
+    suites: tuple[LocalPath, ...] = ()
+    """YAML files of suites, whose questions are answered and graded during the run. Suites with the grader `function` or `judge`
+    are for the command `evaluate` alone.
+    """
+    suites_every_steps: Positive | None = None
+    """Number of steps between answers to the suites; one more follows the last step. Null: `every_steps`."""
+    suite_data: LocalPath | None = None
+    """Folder that the suites' items are relative to; null for that of each suite's file."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in ("suites_every_steps", "suite_data"):
+            if getattr(self, key) is not None and not self.suites:
+                raise ValueError(f"{key} has no effect without suites; name some, or leave it out")
+        return self
 
 
 class Checkpoint(Section):
-    """When the state of the run is saved, and which checkpoints are kept: the last `keep_last`, plus the best by held-out loss."""
+    """When the state of the run is saved, and which checkpoints are kept: the last `keep_last`, plus the best."""
 
     every_steps: Positive = 100
     """Number of steps between saves; one more follows the last step."""
@@ -119,7 +134,11 @@ class Checkpoint(Section):
     save show that its weights can be used; the disk holds two at its peak in either case.
     """
     keep_best: bool = True
-    """Whether the checkpoint with the lowest held-out loss stays too."""
+    """Whether the best checkpoint stays too."""
+    best_by: str = "loss"
+    """What makes a checkpoint the best: `loss`, the lowest held-out loss, or the name of a suite of `evaluation.suites`, the
+    highest score on it.
+    """
 
 
 class Metrics(Section):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.machine.mesh import put_batch
 from moe_train.run import introduction
+from moe_train.run.averaging import WeightAverage, open_average
 from moe_train.run.folder import RunFolder
 from moe_train.run.held_out import HeldOutLoss
 from moe_train.run.inputs import open_inputs
@@ -29,6 +30,7 @@ from moe_train.run.saving import RolledBack, Saving
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import Start, starting_state
 from moe_train.run.stopping import StopRequest, Votes
+from moe_train.run.suite_scores import SuiteScores
 from moe_train.run.writer import Writer
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
@@ -63,6 +65,9 @@ class Attempt:
     run_step: Any
     """The compiled step."""
     held_out: HeldOutLoss
+    suites: SuiteScores
+    average: WeightAverage | None
+    """The average of the weights; None without one."""
     saving: Saving
     figures: MetricsReader
     writer: Writer
@@ -76,6 +81,7 @@ class Attempt:
         if self.start == 0:
             # The loss before training, with which every later one is compared; a resumed run has it in metrics.jsonl.
             self.held_out.measure(0, self.begin.state)
+            self.suites.measure(0, self.begin.state, self.writer)
         elif self.held_out.is_due(self.start) and not after_roll_back and self.begin.held_out_loss is None:
             self.held_out.measure(self.start, self.begin.state)  # a signal stopped the evaluation after this step
         # From here on, a signal takes effect after a step.
@@ -117,13 +123,15 @@ class Attempt:
         self.saving.roll_back(*spike)
         self.writer.say(f"there is no checkpoint before step {spike.step} to roll back to, so it is only skipped")
 
-    def save_if_usable(self, step: int, state: TrainState, loss: float | None, is_last: bool) -> None:
+    def save_if_usable(
+        self, step: int, state: TrainState, loss: float | None, scores: Mapping[str, float] | None, is_last: bool
+    ) -> None:
         """Save, unless the weights may be unusable after a non-finite step or a spike.
 
         So no save rotates the last good checkpoint away. The last save of an attempt is always tried: it says what is wrong.
         """
         if self.figures.usable or is_last:
-            self.saving.save(step, state, loss)
+            self.saving.save(step, state, loss, scores)
 
 
 def open_attempt(
@@ -163,6 +171,8 @@ def open_attempt(
         introduction.print_finished(run, begin, inputs.total_steps)
         return None
 
+    suites = SuiteScores(run, mesh, inputs, begin.structure)
+    average = exit_stack.enter_context(open_average(run, begin.state))
     # From here on, files are written.
     folder.write(run, inputs)
     writer = Writer(
@@ -200,7 +210,9 @@ def open_attempt(
         batch=batch,
         run_step=run_step,
         held_out=HeldOutLoss(run, mesh, inputs, begin, objective, writer),
-        saving=Saving(run, checkpoints, begin, inputs),
+        suites=suites,
+        average=average,
+        saving=Saving(run, checkpoints, begin, inputs, average),
         figures=figures,
         writer=writer,
         stopped=stopped,

@@ -18,6 +18,7 @@ from moe_train.config import yaml_file
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import new_directory, write_text
+from moe_train.run.averaging import AVERAGE_FOLDER
 from moe_train.run.inputs import RunInputs
 from moe_train.weights.texts import Texts, write_texts
 from moe_train.weights.together import require_shared
@@ -63,6 +64,9 @@ class RunFolder:
             write_text(self.path / "config.yaml", yaml_file.dump(run.to_config()))
             write_text(self.path / "manifest.json", inputs.train.manifest)
             _keep_tokenizer(self.path / TOKENIZER_FOLDER, inputs.tokenizer)
+            if not isinstance(run.average, config.NoAverage):
+                (self.path / AVERAGE_FOLDER).mkdir(exist_ok=True)
+                _keep_tokenizer(self.path / AVERAGE_FOLDER / TOKENIZER_FOLDER, inputs.tokenizer)
         # After the folder exists: every process checks that it sees the one that the first process made.
         require_shared(self.path)
 

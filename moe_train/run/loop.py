@@ -62,8 +62,8 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
         objective: replaces the objective that `run` names, for example by a custom loss (`objectives.custom.custom_objective`).
 
     Yields:
-        The lines of metrics.jsonl: {"kind": "train" or "eval", "step": …, "loss": …, …}. The metrics of a step come when the next
-        step has been started, so that the device never waits.
+        The lines of metrics.jsonl: {"kind": "train", "eval" or "suite", "step": …, "loss": …, …}. The metrics of a step come when
+        the next step has been started, so that the device never waits.
 
     Returns:
         FINISHED or UNFINISHED, as `train_run`.
@@ -128,6 +128,8 @@ def _take_steps(attempt: Attempt) -> Generator[MetricsRecord, None, int]:
     unread: UnreadStep | None = None
     for step in range(attempt.start + 1, total_steps + 1):
         state, step_metrics = attempt.run_step(state, attempt.batch, attempt.begin.base_weights)
+        if attempt.average is not None:
+            attempt.average.after_step(state)
         # All processes vote at every step, since a collective that only some of them enter would hang.
         voted = vote((attempt.stop_request.reason is not None, saving.is_overdue()), mesh)
         if step < total_steps:
@@ -143,8 +145,9 @@ def _take_steps(attempt: Attempt) -> Generator[MetricsRecord, None, int]:
         attempt.stopped.step = step
 
         evaluates = held_out.is_due(step)
+        answers = attempt.suites.are_due(step)
         saves = saving.is_due(step)
-        if not (evaluates or saves or votes.stop or votes.save):
+        if not (evaluates or answers or saves or votes.stop or votes.save):
             # A save that failed in the background ends the run now, rather than at the next save.
             saving.check()
             continue
@@ -158,10 +161,12 @@ def _take_steps(attempt: Attempt) -> Generator[MetricsRecord, None, int]:
             # The last evaluation is always finished: no later start would make up for it.
             loss = held_out.measure(step, state, None if step == total_steps else StopVotes(attempt.stop_request, mesh))
             votes = votes.combined_with(Votes(stop=held_out.was_stopped))
+        # A request to stop comes first; then this step has no scores.
+        scores = attempt.suites.measure(step, state, writer) if answers and not votes.stop else None
         yield from writer.new_records()
-        is_best = saving.is_best(loss)
+        is_best = saving.is_best(loss, scores)
         if saves or is_best or votes.stop or votes.save:
-            attempt.save_if_usable(step, state, loss, is_last=votes.stop or step == total_steps)
+            attempt.save_if_usable(step, state, loss, scores, is_last=votes.stop or step == total_steps)
         # Evaluation and saving are no part of the time of a step.
         attempt.figures.restart_timer(step)
         if votes.stop and step < total_steps:

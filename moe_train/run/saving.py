@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from moe_train import config
 from moe_train.checkpoint import manager, set_aside
 from moe_train.checkpoint.metadata import CheckpointMetadata
 from moe_train.model.parameters import Parameters
+from moe_train.run.averaging import WeightAverage
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
 from moe_train.train.spike_guard import guard_to_json
@@ -44,13 +46,21 @@ class RolledBack(Exception):
 class Saving:
     """Save every so many steps and minutes, at the end, and when the held-out loss is the best so far."""
 
-    def __init__(self, run: config.Run, checkpoints: ocp.CheckpointManager, begin: Start, inputs: RunInputs) -> None:
+    def __init__(
+        self,
+        run: config.Run,
+        checkpoints: ocp.CheckpointManager,
+        begin: Start,
+        inputs: RunInputs,
+        average: WeightAverage | None = None,
+    ) -> None:
+        self._average = average
         self._run = run
         self._checkpoints = checkpoints
         self._begin = begin
         self._inputs = inputs
         self._resumed_step = begin.checkpoint_step
-        self._best = manager.best_loss(checkpoints)
+        self._best = manager.best_rank(checkpoints)
         self._saved_at = time.monotonic()
 
     def is_overdue(self) -> bool:
@@ -62,19 +72,26 @@ class Saving:
         """Return whether the state is always saved after `step`: every `checkpoint.every_steps` steps and after the last one."""
         return step % self._run.checkpoint.every_steps == 0 or step == self._inputs.total_steps
 
-    def is_best(self, held_out_loss: float | None) -> bool:
-        """Return whether the loss is the lowest so far and best checkpoints are kept; it then becomes the loss to beat.
+    def is_best(self, held_out_loss: float | None, suite_scores: Mapping[str, float] | None = None) -> bool:
+        """Return whether these are the best figures so far and best checkpoints are kept; they then are those to beat.
 
         Args:
             held_out_loss: None if it was not measured.
+            suite_scores: the score on each suite; None if they were not measured.
         """
+        best_by = self._run.checkpoint.best_by
+        rank = held_out_loss
+        if best_by != "loss":
+            rank = None if suite_scores is None else -suite_scores[best_by]
         # `not <` rather than `>=`, so that a NaN is never the best.
-        if held_out_loss is None or not self._run.checkpoint.keep_best or not held_out_loss < self._best:
+        if rank is None or not self._run.checkpoint.keep_best or not rank < self._best:
             return False
-        self._best = held_out_loss
+        self._best = rank
         return True
 
-    def save(self, step: int, state: TrainState, held_out_loss: float | None) -> None:
+    def save(
+        self, step: int, state: TrainState, held_out_loss: float | None, suite_scores: Mapping[str, float] | None = None
+    ) -> None:
         """Start an asynchronous save.
 
         Raises:
@@ -97,7 +114,12 @@ class Saving:
             adapter=self._begin.adapter,
             tokenizer=self._inputs.tokenizer.identity,
             guard=None if state.guard is None else guard_to_json(state.guard),
+            suite_scores=None if suite_scores is None else dict(suite_scores),
         )
+        if self._average is not None:
+            # A checkpoint that is still being written would be missing from a mean of the last ones.
+            manager.finish_saving(self._checkpoints)
+            self._average.save(step, state, about)
         manager.save(self._checkpoints, step, state, about, held_out_loss)
         self._saved_at = time.monotonic()
 

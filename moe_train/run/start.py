@@ -24,7 +24,7 @@ from moe_train.model.parameters import Parameters, initial_parameters, parameter
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized_shapes
 from moe_train.model.transformer import abstract_model, init_model
-from moe_train.train.optimizer import make_optimizer
+from moe_train.train.optimizer import make_optimizer, rate_arrays
 from moe_train.train.spike_guard import guard_of_json
 from moe_train.train.state import TrainState, create_state, partition
 
@@ -128,7 +128,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     return Start(
         structure,
         optimizer,
-        state._replace(frozen={path: weights[path] for path in frozen}, guard=guard),
+        state._replace(frozen={path: weights[path] for path in frozen}, guard=guard, learning_rates=rate_arrays(run.optimizer)),
         restored is not None,
         base_weights,
         base,

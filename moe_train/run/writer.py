@@ -30,14 +30,18 @@ MOST_EXPERT_CURVES = 16
 """Largest number of experts of a layer for which TensorBoard gets a number each."""
 
 
+KINDS = ("train", "eval", "suite")
+"""Kinds of lines of metrics.jsonl: a training step, the held-out loss, and scores on suites."""
 MetricsRecord = dict[str, Any]
-"""A line of metrics.jsonl: `kind` ("train" or "eval"), `step`, and the metrics by name; None for values that are not finite."""
+"""A line of metrics.jsonl: `kind` ("train", "eval" or "suite"), `step`, and the metrics by name; None for values that are not
+finite.
+"""
 
 
 class Writer:
     """Write the metrics of a run to all destinations; processes other than the first write nothing.
 
-    `metrics.jsonl` has one object per line with `step` (steps tried so far) and `kind` ("train" or "eval"). Lines past
+    `metrics.jsonl` has one object per line with `step` (steps tried so far) and `kind` ("train", "eval" or "suite"). Lines past
     `start_step`, left by a process that died after its last checkpoint, are removed, since those steps are done again.
 
     Args:
@@ -124,6 +128,13 @@ class Writer:
             tokens = metrics.get("loss_tokens")  # absent if the objective averages over something other than tokens
             over = "" if tokens is None else f" over {tokens:,} tokens"
             self.say(f"step {step}/{self._total}  held-out loss {metrics['loss']:.4f}{over}{routing}")
+
+    def suites(self, step: int, scores: Mapping[str, float], ungraded: int) -> None:
+        """Write the mean score on each suite after `step`, and the number of answers that could not be graded."""
+        self._record("suite", step, {**scores, "not_graded": ungraded} if ungraded else scores)
+        if self._write:
+            figures = "  ".join(f"{name} {score:.4f}" for name, score in scores.items())
+            self.say(f"step {step}/{self._total}  suites: {figures}{f'  ({ungraded} answers not graded)' if ungraded else ''}")
 
     def new_records(self) -> list[MetricsRecord]:
         """Return the records since the last call, in every process."""
@@ -234,7 +245,7 @@ def parse_line(line: bytes) -> MetricsRecord:
         raise ValueError(f"not UTF-8: {error.reason}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {getattr(error, 'msg', error)}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record.get("kind") not in ("train", "eval"):
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record.get("kind") not in KINDS:
         raise ValueError("not the metrics of a step (an object with kind and step)")
     return record
 

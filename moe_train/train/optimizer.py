@@ -6,11 +6,15 @@ by the learning rate. Which weights decay, and which are matrices for Muon, is d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
 
 from moe_train import config
 from moe_train.model.paths import ParameterPath
@@ -18,7 +22,7 @@ from moe_train.train.muon import matrix_dims, orthogonalize
 from moe_train.train.rounding import with_rounding
 
 
-def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> optax.Schedule:
+def make_schedule(schedule: config.Schedule, peak: float | Float[Array, ""], total_steps: int) -> optax.Schedule:
     """Return the learning rate of step i = 0 … total_steps - 1.
 
     Warm-up is peak * (i + 1) / warmup_steps. The schedule's decay follows, and reaches its final fraction at the last step.
@@ -55,6 +59,57 @@ def make_schedule(schedule: config.Schedule, peak: float, total_steps: int) -> o
     return optax.join_schedules([optax.linear_schedule(peak / schedule.warmup_steps, peak, first), after], [first])
 
 
+Part = Literal["main", "other"]
+"""Weights with a learning rate of their own: `other` are those that Muon leaves to AdamW."""
+
+
+def peak_rates(optimizer: config.Optimizer) -> dict[Part, float]:
+    """Return the learning rate after warm-up of each part of the weights."""
+    rates: dict[Part, float] = {"main": optimizer.learning_rate}
+    if isinstance(optimizer, config.Muon):
+        rates["other"] = optimizer.adamw_learning_rate
+    return rates
+
+
+def rate_arrays(optimizer: config.Optimizer) -> dict[str, Float[Array, ""]]:
+    """Return `peak_rates` as arrays on the mesh in force, for `TrainState.learning_rates`."""
+    return {part: jnp.full((), rate, jnp.float32, out_sharding=P()) for part, rate in peak_rates(optimizer).items()}
+
+
+def _scale_by_rate(
+    schedule: Callable[..., optax.Schedule], part: Part, stated_peak: float
+) -> optax.GradientTransformationExtraArgs:
+    """Return the multiplication of updates by minus the learning rate.
+
+    Args:
+        schedule: returns the schedule of a peak.
+        part: which of the peaks in the extra argument `learning_rates` counts.
+        stated_peak: the peak where that argument is not given; it is a constant of the compiled program.
+
+    Raises:
+        ValueError: the schedule does not fit the run.
+    """
+    schedule(peak=stated_peak)  # now, and not when the step is traced
+
+    def init(_params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Any,
+        state: optax.ScaleByScheduleState,
+        params: Any = None,
+        *,
+        learning_rates: Mapping[str, Any] | None = None,
+        **_extra: Any,
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        peak = stated_peak if learning_rates is None else learning_rates[part]
+        rate = schedule(peak=peak)(state.count)
+        scaled = jax.tree.map(lambda g: jnp.array(-rate, dtype=g.dtype) * g, updates)
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.GradientTransformation:
     """Return the optimizer of a config section, which works on flat dicts {path: array}.
 
@@ -69,27 +124,29 @@ def make_optimizer(optimizer: config.Optimizer, total_steps: int) -> optax.Gradi
     decay = optax.add_decayed_weights(optimizer.weight_decay, mask=partial(decay_mask, no_decay=optimizer.no_decay))
     clip = optax.identity() if optimizer.max_grad_norm is None else optax.clip_by_global_norm(optimizer.max_grad_norm)
 
-    def with_rate(direction: optax.GradientTransformation, peak: float) -> optax.GradientTransformation:
-        return optax.chain(direction, decay, optax.scale_by_learning_rate(rate(peak=peak)))
+    peaks = peak_rates(optimizer)
+
+    def with_rate(direction: optax.GradientTransformation, part: Part) -> optax.GradientTransformation:
+        return optax.chain(direction, decay, _scale_by_rate(rate, part, peaks[part]))
 
     match optimizer:
         case config.AdamW(b1=b1, b2=b2, eps=eps):
-            update = with_rate(optax.scale_by_adam(b1, b2, eps), optimizer.learning_rate)
+            update = with_rate(optax.scale_by_adam(b1, b2, eps), "main")
         case config.Lion(b1=b1, b2=b2):
-            update = with_rate(optax.scale_by_lion(b1, b2), optimizer.learning_rate)
+            update = with_rate(optax.scale_by_lion(b1, b2), "main")
         case config.Adafactor():
             # Without momentum, as in the paper. The root mean squares are taken over a whole stack of layers.
             factored = optax.scale_by_factored_rms(
                 decay_rate=optimizer.decay_rate, min_dim_size_to_factor=optimizer.min_dim_size_to_factor
             )
             direction = optax.chain(factored, optax.clip_by_block_rms(1.0), optax.scale_by_param_block_rms())
-            update = with_rate(direction, optimizer.learning_rate)
+            update = with_rate(direction, "main")
         case config.Muon(b1=b1, b2=b2, eps=eps):
             momentum = optax.trace(optimizer.momentum, optimizer.nesterov)
             orthogonal = optax.stateless(lambda updates, _: orthogonalize(updates, optimizer.ns_steps))
             parts = {
-                "matrix": with_rate(optax.chain(momentum, orthogonal), optimizer.learning_rate),
-                "other": with_rate(optax.scale_by_adam(b1, b2, eps), optimizer.adamw_learning_rate),
+                "matrix": with_rate(optax.chain(momentum, orthogonal), "main"),
+                "other": with_rate(optax.scale_by_adam(b1, b2, eps), "other"),
             }
             # Muon applies to matrices only; embeddings, head, router and norms use AdamW with a learning rate of their own.
             update = optax.partition(parts, lambda params: {p: "matrix" if matrix_dims(p) else "other" for p in params})

@@ -54,16 +54,18 @@ def with_rounding(optimizer: optax.GradientTransformation, rounding: config.Roun
         inner = optimizer.init(_float32(weights))
         return MasterState(_float32(_bfloat16_weights(weights)), inner) if rounding == "float32_master" else inner
 
-    def update(gradients: Parameters, state: Any, weights: Parameters | None = None) -> tuple[Parameters, Any]:
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(gradients: Parameters, state: Any, weights: Parameters | None = None, **extra: Any) -> tuple[Parameters, Any]:
         assert weights is not None
         if rounding == "stochastic":
-            return optimizer.update(_float32(gradients), state, _float32(weights))
+            return optimizer.update(_float32(gradients), state, _float32(weights), **extra)
         exact_weights = _float32(weights) | state.masters
-        updates, inner = optimizer.update(_float32(gradients), state.inner, exact_weights)
+        updates, inner = optimizer.update(_float32(gradients), state.inner, exact_weights, **extra)
         masters = {path: x + updates[path] for path, x in state.masters.items()}
         return updates, MasterState(masters, inner)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def apply_updates(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from moe_train import config
 from moe_train.model.parameters import Parameters
@@ -35,6 +35,10 @@ class TrainState(NamedTuple):
     """Number of steps whose update was left out or undone: not finite, or a spike (int32)."""
     guard: GuardState | None = None
     """Recent losses and counts of the spike guard; None without one."""
+    learning_rates: dict[str, Float[Array, ""]] | None = None
+    """Learning rates after warm-up (`optimizer.rate_arrays`), as arguments of the compiled step, so that runs that differ in them
+    share a program; None for the constants of the optimizer. A checkpoint does not store them: a run has those of its config.
+    """
 
     @property
     def learned(self) -> dict[str, Any]:

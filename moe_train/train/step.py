@@ -77,7 +77,8 @@ def train_step(
         value = loss if definition.spike_guard.metric == "loss" else grad_norm
         guard, spike = guard_step(definition.spike_guard, guard, value, finite)
         applies = finite & ~spike.is_spike
-    updates, opt_state = definition.optimizer.update(gradients, state.opt_state, state.trainable)
+    optimizer = optax.with_extra_args_support(definition.optimizer)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable, learning_rates=state.learning_rates)
     rounding_key = _step_key(definition.rounding_seed, state, ROUNDING_STREAM)
     trainable, vanished = apply_updates(definition.rounding, state.trainable, updates, opt_state, rounding_key)
     buffers = _updated_biases(state.buffers, terms.routers, definition.router_loss.bias_update_rate)
@@ -95,6 +96,7 @@ def train_step(
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         skipped=state.skipped + jnp.where(applies, 0, 1),
         guard=guard,
+        learning_rates=state.learning_rates,
     )
     metrics = {}
     for name, metric in step_metrics(definition.objective, terms, weight).items():

@@ -46,7 +46,7 @@ def test_the_last_and_the_best_stay(tmp_path, mesh):
     save_steps(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: float("nan"), 5: None, 6: 4.0})
     assert steps_in(tmp_path) == ["2", "5", "6"]
     with manager.open_for_saving(tmp_path, SETTINGS) as checkpoints:
-        assert manager.best_loss(checkpoints) == 1.0
+        assert manager.best_rank(checkpoints) == 1.0
         manager.save(checkpoints, 7, jax.jit(new_state)(), ABOUT, 0.5)
     assert steps_in(tmp_path) == ["6", "7"]
 

@@ -67,10 +67,13 @@ def test_suites(stand_in, tmp_path: Path, capsys) -> None:
 
 def test_what_does_not_go_together(capsys) -> None:
     for arguments, message in (
-        ((), "state --data FILE for the loss on files, or --suite"),
-        (("--data", "a", "--suite", "b"), "state --data FILE for the loss on files, or --suite"),
-        (("--data", "a", "--against", "b"), "have no effect on --data"),
-        (("limit=3", "--data", "a"), "have no effect on --data"),
+        ((), "state --data FILE for the loss on files, --suite"),
+        (("--data", "a", "--suite", "b"), "state --data FILE for the loss on files, --suite"),
+        (("--data", "a", "--against", "b"), "have no effect without --suite"),
+        (("limit=3", "--data", "a"), "have no effect without --suite"),
+        (("--suite", "b", "--limit", "3"), "have no effect without --lm-eval"),
+        (("--lm-eval", "a"), "--lm-eval needs --include-path"),
+        (("--lm-eval", "a", "--against", "b"), "have no effect without --suite"),
         (("--suite", "b", "--judge-cache", "c"), "--judge-cache has no effect without --judge"),
     ):
         assert run("evaluate", "runs/tiny", *arguments) == 2

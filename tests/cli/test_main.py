@@ -66,7 +66,18 @@ def leaf_commands(group: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str
 LEAF_COMMANDS = dict(leaf_commands(typer.main.get_command(main.app)))
 
 
-WITHOUT_PROGRAMS = {"schema", "recipes", "explain", "convert", "tokenizer train", "inspect", "plot", "doctor", "adapters scale"}
+WITHOUT_PROGRAMS = {
+    "schema",
+    "runs",
+    "recipes",
+    "explain",
+    "convert",
+    "tokenizer train",
+    "inspect",
+    "plot",
+    "doctor",
+    "adapters scale",
+}
 """Commands that compile nothing, besides those of data."""
 
 

@@ -54,7 +54,7 @@ def saving(small_run, tmp_path, monkeypatch):
     """`saving(**settings)` of a run of 6 steps whose best loss so far is 2."""
 
     def make(**settings):
-        monkeypatch.setattr(manager, "best_loss", lambda checkpoints: 2.0)
+        monkeypatch.setattr(manager, "best_rank", lambda checkpoints: 2.0)
         run = config.run_of(small_run(tmp_path, checkpoint=settings))
         return Saving(run, checkpoints=None, begin=SimpleNamespace(checkpoint_step=None), inputs=SimpleNamespace(total_steps=6))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.train.optimizer import decay_mask, make_optimizer, make_schedule
+from moe_train.train.optimizer import decay_mask, make_optimizer, make_schedule, peak_rates
 from tests.meshes import mesh_of
 from tests.train.optimizer_reference import LORA, clipped, decays, gradients, random_parameters, reference, relative, shapes_of
 
@@ -203,3 +204,31 @@ def test_a_run_of_one_step_has_its_peak(name):
         name=name
     )
     assert float(make_schedule(section, 1e-3, 1)(0)) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        config.AdamW(name="adamw", learning_rate=1e-3),
+        config.Muon(name="muon", learning_rate=1e-2, adamw_learning_rate=1e-3),
+        config.AdamW(name="adamw", learning_rate=1e-3, rounding="stochastic"),
+    ],
+    ids=lambda section: f"{section.name} {section.rounding}",
+)
+def test_learning_rates_as_arguments(one_device, section: config.Optimizer) -> None:
+    """The program is the same for other learning rates, and its results are those of the constants."""
+    weights = on_one_device(random_parameters())
+    slopes = jax.tree.map(lambda x: 0.1 * x, weights)
+    rates = {part: 2 * rate for part, rate in peak_rates(section).items()}
+    doubled = section.model_copy(update={"learning_rate": 2 * section.learning_rate})
+    if isinstance(section, config.Muon):
+        doubled = doubled.model_copy(update={"adamw_learning_rate": 2 * section.adamw_learning_rate})
+
+    def update(stated: config.Optimizer, rates: dict | None) -> dict:
+        optimizer = optax.with_extra_args_support(make_optimizer(stated, total_steps=10))
+        return optimizer.update(slopes, optimizer.init(weights), weights, learning_rates=rates)[0]
+
+    for path, expected in update(doubled, None).items():
+        np.testing.assert_allclose(update(section, rates)[path], expected, rtol=1e-6)
+    programs = {str(jax.make_jaxpr(functools.partial(update, stated))(rates)) for stated in (section, doubled)}
+    assert len(programs) == 1

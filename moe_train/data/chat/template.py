@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from moe_train.data.chat import sandbox
 from moe_train.data.chat.example import EXTEND_VOCAB, OTHER_TEMPLATE, Example, without_tools
 from moe_train.data.chat.loss_mask import Answers, Steps, Text
-from moe_train.data.chat.renderings import checked, request, text_or_raise, without_marks
+from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, checked, request, text_or_raise, without_marks
 from moe_train.data.chat.sandbox import Request
 from moe_train.data.chat.served import checked_texts
 from moe_train.data.chat.template_reasoning import check_reasoning_rendered, spelled
@@ -65,6 +65,14 @@ def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) ->
     text = Text(without_marks(_text(conversation, True, template, tokenizer)), [], [])
     _check_system(conversation, text.text)
     return encode_texts([text], tokenizer)[0][0].tokens
+
+
+def prompt_text(conversation: Conversation, template: str, tokenizer: HuggingFace) -> str:
+    """Return the text up to where the assistant's next turn begins, in which control tokens stand by name."""
+    conversation = spelled(conversation, template, tokenizer)
+    text = without_marks(_text(conversation, True, template, tokenizer))
+    # What a user has typed is marked in a rendering where it looks like a control token.
+    return text.replace(PLAIN_TEXT_MARKS[0], "").replace(PLAIN_TEXT_MARKS[1], "")
 
 
 def _check_system(conversation: Conversation, rendered: str) -> None:

@@ -86,6 +86,8 @@ class HuggingFace(Tokenizer):
             raise ValueError(f"{directory / 'tokenizer_config.json'} names no eos_token; a model could not learn to stop")
         self.bos_id = self._id("bos_token") if "bos_token" in self.named_tokens else None
         self.eos_id = self._id("eos_token")
+        self.adds_bos = self._adds_bos(settings)
+        """Whether transformers puts the token that begins a document before a text of its own accord."""
         self.special_tokens = tuple(token.content for token in self._plain.get_added_tokens_decoder().values() if token.special)
         self.chat_template = template_beside(directory, settings)
         self.end_tokens = self._end_tokens(directory, settings)
@@ -98,6 +100,13 @@ class HuggingFace(Tokenizer):
         if number is None:
             raise ValueError(f"the {name} {self.named_tokens[name]!r} of tokenizer_config.json is not in {self.files[0]}")
         return number
+
+    def _adds_bos(self, settings: JsonObject) -> bool:
+        """Return what tokenizer_config.json states, or else whether the post-processor adds the token."""
+        stated = settings.get("add_bos_token")
+        if isinstance(stated, bool):
+            return stated and self.bos_id is not None
+        return self.bos_id is not None and self._plain.encode("", add_special_tokens=True).ids[:1] == [self.bos_id]
 
     def is_token(self, text: str) -> bool:
         """Return whether a template that writes this text writes one token, and not letters."""

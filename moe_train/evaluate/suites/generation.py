@@ -10,8 +10,10 @@ from jax.tree_util import PyTreeDef
 
 from moe_train import config
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.evaluate.generate import GenerationOptions, generate_tokens
-from moe_train.model.parameters import Parameters
+from moe_train.evaluate.generation.completion import StopTexts
+from moe_train.evaluate.generation.generator import Generator
+from moe_train.evaluate.generation.sampling import Sampling
+from moe_train.model.parameters import Parameters, combine
 
 
 class LoadedModel(NamedTuple):
@@ -33,7 +35,7 @@ class GeneratedText(NamedTuple):
     """What a model wrote after a prompt."""
 
     tokens: tuple[int, ...]
-    """All new tokens, without the one that ended them."""
+    """All new tokens, without the one that ended them; with the one in which a stop text ends."""
     text: str
     """Their text, up to the first stop text."""
     finished: bool
@@ -45,7 +47,7 @@ class TextOptions(NamedTuple):
 
     generation: config.AnswerGeneration
     batch_size: int
-    """Number of prompts that are continued together."""
+    """Largest number of prompts that are continued together."""
     keep_special: bool = False
     """Whether control tokens are written by name."""
 
@@ -67,24 +69,15 @@ def generate_answers(
         add_progress: Called with the number of prompts that were completed.
     """
     generation = options.generation
-    generated: dict[int, list[int]] = {}
-    # Prompts of similar length share a batch, whose caches are as long as its longest prompt needs.
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(by_length), options.batch_size):
-        rows = by_length[start : start + options.batch_size]
-        settings = GenerationOptions(
-            generation.max_tokens, tuple(tokenizer.end_ids), generation.temperature, generation.seed, loaded.cache_dtype
-        )
-        batch = [prompts[i] for i in rows]
-        new = generate_tokens(loaded.structure, loaded.weights, loaded.model, loaded.mesh, batch, settings)
-        generated |= dict(zip(rows, new, strict=True))
-        add_progress(len(rows))
+    sampling = Sampling(generation.max_tokens, tuple(tokenizer.end_ids), generation.temperature, seed=generation.seed)
+    stops = StopTexts(tokenizer, generation.stop)
+    transformer = combine(loaded.structure, loaded.weights)
+    generator = Generator(transformer, loaded.model, loaded.mesh, loaded.cache_dtype, options.batch_size)
     texts = []
-    for i, prompt in enumerate(prompts):
-        text = decode_after(tokenizer, prompt, generated[i], options.keep_special)
-        before_stop, is_stopped = _before_stop(text, generation.stop)
-        finished = is_stopped or len(generated[i]) < generation.max_tokens
-        texts.append(GeneratedText(tuple(generated[i]), before_stop, finished))
+    for prompt, completion in zip(prompts, generator.generate(prompts, sampling, stops), strict=True):
+        text = stops.before_stop(decode_after(tokenizer, prompt, completion.tokens, options.keep_special))
+        texts.append(GeneratedText(tuple(completion.tokens), text, completion.stop != "max_tokens"))
+    add_progress(len(texts))
     return texts
 
 
@@ -95,9 +88,3 @@ def decode_after(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[in
     if full_text.startswith(prefix):
         return full_text[len(prefix) :]
     return tokenizer.decode(list(after), keep_special=keep_special)
-
-
-def _before_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """Return a text up to the first stop text, and whether it has one."""
-    ends = [text.find(stop) for stop in stops if stop in text]
-    return (text[: min(ends)], True) if ends else (text, False)

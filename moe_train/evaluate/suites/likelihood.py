@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
@@ -26,6 +27,15 @@ class Continuation(NamedTuple):
     """Tokens of the continuation."""
 
 
+class Scored(NamedTuple):
+    """The likelihood of a continuation."""
+
+    log_likelihood: float
+    """log p(text | prompt) in nats."""
+    is_greedy: bool
+    """Whether each of its tokens is the most likely one."""
+
+
 def log_likelihoods(
     structure: PyTreeDef, weights: Parameters, mesh: Mesh, continuations: Sequence[Continuation], batch_size: int
 ) -> list[float]:
@@ -41,15 +51,37 @@ def log_likelihoods(
         batch_size: Number of rows of a batch; rounded up to a multiple of the devices that split it.
     """
     batch_size += -batch_size % math.prod(mesh.shape[axis] for axis in BATCH)
-    by_length = sorted(range(len(continuations)), key=lambda i: len(continuations[i].prompt) + len(continuations[i].text))
     totals = [0.0] * len(continuations)
-    for start in range(0, len(by_length), batch_size):
-        rows = by_length[start : start + batch_size]
+    for rows in _rows_by_length(continuations, batch_size):
         batch, is_text = _batch([continuations[i] for i in rows], batch_size, mesh)
         logprobs = np.asarray(_logprobs(structure, weights, *put_batch(batch, mesh)), np.float64)
         for row, index in enumerate(rows):
             totals[index] = float(logprobs[row] @ is_text[row])
     return totals
+
+
+def scored_continuations(
+    structure: PyTreeDef, weights: Parameters, mesh: Mesh, continuations: Sequence[Continuation], batch_size: int
+) -> list[Scored]:
+    """Compute `log_likelihoods`, and whether each continuation is the greedy one; the arguments are the same.
+
+    The logits of all positions of a batch are computed, which takes much more memory.
+    """
+    batch_size += -batch_size % math.prod(mesh.shape[axis] for axis in BATCH)
+    scored = [Scored(0.0, False)] * len(continuations)
+    for rows in _rows_by_length(continuations, batch_size):
+        batch, is_text = _batch([continuations[i] for i in rows], batch_size, mesh)
+        logprobs, is_best = jax.device_get(_logprobs_and_best(structure, weights, *put_batch(batch, mesh)))
+        for row, index in enumerate(rows):
+            total = float(np.asarray(logprobs[row], np.float64) @ is_text[row])
+            scored[index] = Scored(total, bool(is_best[row][is_text[row]].all()))
+    return scored
+
+
+def _rows_by_length(continuations: Sequence[Continuation], batch_size: int) -> list[list[int]]:
+    """Return the continuations of each batch by their index; those of similar length share a batch."""
+    by_length = sorted(range(len(continuations)), key=lambda i: len(continuations[i].prompt) + len(continuations[i].text))
+    return [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
 
 
 def _batch(
@@ -83,3 +115,17 @@ def _logprobs(
     model = combine(structure, weights)
     hidden, _ = model(tokens, positions, segment_ids)
     return token_logprobs(hidden, model.head_weight(), targets, model.head_lora_factors(hidden)).logprob
+
+
+@partial(jax.jit, static_argnums=0)
+def _logprobs_and_best(
+    structure: PyTreeDef, weights: Parameters, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the log-probability of each target (B, T), and whether no other token has a larger logit."""
+    model = combine(structure, weights)
+    hidden, _ = model(tokens, positions, segment_ids)
+    logprob = token_logprobs(hidden, model.head_weight(), targets, model.head_lora_factors(hidden)).logprob
+    logits = model.logits(hidden)
+    # A comparison and not an index, since the vocabulary may be split over devices.
+    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
+    return logprob, jnp.max(jnp.where(is_target, logits, -jnp.inf), axis=-1) >= jnp.max(logits, axis=-1)

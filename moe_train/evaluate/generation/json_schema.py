@@ -76,6 +76,12 @@ def _for_llguidance(tokenizer: Tokenizer) -> Any:
     if isinstance(tokenizer, HuggingFace):
         return LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.end_ids))
     assert isinstance(tokenizer, Mistral)
+    if tokenizer.adds_space:
+        # llguidance tokenizes what the schema forces, where sentencepiece would put a space in front.
+        raise ValueError(
+            f"{tokenizer.path.name} is a sentencepiece tokenizer, for which there are no JSON schemas; export the model with "
+            "--format hf and use its tokenizer.json"
+        )
     return LLTokenizer(TokenizerWrapper(_Bytes(tokenizer)), n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.end_ids))
 
 

@@ -69,6 +69,7 @@ def test_a_state_that_is_not_about_a_data_set_and_files_about_the_data_are_no_re
     about = ("state.json", "dataset_infos.json", "dataset_info.json", "LICENSE", "LICENSE.txt", "CHANGELOG.rst")
     write(tmp_path, "a.jsonl", "README.md", *about)
     (tmp_path / "state.json").write_text('{"epoch": 3}')
+    (tmp_path / "README.md").write_text("# Tides\n")
     assert texts(opened(tmp_path)) == texts(opened(tmp_path / "*")) == ["a"]
     assert len(texts(opened(tmp_path / "README.md"))) == 1, "a file that is named is read"
 

@@ -47,7 +47,9 @@ def load_section(path: str | Path, kind: type[_Kind], overrides: Iterable[str] =
     if not path.is_file():
         problem = "no such config file"
         if path.is_dir():
-            problem = "is a folder, not a config file"
+            problem = "is a folder, not a config file; state a YAML file, in which init_from can name a folder of a model"
+            if (path / "config.yaml").is_file():
+                problem = f"is a folder; state its config, {path / 'config.yaml'}"
         raise FileNotFoundError(f"{path}: {problem}")
     try:
         text = path.read_text(encoding="utf-8")

@@ -67,6 +67,9 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
     with pytest.raises(FileNotFoundError, match="is a folder, not a config file"):
         load_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("name: run\n")
+    with pytest.raises(FileNotFoundError, match=r"is a folder; state its config, .*/config\.yaml"):
+        load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
     with pytest.raises(ConfigError, match=r"latin\.yaml: not UTF-8 text \(byte 9\)"):
         load_config(tmp_path / "latin.yaml")

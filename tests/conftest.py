@@ -68,6 +68,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
+@pytest.fixture(autouse=True)
+def no_mesh_is_left() -> Iterator[None]:
+    """Take back a mesh that a test has put in force for the rest of the process, as models without one do."""
+    was_empty = jax.sharding.get_abstract_mesh().empty
+    yield
+    if was_empty and not jax.sharding.get_abstract_mesh().empty:
+        jax.set_mesh(None)
+
+
 @pytest.fixture(scope="session")
 def compiled(pytestconfig: pytest.Config) -> Iterator[Path]:
     """The folder of compiled programs; many runs of one shape compile once."""

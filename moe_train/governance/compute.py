@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 
+from moe_train import config
 from moe_train.governance.lineage import Training
+from moe_train.machine.mesh import AXES, abstract_mesh
 from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
@@ -17,8 +21,18 @@ def training_flops(training: Training) -> float:
     run = training.run
     trained: dict[str, jax.ShapeDtypeStruct] | None = None
     if run.lora is not None:
-        _, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
-        shapes = unquantized_shapes(shapes)
+        shapes = _shapes(run)
         trained = {path: x for path, x in shapes.items() if ParameterPath.parse(path).is_trained(run.lora)}
     per_token = flops_per_token(run.model, run.train.seq_len, trained)
     return per_token * run.train.batch_size * run.train.seq_len * training.step
+
+
+def _shapes(run: config.Run) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of all parameters by path."""
+    mesh: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if jax.sharding.get_abstract_mesh().empty:
+        # For the shapes alone: without any, `abstract_model` would put one in force for the rest of the process.
+        mesh = jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1)))
+    with mesh:
+        _, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
+    return unquantized_shapes(shapes)

@@ -190,7 +190,8 @@ def draw_like(path: str, like: Any, mesh: jax.sharding.Mesh) -> jax.Array:
     return jax.device_put(jnp.asarray(values), NamedSharding(mesh, like.sharding.spec))
 
 
-@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.slow)], ids=["full", "lora"])
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
 def test_eight_devices_lose_what_one_loses(make: Callable[..., config.Config], tmp_path: Path, lora: Any) -> None:
     loss = LOSS if lora is None else {key: value for key, value in LOSS.items() if key != "bias_update_rate"}
     run = make(tmp_path / "run", lora=lora, loss=loss)

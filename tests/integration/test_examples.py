@@ -33,7 +33,7 @@ def test_tiny_moe_learns(compiled: Path) -> None:
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("program", ["own_loss.py", "own_data.py"])
+@pytest.mark.parametrize("program", ["own_loss.py", pytest.param("own_data.py", marks=pytest.mark.slow)])
 def test_a_run_of_ones_own_learns(program: str, compiled: Path, tmp_path: Path) -> None:
     losses = losses_in(printed_by(program, str(tmp_path / "run"), compiled=compiled))
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.3

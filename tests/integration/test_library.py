@@ -84,7 +84,7 @@ def test_a_natural_loss_works_without_a_mesh_and_equals_the_built_in_one() -> No
     assert jax.sharding.get_abstract_mesh().empty
 
 
-@pytest.mark.parametrize("sizes", [config.Mesh(), config.Mesh(fsdp=2, context=2, tensor=2)])
+@pytest.mark.parametrize("sizes", [config.Mesh(), pytest.param(config.Mesh(fsdp=2, context=2, tensor=2), marks=pytest.mark.slow)])
 def test_plain_arrays_give_the_same_logits_on_each_mesh(sizes: config.Mesh) -> None:
     devices = jax.devices()[: 8 if sizes.fsdp == 2 else 1]
     with jax.set_mesh(moe_train.make_mesh(sizes, devices)):

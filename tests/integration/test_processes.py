@@ -195,6 +195,7 @@ def both(stopped: tuple[Run, subprocess.CompletedProcess, float]) -> tuple[Run, 
     return run, copy, done
 
 
+@pytest.mark.slow
 def test_batches_and_losses_are_those_of_one_process(both: tuple[Run, Path, subprocess.CompletedProcess]) -> None:
     run, copy, done = both
     steps, alone = run.saved()[-1], run.folder / "alone"

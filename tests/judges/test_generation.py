@@ -51,7 +51,10 @@ def model_of(kind: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "latent attention"])
+@pytest.mark.parametrize(
+    "kind",
+    ["mixtral", "latent attention", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sliding window", "dense"))],
+)
 def test_greedy_tokens_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     judge = model_of(kind)

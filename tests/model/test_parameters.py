@@ -78,6 +78,7 @@ def test_a_capacity_is_part_of_the_structure(structure: Any, weights: Parameters
     assert limited != structure and with_capacity(limited, None) == structure
 
 
+@pytest.mark.slow
 def test_initial_parameters_have_the_bits_of_a_program_with_all_optimizations() -> None:
     """Their own program is compiled with fewer, which takes a third of the time."""
     with jax.set_mesh(ONE):

@@ -210,7 +210,7 @@ def test_a_run_of_one_step_has_its_peak(name):
     "section",
     [
         config.AdamW(name="adamw", learning_rate=1e-3),
-        config.Muon(name="muon", learning_rate=1e-2, adamw_learning_rate=1e-3),
+        pytest.param(config.Muon(name="muon", learning_rate=1e-2, adamw_learning_rate=1e-3), marks=pytest.mark.slow),
         config.AdamW(name="adamw", learning_rate=1e-3, rounding="stochastic"),
     ],
     ids=lambda section: f"{section.name} {section.rounding}",

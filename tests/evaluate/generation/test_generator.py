@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.evaluate.generation.generator import Generator
+from moe_train.evaluate.generation.generator import Generator, check_lengths
 from moe_train.evaluate.generation.sampling import Sampling
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import Parameters, combine
@@ -94,6 +94,7 @@ def test_an_end_token_ends_one_sequence_and_not_the_others() -> None:
     assert len(ended[0].tokens) <= 3 < 8 in [len(completion.tokens) for completion in ended]
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_seed() -> None:
     with jax.set_mesh(ONE):
         mixtral = generator(MIXTRAL)
@@ -104,7 +105,10 @@ def test_draws_depend_on_the_seed() -> None:
 
         assert draw(1.0, 1) == draw(1.0, 1) != draw(1.0, 2) != draw(1.0, 2 + 2**32)
         assert draw(1e-4, 1) == draw(0.0, 1)
-        with pytest.raises(ValueError, match="exceeds the model's max_seq_len 256"):
-            mixtral.generate(PROMPTS, Sampling(200))
-        with pytest.raises(ValueError, match="prompt 2 has no tokens"):
-            mixtral.generate([[1], []], Sampling(2))
+
+
+def test_prompts_that_cannot_be_continued_are_refused() -> None:
+    with pytest.raises(ValueError, match="exceeds the model's max_seq_len 256"):
+        check_lengths(PROMPTS, 200, MIXTRAL)
+    with pytest.raises(ValueError, match="prompt 2 has no tokens"):
+        check_lengths([[1], []], 2, MIXTRAL)

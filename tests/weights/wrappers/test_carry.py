@@ -77,7 +77,7 @@ def test_an_audio_tower_stays_in_its_layout(layout: Any, to: Any, tmp_path: Path
     assert carry(tmp_path, base, layout, TEXT, None, None).tensors.keys() == base.tensors.keys()
     if layout == "mistral":
         assert carry(tmp_path, base, layout, TEXT, None, None).text_layout == names.mistral_of(TEXT, with_audio=True)
-    with pytest.raises(ValueError, match=rf"nothing public states how.*use --format {layout}, or --text-only"):
+    with pytest.raises(ValueError, match=rf"describes it by other tensors and keys.*use --format {layout}, or --text-only"):
         carry(tmp_path, base, to, TEXT, None, None)
 
 

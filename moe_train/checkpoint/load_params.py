@@ -11,7 +11,7 @@ import jax
 
 from moe_train.checkpoint.arrays import add_part, read_in_parts
 from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER, CheckpointMetadata, SavedCheckpoint, survey
-from moe_train.checkpoint.reading import ReadOutcome, brief, fault_of_any, on_current_mesh
+from moe_train.checkpoint.reading import ReadOutcome, fault_of_any, on_current_mesh, short_reason
 from moe_train.model.parameters import Parameters
 from moe_train.weights.arrays import Abstract
 
@@ -115,7 +115,7 @@ def _load_array_by_array(
             totals.append(total)
             loaded |= kept
     except Exception as error:  # any error counts as damage: it depends on which byte is wrong
-        fault = f"{params}: {brief(error)}"
+        fault = f"{params}: {short_reason(error)}"
     return loaded, fault_of_any(ReadOutcome(fault, totals), [sums[path] for path in paths], str(params))
 
 

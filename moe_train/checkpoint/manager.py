@@ -28,7 +28,7 @@ from moe_train import config
 from moe_train.checkpoint.arrays import bit_sums, chunked_save_args
 from moe_train.checkpoint.items import optimizer_of, params_of
 from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER, CheckpointMetadata, about_json, rank_of, read_saved
-from moe_train.checkpoint.reading import brief
+from moe_train.checkpoint.reading import short_reason
 from moe_train.train.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -219,4 +219,4 @@ def _save_error(checkpoints: ocp.CheckpointManager, error: Exception) -> Runtime
     checkpoints.reload()
     last = checkpoints.latest_step()
     previous = "there is no earlier checkpoint" if last is None else f"the checkpoint of step {last} is intact"
-    return RuntimeError(f"could not save a checkpoint in {checkpoints.directory}: {brief(error)}; {previous}")
+    return RuntimeError(f"could not save a checkpoint in {checkpoints.directory}: {short_reason(error)}; {previous}")

@@ -50,7 +50,7 @@ def fault_of_any(outcome: ReadOutcome, expected: list[int], item: str) -> str:
     return ""
 
 
-def brief(error: BaseException) -> str:
+def short_reason(error: BaseException) -> str:
     """Return the text of an error in one line of about 200 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     if len(text) <= 200:

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from moe_train.checkpoint.arrays import read_array, stored_names
 from moe_train.checkpoint.items import optimizer_of, params_of
 from moe_train.checkpoint.metadata import CheckpointMetadata, SavedCheckpoint, survey
-from moe_train.checkpoint.reading import ReadOutcome, brief, fault_of_any, on_current_mesh
+from moe_train.checkpoint.reading import ReadOutcome, fault_of_any, on_current_mesh, short_reason
 from moe_train.checkpoint.set_aside import set_aside
 from moe_train.train.state import TrainState, split_buffers
 
@@ -92,7 +92,7 @@ def _restore_arrays(checkpoint: Path, saved: SavedCheckpoint, abstract: TrainSta
                 arrays.append(part.array)
                 sums.append(part.bit_sum)
         except Exception as error:  # any error counts as damage: it depends on which byte is wrong
-            fault = f"{checkpoint / item}: {brief(error)}"
+            fault = f"{checkpoint / item}: {short_reason(error)}"
         fault = fault_of_any(ReadOutcome(fault, sums), saved.sums[item], str(checkpoint / item))
         if fault:
             return abstract, fault

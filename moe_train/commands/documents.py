@@ -35,7 +35,7 @@ def documents_of_export(
     num_parameters = _num_parameters(loaded.weights, lora, merge)
     lineage = Lineage(name, layout, opened.model, lora, num_parameters, str(opened.directory), training)
     bill = json.dumps(ml_bom.ml_bom(lineage), indent=1, ensure_ascii=False) + "\n"
-    return {model_card.FILE: model_card.model_card(lineage), ml_bom.FILE: bill}
+    return {model_card.MODEL_CARD_FILE: model_card.model_card(lineage), ml_bom.ML_BOM_FILE: bill}
 
 
 def _num_parameters(weights: LazyParameters, lora: config.Lora | None, merge: bool) -> int:

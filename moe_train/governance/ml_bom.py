@@ -11,7 +11,7 @@ from moe_train.governance.compute import training_flops
 from moe_train.governance.lineage import Lineage, Training
 from moe_train.machine.files import JsonObject
 
-FILE = "ml_bom.cdx.json"
+ML_BOM_FILE = "ml_bom.cdx.json"
 """Name of the bill of materials in a directory."""
 
 

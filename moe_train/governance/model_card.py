@@ -14,7 +14,7 @@ from moe_train.governance.compute import training_flops
 from moe_train.governance.lineage import Lineage, Training
 from moe_train.machine.files import JsonObject
 
-FILE = "README.md"
+MODEL_CARD_FILE = "README.md"
 """Name of a model card in a directory."""
 _TODO = "TODO"
 _LIBRARIES = {"hf": "transformers", "mistral": "mistral-common", "gguf": "gguf", "peft": "peft"}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.checkpoint.reading import brief
+from moe_train.checkpoint.reading import short_reason
 
 # of the threads of Orbax that a failure cuts short
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -36,6 +36,6 @@ def test_two_processes_agree_on_what_is_damaged(tmp_path, fault):
 
 
 def test_long_errors_keep_the_reason_of_the_operating_system():
-    assert brief(ValueError("a\nb  c")) == "a b c" and brief(ValueError()) == "ValueError"
-    cut = brief(OSError("x" * 300 + " No space left on device"))
+    assert short_reason(ValueError("a\nb  c")) == "a b c" and short_reason(ValueError()) == "ValueError"
+    cut = short_reason(OSError("x" * 300 + " No space left on device"))
     assert cut == "x" * 200 + " … No space left on device"

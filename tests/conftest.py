@@ -69,10 +69,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def no_mesh_is_left() -> Iterator[None]:
-    """Take back a mesh that a test has put in force for the rest of the process, as models without one do."""
+def nothing_is_left_in_force() -> Iterator[None]:
+    """Take back what a test has put in force for the rest of the process: a mesh, as models without one do, or no compile cache."""
     was_empty = jax.sharding.get_abstract_mesh().empty
+    uses_cache = jax.config.jax_enable_compilation_cache
     yield
+    jax.config.update("jax_enable_compilation_cache", uses_cache)
     if was_empty and not jax.sharding.get_abstract_mesh().empty:
         jax.set_mesh(None)
 

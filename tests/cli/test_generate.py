@@ -27,7 +27,6 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[GenerationRequest]:
         return [GeneratedText(i // request.samples, f" {i}", [i], [-0.5], "max_tokens") for i in range(count)]
 
     monkeypatch.setattr("moe_train.commands.generate.generate", generate)
-    monkeypatch.setenv("MOE_TRAIN_COMPILE_CACHE", "off")
     return received
 
 
@@ -97,7 +96,6 @@ class _Chat:
 
 def test_chat_answers_line_by_line_through_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("moe_train.commands.chat.Chat", _Chat)
-    monkeypatch.setenv("MOE_TRAIN_COMPILE_CACHE", "off")
     monkeypatch.setattr("sys.stdin", io.StringIO("a\n\nb\n/messages\n/what now\n/reset\nc\n/exit\nd\n"))
     assert run("chat", "runs/tiny") == 0
     out, err = capsys.readouterr()

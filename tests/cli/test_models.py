@@ -78,7 +78,6 @@ def test_step(stand_in, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys)
     stand_in("moe_train.commands.verify_answers", verify_answers=None)
     stand_in("moe_train.commands.adapters", diff=diff, comparison_tables=None)
     monkeypatch.setattr("moe_train.commands.generate.generate", generate)
-    monkeypatch.setenv("MOE_TRAIN_COMPILE_CACHE", "off")
     tuned = tmp_path / "tuned"
     (tuned / "checkpoints").mkdir(parents=True)
     assert run("export", tuned, "out", "--step", "30", "--json") == 0

@@ -42,7 +42,7 @@ class Comparisons(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Where results are written, besides what is returned."""
+    """Files to which results are written, besides what is returned."""
 
     directory: Path | None = None
     """Directory to create: result.json, items.jsonl and report.html."""

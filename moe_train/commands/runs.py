@@ -25,9 +25,9 @@ class RunSummary(NamedTuple):
     """A run in the table."""
 
     run: str
-    """Its directory."""
+    """Directory of the run."""
     settings: JsonObject
-    """Its settings by dotted key; those of the table are the ones in which runs differ."""
+    """Settings by dotted key; those of the table are the ones in which runs differ."""
     status: str
     """`finished`, why it stopped, `running or killed`, or what is damaged."""
     figures: JsonObject

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Training(NamedTuple):
     run: config.Run
     step: int
     base: WeightOrigin | None
-    """Where the initial weights come from; None if they were random."""
+    """Source of the initial weights; None if they were random."""
     data: tuple[Manifest, ...]
     """The prepared sets that were trained on; empty if the run keeps no manifest."""
     data_hash: str | None
@@ -38,7 +38,7 @@ class Training(NamedTuple):
     sessions: tuple[JsonObject, ...]
     """What `run.json` states about each start and resume: command, versions, hardware."""
     seconds: float | None
-    """Time between the starts and stops up to the checkpoint; None if a stop is not recorded."""
+    """Time between the starts and stops; None if a stop is not recorded, or if the run went on after the checkpoint."""
 
 
 class Lineage(NamedTuple):
@@ -85,7 +85,7 @@ def training_of(run_dir: Path, run: config.Run, about: CheckpointMetadata, step:
         data_hash=about.manifest,
         held_out=tuple(_held_out(run_dir / "metrics.jsonl", step)),
         sessions=tuple(starts),
-        seconds=_seconds(events),
+        seconds=_seconds(events, step),
     )
 
 
@@ -115,8 +115,10 @@ def _held_out(path: Path, step: int) -> Iterable[HeldOut]:
             yield HeldOut(record["step"], record["loss"])
 
 
-def _seconds(events: Iterable[JsonObject]) -> float | None:
-    """Return the time that a run was at work; None if one of its stops is not recorded, as after a kill."""
+def _seconds(events: Sequence[JsonObject], step: int) -> float | None:
+    """Return the time that a run was at work up to a step; None if that is not recorded, as after a kill or for an earlier step."""
+    if any(event["step"] > step for event in events):
+        return None
     total = 0.0
     started: datetime.datetime | None = None
     for event in events:

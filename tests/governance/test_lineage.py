@@ -24,6 +24,11 @@ def test_a_run_that_was_killed_states_no_time(tmp_path):
     assert training_of(tmp_path, run_of(), ABOUT, 3).seconds is None
 
 
+def test_a_checkpoint_after_which_the_run_went_on_states_no_time(tmp_path):
+    assert lineage_of(tmp_path).training.seconds is not None
+    assert training_of(tmp_path, run_of(), ABOUT, 2).seconds is None
+
+
 def test_records_that_are_gone_are_left_out_and_damaged_ones_are_named(tmp_path):
     training = training_of(tmp_path, run_of(), ABOUT, 3)
     assert (training.data, training.held_out, training.sessions, training.seconds) == ((), (), (), None)

@@ -37,7 +37,7 @@ class Request(NamedTuple):
     """A prompt to continue."""
 
     number: int
-    """Its place in the caller's list."""
+    """Index in the caller's list."""
     draw_index: int
     """Index on which its draws depend."""
     prompt: list[int]

@@ -33,7 +33,7 @@ class Rows(NamedTuple):
     tokens_B: Int[Array, " B"]
     """The newest token of each sequence, which is not in the cache yet."""
     positions_B: Int[Array, " B"]
-    """Its position."""
+    """Position of that token."""
     requests_B: Int[Array, " B"]
     """Index of the request, for the draws."""
     remaining_B: Int[Array, " B"]

@@ -29,7 +29,7 @@ class Answer(NamedTuple):
     text: str
     """The answer; for multiple choice, the likeliest choice; for perplexity, the expected answer."""
     score: float | None
-    """From 0 to 1; None if the answer could not be graded."""
+    """Score from 0 to 1; None if the answer could not be graded."""
     finished: bool
     """Whether the answer ended by itself or at a stop text, rather than after the most tokens that the suite allows."""
     tokens: tuple[int, ...] = ()

@@ -54,7 +54,7 @@ class SuiteItem(NamedTuple):
 
 
 class ItemsFile(NamedTuple):
-    """Where the items of a suite are, and how they are read."""
+    """Location of the items of a suite, and how they are read."""
 
     pattern: Path
     """A file, or a pattern of several."""

@@ -36,7 +36,7 @@ TIMEOUT_SECONDS = 120.0
 
 
 class Endpoint(NamedTuple):
-    """Where a judge is reached."""
+    """Endpoint of a judge."""
 
     url: str
     """Such as `http://localhost:8000/v1`."""

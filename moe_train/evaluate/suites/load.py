@@ -20,7 +20,7 @@ class LoadedSuite(NamedTuple):
 
     suite: config.Suite
     file: Path
-    """Its YAML file."""
+    """YAML file of the suite."""
     items: list[SuiteItem]
     examples: list[SuiteItem]
     """Solved examples that come before each question."""

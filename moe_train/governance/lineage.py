@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from moe_train import config
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin
 from moe_train.data.prepared.manifest import MANIFEST, Manifest
 from moe_train.machine.files import JsonObject, read_object
+
+log = logging.getLogger(__name__)
 
 
 class HeldOut(NamedTuple):
@@ -72,8 +75,7 @@ def training_of(run_dir: Path, run: config.Run, about: CheckpointMetadata, step:
         about: metadata of the checkpoint.
         step: its step.
 
-    Raises:
-        ValueError: a record of the run is damaged; the message names the file.
+    A record that is damaged, as a kill leaves it, is left out with a warning that names its file: it stops no export.
     """
     events = _events(run_dir / "run.json")
     starts = [event for event in events if event["event"] in ("start", "resume") and event["step"] <= step]
@@ -90,15 +92,29 @@ def training_of(run_dir: Path, run: config.Run, about: CheckpointMetadata, step:
 
 
 def _events(path: Path) -> list[JsonObject]:
-    """Return the events of `run.json`; none if there is no such file."""
-    return list(read_object(path).get("events", [])) if path.exists() else []
+    """Return the events of `run.json`; none if there is no such file, or if it is damaged."""
+    if not path.exists():
+        return []
+    try:
+        events = [event for event in read_object(path)["events"] if event["event"] in ("start", "resume", "stop")]
+        for event in events:
+            datetime.datetime.fromisoformat(event["time"])
+            int(event["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        _warn(path, error)
+        return []
+    return events
 
 
 def _manifests(path: Path) -> tuple[Manifest, ...]:
-    """Return the manifests of the sets that a run trains on; none if there is no such file."""
+    """Return the manifests of the sets that a run trains on; none if there is no such file, or if it is damaged."""
     if not path.exists():
         return ()
-    return tuple(Manifest.model_validate_json(json.dumps(entry)) for entry in read_object(path)["sets"])
+    try:
+        return tuple(Manifest.model_validate_json(json.dumps(entry)) for entry in read_object(path)["sets"])
+    except (ValueError, KeyError, TypeError) as error:
+        _warn(path, error)
+        return ()
 
 
 def _held_out(path: Path, step: int) -> Iterable[HeldOut]:
@@ -110,9 +126,16 @@ def _held_out(path: Path, step: int) -> Iterable[HeldOut]:
             record = json.loads(line)
             is_measured = record["kind"] == "eval" and record["step"] <= step and isinstance(record["loss"], float)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is damaged ({error}); remove the line, or restore the file") from error
+            _warn(f"{path}:{number}", error)
+            continue
         if is_measured:
             yield HeldOut(record["step"], record["loss"])
+
+
+def _warn(location: Path | str, error: Exception) -> None:
+    """Say that a record is damaged."""
+    reason = " ".join(str(error).split())[:200]
+    log.warning("%s is damaged (%s), so the model card and the bill of materials leave it out", location, reason)
 
 
 def _seconds(events: Sequence[JsonObject], step: int) -> float | None:

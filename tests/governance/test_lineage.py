@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from moe_train.checkpoint.metadata import CheckpointMetadata
 from moe_train.governance.lineage import HeldOut, training_of
 from tests.governance.lineages import SET, lineage_of, run_of, write_records
@@ -29,9 +27,17 @@ def test_a_checkpoint_after_which_the_run_went_on_states_no_time(tmp_path):
     assert training_of(tmp_path, run_of(), ABOUT, 2).seconds is None
 
 
-def test_records_that_are_gone_are_left_out_and_damaged_ones_are_named(tmp_path):
+def test_records_that_are_gone_or_damaged_are_left_out_and_damaged_ones_are_named(tmp_path, caplog):
     training = training_of(tmp_path, run_of(), ABOUT, 3)
     assert (training.data, training.held_out, training.sessions, training.seconds) == ((), (), (), None)
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind"')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2 is damaged"):
-        training_of(tmp_path, run_of(), ABOUT, 3)
+    assert not caplog.records
+    write_records(tmp_path, [("start", 0, "10:00:00")])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind"')  # as a kill leaves the last line
+    (tmp_path / "run.json").write_text('{"events": [{"event": "start"}]}')
+    (tmp_path / "manifest.json").write_text('{"sets": [{}]}')
+    training = training_of(tmp_path, run_of(), ABOUT, 3)
+    assert [measured.step for measured in training.held_out] == [0, 2, 3]
+    assert (training.data, training.sessions, training.seconds) == ((), (), None)
+    for name in ("metrics.jsonl:6", "run.json", "manifest.json"):
+        assert f"{tmp_path / name} is damaged" in caplog.text

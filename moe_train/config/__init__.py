@@ -83,6 +83,7 @@ from moe_train.config.optimization import (
     Schedule,
     WsdSchedule,
 )
+from moe_train.config.profile import Profile
 from moe_train.config.records import (
     ChatRecord,
     CompletionRecord,
@@ -106,6 +107,7 @@ from moe_train.config.section import (
     Section,
 )
 from moe_train.config.suite import AnswerGeneration, Columns, FewShot, Prompt, Suite
+from moe_train.config.trackers import MlflowTracker, Tracker, TrackioTracker, WandbTracker
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, SpikeGuard, Train
 
 __all__ = [
@@ -173,6 +175,7 @@ __all__ = [
     "Mesh",
     "Metrics",
     "MistralTokenizer",
+    "MlflowTracker",
     "Model",
     "MoeFfn",
     "MultiHeadLatentAttention",
@@ -192,6 +195,7 @@ __all__ = [
     "PreferenceRecord",
     "PreparedSource",
     "PretrainedWeights",
+    "Profile",
     "Prompt",
     "PythonSource",
     "QueryScaling",
@@ -216,7 +220,10 @@ __all__ = [
     "TextRecord",
     "Tokenizer",
     "ToolCallsGrader",
+    "Tracker",
+    "TrackioTracker",
     "Train",
+    "WandbTracker",
     "WsdSchedule",
     "YarnRope",
     "check_batch",

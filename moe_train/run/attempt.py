@@ -26,9 +26,11 @@ from moe_train.run.held_out import HeldOutLoss
 from moe_train.run.inputs import open_inputs
 from moe_train.run.metrics import MetricsReader
 from moe_train.run.record import check_checkpoints_kept, run_log
+from moe_train.run.reference import add_reference
 from moe_train.run.saving import RolledBack, Saving
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import Start, starting_state
+from moe_train.run.start_check import check_start
 from moe_train.run.stopping import StopRequest, Votes
 from moe_train.run.suite_scores import SuiteScores
 from moe_train.run.writer import Writer
@@ -187,6 +189,8 @@ def open_attempt(
     # Entered after the writer, so that the reason of a stop is recorded before the metrics are closed.
     stopped = exit_stack.enter_context(run_log(run, folder.path, begin, inputs))
     introduction.introduce(run, writer.say, inputs, begin)
+    stop_request.starting = "computing the reference log-probabilities"
+    add_reference(run, inputs, begin, objective, mesh, writer.say)
     stop_request.starting = "testing the kernels"
     run_self_tests(run, writer.say)
 
@@ -194,6 +198,7 @@ def open_attempt(
     batches: Any = exit_stack.enter_context(contextlib.closing(inputs.train.iterate(start)))  # type: ignore[type-var]
     # The first batch is needed before the loop: the step is compiled for its shapes and shardings.
     batch = put_batch(next(batches), mesh)
+    check_start(run, objective, begin, batch, writer.say)
     start_time = time.perf_counter()
     definition = definition_of(run, begin.structure, begin.optimizer, objective)
     run_step = compile_step(definition, begin.state, batch, begin.base_weights)

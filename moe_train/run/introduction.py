@@ -34,6 +34,8 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"experts: {transport}")
     if run.export == "none":
         say(f"export: none, since no file format can express {config.without_format(run.model)}")
+    for line in _describe_objective(run):
+        say(line)
     for line in describe_initial_files(run.init_from) if run.init_from else ():
         say(line)
     loader = inputs.train
@@ -55,6 +57,19 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"continuing after step {int(begin.state.step)}")
     for change in _changes(begin):
         say(f"changed since the checkpoint: {change}")
+
+
+def _describe_objective(run: config.Run) -> list[str]:
+    """Return a line on what a preference run learns from and what it is compared with; none for next-token training."""
+    section = run.objective
+    if not isinstance(section, config.Preference | config.UnpairedPreference):
+        return []
+    reference = "no reference"
+    if isinstance(section, config.UnpairedPreference) or section.has_reference:
+        reference = (
+            "compared with the model before training" if run.lora is None else "compared with the model without its adapters"
+        )
+    return [f"objective: {section.name}, {section.loss}, beta {section.beta:g}, {reference}"]
 
 
 def print_damage(begin: Start) -> None:

@@ -89,6 +89,6 @@ def test_full_training_reads_the_reference_from_the_batch() -> None:
     with jax.set_mesh(ONE):
         model = combine(structure_of(None), random_parameters(MODEL, scale=0.3), {})
         value = quick_jit(lambda *xs: plain_loss(section, *xs))(model, base, put_batch(batch, ONE))
-    assert stored.loss == pytest.approx(value, rel=2e-5)
+    assert stored.loss == pytest.approx(float(value), rel=2e-5)
     missing = gradients(preference(section), ONE, rows=batch._replace(reference=np.full_like(batch.reference, np.nan)))
     assert np.isnan(missing.loss)

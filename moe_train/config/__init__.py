@@ -68,7 +68,7 @@ from moe_train.config.graders import (
     ToolCallsGrader,
 )
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
-from moe_train.config.objective import NextToken, Objective, check_records
+from moe_train.config.objective import NextToken, Objective, check_records, extra_forward_passes
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -226,6 +226,7 @@ __all__ = [
     "check_model",
     "check_records",
     "describe_features",
+    "extra_forward_passes",
     "family_with",
     "features",
     "layers",

@@ -55,7 +55,8 @@ def add_reference(run: config.Run, inputs: RunInputs, begin: Start, objective: O
     model_sha256 = model_hash(begin.base)
     references = []
     for i, source in enumerate(loader.sources):
-        identity = ReferenceIdentity(source.store.manifest.hash, model_sha256, int(source.lengths.sum()))
+        fitting = source.lengths[source.lengths <= run.train.seq_len]
+        identity = ReferenceIdentity(source.store.manifest.hash, model_sha256, int(source.lengths.sum()), int(fitting.sum()))
         named = isinstance(source.section, config.PreparedSource)
         cache_dir = run.training_data().cache_dir
         folder = reference_folder(source.store.path, cache_dir, source.store.manifest, identity, named)

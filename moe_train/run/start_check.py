@@ -58,10 +58,10 @@ def check_start(run: config.Run, objective: Objective, begin: Start, batch: Any,
     is_stored = not begin.state.frozen
     # On accelerators XLA may fuse the two passes differently, so that only a CPU has to give the same bits.
     limit = MEAN_LIMIT[run.compute.dtype] if is_stored or platform() != "cpu" else 0.0
-    found = f"log-probabilities of answer tokens differ by {values.largest:.3g} nats at most and {values.mean:.3g} on average"
+    difference = f"log-probabilities of answer tokens differ by {values.largest:.3g} nats at most and {values.mean:.3g} on average"
     if not values.mean <= limit:
         raise ValueError(
-            f"{run.name}: before the first step the model should equal its reference, but {found}; {_reason(is_stored)}"
+            f"{run.name}: before the first step the model should equal its reference, but {difference}; {_reason(is_stored)}"
         )
     # Rewards are sums over the tokens of an answer, so the loss of a stored reference may differ by more.
     if not is_stored and not abs(values.loss - values.expected_loss) <= LOSS_LIMIT * values.expected_loss:
@@ -69,7 +69,7 @@ def check_start(run: config.Run, objective: Objective, begin: Start, batch: Any,
             f"{run.name}: before the first step the loss is {values.loss:.6g} and should be {values.expected_loss:.6g}; the first "
             "batch does not hold whole pairs, which is a bug in its batch type"
         )
-    say(f"start check: rewards are 0 and the loss is {values.loss:.4f}, as expected ({found})")
+    say(f"start check: rewards are 0 and the loss is {values.loss:.4f}, as expected ({difference})")
 
 
 def _reason(is_stored: bool) -> str:

@@ -90,6 +90,7 @@ def test_pairs_with_adapters_start_at_zero_and_learn(
     assert held_out[0]["pairs"] == 24 and held_out[0]["routing_drift"] == [0, 0] and len(held_out[-1]["routing_drift"]) == 2
 
 
+@pytest.mark.slow
 def test_labelled_answers_with_adapters(make: Callable[..., Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     objective = {"name": "unpaired_preference", "beta": 0.5, "desirable_weight": 2.0}
     assert train(make(tmp_path / "run", objective)) == loop.FINISHED

@@ -127,9 +127,12 @@ def _too_long(source: config.Source, store: TokenStore) -> TooLong:
     """Return what to do with the examples of a source that are longer than a row."""
     if not isinstance(source, config.PreparedSource):
         return source.record.too_long
-    if source.too_long is not None:
-        return source.too_long
-    return store.manifest.too_long
+    if source.too_long is None:
+        return store.manifest.too_long
+    # Their record sections have no other choice either; a set may be cut differently than its section says.
+    if source.too_long in ("split", "truncate") and store.manifest.rules.record["name"] in ("preference", "labelled"):
+        raise ValueError(f"{source.path}: too_long is {source.too_long}, but judged answers are never cut; set it to drop or error")
+    return source.too_long
 
 
 def source_name(source: config.Source) -> str:

@@ -32,6 +32,8 @@ class ReferenceIdentity(NamedTuple):
     """A hash over every byte of the reference model."""
     positions: int
     """Positions of all examples together, mismatched answers included."""
+    computed: int
+    """Positions of those examples that fit into a row; the others have none."""
 
     @property
     def folder_name(self) -> str:
@@ -73,7 +75,12 @@ class StoredReference:
         return np.asarray(self._values[start : self._ends[example]])
 
 
-_WORDS = {"set_hash": "prepared set (records, tokenizer or chat template)", "model_sha256": "model", "positions": "packing"}
+_WORDS = {
+    "set_hash": "prepared set (records, tokenizer or chat template)",
+    "model_sha256": "model",
+    "positions": "packing",
+    "computed": "train.seq_len",
+}
 
 
 def write_reference(directory: Path, identity: ReferenceIdentity, values: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from moe_train.data.prepared.reference import ReferenceIdentity, StoredReference, reference_folder, write_reference
 
-IDENTITY = ReferenceIdentity("set", "0123456789abcdef01", 5)
+IDENTITY = ReferenceIdentity("set", "0123456789abcdef01", 5, 5)
 LENGTHS = np.array([2, 0, 3])
 SET: Any = SimpleNamespace(hash="f" * 64)
 
@@ -30,6 +30,7 @@ def test_each_example_has_its_own(tmp_path: Path) -> None:
         ({"set_hash": "other"}, "another prepared set"),
         ({"model_sha256": "x"}, "another model"),
         ({"positions": 6}, "another packing"),
+        ({"computed": 4}, "another train.seq_len"),
     ],
 )
 def test_what_belongs_to_something_else_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

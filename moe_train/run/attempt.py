@@ -28,9 +28,11 @@ from moe_train.run.inputs import open_inputs
 from moe_train.run.metrics import MetricsReader
 from moe_train.run.profiling import StepProfiler
 from moe_train.run.record import check_checkpoints_kept, run_log
+from moe_train.run.reference import add_reference
 from moe_train.run.saving import RolledBack, Saving
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import Start, starting_state
+from moe_train.run.start_check import check_start
 from moe_train.run.stopping import StopRequest, StopVotes, Votes
 from moe_train.run.suite_scores import SuiteScores
 from moe_train.run.writer import Writer
@@ -224,6 +226,8 @@ def open_attempt(
     goodput.open(folder.path, start, write=jax.process_index() == 0)
     exit_stack.push(lambda kind, *_: goodput.write(end=_reason(kind, stopped.reason)))
     introduction.introduce(run, writer.say, inputs, begin)
+    stop_request.starting = "computing the reference log-probabilities"
+    add_reference(run, inputs, begin, objective, mesh, writer.say)
     stop_request.starting = "testing the kernels"
     run_self_tests(run, writer.say)
 
@@ -231,6 +235,7 @@ def open_attempt(
     batches: Any = exit_stack.enter_context(contextlib.closing(inputs.train.iterate(start)))  # type: ignore[type-var]
     # The first batch is needed before the loop: the step is compiled for its shapes and shardings.
     batch = put_batch(next(batches), mesh)
+    check_start(run, objective, begin, batch, writer.say)
     start_time = time.perf_counter()
     definition = definition_of(run, begin.structure, begin.optimizer, objective)
     with goodput.during("compile"):

@@ -15,7 +15,7 @@ from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.chat.chat_date import date_of_data
 from moe_train.data.records import unread
-from moe_train.data.records.conversation import normalise, trainable
+from moe_train.data.records.conversation import normalise
 from moe_train.data.records.open_source import first_record
 from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
@@ -101,7 +101,7 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
 
 def _readable(fields: JsonObject, record: config.Record) -> bool:
     try:
-        trainable(normalise(fields, record))
+        normalise(fields, record)
     except ValueError:
         return False
     return True

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train import config
-from moe_train.data.batches.batch import Batch, BatchRows
+from moe_train.data.batches.batch import Batch, BatchRows, StoredPiece
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
@@ -113,13 +113,13 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     return Rows(batch, placed)
 
 
-def _piece(example: Example, start: int, length: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _piece(example: Example, start: int, length: int) -> StoredPiece:
     # A piece of n positions has n + 1 ids, the last of which is only predicted.
     cut = slice(start, start + length + 1)
     tokens = np.asarray(example.tokens[cut])
     if example.loss_mask is None:
-        return tokens, None
-    return tokens, np.asarray(example.loss_mask[cut])
+        return StoredPiece(tokens, None)
+    return StoredPiece(tokens, np.asarray(example.loss_mask[cut]))
 
 
 def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int = 1) -> Rows:

@@ -83,6 +83,7 @@ from moe_train.config.optimization import (
     Schedule,
     WsdSchedule,
 )
+from moe_train.config.preferences import Preference, UnpairedPreference
 from moe_train.config.records import (
     ChatRecord,
     CompletionRecord,
@@ -189,6 +190,7 @@ __all__ = [
     "PerplexityGrader",
     "Positive",
     "PositiveFloat",
+    "Preference",
     "PreferenceRecord",
     "PreparedSource",
     "PretrainedWeights",
@@ -217,6 +219,7 @@ __all__ = [
     "Tokenizer",
     "ToolCallsGrader",
     "Train",
+    "UnpairedPreference",
     "WsdSchedule",
     "YarnRope",
     "check_batch",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from moe_train.config.data import Data, RecordSource
+from moe_train.config.preferences import Preference, UnpairedPreference
 from moe_train.config.section import Section
 
 
@@ -17,11 +20,8 @@ class NextToken(Section):
     name: Literal["next_token"]
 
 
-Objective = NextToken
-"""The tagged union of objectives, with a single member so far.
-
-With a second member, write `Annotated[NextToken | Other, Field(discriminator="name")]`; pydantic refuses a union of one.
-"""
+Objective = Annotated[NextToken | Preference | UnpairedPreference, Field(discriminator="name")]
+"""The tagged union of objectives."""
 
 
 def check_records(objective: Objective, data: Data) -> None:

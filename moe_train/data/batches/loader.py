@@ -19,8 +19,10 @@ import grain
 import numpy as np
 
 from moe_train import config
+from moe_train.data.batches.answer_batches import UnpairedBatch
 from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch
 from moe_train.data.batches.concatenation import Concatenation
+from moe_train.data.batches.mismatched import check_labels
 from moe_train.data.batches.order import Shuffle
 from moe_train.data.batches.packing import Plan
 from moe_train.data.batches.sources import RowSource, open_rows, open_store
@@ -102,7 +104,9 @@ class Loader:
             if sources == "train":
                 store.warn_of_cache(data.shuffle_tokens)
                 shuffle = Shuffle((seed, i), data.shuffle_tokens)
-            self._sources.append(open_rows(source, store, rows.seq_len, shuffle, data.cache_dir))
+            self._sources.append(open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, batch_type is UnpairedBatch))
+        if batch_type is UnpairedBatch:
+            check_labels([opened.store for opened in self._sources])
         plans = [opened.order.plan() for opened in self._sources]
         for opened, plan in zip(self._sources, plans, strict=True):
             if not plan.num_rows:
@@ -254,7 +258,7 @@ class Loader:
             batch_rows = np.flatnonzero(source_of_row == i).tolist()
             row_pieces = [source.order.pieces(row) for row in rows[batch_rows].tolist()]
             # One read for all rows of the source, so that a bucket answers many requests at once.
-            contents = iter(source.store.read(list(itertools.chain.from_iterable(row_pieces))))
+            contents = iter(source.read(list(itertools.chain.from_iterable(row_pieces))))
             for row, pieces in zip(batch_rows, row_pieces, strict=True):
                 batch.fill_row(row, [next(contents) for _ in pieces])
         return batch

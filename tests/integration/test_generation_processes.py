@@ -25,6 +25,18 @@ pytestmark = pytest.mark.slow
 PROMPTS = [[5, 6, 7], [8], [9, 3, 4, 5, 6]]
 CONTINUATIONS = [Continuation([5, 6, 7], [8, 9]), Continuation([3], [4, 5, 6])]
 
+WORKER = """
+import sys
+import jax
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
+# Imported afterwards, since importing the tests makes a mesh.
+import json, pathlib
+from moe_train import config
+from moe_train.machine.mesh import make_mesh
+from tests.integration.test_generation_processes import answers
+pathlib.Path(sys.argv[3]).write_text(json.dumps(answers(make_mesh(config.Mesh(fsdp=2, expert=2)))))
+"""
+
 
 def answers(mesh: jax.sharding.Mesh) -> list[object]:
     """What a tiny model generates, greedily and by draws, and the likelihoods that it computes."""
@@ -44,13 +56,8 @@ def test_both_processes_have_the_answers_of_one_device(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2", "PYTHONPATH": str(Path(__file__).parents[2])}
     files = [tmp_path / f"{index}.json" for index in range(2)]
-    commands = [[sys.executable, __file__, str(port), str(index), str(file)] for index, file in enumerate(files)]
+    commands = [[sys.executable, "-c", WORKER, str(port), str(index), str(file)] for index, file in enumerate(files)]
     processes = [subprocess.Popen(command, env=env) for command in commands]
     assert [process.wait(timeout=600) for process in processes] == [0, 0]
     expected = answers(make_mesh(config.Mesh(), jax.devices()[:1]))
     assert [json.loads(file.read_text()) for file in files] == [expected, expected]
-
-
-if __name__ == "__main__":
-    jax.distributed.initialize(f"localhost:{sys.argv[1]}", 2, int(sys.argv[2]))
-    Path(sys.argv[3]).write_text(json.dumps(answers(make_mesh(config.Mesh(fsdp=2, expert=2)))))

@@ -216,6 +216,6 @@ def requirement_outcome(requirement: Requirement, base: str, comparison: Compari
         "suite": requirement.suite,
         "against": base,
         "lower_bound": comparison.interval.low,
-        "must_be_at_least": -requirement.margin,
+        "must_be_at_least": 0 - requirement.margin,
         "met": requirement.is_met(comparison),
     }

@@ -83,6 +83,7 @@ class Run(Section):
     average: Average
     metrics: Metrics
     export: Literal["all", "none"]
+    network: Literal["any", "none"]
 
     @property
     def lora(self) -> Lora | None:

@@ -77,6 +77,7 @@ def check_data(
             gathered.add_mixed_kinds()
         result = gathered.result(sources, settings, tokens_per_second)
         result["left_out"] = dict(Counter(file.suffix.lower() or file.name for file in left_out).most_common())
+        result["without_licence"] = [index for index, source in enumerate(sources) if source.without_licence]
         if coverage is not None:
             result["sample"] = coverage.result(gathered.num_records)
             # The number of duplicates in a sample says little about the whole corpus.
@@ -104,5 +105,6 @@ def _question(
         repairing=settings.repairing,
         ignore=tuple(dict.fromkeys(ignored)),
         reasoning_effort=settings.reasoning_effort,
+        personal_data=settings.personal_data,
         held_out=held_out.hashes,
     )

@@ -21,11 +21,21 @@ from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens
 from moe_train.data.check import rules
 from moe_train.data.check.duplicates import fingerprints
-from moe_train.data.check.findings import Chunk, CorrectedChunk, Findings, KindCount, Question, ReadRecord
+from moe_train.data.check.findings import (
+    Change,
+    Chunk,
+    CorrectedChunk,
+    Findings,
+    KindCount,
+    PersonalDataSearch,
+    Question,
+    ReadRecord,
+)
 from moe_train.data.check.kinds import kind_of
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import compared_text, overlap
 from moe_train.data.check.pair_rules import no_objective
+from moe_train.data.check.personal_data import scan_record
 from moe_train.data.check.repaired import attempts, corrected_chunk
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.conversation import read as read_record
@@ -94,8 +104,12 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         form: The form of records that the tokenizer requires (see `requirements_of`).
     """
     records = _read_chunk(chunk, question)
+    personal: list[tuple[int, Problem]] = []
+    redactions: list[Change] = []
+    if question.personal_data is not None:
+        personal, redactions = _search_personal_data(records, question, question.personal_data)
     _judge(records.read, question, form)
-    problems = list(records.unreadable)
+    problems = [*records.unreadable, *personal]
     counts = _ExampleCounts()
     unread: Counter[str] = Counter()
     for entry in records.read:
@@ -123,7 +137,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         prints=fingerprints([_content(entry.record) for entry in records.read], texts),
         overlapping=numbers[overlapping],
         held_out=held_out,
-        corrected=_corrected(records, question, form) if question.repairing else None,
+        corrected=_corrected(records, question, form, redactions) if question.repairing else None,
     )
 
 
@@ -143,6 +157,29 @@ def _read_chunk(chunk: Chunk, question: Question) -> _ReadChunk:
         except Problem as problem:
             records.unreadable.append((number, problem))
     return records
+
+
+def _search_personal_data(
+    records: _ReadChunk, question: Question, search: PersonalDataSearch
+) -> tuple[list[tuple[int, Problem]], list[Change]]:
+    """Search the records for personal data; if records are corrected, replace it before anything else is looked at.
+
+    Returns:
+        The problems, each with the number of its record, and the changes.
+    """
+    problems: list[tuple[int, Problem]] = []
+    changes: list[Change] = []
+    for index, entry in enumerate(records.read):
+        scanned = scan_record(entry.fields, search.phone_region, question.allowed)
+        problems += [(entry.number, problem) for problem in scanned.problems]
+        if not scanned.changes or not question.repairing:
+            continue
+        # The line as it was holds what was replaced.
+        records.raw.pop(entry.number, None)
+        changes += [Change(entry.number, "changed", rule, change) for rule, change in scanned.changes]
+        assert isinstance(scanned.fields, dict)
+        records.read[index] = ReadRecord(entry.number, scanned.fields, entry.section, *read_record(scanned.fields, entry.section))
+    return problems, changes
 
 
 def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]:
@@ -236,14 +273,17 @@ def _kinds(read: list[ReadRecord]) -> dict[str, KindCount]:
     return counts
 
 
-def _corrected(records: _ReadChunk, question: Question, form: Requirements) -> CorrectedChunk:
-    """Return the corrected chunk."""
+def _corrected(records: _ReadChunk, question: Question, form: Requirements, redactions: list[Change]) -> CorrectedChunk:
+    """Return the corrected chunk, of which `redactions` states the changes that were made before."""
     repaired, reasons = attempts(records.read, form)
     _judge([attempt.entry for attempt in repaired.values()], question, form)
     for attempt in repaired.values():  # what training accepts is no reason to give a repair up
         attempt.entry.problems = [problem for problem in attempt.entry.problems if problem.rule not in _STILL_TOKENISED]
     accepted = [entry.number for entry in records.read if entry.problems and _accepted(entry, question)]
-    return corrected_chunk(records.read, records.unreadable, records.raw, repaired, reasons, accepted)
+    chunk = corrected_chunk(records.read, records.unreadable, records.raw, repaired, reasons, accepted)
+    dropped = {change.number for change in chunk.changes if change.action == "dropped"}
+    made = [change for change in redactions if change.number not in dropped]
+    return chunk._replace(changes=sorted([*chunk.changes, *made], key=operator.attrgetter("number")))
 
 
 def _accepted(entry: ReadRecord, question: Question) -> bool:

@@ -146,6 +146,8 @@ class CheckResult(TypedDict):
     files: int
     left_out: NotRequired[dict[str, int]]
     """Ending of a name -> number of files that are in no known format, and not read."""
+    without_licence: NotRequired[list[int]]
+    """Indices of the sources of a config that state no licence."""
     bytes: int
     records: int
     records_with_problems: int

@@ -27,6 +27,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "commands/erase_records.py": "commands/test_find_records.py erases what it has found",
     "data/records/search.py": "commands/test_find_records.py looks for texts, patterns and hashes",
     "governance/find_in_runs.py": "commands/test_find_records.py compares it with the loader's trace",
+    "config/conversion/dataset_info.py": "config/conversion/test_llama_factory.py converts configs with and without one",
     "cli/data_search.py": "cli/test_data.py gives the commands their arguments",
     "cli/evidence.py": "cli/test_models.py gives the command its arguments",
     "evaluate/suites/not_graded.py": "evaluate/suites/test_own_function.py raises it; the file only declares it",

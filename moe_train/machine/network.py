@@ -54,6 +54,8 @@ def forbid_network(reason: str) -> None:
         reason: The setting that asks for it, for messages.
     """
     global _reason, _peers, _is_hooked
+    # The names of the job's hosts have to be looked up, also if the environment has forbidden the network before.
+    _reason = None
     _peers = peers_of_job(os.environ)
     _reason = reason
     # Processes that this one starts inherit it.

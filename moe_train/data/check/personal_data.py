@@ -117,7 +117,7 @@ def _ibans(text: str) -> Iterator[Detection]:
     for match in _IBAN.finditer(text):
         # The pattern may go on into the next word, so the longest beginning with a right checksum counts.
         for stop in range(match.end(), match.start() + 14, -1):
-            if iban.is_valid(text[match.start() : stop]):
+            if not text[stop - 1].isspace() and iban.is_valid(text[match.start() : stop]):
                 yield Detection(IBAN, match.start(), stop)
                 break
 

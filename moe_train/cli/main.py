@@ -30,6 +30,7 @@ from moe_train.cli.evaluate import evaluate_commands
 from moe_train.cli.evidence import evidence_commands
 from moe_train.cli.generate import generate_commands
 from moe_train.cli.models import model_commands
+from moe_train.cli.synthesize import synthesize_commands
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
 from moe_train.cli.training import training_commands
 from moe_train.machine import processes
@@ -55,6 +56,7 @@ app.add_typer(evidence_commands)
 app.add_typer(generate_commands)
 app.add_typer(tokenizer_commands, rich_help_panel=DATA)
 app.add_typer(data_commands, rich_help_panel=DATA)
+app.add_typer(synthesize_commands)
 app.add_typer(adapter_commands, rich_help_panel=MODELS)
 
 

@@ -24,7 +24,8 @@ from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
 from moe_train.commands.documents import documents_of_export
 from moe_train.config import yaml_file
-from moe_train.data.records.conversation import normalise, trainable
+from moe_train.data.records.answers import judged_conversations
+from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
 from moe_train.governance.exports_of_run import ExportEntry, hash_of_record, note_export
@@ -391,9 +392,7 @@ def _conversations(run: config.Run) -> Iterator[Conversation]:
             continue
         try:
             for _, fields in open_source(source):
-                conversation = trainable(normalise(fields, source.record))
-                assert isinstance(conversation, Conversation)
-                yield conversation
+                yield from judged_conversations(normalise(fields, source.record))
         except (FileNotFoundError, ValueError) as error:
             log.warning("training conversations of one source cannot be read, so the export is not compared on them: %s", error)
 

@@ -68,7 +68,7 @@ from moe_train.config.graders import (
     ToolCallsGrader,
 )
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
-from moe_train.config.objective import NextToken, Objective, check_records
+from moe_train.config.objective import NextToken, Objective, check_records, extra_forward_passes
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -83,6 +83,8 @@ from moe_train.config.optimization import (
     Schedule,
     WsdSchedule,
 )
+from moe_train.config.preferences import Preference, UnpairedPreference
+from moe_train.config.profile import Profile
 from moe_train.config.records import (
     ChatRecord,
     CompletionRecord,
@@ -106,6 +108,7 @@ from moe_train.config.section import (
     Section,
 )
 from moe_train.config.suite import AnswerGeneration, Columns, FewShot, Prompt, Suite
+from moe_train.config.trackers import MlflowTracker, Tracker, TrackioTracker, WandbTracker
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, SpikeGuard, Train
 
 __all__ = [
@@ -173,6 +176,7 @@ __all__ = [
     "Mesh",
     "Metrics",
     "MistralTokenizer",
+    "MlflowTracker",
     "Model",
     "MoeFfn",
     "MultiHeadLatentAttention",
@@ -189,9 +193,11 @@ __all__ = [
     "PerplexityGrader",
     "Positive",
     "PositiveFloat",
+    "Preference",
     "PreferenceRecord",
     "PreparedSource",
     "PretrainedWeights",
+    "Profile",
     "Prompt",
     "PythonSource",
     "QueryScaling",
@@ -216,13 +222,18 @@ __all__ = [
     "TextRecord",
     "Tokenizer",
     "ToolCallsGrader",
+    "Tracker",
+    "TrackioTracker",
     "Train",
+    "UnpairedPreference",
+    "WandbTracker",
     "WsdSchedule",
     "YarnRope",
     "check_batch",
     "check_model",
     "check_records",
     "describe_features",
+    "extra_forward_passes",
     "family_with",
     "features",
     "layers",

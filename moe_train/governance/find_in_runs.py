@@ -20,6 +20,7 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.governance.exports_of_run import ExportEntry, exports_of_run
 from moe_train.governance.lineage import manifests_of
 from moe_train.governance.provenance import state_of
+from moe_train.train.objectives.choose import objective_of
 
 _DECODED_AT_ONCE = 256
 """Number of examples that are read and decoded together."""
@@ -133,9 +134,9 @@ def _search_tokens(store: TokenStore, places: set[int], tokenizer: Tokenizer, lo
     for first in range(0, len(store), _DECODED_AT_ONCE):
         numbers = range(first, min(first + _DECODED_AT_ONCE, len(store)))
         examples = store.read([ExampleSlice(number, 0, int(lengths[number])) for number in numbers])
-        for number, (ids, _) in zip(numbers, examples, strict=True):
+        for number, piece in zip(numbers, examples, strict=True):
             origin = store.origin(number)
-            if origin.place in places and origin not in seen and looked_for.in_text(tokenizer.decode(ids.tolist())):
+            if origin.place in places and origin not in seen and looked_for.in_text(tokenizer.decode(piece.tokens.tolist())):
                 seen.add(origin)
                 where = f"{store.where(number)} (found in its tokens)"
                 yield LocatedRecord(store.place(origin), origin.number, where, "not known")
@@ -178,7 +179,9 @@ def _steps(
     data = run.training_data()
     prepared = [_as_prepared(source, searched) for source, searched in zip(data.train, sets, strict=True)]
     rows = BatchRows(run.train.batch_size, run.train.seq_len)
-    loader = Loader(data.model_copy(update={"train": tuple(prepared)}), "train", tokenizer, rows, seed=run.seed)
+    batch_type = objective_of(run.objective).batch_type
+    on_sets = data.model_copy(update={"train": tuple(prepared)})
+    loader = Loader(on_sets, "train", tokenizer, rows, seed=run.seed, batch_type=batch_type)
     if loader.identity != about.data:
         return None
     steps: set[int] = set()

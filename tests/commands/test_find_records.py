@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from moe_train import config
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, about_json
 from moe_train.commands.erase_records import erase_records
 from moe_train.commands.find_records import find_records
+from moe_train.config import yaml_file
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.records.search import wanted
@@ -58,7 +61,7 @@ def write_checkpoints(run_dir: Path, run: config.Config, steps: tuple[int, ...],
         place.mkdir(parents=True)
         content = about_json(about._replace(config=run.model_dump(mode="json")), {"params": [], "optimizer": []}, None)
         (place / "metadata").write_text(json.dumps(content))
-    (run_dir / "config.yaml").write_text("name: run\n")
+    (run_dir / "config.yaml").write_text(yaml_file.dump(run))
     (run_dir / "run.json").write_text('{"events": []}')
 
 
@@ -101,10 +104,16 @@ def test_find_is_the_inverse_of_trace_and_erase_leaves_all_else(small_tokenizer:
     assert (
         f"moe-train train {run_dir}/config.yaml run_dir={run_dir}-erased 'data.train.0.files=[\"{tmp_path}/new/a.jsonl\"]'" in to_do
     )
+    _, _, path, *overrides = shlex.split(re.findall("train again: (.*)", to_do)[0])
+    again = yaml_file.load_config(path, overrides)
+    assert again.run_dir == f"{run_dir}-erased" and again.data is not None
+    assert [source.model_dump()["files"] for source in again.data.train] == [(f"{tmp_path}/new/a.jsonl",), (str(files[1]),)]
     assert f"{tmp_path}/runs/tuned started from {run_dir}: train it again" in to_do and "delete the prepared set" in to_do
 
     files[0].unlink()  # its tokens still hold the record
-    (again,) = find_records(wanted(SECRET, None, False), [run_dir]).runs
+    by_tokens = find_records(wanted(SECRET, None, False), [run_dir])
+    assert not by_tokens.not_searched
+    (again,) = by_tokens.runs
     assert again.steps == run.steps and again.sets[0].records[0].location == f"{files[0]}:6 (found in its tokens)"
     shutil.rmtree(tmp_path / "cache")
     lost = find_records(wanted(SECRET, None, False), [run_dir])

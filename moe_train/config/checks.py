@@ -10,7 +10,7 @@ from moe_train.config.attention import Attention, GroupedQueryAttention, MultiHe
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data, HubSource, PreparedSource
 from moe_train.config.optimization import Loss, Optimizer
-from moe_train.config.training import Evaluation, Train
+from moe_train.config.training import Evaluation, Metrics, Train
 
 
 class Sections(Protocol):
@@ -34,8 +34,13 @@ class Sections(Protocol):
     def export(self) -> Literal["all", "none"]: ...
 
 
-def check_local(data: Data) -> None:
-    """Raise ValueError if a source of `network: none` needs a network."""
+def check_local(data: Data | None, metrics: Metrics) -> None:
+    """Raise ValueError if a source of data or a tracker of a config with `network: none` needs a network."""
+    for tracker in metrics.trackers:
+        if tracker.online:
+            raise ValueError(f"network is none, but metrics.trackers {tracker.name} is online; set online: false, or network: any")
+    if data is None:
+        return
     for key, sources in (("train", data.train), ("eval", data.eval)):
         for index, source in enumerate(sources):
             remote = None

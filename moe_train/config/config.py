@@ -83,8 +83,8 @@ class Config(Section):
         if self.data is not None:
             check_records(self.objective, self.data)
         check_batch(self)
-        if self.network == "none" and self.data is not None:
-            check_local(self.data)
+        if self.network == "none":
+            check_local(self.data, self.metrics)
         if isinstance(self.average, LastCheckpoints) and self.checkpoint.keep_last < self.average.count - 1:
             raise ValueError(
                 f"average.count {self.average.count} needs checkpoint.keep_last {self.average.count - 1} or more, not "

@@ -39,7 +39,7 @@ def overview(provenance: Provenance, written: str) -> str:
 
 def _chain_rows(provenance: Provenance) -> list[tuple[str, str, str]]:
     """Return a row for each raw file, prepared set, training and export."""
-    rows = [(f"raw file {file.path}", file.sha256, file.state) for file in provenance.raw_files]
+    rows: list[tuple[str, str, str]] = [(f"raw file {file.path}", file.sha256, file.state) for file in provenance.raw_files]
     for manifest in provenance.sets:
         rows.append(("prepared set", manifest.hash, f"{manifest.records:,} records, {manifest.tokens:,} tokens"))
     for training in reversed(provenance.trainings):

@@ -31,7 +31,7 @@ def traces(run_dir: Path) -> list[Path]:
 
 def test_the_stated_steps_are_traced_and_the_trace_names_the_program(tmp_path: Path) -> None:
     [line] = take_steps(tmp_path, range(1, 5))
-    assert line.startswith(f"traced the steps up to 3: {tmp_path / 'profile'}")
+    assert line == f"traced the steps up to 3; open the trace with: xprof {tmp_path / 'profile'}"
     [file] = traces(tmp_path)
     events = []
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
@@ -51,6 +51,6 @@ def test_a_run_that_stops_or_continues_between_the_steps(tmp_path: Path) -> None
 def test_steps_that_the_run_does_not_have_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"profile\.steps ends with step 12, but the run has 10 steps"):
         StepProfiler(config.Profile(steps=(10, 12)), tmp_path, 10, print)
-    with StepProfiler(None, tmp_path, 10, print) as profiler:
+    with StepProfiler(config.Profile(), tmp_path, 10, print) as profiler:
         profiler.before_step(1, None)
         profiler.after_step(1, None)

@@ -18,6 +18,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "cli/arguments.py": "cli/test_main.py gives commands these arguments; the file only declares them",
     "data/check/findings.py": "data/check/test_examine.py looks at what examine finds; the file only declares it",
     "data/check/results.py": "data/check/test_check.py looks at these results; the file only declares them",
+    "data/check/redacted.py": "data/check/test_personal_data.py looks at reports and corrected copies",
     "governance/model_documentation.py": "commands/test_evidence.py looks at the form, and at the other pages",
     "governance/overview.py": "commands/test_evidence.py looks at the folder that it describes",
     "governance/provenance.py": "commands/test_evidence.py follows the chain, with changed and missing files",

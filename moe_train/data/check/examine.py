@@ -27,14 +27,13 @@ from moe_train.data.check.findings import (
     CorrectedChunk,
     Findings,
     KindCount,
-    PersonalDataSearch,
     Question,
     ReadRecord,
 )
 from moe_train.data.check.kinds import kind_of
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import compared_text, overlap
-from moe_train.data.check.personal_data import scan_record
+from moe_train.data.check.redacted import search_personal_data
 from moe_train.data.check.repaired import attempts, corrected_chunk
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.conversation import read as read_record
@@ -104,12 +103,10 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         form: The form of records that the tokenizer requires (see `requirements_of`).
     """
     records = _read_chunk(chunk, question)
-    personal: list[tuple[int, Problem]] = []
-    redactions: list[Change] = []
-    if question.personal_data is not None:
-        personal, redactions = _search_personal_data(records, question, question.personal_data)
+    searched = search_personal_data(records.read, records.raw, question)
+    records = _ReadChunk(searched.read, records.unreadable + searched.unreadable, records.raw)
     _judge(records.read, question, form)
-    problems = [*records.unreadable, *personal]
+    problems = records.unreadable + searched.problems
     counts = _ExampleCounts()
     unread: Counter[str] = Counter()
     for entry in records.read:
@@ -137,7 +134,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         prints=fingerprints([_content(entry.record) for entry in records.read], texts),
         overlapping=numbers[overlapping],
         held_out=held_out,
-        corrected=_corrected(records, question, form, redactions) if question.repairing else None,
+        corrected=_corrected(records, question, form, searched.changes) if question.repairing else None,
     )
 
 
@@ -157,29 +154,6 @@ def _read_chunk(chunk: Chunk, question: Question) -> _ReadChunk:
         except Problem as problem:
             records.unreadable.append((number, problem))
     return records
-
-
-def _search_personal_data(
-    records: _ReadChunk, question: Question, search: PersonalDataSearch
-) -> tuple[list[tuple[int, Problem]], list[Change]]:
-    """Search the records for personal data; if records are corrected, replace it before anything else is looked at.
-
-    Returns:
-        The problems, each with the number of its record, and the changes.
-    """
-    problems: list[tuple[int, Problem]] = []
-    changes: list[Change] = []
-    for index, entry in enumerate(records.read):
-        scanned = scan_record(entry.fields, search.phone_region, question.allowed)
-        problems += [(entry.number, problem) for problem in scanned.problems]
-        if not scanned.changes or not question.repairing:
-            continue
-        # The line as it was holds what was replaced.
-        records.raw.pop(entry.number, None)
-        changes += [Change(entry.number, "changed", rule, change) for rule, change in scanned.changes]
-        assert isinstance(scanned.fields, dict)
-        records.read[index] = ReadRecord(entry.number, scanned.fields, entry.section, *read_record(scanned.fields, entry.section))
-    return problems, changes
 
 
 def _items(chunk: Chunk, keep: bool) -> Iterator[tuple[int, Item, bytes | None]]:

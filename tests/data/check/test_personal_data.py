@@ -72,6 +72,9 @@ def test_neither_report_nor_copy_shows_it(tokenizer: HuggingFace, write_lines: W
     assert answer["fixed"]["changed"] == 2 and answer["fixed"]["dropped"] == 0
     for shown in (json.dumps(answer), (out / "changes.log").read_text(), (out / "a.jsonl").read_text()):
         assert mail not in shown and TOKEN not in shown and "4111111111111111" not in shown
+    number = write_lines("b.jsonl", [{"messages": [USER, ANSWER | {"weight": 4111111111111111}]}])  # no text could stand there
+    answer = check_files(tokenizer, number, personal_data=search, fix=tmp_path / "other")
+    assert answer["fixed"]["dropped"] == 1 and answer["fixed"]["kept"] == 0
     allowed = frozenset({"mixed-kinds", "pii-email", "secret", "pii-card"})
     assert check_files(tokenizer, path, personal_data=search, allowed=allowed)["problem_counts"] == {}
     assert check_files(tokenizer, path, allowed=frozenset({"mixed-kinds"}))["problem_counts"] == {}  # off unless asked

@@ -175,7 +175,8 @@ def _lines_of_run(run: RunWithRecord, new_files: Mapping[str, str]) -> list[str]
     lines.append(f"train again: {_command(run, new_files)}")
     if run.clean_checkpoints:
         newest = max(run.clean_checkpoints)
-        lines.append(f"or start from {run.run_dir}@{newest}, which was saved before the record was learnt")
+        key = "init_from" if _config_of(run.run_dir).lora is None else "lora.init_from"
+        lines.append(f"with {key}={run.run_dir}@{newest} it starts from a checkpoint that was saved before the record was learnt")
     elif _config_of(run.run_dir).lora is not None:
         lines.append(f"the base of {run.run_dir} is not affected: only its adapter learnt from the record")
     return lines

@@ -62,6 +62,7 @@ def test_neither_report_nor_copy_shows_it(tokenizer: HuggingFace, write_lines: W
     search = PersonalDataSearch()
     answer = check_files(tokenizer, path, personal_data=search, allowed=frozenset({"mixed-kinds"}))
     assert answer["problem_counts"] == {"pii-email": 2, "secret": 1, "pii-card": 1}
+    assert answer["personal_data"] == {"secret": 1, "pii-email": 2, "pii-card": 1}
     (first, *_) = answer["problems"]
     assert first["where"] == f"{path}:1" and first["message"] == "messages.0.content has an e-mail address at characters 5 to 21"
     out = tmp_path / "out"

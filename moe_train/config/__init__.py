@@ -16,6 +16,7 @@ from moe_train.config.architecture import (
     Rope,
     YarnRope,
     features,
+    require_vocabulary,
     without_format,
 )
 from moe_train.config.attention import (
@@ -42,6 +43,7 @@ from moe_train.config.data import (
     Source,
     Tokenizer,
 )
+from moe_train.config.distillation import Distillation
 from moe_train.config.families import (
     FAMILIES,
     FEATURES,
@@ -67,8 +69,9 @@ from moe_train.config.graders import (
     RegexGrader,
     ToolCallsGrader,
 )
+from moe_train.config.heads import Classification, HeadObjective, LabelSet, Reward
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
-from moe_train.config.objective import NextToken, Objective, check_records
+from moe_train.config.objective import NextToken, Objective, check_records, with_targets
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -86,6 +89,7 @@ from moe_train.config.optimization import (
 from moe_train.config.preferences import Preference, UnpairedPreference
 from moe_train.config.records import (
     ChatRecord,
+    ClassificationRecord,
     CompletionRecord,
     ConversationRecord,
     LabelledRecord,
@@ -95,6 +99,7 @@ from moe_train.config.records import (
 )
 from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
 from moe_train.config.run import FullTraining, InitialWeights, NoData, PretrainedWeights, RandomWeights, Run, RunData, run_of
+from moe_train.config.score_head import ScoreHead, ScoreTarget
 from moe_train.config.section import (
     Decay,
     Dtype,
@@ -123,6 +128,8 @@ __all__ = [
     "ChatRecord",
     "Checkpoint",
     "ChoiceGrader",
+    "Classification",
+    "ClassificationRecord",
     "Columns",
     "CompletionRecord",
     "Compute",
@@ -136,6 +143,7 @@ __all__ = [
     "DefaultRope",
     "DenseFfn",
     "DenseLayers",
+    "Distillation",
     "Dtype",
     "Evaluation",
     "ExactGrader",
@@ -153,6 +161,7 @@ __all__ = [
     "FunctionGrader",
     "Grader",
     "GroupedQueryAttention",
+    "HeadObjective",
     "HubSource",
     "HuggingFaceExperts",
     "HuggingFaceFamily",
@@ -161,6 +170,7 @@ __all__ = [
     "Int8",
     "JsonSchemaGrader",
     "JudgeGrader",
+    "LabelSet",
     "LabelledRecord",
     "LastCheckpoints",
     "LayerPosition",
@@ -201,6 +211,7 @@ __all__ = [
     "Record",
     "RecordSource",
     "RegexGrader",
+    "Reward",
     "Rope",
     "Rounding",
     "Router",
@@ -208,6 +219,8 @@ __all__ = [
     "RunData",
     "RunName",
     "Schedule",
+    "ScoreHead",
+    "ScoreTarget",
     "Section",
     "Sections",
     "SigmoidRouter",
@@ -231,8 +244,10 @@ __all__ = [
     "layers",
     "names_module",
     "require_grouped_query",
+    "require_vocabulary",
     "run_of",
     "sparse_layers",
     "stacks",
+    "with_targets",
     "without_format",
 ]

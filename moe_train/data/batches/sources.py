@@ -41,9 +41,15 @@ class RowSource(NamedTuple):
     """Number of conversations with tools that were shortened to the turns that fit into a row."""
     mismatched: Mismatched | None = None
     """The partners of labelled answers; None if the objective sets no answers against other prompts."""
+    reads_last_token: bool = False
+    """Whether the last token of a segment takes a position of its own, as where a head reads its score."""
 
     def read(self, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
         """Return the content of pieces of this source's rows."""
+        if self.reads_last_token:
+            # The store counts positions without the last token of each segment.
+            segments = self.store.segments
+            pieces = [piece._replace(length=piece.length - int(segments[piece.example])) for piece in pieces]
         if self.mismatched is None:
             return self.store.read(pieces)
         # One read for all of them, so that a bucket answers many requests at once.
@@ -74,6 +80,7 @@ def open_rows(
     shuffle: Shuffle | None,
     cache_dir: str,
     with_mismatched: bool = False,
+    reads_last_token: bool = False,
 ) -> RowSource:
     """Prepare the packing of an opened source.
 
@@ -84,12 +91,15 @@ def open_rows(
         shuffle: How to shuffle; None for one epoch in the order of the store.
         cache_dir: The folder in which plans of many examples are cached.
         with_mismatched: Whether a labelled answer shares its row with its prompt and the answer of another record.
+        reads_last_token: Whether the last token of each segment takes a position.
 
     Raises:
         ValueError: If an example is too long and the source refuses such examples.
     """
-    too_long = _too_long(source, store)
+    too_long = too_long_of(source, store)
     lengths = store.lengths()
+    if reads_last_token:
+        lengths = lengths + store.segments
     mismatched = None
     if with_mismatched:
         mismatched = Mismatched(partners(store), lengths)
@@ -102,10 +112,10 @@ def open_rows(
         num_shortened = int((fitting < lengths).sum())
         lengths = fitting
     order = Order(store, lengths, seq_len, too_long, shuffle, cache_dir)
-    return RowSource(source_name(source), store, order, num_shortened, mismatched)
+    return RowSource(source_name(source), store, order, num_shortened, mismatched, reads_last_token)
 
 
-def _too_long(source: config.Source, store: TokenStore) -> TooLong:
+def too_long_of(source: config.Source, store: TokenStore) -> TooLong:
     """Return what to do with the examples of a source that are longer than a row."""
     if not isinstance(source, config.PreparedSource):
         return source.record.too_long

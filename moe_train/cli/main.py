@@ -28,6 +28,7 @@ from moe_train.cli.classify import classify_commands
 from moe_train.cli.configs import config_commands
 from moe_train.cli.data import data_commands
 from moe_train.cli.evaluate import evaluate_commands
+from moe_train.cli.evidence import evidence_commands
 from moe_train.cli.generate import generate_commands
 from moe_train.cli.models import model_commands
 from moe_train.cli.synthesize import synthesize_commands
@@ -52,6 +53,7 @@ app.add_typer(config_commands)
 app.add_typer(training_commands)
 app.add_typer(evaluate_commands)
 app.add_typer(model_commands)
+app.add_typer(evidence_commands)
 app.add_typer(generate_commands)
 app.add_typer(classify_commands)
 app.add_typer(tokenizer_commands, rich_help_panel=DATA)

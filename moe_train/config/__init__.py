@@ -71,7 +71,7 @@ from moe_train.config.graders import (
 )
 from moe_train.config.heads import Classification, HeadObjective, LabelSet, Reward
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
-from moe_train.config.objective import NextToken, Objective, check_records, with_targets
+from moe_train.config.objective import NextToken, Objective, check_records, extra_forward_passes, with_targets
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -87,6 +87,7 @@ from moe_train.config.optimization import (
     WsdSchedule,
 )
 from moe_train.config.preferences import Preference, UnpairedPreference
+from moe_train.config.profile import Profile
 from moe_train.config.records import (
     ChatRecord,
     ClassificationRecord,
@@ -112,6 +113,7 @@ from moe_train.config.section import (
     Section,
 )
 from moe_train.config.suite import AnswerGeneration, Columns, FewShot, Prompt, Suite
+from moe_train.config.trackers import MlflowTracker, Tracker, TrackioTracker, WandbTracker
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, SpikeGuard, Train
 
 __all__ = [
@@ -184,6 +186,7 @@ __all__ = [
     "Mesh",
     "Metrics",
     "MistralTokenizer",
+    "MlflowTracker",
     "Model",
     "MoeFfn",
     "MultiHeadLatentAttention",
@@ -204,6 +207,7 @@ __all__ = [
     "PreferenceRecord",
     "PreparedSource",
     "PretrainedWeights",
+    "Profile",
     "Prompt",
     "PythonSource",
     "QueryScaling",
@@ -231,14 +235,18 @@ __all__ = [
     "TextRecord",
     "Tokenizer",
     "ToolCallsGrader",
+    "Tracker",
+    "TrackioTracker",
     "Train",
     "UnpairedPreference",
+    "WandbTracker",
     "WsdSchedule",
     "YarnRope",
     "check_batch",
     "check_model",
     "check_records",
     "describe_features",
+    "extra_forward_passes",
     "family_with",
     "features",
     "layers",

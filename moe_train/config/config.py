@@ -14,6 +14,7 @@ from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
 from moe_train.config.objective import NextToken, Objective, check_records
 from moe_train.config.optimization import Loss, Optimizer
+from moe_train.config.profile import Profile
 from moe_train.config.section import LocalPath, Section, Seed
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
@@ -64,6 +65,8 @@ class Config(Section):
     """Average of the weights that is saved with each checkpoint, as a run of its own: RUN_DIR/average."""
     metrics: Metrics = Metrics()
     """How often metrics are logged, and where to."""
+    profile: Profile = Profile()
+    """Steps that are traced by the profiler; null for none."""
     export: Literal["all", "none"] = "all"
     """`all` refuses an architecture that no file format can express before training; `none` trains it all the same."""
 
@@ -83,6 +86,10 @@ class Config(Section):
                 f"{self.checkpoint.keep_last}, since the mean is taken over checkpoints that are kept; raise it, or lower the count"
             )
         check_rounding(self)
+        if self.profile.steps is not None and self.train.steps is not None and self.profile.steps[1] > self.train.steps:
+            raise ValueError(
+                f"profile.steps ends with {self.profile.steps[1]}, but train.steps is {self.train.steps}; trace steps of the run"
+            )
         if self.compute.attention == "cudnn" and self.compute.dtype == "float32":
             raise ValueError(
                 "compute.attention cudnn does not support float32; set compute.dtype to bfloat16, or attention to auto"

@@ -29,6 +29,21 @@ Objective = Annotated[
 """The tagged union of objectives."""
 
 
+def extra_forward_passes(objective: Objective, has_adapters: bool) -> int:
+    """Return the number of forward passes over a batch that a step takes besides the one that is differentiated.
+
+    With adapters the reference model takes one; stored log-probabilities take none. KTO takes one more of each for mismatched
+    answers.
+    """
+    match objective:
+        case Preference():
+            return int(objective.has_reference and has_adapters)
+        case UnpairedPreference():
+            return 1 + 2 * has_adapters
+        case _:
+            return 0
+
+
 def check_records(objective: Objective, data: Data) -> None:
     """Raise ValueError if a source has records of a kind that the objective does not read."""
     for source in (*data.train, *data.eval):

@@ -44,8 +44,8 @@ class TopLogprobs(NamedTuple):
 class TopSettings(NamedTuple):
     """What is computed of each prediction."""
 
-    count: int
-    """Number k of tokens."""
+    num_tokens: int
+    """How many are kept of each prediction (k)."""
     temperature: float
     """Divisor of the logits."""
     vocab_size: int
@@ -95,10 +95,10 @@ def _top_of_chunk(
     shifted_rv = logits_rv - top_r[:, None]
     allowed_v = first + jnp.arange(v) < settings.vocab_size
     # The best of each part of the vocabulary, of which the best of all are chosen.
-    values_rk, places_rk = jax.lax.top_k(jnp.where(allowed_v, shifted_rv, LOWEST), min(settings.count, v))
+    values_rk, places_rk = jax.lax.top_k(jnp.where(allowed_v, shifted_rv, LOWEST), min(settings.num_tokens, v))
     values_rn = _from_all_parts(values_rk)
     ids_rn = _from_all_parts(places_rk + first)
-    values_rk, order_rk = jax.lax.top_k(values_rn, settings.count)
+    values_rk, order_rk = jax.lax.top_k(values_rn, settings.num_tokens)
     ids_rk = jnp.take_along_axis(ids_rn, order_rk, axis=-1)
     places_rk = ids_rk - first
     is_local = (places_rk >= 0) & (places_rk < v)

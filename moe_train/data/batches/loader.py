@@ -29,6 +29,8 @@ from moe_train.data.batches.packing import Plan
 from moe_train.data.batches.sources import RowSource, open_rows, open_store, source_name, too_long_of
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared import manifest
+from moe_train.data.prepared.reference import StoredReference
+from moe_train.data.prepared.store import ExampleSlice
 from moe_train.data.records.unread import add_counts
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
@@ -254,6 +256,23 @@ class Loader:
             origin = source.store.origin(piece.example)
             segments.append(Segment(index, source.store.place(origin), origin.number, *piece))
         return segments
+
+    @property
+    def sources(self) -> tuple[RowSource, ...]:
+        """The opened sources, in the order of the config."""
+        return tuple(self._sources)
+
+    def add_references(self, references: Sequence[StoredReference]) -> None:
+        """Add log-probabilities under a reference model to the batches that are made from now on, one store for each source."""
+        self._sources = [source._replace(reference=reference) for source, reference in zip(self._sources, references, strict=True)]
+
+    def pieces(self, step: int) -> list[tuple[int, list[ExampleSlice]]]:
+        """Return, for each row of the global batch of `step`, the index of its source, and what it takes from its examples."""
+        self._check(step)
+        numbers = self._row_numbers[step]
+        assert numbers is not None
+        located = [divmod(int(number), _ROWS) for number in numbers]
+        return [(index, self._sources[index].order.pieces(row)) for index, row in located]
 
     def _locate(self, number: int) -> int:
         """Return the number that stands for a row of a source (see `_ROWS`), of the rows of all sources together."""

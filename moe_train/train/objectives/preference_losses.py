@@ -24,7 +24,7 @@ class PairLogprobs(NamedTuple):
     chosen: Float[Array, "*pairs"]
     rejected: Float[Array, "*pairs"]
     reference_chosen: Float[Array, "*pairs"]
-    """Zeros for a loss without a reference."""
+    """Not read by a loss without a reference."""
     reference_rejected: Float[Array, "*pairs"]
     chosen_tokens: Float[Array, "*pairs"]
     """Number of tokens of each chosen answer, its end token included; at least 1."""
@@ -34,8 +34,11 @@ class PairLogprobs(NamedTuple):
 def pair_losses(section: config.Preference, pairs: PairLogprobs) -> Float[Array, "*pairs"]:
     """Return the loss of each pair, without terms that average over tokens (`sft_weight`, and the likelihood in ORPO)."""
     beta = section.beta
-    chosen = pairs.chosen - pairs.reference_chosen
-    rejected = pairs.rejected - pairs.reference_rejected
+    chosen = pairs.chosen
+    rejected = pairs.rejected
+    if section.has_reference:
+        chosen = chosen - pairs.reference_chosen
+        rejected = rejected - pairs.reference_rejected
     if section.length_normalized or section.loss in ("ipo", "simpo", "orpo"):
         chosen = chosen / pairs.chosen_tokens
         rejected = rejected / pairs.rejected_tokens

@@ -39,7 +39,7 @@ def pair_rows(rows: int = B) -> tuple[PreferenceBatch, list[StoredPiece]]:
 
 def unpaired_rows(rows: int = B) -> tuple[UnpairedBatch, list[StoredPiece]]:
     """Rows with one or two labelled answers; the first row is empty."""
-    rng = np.random.default_rng(2)
+    rng = np.random.default_rng(3)
     batch = UnpairedBatch.empty(rows, SEQ_LEN)
     pieces = []
     for row in range(1, rows):

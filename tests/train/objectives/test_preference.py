@@ -59,7 +59,14 @@ def expected(section: config.Preference) -> tuple[Any, Any]:
         return jax.device_get(run(learned, frozen, put_batch(pair_rows()[0], ONE), base))
 
 
-@pytest.mark.parametrize(("mesh", "microbatches"), [("one device", 1), ("data, fsdp, tensor", 2), ("fsdp, expert, context", 2)])
+@pytest.mark.parametrize(
+    ("mesh", "microbatches"),
+    [
+        pytest.param("one device", 1, marks=pytest.mark.slow),
+        ("data, fsdp, tensor", 2),
+        pytest.param("fsdp, expert, context", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_every_mesh_gives_the_loss_and_the_gradients_of_a_plain_computation(mesh: str, microbatches: int) -> None:
     step = gradients(preference(DPO), MESHES[mesh], microbatches, LORA, rows=pair_rows()[0])
     check_equal(step, expected(DPO))
@@ -71,12 +78,14 @@ def test_every_mesh_gives_the_loss_and_the_gradients_of_a_plain_computation(mesh
     assert step.terms.metrics["nll_loss"].weight == (batch.loss_mask & (batch.answer_ids % 2 == 1)).sum()
 
 
+@pytest.mark.slow
 def test_orpo_adds_the_likelihood_of_whole_chosen_texts() -> None:
     step = gradients(preference(ORPO), ONE, 2, LORA, rows=pair_rows()[0])
     check_equal(step, expected(ORPO))
     assert not preference(ORPO).uses_reference and step.terms.metrics["log_odds_ratio"].sum < 0
 
 
+@pytest.mark.slow
 def test_full_training_reads_the_reference_from_the_batch() -> None:
     """With the log-probabilities of another model in the batch, the loss is that of adapters with this model as their base."""
     batch, _ = pair_rows()
@@ -89,6 +98,6 @@ def test_full_training_reads_the_reference_from_the_batch() -> None:
     with jax.set_mesh(ONE):
         model = combine(structure_of(None), random_parameters(MODEL, scale=0.3), {})
         value = quick_jit(lambda *xs: plain_loss(section, *xs))(model, base, put_batch(batch, ONE))
-    assert stored.loss == pytest.approx(value, rel=2e-5)
+    assert stored.loss == pytest.approx(float(value), rel=2e-5)
     missing = gradients(preference(section), ONE, rows=batch._replace(reference=np.full_like(batch.reference, np.nan)))
     assert np.isnan(missing.loss)

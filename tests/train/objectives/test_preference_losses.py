@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,7 +57,7 @@ def pairs(count: int = 64) -> PairLogprobs:
     n_w, n_l = rng.integers(1, 9, (2, count)).astype(np.float32)
     l_w, l_l, ref_w, ref_l = (-rng.gamma(1.0, 2.0, (4, count)) - 1e-3).astype(np.float32)
     # From answers that are almost certain to unlikely ones.
-    return PairLogprobs(l_w * n_w, l_l * n_l, ref_w * n_w, ref_l * n_l, n_w, n_l)
+    return PairLogprobs(*map(jnp.asarray, (l_w * n_w, l_l * n_l, ref_w * n_w, ref_l * n_l, n_w, n_l)))
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -47,7 +47,14 @@ def expected() -> tuple[Any, Any]:
         return jax.device_get(run(learned, frozen, put_batch(unpaired_rows()[0], ONE), base))
 
 
-@pytest.mark.parametrize(("mesh", "microbatches"), [("one device", 1), ("data, fsdp, tensor", 2), ("fsdp, expert, context", 2)])
+@pytest.mark.parametrize(
+    ("mesh", "microbatches"),
+    [
+        pytest.param("one device", 1, marks=pytest.mark.slow),
+        pytest.param("data, fsdp, tensor", 2, marks=pytest.mark.slow),
+        ("fsdp, expert, context", 2),
+    ],
+)
 def test_every_mesh_gives_the_loss_and_the_gradients_of_a_plain_computation(mesh: str, microbatches: int) -> None:
     batch, pieces = unpaired_rows()
     step = gradients(unpaired_preference(KTO), MESHES[mesh], microbatches, LORA, rows=batch)

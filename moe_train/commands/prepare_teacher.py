@@ -101,7 +101,6 @@ class TeacherWriter:
         done = progress.counted("asking the teacher", len(store), "examples")
 
         def predictions(examples: range) -> Iterator[TeacherValues]:
-            done(len(store) - len(examples) if examples.start == 0 else 0)
             for values in self._predictions(store, source, index, examples, entry):
                 yield values
                 done(1)
@@ -137,14 +136,15 @@ class TeacherWriter:
         if options.model is not None:
             teacher, mesh = self._loaded(entry)
             with jax.set_mesh(mesh):
-                yield from teacher.predictions(store, examples)
+                yield from teacher.predictions(store, examples, entry.too_long)
             return
-        if entry.too_long == "split" and store.lengths().max() > entry.seq_len:
+        lengths = store.lengths()
+        if entry.too_long == "split" and lengths.max() > entry.seq_len:
             raise ValueError(
                 f"{store.path}: texts longer than train.seq_len {entry.seq_len} are split, and a served teacher has read them "
                 "whole; raise train.seq_len, or set record.too_long: drop"
             )
-        settings = FilePredictions(store, entry.top_k, self._tokenizer.vocab_size, entry.seq_len)
+        settings = FilePredictions(store, lengths, entry.top_k, self._tokenizer.vocab_size, entry.seq_len)
         if options.files:
             yield from predictions_of_file(options.files[index], settings, examples)
             return

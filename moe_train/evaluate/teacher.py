@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.packing import TooLong
 from moe_train.data.prepared.manifest import TeacherEntry
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.data.prepared.teacher_set import stored_pieces
@@ -49,14 +50,20 @@ class Teacher:
         settings = TopSettings(entry.top_k, entry.temperature, vocab_size)
         self._top = jax.jit(partial(_top_of_batch, settings=settings))
 
-    def predictions(self, store: TokenStore, examples: Sequence[int]) -> Iterator[TeacherValues]:
-        """Yield the predictions for each example, in order."""
+    def predictions(self, store: TokenStore, examples: Sequence[int], too_long: TooLong) -> Iterator[TeacherValues]:
+        """Yield the predictions for each example, in order; none for an example that training drops.
+
+        Args:
+            store: the set of tokens.
+            examples: indices of the examples, ascending.
+            too_long: what training does with an example that is longer than a row.
+        """
         lengths = store.lengths()
-        if self._entry.too_long == "drop":
+        if too_long == "drop":
             lengths = store.fitting_lengths(lengths, self._entry.seq_len)
         finished: dict[int, list[TeacherValues]] = {}
         next_example = 0
-        for group in self._groups(store, examples, lengths):
+        for group in self._groups(store, examples, lengths, too_long):
             for example, values in self._values(store, group):
                 finished.setdefault(example, []).append(values)
             # An example is complete when a later one, or nothing, follows it in the group.
@@ -67,16 +74,18 @@ class Teacher:
         for example in examples[next_example:]:
             yield _joined(finished.pop(example, []), self._entry.top_k)
 
-    def _groups(self, store: TokenStore, examples: Sequence[int], lengths: np.ndarray) -> Iterator[list[_RowPart]]:
+    def _groups(
+        self, store: TokenStore, examples: Sequence[int], lengths: np.ndarray, too_long: TooLong
+    ) -> Iterator[list[_RowPart]]:
         """Yield the pieces of consecutive examples, as many as fit into a batch."""
         group: list[_RowPart] = []
         row = 0
         start = 0
         for example in examples:
             # Training drops such an example, so nobody asks for its predictions.
-            if self._entry.too_long == "drop" and lengths[example] > self._entry.seq_len:
+            if too_long == "drop" and lengths[example] > self._entry.seq_len:
                 continue
-            for piece in stored_pieces(store, example, self._entry.seq_len, self._entry.too_long):
+            for piece in stored_pieces(example, int(lengths[example]), self._entry.seq_len, too_long):
                 if start + piece.length > self._entry.seq_len:
                     row += 1
                     start = 0

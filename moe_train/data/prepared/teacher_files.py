@@ -34,6 +34,8 @@ class FilePredictions(NamedTuple):
     """How predictions are taken from files."""
 
     store: TokenStore
+    lengths: np.ndarray
+    """(N,) positions of each example, as `TokenStore.lengths` returns them."""
     top_k: int
     """Number of tokens to keep of each prediction."""
     vocab_size: int
@@ -53,7 +55,7 @@ class FilePredictions(NamedTuple):
         Raises:
             ValueError: the entries belong to other tokens, or are too few.
         """
-        length = int(self.store.lengths()[example])
+        length = int(self.lengths[example])
         [piece] = self.store.read([ExampleSlice(example, 0, min(length, self.seq_len))])
         ids = piece.tokens.tolist()
         mask = np.ones(len(ids), bool) if piece.loss_mask is None else piece.loss_mask

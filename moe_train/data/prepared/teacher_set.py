@@ -48,16 +48,15 @@ class TeacherSummary(NamedTuple):
     """Number of trained tokens that have a prediction."""
 
 
-def stored_pieces(store: TokenStore, example: int, seq_len: int, too_long: TooLong) -> list[ExampleSlice]:
+def stored_pieces(example: int, length: int, seq_len: int, too_long: TooLong) -> list[ExampleSlice]:
     """Return the parts of an example that a teacher reads, each as a text of its own, as in training.
 
     Args:
-        store: the set of tokens.
         example: index of the example.
+        length: its positions.
         seq_len: positions in a row.
         too_long: what training does with an example that is longer than a row.
     """
-    length = int(store.lengths()[example])
     if length <= seq_len or too_long != "split":
         return [ExampleSlice(example, 0, min(length, seq_len))]
     return [ExampleSlice(example, start, min(seq_len, length - start)) for start in range(0, length, seq_len)]

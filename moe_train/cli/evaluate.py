@@ -123,7 +123,11 @@ def evaluate_command(
     if data:
         with progress_line("evaluating"):
             answer = evaluate_model(directory, data, chat_template)
+        # Of a classifier: a row for each target and label.
+        rows = [] if as_json else answer.pop("labels", [])
         print_mapping(answer, as_json)
+        if rows:
+            print_table(rows)
         return
     if lm_eval:
         if include_path is None:

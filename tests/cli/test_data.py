@@ -188,7 +188,7 @@ def test_prepare_and_trace_hand_on_the_run(
     assert run("data", "prepare", config_path) == 0
     assert capsys.readouterr().out.split() == ["source", "path", "tiny", "null", "teacher", "null", "steps", "10"]
     assert run("data", "prepare", config_path, "--teacher", "big", "--top-k", "8", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["teacher"] == str(TeacherOptions("big", (), None, 8))
+    assert json.loads(capsys.readouterr().out)["teacher"] == str(TeacherOptions(Path("big"), (), None, 8))
     assert run("data", "trace", config_path, "--step", "2", "--json") == 0
     assert json.loads(capsys.readouterr().out) == [{"file": "tiny", "step": 2, "row": None}]
 

@@ -35,7 +35,7 @@ RENAMED = {
     "model.ffn.router.bias": "moe_router_enable_expert_bias routed_bias",
     "model.ffn.router.num_groups": "n_group moe_router_num_groups n_routing_groups",
     "model.ffn.router.groups_per_token": "topk_group moe_router_group_topk topk_routing_group",
-    "model.ffn.experts_per_token": "num_experts_per_tok num_experts_per_token moe_router_topk moe_top_k top_k",
+    "model.ffn.experts_per_token": "num_experts_per_tok num_experts_per_token moe_router_topk moe_top_k",
     "model.rope": "rope_scaling rope_parameters",
     "model.rope.theta": "rope_theta rotary_base rope_max_timescale",
     "model.norm_eps": "rms_norm_eps layer_norm_eps layernorm_epsilon norm_epsilon normalization_layer_epsilon",
@@ -65,6 +65,14 @@ RENAMED = {
         "dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers num_workers grain_worker_count"
     ),
     "data.prefetch": "dataloader_prefetch_factor prefetch_factor grain_per_worker_buffer_size",
+    "objective": "rl rlhf rl_type stage train_type",
+    "objective.loss": "loss_type dpo_loss_type pref_loss preference_loss dpo.algo",
+    "objective.beta": "rl_beta dpo_beta pref_beta orpo_alpha orpo_lambda kto_beta",
+    "objective.label_smoothing": "dpo_label_smoothing cpo_label_smoothing",
+    "objective.sft_weight": "rpo_alpha pref_ftx cpo_alpha loss_weights",
+    "objective.margin": "simpo_gamma gamma_beta_ratio",
+    "objective.desirable_weight": "kto_desirable_weight kto_chosen_weight",
+    "objective.undesirable_weight": "kto_undesirable_weight kto_rejected_weight",
     "optimizer.name": "optim opt_type",
     "optimizer.learning_rate": "lr",
     "optimizer.schedule": "lr_scheduler lr_scheduler_type lr_decay_style lr_schedule_type",
@@ -125,6 +133,9 @@ _IN_STEPS = "a number of optimizer steps"
 _ROUTER = "the balance loss is per layer; transformers averages over the layers"
 
 REMARKS = {
+    "rl": "{name: preference, loss: sigmoid} for dpo, ipo and orpo by their names; {name: unpaired_preference} for kto",
+    "precompute_ref_log_probs": "leave it out: the reference is the model without adapters, or computed once before full training",
+    "sync_ref_model": "leave it out: the reference stays as it is",
     "micro_batch_size": f"{_WHOLE_STEP}: micro_batch_size x gradient_accumulation_steps x devices",
     "per_device_train_batch_size": f"{_WHOLE_STEP}: per_device_train_batch_size x gradient_accumulation_steps x devices",
     "per_device_batch_size": f"{_WHOLE_STEP}: per_device_batch_size x devices",

@@ -10,6 +10,7 @@ from moe_train import config
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
+from moe_train.data.tokenizers.padding import padding_id
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.run.preflight import check_ready
 from moe_train.train.objectives.objective import Objective
@@ -45,10 +46,29 @@ def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
     def open_loader(sources: Literal["train", "eval"], batch_size: int) -> Loader:
         # Each process opens only its rows, but all plan the same global order.
         rows = BatchRows(batch_size, run.train.seq_len, jax.process_index(), jax.process_count())
-        return Loader(data, sources, tokenizer, rows, seed=run.seed, batch_type=objective.batch_type)
+        loader = Loader(data, sources, tokenizer, rows, seed=run.seed, batch_type=objective.batch_type)
+        _check_prepared(run.objective, loader)
+        return loader
 
     train = open_loader("train", run.train.batch_size)
     # One microbatch is the most that training computes at once, so held-out batches have its size.
     microbatch = run.train.batch_size // run.train.microbatches
     held_out = open_loader("eval", microbatch) if data.eval else None
+    if run.model.scores is not None:
+        # transformers reads a score at the last token that is not this one.
+        padding = padding_id(tokenizer)
+        for loader in (train, held_out):
+            if loader is not None:
+                loader.refuse_token(padding, "an export needs for padding; remove it from the record, or prepare it as text")
     return RunInputs(tokenizer, train, held_out, train.total_steps(run.train))
+
+
+def _check_prepared(objective: config.Objective, loader: Loader) -> None:
+    """Raise ValueError if a prepared set holds records of a kind that the objective does not read."""
+    for source in loader.sources:
+        kind = str(source.store.manifest.rules.record["name"])
+        if kind not in objective.records:
+            raise ValueError(
+                f"objective {objective.name} reads records of kind {', '.join(objective.records)}, but {source.name} was prepared "
+                f"from records of kind {kind}; prepare other records, or choose another objective"
+            )

@@ -34,6 +34,8 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"experts: {transport}")
     if run.export == "none":
         say(f"export: none, since no file format can express {config.without_format(run.model)}")
+    for line in _describe_objective(run):
+        say(line)
     for line in describe_initial_files(run.init_from) if run.init_from else ():
         say(line)
     loader = inputs.train
@@ -46,15 +48,43 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"not read: {unread.in_words(loader.unread)}")
     epochs = loader.epochs(inputs.total_steps)
     say(f"{inputs.total_steps:,} steps = {_describe_epochs(epochs)}")
-    if run.train.microbatches > 1 and run.loss.load_balance_loss_coef and run.loss.balance_over == "microbatch":
-        say(
-            f"load_balance_loss is that of each of the {run.train.microbatches} microbatches, averaged over their tokens; "
-            "loss.balance_over step balances over the whole step, for a second forward pass"
-        )
+    balance = _describe_balance(run)
+    if balance is not None:
+        say(balance)
     if begin.resumed:
         say(f"continuing after step {int(begin.state.step)}")
     for change in _changes(begin):
         say(f"changed since the checkpoint: {change}")
+
+
+def _describe_objective(run: config.Run) -> list[str]:
+    """Return a line on what a preference run learns from and what it is compared with; none for next-token training."""
+    section = run.objective
+    if not isinstance(section, config.Preference | config.UnpairedPreference):
+        return []
+    reference = "no reference"
+    if isinstance(section, config.UnpairedPreference) or section.has_reference:
+        reference = (
+            "compared with the model before training" if run.lora is None else "compared with the model without its adapters"
+        )
+    return [f"objective: {section.name}, {section.loss}, beta {section.beta:g}, {reference}"]
+
+
+def _describe_balance(run: config.Run) -> str | None:
+    """Return a line on the tokens over which the balance loss is taken; None where there is no choice."""
+    if not run.loss.load_balance_loss_coef:
+        return None
+    match run.loss.balance_over:
+        case "sequence":
+            return "load_balance_loss is that of each row by itself, averaged over their tokens"
+        case "microbatch" if run.train.microbatches > 1:
+            return (
+                f"load_balance_loss is that of each of the {run.train.microbatches} microbatches, averaged over their tokens; "
+                "loss.balance_over step balances over the whole step, for a second forward pass"
+            )
+        case "step" if run.train.microbatches > 1:
+            return "load_balance_loss is that of the whole step, whose loads a forward pass counts first"
+    return None
 
 
 def print_damage(begin: Start) -> None:
@@ -69,8 +99,23 @@ def print_warning(text: str) -> None:
         print(f"WARNING: {text}", file=sys.stderr)
 
 
+_TRAINING = ("optimizer.", "loss.", "train.", "average.")
+"""Beginnings of the keys that change how a step trains."""
+_LENGTH = ("train.steps", "train.epochs", "train.tokens")
+
+
 def print_finished(run: config.Run, begin: Start, total_steps: int) -> None:
-    """Say that no steps are left, and list the changed settings that therefore have no effect."""
+    """Say that no steps are left, and list the changed settings that therefore have no effect.
+
+    Raises:
+        ValueError: How steps train was changed, so that the run is not the one that is asked for.
+    """
+    for key, (before, now) in begin.changed.items():
+        if key.startswith(_TRAINING) and key not in _LENGTH:
+            raise ValueError(
+                f"{key} is {now}, but all {total_steps} steps of the run in {run.run_dir} were done with {before}; choose another "
+                f"run_dir to train with {now}, or raise train.steps to continue with it"
+            )
     print(f"{run.name}: all {total_steps} steps are done; raise train.steps, train.epochs or train.tokens to continue")
     if jax.process_index() == 0:
         for change in _changes(begin):

@@ -58,7 +58,8 @@ class Order:
         self._too_long = too_long
         self._shuffle = shuffle
         self._cache = Path(cache_dir) / "plans"
-        self._decides = [_LAYOUT, store.manifest.hash, seq_len, too_long, shuffle]
+        # The same store takes more positions where answers are set against other prompts.
+        self._decides = [_LAYOUT, store.manifest.hash, seq_len, too_long, shuffle, int(lengths.sum())]
         self._ends: list[int] = []  # number of rows up to the end of each epoch so far
         self._lock = threading.RLock()  # the loader's thread and the caller's thread both use the plans
         self._plan = functools.lru_cache(2)(self._make)  # a batch at the boundary of two epochs needs both plans
@@ -109,6 +110,21 @@ class Order:
                 before = self._ends[-1] if self._ends else 0
                 self._ends.append(before + self._plan(len(self._ends)).num_rows)
             return self._ends[epoch]
+
+    def rows_with(self, examples: np.ndarray, num_rows: int) -> list[int]:
+        """Return which of the first `num_rows` rows hold a piece of one of the examples, in ascending order."""
+        rows: list[int] = []
+        epoch = 0
+        first = 0
+        while first < num_rows:
+            plan = self.plan(epoch)
+            pieces = np.flatnonzero(np.isin(plan.example, examples))
+            # The last row that begins at the piece or before it; rows are never empty.
+            in_epoch = np.unique(np.searchsorted(plan.row_pieces, pieces, side="right") - 1)
+            rows += (first + in_epoch).tolist()
+            first = self.end(epoch)
+            epoch += 1
+        return [row for row in rows if row < num_rows]
 
     def pieces(self, row: int) -> list[ExampleSlice]:
         """Return the pieces in a row, segment by segment."""

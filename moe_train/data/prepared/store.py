@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from moe_train.data.batches.batch import StoredPiece
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.folder import ArrayPart, File, RemoteFolder, StoredArray, open_folder
 from moe_train.data.prepared.manifest import Manifest, ShardEntry
+from moe_train.data.prepared.teacher_reader import TeacherReader
 from moe_train.data.prepared.verify import verify_set
 from moe_train.data.records.source import OpenSource, Origin, numbered
 
 log = logging.getLogger(__name__)
+_SEARCHED_AT_ONCE = 1 << 22  # tokens that are searched together
 
 
 class ExampleSlice(NamedTuple):
@@ -34,7 +37,14 @@ class _ShardArrays(NamedTuple):
     tokens: StoredArray
     mask: StoredArray | None
     """None if all tokens are trained on."""
+    answers: StoredArray | None
+    """None if examples are single segments."""
     offsets: StoredArray
+
+    @property
+    def by_id(self) -> list[StoredArray]:
+        """The arrays with one element for each id, in the order in which they are read."""
+        return [array for array in (self.tokens, self.mask, self.answers) if array is not None]
 
 
 class _LocatedPiece(NamedTuple):
@@ -75,6 +85,8 @@ class TokenStore:
             raise FileNotFoundError(message) from None
         self.manifest: Manifest = manifest.read_manifest(text, f"{self.path}/{manifest.MANIFEST}")
         self._source = source
+        teacher = self.manifest.teacher
+        self._teacher = None if teacher is None else TeacherReader(self._folder, self.manifest, teacher)
         counts = [shard.examples for shard in self.manifest.shards]
         self._first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # first example of each shard
         self._open = functools.lru_cache(256)(self._shard)  # bounds the number of open files
@@ -114,9 +126,31 @@ class TokenStore:
             )
 
     def lengths(self) -> np.ndarray:
-        """Return (N,) the positions that each example takes in a row: one less than its ids, since the last id is only a target."""
+        """Return (N,) the positions that each example takes in a row.
+
+        These are its ids without the last one of each segment, which is only a target.
+        """
         offsets = self._folder.read_whole([_file(shard, "offsets", "int64") for shard in self.manifest.shards])
-        return np.concatenate([np.diff(ends) - 1 for ends in offsets])
+        return np.concatenate([np.diff(ends) for ends in offsets]) - self.segments
+
+    @functools.cached_property
+    def segments(self) -> np.ndarray:
+        """(N,) the number of segments of each example."""
+        stored = [shard for shard in self.manifest.shards if "segments" in shard.sizes]
+        arrays = iter(self._folder.read_whole([_file(shard, "segments", "int32") for shard in stored]))
+        parts = []
+        for shard in self.manifest.shards:
+            parts.append(next(arrays) if "segments" in shard.sizes else np.ones(shard.examples, np.int32))
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        """(N, number of values) the numbers that belong to each example; no columns if the record kind has none."""
+        stored = [shard for shard in self.manifest.shards if shard.examples and "values" in shard.sizes]
+        if not stored:
+            return np.zeros((len(self), 0))
+        arrays = self._folder.read_whole([_file(shard, "values", "float64") for shard in stored])
+        return np.concatenate([x.reshape(shard.examples, -1) for x, shard in zip(arrays, stored, strict=True)])
 
     def fitting_lengths(self, lengths: np.ndarray, seq_len: int) -> np.ndarray:
         """Shorten each example of several turns with tools that does not fit into a row to the turns that do.
@@ -150,26 +184,44 @@ class TokenStore:
         mask = None
         if "loss_mask" in shard.sizes:
             mask = self._folder.array(_file(shard, "loss_mask", "bool"))
+        answers = None
+        if "answers" in shard.sizes:
+            answers = self._folder.array(_file(shard, "answers", "uint8"))
         tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
-        return _ShardArrays(tokens, mask, self._folder.array(_file(shard, "offsets", "int64")))
+        return _ShardArrays(tokens, mask, answers, self._folder.array(_file(shard, "offsets", "int64")))
 
-    def read(self, pieces: Sequence[ExampleSlice]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Return the ids (length + 1,) of each piece, and their loss mask (None if all are trained on)."""
+    def read(self, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
+        """Return the ids of each piece, one more than positions for each segment, and what belongs to them."""
         located = self._located(pieces)
-        # One read for ids and masks together, so that the blocks of a bucket are fetched in parallel.
+        # One read for all arrays together, so that the blocks of a bucket are fetched in parallel.
         parts: list[ArrayPart] = []
         for piece in located:
-            parts.append(piece.part(piece.shard.tokens))
-            if piece.shard.mask is not None:
-                parts.append(piece.part(piece.shard.mask))
+            parts += [piece.part(array) for array in piece.shard.by_id]
         arrays = iter(self._folder.read(parts))
-        read: list[tuple[np.ndarray, np.ndarray | None]] = []
-        # In the order in which `parts` was filled: the ids of a piece, then its mask if there is one.
+        values = self.values
+        read: list[StoredPiece] = []
+        # In the order in which `parts` was filled.
         for piece, slice_ in zip(located, pieces, strict=True):
             tokens = next(arrays)
             self._check_ids(slice_.example, tokens)
-            read.append((tokens, None if piece.shard.mask is None else next(arrays)))
-        return read
+            mask = None if piece.shard.mask is None else next(arrays)
+            answers = None if piece.shard.answers is None else next(arrays)
+            read.append(StoredPiece(tokens, mask, answers, values[slice_.example] if values.shape[1] else None))
+        if self._teacher is None:
+            return read
+        places = []
+        counts = []
+        for slice_, content in zip(pieces, read, strict=True):
+            places.append(self._place_in_shards(slice_.example))
+            counts.append(len(content.tokens) - 1 if content.loss_mask is None else int(content.loss_mask[1:].sum()))
+        teacher = self._teacher.read([piece.start for piece in pieces], places, counts)
+        return [content._replace(teacher=values) for content, values in zip(read, teacher, strict=True)]
+
+    def _place_in_shards(self, example: int) -> tuple[int, int]:
+        """Return the shard of an example, and its index there."""
+        # side="right", since an example that is the first of its shard belongs to that shard, and empty shards are skipped.
+        number = int(np.searchsorted(self._first, example, side="right")) - 1
+        return number, example - int(self._first[number])
 
     def _check_ids(self, example: int, tokens: np.ndarray) -> None:
         """Raise ValueError if an id is not in the vocabulary, which a model would read as another token."""
@@ -191,6 +243,7 @@ class TokenStore:
         # side="right", since an example that is the first of its shard belongs to that shard, and empty shards are skipped.
         numbers = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
         shards = [self._open(number) for number in numbers]
+        segments = self.segments
         offset_parts = []
         for number, shard, piece in zip(numbers, shards, pieces, strict=True):
             index = int(piece.example - self._first[number])
@@ -198,9 +251,20 @@ class TokenStore:
         located = []
         for shard, offset, piece in zip(shards, self._folder.read(offset_parts), pieces, strict=True):
             start = int(offset[0]) + piece.start
-            # One id more than positions, since the last one is only a target.
-            located.append(_LocatedPiece(shard, start, start + piece.length + 1))
+            # One id more than positions in each segment, since the last one is only a target.
+            located.append(_LocatedPiece(shard, start, start + piece.length + int(segments[piece.example])))
         return located
+
+    def first_with(self, token: int) -> int | None:
+        """Return the first example that contains a token; None if there is none. All tokens are read."""
+        for first, shard in zip(self._first[:-1].tolist(), self.manifest.shards, strict=True):
+            tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
+            for start in range(0, shard.tokens, _SEARCHED_AT_ONCE):
+                places = np.flatnonzero(tokens[start : min(start + _SEARCHED_AT_ONCE, shard.tokens)] == token)
+                if len(places):
+                    [offsets] = self._folder.read_whole([_file(shard, "offsets", "int64")])
+                    return int(first + np.searchsorted(offsets, start + places[0], side="right") - 1)
+        return None
 
     def origin(self, example: int) -> Origin:
         """Return the location of an example's record in the source."""
@@ -211,6 +275,17 @@ class TokenStore:
         index = 2 * (example - int(self._first[number]))
         span, line = (int(x) for x in pairs[index : index + 2])
         return Origin(shard.spans[span][0], line)
+
+    def examples_of(self, records: Collection[Origin]) -> np.ndarray:
+        """Return (n,) the examples that were made from records, in ascending order; a record may have given none or several."""
+        chosen: list[int] = []
+        for first, shard in zip(self._first[:-1].tolist(), self.manifest.shards, strict=True):
+            # (examples, 2): span and line of each example of the shard.
+            (flat,) = self._folder.read_whole([_file(shard, "origins", "int64")])
+            for i, (span, line) in enumerate(flat.reshape(-1, 2).tolist()):
+                if Origin(shard.spans[span][0], line) in records:
+                    chosen.append(first + i)
+        return np.array(chosen, np.int64)
 
     def place(self, origin: Origin) -> str:
         """Return the name of the file, or of another kind of place, that a record is from."""

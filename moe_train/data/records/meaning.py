@@ -40,7 +40,7 @@ OTHER_TEXT = "it may be text of the message, which is read from another key"
 _CHANGES = "it changes the meaning, and is not read here"
 _TOPICS = (
     _Topic(
-        "it marks an answer as good or bad, and no objective reads it yet",
+        "it marks an answer as good or bad, which the record kind labelled reads",
         (
             *("label", "labels", "kto_tag", "desirable", "undesirable", "is_desirable", "preferred", "is_preferred"),
             *("is_good", "is_bad", "correct", "incorrect", "is_correct", "is_incorrect", "accepted", "is_accepted"),
@@ -48,7 +48,7 @@ _TOPICS = (
         ),
     ),
     _Topic(
-        "it belongs to a preference pair, and no objective reads those yet",
+        "it belongs to a preference pair, which the record kind preference reads",
         ("chosen", "rejected", "chosen_response", "rejected_response", "chosen_messages", "rejected_messages"),
         ("chosen", "rejected"),
     ),

@@ -38,6 +38,7 @@ class _Evaluated(NamedTuple):
     identity: WeightsIdentity
 
     def to_json(self) -> JsonObject:
+        """Return the model, its weights and its metrics, ready for JSON."""
         return {
             "model": self.run.name,
             "checkpoint": self.identity.step,

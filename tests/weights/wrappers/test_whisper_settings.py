@@ -37,6 +37,11 @@ def test_settings_go_into_the_other_layout_and_back(tmp_path: Path) -> None:
     [
         ({"downsample_args": {"downsample_factor": 2}}, TEXT, "its projector takes 16 numbers.*, 32"),
         ({"encoder_args": {**WHISPER_ARGS["encoder_args"], "head_dim": 2}}, TEXT, "2 heads of 2 dims"),
+        (
+            {"encoder_args": {**WHISPER_ARGS["encoder_args"], "pos_embed": "rope"}},
+            TEXT,
+            "pos_embed is 'rope' .* only has 'sinusoidal'",
+        ),
         ({}, TEXT.model_copy(update={"family": "ministral"}), "has no text model of family ministral"),
     ],
 )

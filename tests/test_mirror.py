@@ -44,6 +44,20 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "commands/evaluate_harness.py": "judges/test_lm_eval.py runs tasks through it; it needs the extra eval",
     "evaluate/lm_harness.py": "judges/test_lm_eval.py compares it with the harness's own model; it needs the extra eval",
     "commands/train.py": "integration/test_own_records.py trains through it; it only joins resolve and the loop",
+    "cli/classify.py": "integration/test_heads.py scores files as the command does",
+    "commands/classify.py": "integration/test_heads.py scores texts with a run and with its export",
+    "commands/evaluate_scores.py": "integration/test_heads.py measures classifiers and a reward model",
+    "commands/text_scorer.py": "integration/test_heads.py opens models with it",
+    "evaluate/scores.py": "integration/test_heads.py scores texts of several lengths through it",
+    "evaluate/teacher.py": "commands/test_prepare_teacher.py compares its predictions with the teacher's logits",
+    "config/distillation.py": "train/objectives/test_distillation.py minimizes every setting of it",
+    "data/batches/classification_batch.py": "train/objectives/test_classification.py fills its rows",
+    "data/batches/distillation_batch.py": "train/objectives/test_distillation.py compares losses on it",
+    "data/batches/reward_batch.py": "train/objectives/test_reward.py fills its rows",
+    "data/batches/check_set.py": "commands/test_prepare_teacher.py trains on sets that fit, and on others",
+    "data/chat/classified_to_tokens.py": "integration/test_heads.py trains on texts and conversations",
+    "data/prepared/teacher_reader.py": "commands/test_prepare_teacher.py reads stored predictions",
+    "data/prepared/teacher_set.py": "commands/test_prepare_teacher.py writes, interrupts and continues sets",
 }
 OUTSIDE_THE_MIRROR = {"integration", "judges", "benchmarks", "campaign"}
 

@@ -58,7 +58,7 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     sizes = axis_sizes(run.mesh)
     shape = microbatch_shape(run)
     # A batch of one row of one token has one element in each array.
-    bytes_per_token = sum(array.itemsize for array in objective_of(run.objective).batch_type.empty(1, 1))
+    bytes_per_token = sum(array.nbytes for array in objective_of(run.objective).batch_type.empty(1, 1))
     M = run.train.microbatches
     stacked = [w for w in layout.weights if w.path.in_layer]
     stacks = config.stacks(model)

@@ -16,6 +16,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.chat.classified_to_tokens import classified_example
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens
 from moe_train.data.chat.pairs_to_tokens import pair_examples_batch
@@ -39,7 +40,15 @@ from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.conversation import read as read_record
 from moe_train.data.records.conversation import read_columns
 from moe_train.data.records.json_lines import Block, records_in
-from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord, PreferencePair, messages_of, tools_of
+from moe_train.data.records.normal_form import (
+    ClassifiedText,
+    Conversation,
+    LabelledAnswer,
+    NormalRecord,
+    PreferencePair,
+    messages_of,
+    tools_of,
+)
 from moe_train.data.records.problem import Item, Problem, check_usable
 from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
@@ -184,7 +193,13 @@ def _judge(read: list[ReadRecord], question: Question, form: Requirements) -> No
         # Encoding a record that breaks a rule would only report the same fault again, less clearly.
         if any(problem.rule not in _STILL_TOKENISED for problem in entry.problems):
             continue
-        if isinstance(entry.record, str):
+        if isinstance(entry.record, ClassifiedText):
+            try:
+                entry.examples = [classified_example(entry.record, question.template, question.tokenizer)]
+            except ValueError as error:
+                refused = error if isinstance(error, Problem) else Problem("refused", str(error), "change or drop it")
+                entry.problems.append(refused)
+        elif isinstance(entry.record, str):
             texts.append(entry)
         elif isinstance(entry.record, Conversation):
             conversations.append((entry, entry.record))

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
 from moe_train.weights import safetensors_files
-from moe_train.weights.hf import latent
+from moe_train.weights.hf import latent, score_fields
 from moe_train.weights.hf.config_keys import CONFIG_FILE, stated_tie, text_fields
 from moe_train.weights.hf.config_problem import first_problem
 from moe_train.weights.hf.rope_section import read_rope, rope_section
@@ -66,6 +66,7 @@ def _model(fields: JsonObject) -> config.Model:
         rope, query_scaling = read_rope(fields, rope_fields)
         attention = _grouped_query(family, fields, num_layers, query_scaling)
         ffn = _ffn(family, fields)
+    scores = score_fields.read_scores(fields)
     return config.Model.model_validate(
         {
             "family": family_name,
@@ -76,7 +77,9 @@ def _model(fields: JsonObject) -> config.Model:
             "ffn": ffn,
             "rope": rope,
             "norm_eps": _stated(fields, "rms_norm_eps"),
-            "tie_embeddings": stated_tie(fields),
+            # A head for scores is no part of the vocabulary's.
+            "tie_embeddings": scores is None and stated_tie(fields),
+            "scores": scores,
             "max_seq_len": _stated(fields, "max_position_embeddings"),
             "init_stddev": fields.get("initializer_range") or 0.02,
         }
@@ -177,7 +180,7 @@ def write_model_config(
     """Return the `config.json` of an export, with old and new spellings side by side and every default stated."""
     check_expressible(model)
     fields: JsonObject = {
-        "architectures": [config.FAMILIES[model.family].hugging_face.architecture],
+        "architectures": [score_fields.class_name(model)],
         "model_type": model.family,
         "vocab_size": model.vocab_size,
         "hidden_size": model.model_dim,
@@ -200,6 +203,8 @@ def write_model_config(
     }
     family = config.FAMILIES[model.family]
     fields |= family.hugging_face.fixed
+    if model.scores is not None:
+        fields |= score_fields.write_scores(model.scores)
     a = model.attention
     if "window" in family.features:
         fields["sliding_window"] = next((window for window in a.windows if window is not None), None)

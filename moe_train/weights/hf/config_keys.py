@@ -19,6 +19,13 @@ CONFIG_FILE = "config.json"
 
 ARCHITECTURES = {family.hugging_face.architecture: name for name, family in config.FAMILIES.items() if "hf" in family.formats}
 """Families by the class of their text model."""
+SCORING_ARCHITECTURES = {
+    family.hugging_face.scoring_architecture: name
+    for name, family in config.FAMILIES.items()
+    if "score_head" in family.features & family.formats.get("hf", frozenset())
+}
+"""Families by the class of their text model with a head for classification or rewards."""
+_CLASSES = ARCHITECTURES | SCORING_ARCHITECTURES
 
 # The only values whose meaning is implemented here.
 _REQUIRED: JsonObject = {
@@ -121,11 +128,11 @@ def text_fields(fields: JsonObject) -> tuple[config.FamilyName, JsonObject]:
                 f"architectures is not stated, and model_type is {fields.get('model_type')!r}; supported model types: {supported}"
                 + _advice_for_wrapper(fields)
             )
-    elif not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
-        supported = ", ".join((*ARCHITECTURES, *WRAPPERS))
+    elif not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in _CLASSES:
+        supported = ", ".join((*_CLASSES, *WRAPPERS))
         raise ValueError(f"architectures is {architectures}; supported: {supported}{_advice_for_wrapper(fields)}")
     else:
-        family = ARCHITECTURES[architectures[0]]
+        family = _CLASSES[architectures[0]]
     _check_model_type(fields, family)
     _check_keys(fields, family)
     return family, fields

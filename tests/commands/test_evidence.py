@@ -10,11 +10,13 @@ import jax
 import pytest
 
 from moe_train.commands.evidence import StatedFigures, check_evidence, seal_evidence, write_evidence
+from moe_train.data.prepared.manifest import TeacherEntry
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.governance.exports_of_run import ExportEntry, hash_of_record, note_export
+from moe_train.governance.training_summary import training_summary
 from moe_train.machine.mesh import make_mesh
 from tests.commands.runs import MESH, MODEL, save_run
-from tests.governance.lineages import SET, write_records
+from tests.governance.lineages import SET, lineage_of, write_records
 from tests.random_parameters import random_parameters
 
 
@@ -76,6 +78,15 @@ def test_pages_state_what_records_state_and_a_seal_notices_changes(run_with_expo
     sealed = seal_evidence(tmp_path / "out", None)
     assert sealed["todo"]["model_documentation.md"] == answer["todo"]["model_documentation.md"] - 1
     assert results(tmp_path / "out")["documents"][0] is True
+
+
+def test_a_teacher_is_a_dependency(tmp_path):
+    training = lineage_of(tmp_path).training
+    teacher = TeacherEntry.model_construct(model="models/large", sha256="d" * 64)
+    taught = training._replace(data=(SET.model_copy(update={"teacher": teacher}),))
+    page = training_summary("tuned", (taught,), "2026-11-30")
+    assert "models/large (teacher, sha256 dddd" in page and "the predictions of models/large are learnt" in page
+    assert "models/large" not in training_summary("tuned", (training,), "2026-11-30")
 
 
 def test_an_export_leads_to_its_run_also_from_elsewhere(run_with_export, tmp_path, monkeypatch):

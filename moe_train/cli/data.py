@@ -233,6 +233,9 @@ def prepare_command(
         str | None,
         typer.Option("--to", metavar="DIR_OR_URL", help="Directory or bucket that receives a copy of the prepared sets."),
     ] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Also store log-probabilities of init_from, for full training on preferences.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tokenize the data of CONFIG in advance, with data.num_proc processes.
@@ -243,7 +246,7 @@ def prepare_command(
     from moe_train.commands.prepare import prepare
 
     with progress_line("preparing"):
-        answer = prepare(config, to)
+        answer = prepare(config, to, reference)
     if as_json:
         print_json(answer)
     else:

@@ -14,6 +14,7 @@ import pytest
 
 from moe_train import config
 from moe_train.commands import write_and_prove
+from moe_train.commands.prepare import prepare
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
@@ -124,6 +125,11 @@ def test_full_training_stores_its_reference_and_resumes_with_it(
     assert "computing the reference" in said and "start check" not in said
     steps = lines(tmp_path / "run")
     assert len(steps) == 4 and steps[-1]["rewards/margins"] > 0.01
+    # What `data prepare --reference` stores is what the run would have computed, and is read in its place.
+    values = (sorted(cache.rglob("reference-*/logprobs"))[0]).read_bytes()
+    shutil.rmtree(stored[0])
+    prepare(run, with_reference=True)
+    np.testing.assert_allclose(*(np.frombuffer(x, np.float32) for x in (values, (stored[0] / "logprobs").read_bytes())), atol=1e-5)
     # With adapters on the same data nothing is stored, and the values at the start are the same.
     adapted = make(tmp_path / "adapted", {"name": "preference", "beta": 0.5, "sft_weight": 0.1}, data__cache_dir=str(cache))
     assert train(adapted) == loop.FINISHED

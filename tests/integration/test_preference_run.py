@@ -23,6 +23,7 @@ from moe_train.run import loop
 from tests.integration.test_lora_run import MIXTRAL
 from tests.run_dir import lines
 
+MODEL = MIXTRAL | {"max_seq_len": 512}
 LORA = {"targets": [{"modules": ["attention.*", "ffn.*"], "rank": 2, "alpha": 8.0}]}
 WORDS = "red blue green one two three".split()
 
@@ -31,7 +32,7 @@ WORDS = "red blue green one two three".split()
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Mixtral of random weights, in Hugging Face's files."""
     directory = tmp_path_factory.mktemp("base") / "model"
-    model = config.Model.model_validate_json(json.dumps(MIXTRAL))
+    model = config.Model.model_validate_json(json.dumps(MODEL))
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         weights = parameters(init_model(0, model, config.Compute()))[1]
         write_and_prove.export_model(weights, model, directory, write_and_prove.WriteOptions(dtype="float32"))
@@ -65,8 +66,7 @@ def make(base: Path, small_run: Callable[..., config.Config], tmp_path_factory: 
             "mesh": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
             "data__train": [source],
             "data__eval": [source],
-            "data__chat_template": "chatml",
-            "train__seq_len": 256,
+            "train__seq_len": 128,
             "train__steps": 4,
             "train__microbatches": 2,
             "metrics__every_steps": 1,
@@ -135,7 +135,7 @@ def test_full_training_stores_its_reference_and_resumes_with_it(
     assert train(adapted) == loop.FINISHED
     assert lines(tmp_path / "adapted")[0]["loss"] == pytest.approx(first["loss"], rel=1e-5)
     with pytest.raises(ValueError, match="starts from random weights; state init_from"):
-        train(make(tmp_path / "random", {"name": "preference"}, **full, init_from=None, model=MIXTRAL))
+        train(make(tmp_path / "random", {"name": "preference"}, **full, init_from=None, model=MODEL))
 
 
 def test_what_does_not_fit_the_objective_is_refused(make: Callable[..., Any], tmp_path: Path) -> None:

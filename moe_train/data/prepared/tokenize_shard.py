@@ -133,7 +133,7 @@ class _Arrays:
         self._buffers = {"tokens": array(np.dtype(dtype).char), "offsets": array("q", [0]), "origins": array("q")}
         if masked:
             self._buffers |= {"loss_mask": array("B"), "turn_ends": array("q")}
-        self._buffers |= {"answers": array("B"), "segments": array("i"), "values": array("d")}
+        self._buffers |= {"answers": array("B"), "segments": array("i"), "values": array("B")}
         self._unused = {"turn_ends", "answers", "segments", "values"}
         self.num_examples = 0
         self.num_tokens = 0
@@ -158,7 +158,8 @@ class _Arrays:
             buffers["segments"].append(len(example.tokens) - example.num_positions)
             self._unused -= {"answers", "segments"}
         if example.values:
-            buffers["values"].extend(example.values)
+            # As bytes, so that all buffers are of integers.
+            buffers["values"].frombytes(array("d", example.values).tobytes())
             self._unused.discard("values")
         self.num_examples += 1
         self.num_tokens += len(example.tokens)

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": (),
     "machine": ("config",),
     "model": ("config", "machine"),
-    "data": ("config", "machine.files", "machine.program"),
+    "data": ("config", "machine.files", "machine.network", "machine.program"),
     "train": ("config", "machine", "model", "data"),
     "weights": ("config", "machine", "model", "data"),
     "checkpoint": ("config", "machine", "model", "data", "train", "weights"),

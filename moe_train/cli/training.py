@@ -207,7 +207,7 @@ def runs_command(
     "branch",
     epilog=help_examples(
         "moe-train branch runs/pretrain@8000 runs/pretrain_decay",
-        "moe-train train run.yaml run_dir=runs/pretrain_decay train.steps=9000",
+        "moe-train branch runs/pretrain runs/pretrain_decay",
     ),
 )
 def branch_command(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import logging
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +28,7 @@ from moe_train.data.records.answers import judged_conversations
 from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
+from moe_train.governance.exports_of_run import ExportEntry, hash_of_record, note_export
 from moe_train.machine.files import JsonObject, refuse_existing
 from moe_train.machine.mesh import join_processes
 from moe_train.model.paths import ParameterPath
@@ -159,12 +162,20 @@ def export(
             case "peft" | "mistral-lora" | "gguf-lora":
                 adapter_files = _AdapterFiles(layout, Path(out_dir).name, dtype, options.server)
                 record = _export_adapter(opened, loaded.weights, out_dir, adapter_files, origin)
+    if opened.run is not None and loaded.step is not None and together.is_first():
+        note_export(run_folder(opened.directory), _entry_of(Path(out_dir), layout, loaded.step))
     if command is not None:
         mmproj_name = record.get("mmproj", {}).get("file")
         if mmproj_name is not None:
             command += f" --mmproj {shlex.quote(str(Path(out_dir) / mmproj_name))}"
         record["serve"] = command
     return record
+
+
+def _entry_of(out_dir: Path, layout: serve.ExportFormat, step: int) -> ExportEntry:
+    """Return the line by which a run remembers this export."""
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return ExportEntry(time, str(out_dir.absolute()), layout, step, hash_of_record(out_dir), tuple(sys.argv))
 
 
 def _origin_of(opened: OpenedModel, loaded: LoadedWeights) -> _Origin:
@@ -183,6 +194,11 @@ def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) 
         raise ValueError(
             f"{opened.directory} cannot be exported: no file format can express {inexpressible}; "
             "its weights are only in its checkpoints"
+        )
+    if opened.model.scores is not None and layout in get_args(expected.AdapterLayout):
+        raise ValueError(
+            f"{opened.directory} scores texts with a head of its own, which an adapter alone does not hold; export the whole model "
+            "with --format hf --merge"
         )
     if layout in get_args(expected.ModelLayout) or (opened.lora is not None and not merge):
         return

@@ -16,6 +16,7 @@ from moe_train.config.architecture import (
     Rope,
     YarnRope,
     features,
+    require_vocabulary,
     without_format,
 )
 from moe_train.config.attention import (
@@ -42,6 +43,7 @@ from moe_train.config.data import (
     Source,
     Tokenizer,
 )
+from moe_train.config.distillation import Distillation
 from moe_train.config.families import (
     FAMILIES,
     FEATURES,
@@ -67,8 +69,9 @@ from moe_train.config.graders import (
     RegexGrader,
     ToolCallsGrader,
 )
+from moe_train.config.heads import Classification, HeadObjective, LabelSet, Reward
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
-from moe_train.config.objective import NextToken, Objective, check_records, extra_forward_passes
+from moe_train.config.objective import NextToken, Objective, check_records, extra_forward_passes, with_targets
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -84,8 +87,10 @@ from moe_train.config.optimization import (
     WsdSchedule,
 )
 from moe_train.config.preferences import Preference, UnpairedPreference
+from moe_train.config.profile import Profile
 from moe_train.config.records import (
     ChatRecord,
+    ClassificationRecord,
     CompletionRecord,
     ConversationRecord,
     LabelledRecord,
@@ -95,6 +100,7 @@ from moe_train.config.records import (
 )
 from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
 from moe_train.config.run import FullTraining, InitialWeights, NoData, PretrainedWeights, RandomWeights, Run, RunData, run_of
+from moe_train.config.score_head import ScoreHead, ScoreTarget
 from moe_train.config.section import (
     Decay,
     Dtype,
@@ -107,6 +113,7 @@ from moe_train.config.section import (
     Section,
 )
 from moe_train.config.suite import AnswerGeneration, Columns, FewShot, Prompt, Suite
+from moe_train.config.trackers import MlflowTracker, Tracker, TrackioTracker, WandbTracker
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, SpikeGuard, Train
 
 __all__ = [
@@ -123,6 +130,8 @@ __all__ = [
     "ChatRecord",
     "Checkpoint",
     "ChoiceGrader",
+    "Classification",
+    "ClassificationRecord",
     "Columns",
     "CompletionRecord",
     "Compute",
@@ -136,6 +145,7 @@ __all__ = [
     "DefaultRope",
     "DenseFfn",
     "DenseLayers",
+    "Distillation",
     "Dtype",
     "Evaluation",
     "ExactGrader",
@@ -153,6 +163,7 @@ __all__ = [
     "FunctionGrader",
     "Grader",
     "GroupedQueryAttention",
+    "HeadObjective",
     "HubSource",
     "HuggingFaceExperts",
     "HuggingFaceFamily",
@@ -161,6 +172,7 @@ __all__ = [
     "Int8",
     "JsonSchemaGrader",
     "JudgeGrader",
+    "LabelSet",
     "LabelledRecord",
     "LastCheckpoints",
     "LayerPosition",
@@ -174,6 +186,7 @@ __all__ = [
     "Mesh",
     "Metrics",
     "MistralTokenizer",
+    "MlflowTracker",
     "Model",
     "MoeFfn",
     "MultiHeadLatentAttention",
@@ -194,6 +207,7 @@ __all__ = [
     "PreferenceRecord",
     "PreparedSource",
     "PretrainedWeights",
+    "Profile",
     "Prompt",
     "PythonSource",
     "QueryScaling",
@@ -201,6 +215,7 @@ __all__ = [
     "Record",
     "RecordSource",
     "RegexGrader",
+    "Reward",
     "Rope",
     "Rounding",
     "Router",
@@ -208,6 +223,8 @@ __all__ = [
     "RunData",
     "RunName",
     "Schedule",
+    "ScoreHead",
+    "ScoreTarget",
     "Section",
     "Sections",
     "SigmoidRouter",
@@ -218,8 +235,11 @@ __all__ = [
     "TextRecord",
     "Tokenizer",
     "ToolCallsGrader",
+    "Tracker",
+    "TrackioTracker",
     "Train",
     "UnpairedPreference",
+    "WandbTracker",
     "WsdSchedule",
     "YarnRope",
     "check_batch",
@@ -232,8 +252,10 @@ __all__ = [
     "layers",
     "names_module",
     "require_grouped_query",
+    "require_vocabulary",
     "run_of",
     "sparse_layers",
     "stacks",
+    "with_targets",
     "without_format",
 ]

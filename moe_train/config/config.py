@@ -9,11 +9,12 @@ from pydantic import Field, model_validator
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model
 from moe_train.config.average import Average, LastCheckpoints, NoAverage
-from moe_train.config.checks import check_batch, check_model, check_rounding
+from moe_train.config.checks import check_batch, check_local, check_model, check_rounding
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
 from moe_train.config.objective import NextToken, Objective, check_records
 from moe_train.config.optimization import Loss, Optimizer
+from moe_train.config.profile import Profile
 from moe_train.config.section import LocalPath, Section, Seed
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
@@ -64,8 +65,13 @@ class Config(Section):
     """Average of the weights that is saved with each checkpoint, as a run of its own: RUN_DIR/average."""
     metrics: Metrics = Metrics()
     """How often metrics are logged, and where to."""
+    profile: Profile = Profile()
+    """Steps that are traced by the profiler; null for none."""
     export: Literal["all", "none"] = "all"
     """`all` refuses an architecture that no file format can express before training; `none` trains it all the same."""
+    network: Literal["any", "none"] = "any"
+    """`none` makes every connection a fault, except between the processes of the job; MOE_TRAIN_OFFLINE=1 does so for any command.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -77,12 +83,18 @@ class Config(Section):
         if self.data is not None:
             check_records(self.objective, self.data)
         check_batch(self)
+        if self.network == "none":
+            check_local(self.data, self.metrics)
         if isinstance(self.average, LastCheckpoints) and self.checkpoint.keep_last < self.average.count - 1:
             raise ValueError(
                 f"average.count {self.average.count} needs checkpoint.keep_last {self.average.count - 1} or more, not "
                 f"{self.checkpoint.keep_last}, since the mean is taken over checkpoints that are kept; raise it, or lower the count"
             )
         check_rounding(self)
+        if self.profile.steps is not None and self.train.steps is not None and self.profile.steps[1] > self.train.steps:
+            raise ValueError(
+                f"profile.steps ends with {self.profile.steps[1]}, but train.steps is {self.train.steps}; trace steps of the run"
+            )
         if self.compute.attention == "cudnn" and self.compute.dtype == "float32":
             raise ValueError(
                 "compute.attention cudnn does not support float32; set compute.dtype to bfloat16, or attention to auto"

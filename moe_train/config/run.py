@@ -17,6 +17,7 @@ from moe_train.config.config import Config, RunName
 from moe_train.config.data import Data, Tokenizer
 from moe_train.config.objective import Objective
 from moe_train.config.optimization import Loss, Optimizer
+from moe_train.config.profile import Profile
 from moe_train.config.section import LocalPath, Section, Seed
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
@@ -60,7 +61,7 @@ class NoData(Section):
 
 
 class Run(Section):
-    """The resolved record of a run, in which nothing is optional; compare `Config`, which is what the user wrote.
+    """The resolved record of a run, in which nothing is left to be decided; compare `Config`, which is what the user wrote.
 
     method: full training, or adapters (LoRA) with explicit targets. mesh: the size of each axis, never -1.
     """
@@ -82,7 +83,9 @@ class Run(Section):
     checkpoint: Checkpoint
     average: Average
     metrics: Metrics
+    profile: Profile
     export: Literal["all", "none"]
+    network: Literal["any", "none"]
 
     @property
     def lora(self) -> Lora | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from moe_train.config.section import Fraction, LocalPath, NonNegative, Positive, PositiveFloat, Section
+from moe_train.config.trackers import Tracker
 
 
 class SpikeGuard(Section):
@@ -148,3 +149,13 @@ class Metrics(Section):
     """Number of steps between lines of metrics."""
     tensorboard: bool = True
     """Whether metrics are also written as TensorBoard events into the run's folder."""
+    trackers: tuple[Tracker, ...] = ()
+    """Experiment trackers that receive the metrics as well; each needs the extra of its name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [tracker.name for tracker in self.trackers]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"trackers names {name} twice; keep one of them")
+        return self

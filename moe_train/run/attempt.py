@@ -22,16 +22,18 @@ from moe_train.machine.mesh import put_batch
 from moe_train.run import introduction
 from moe_train.run.averaging import WeightAverage, open_average
 from moe_train.run.folder import RunFolder
+from moe_train.run.goodput import Goodput
 from moe_train.run.held_out import HeldOutLoss
 from moe_train.run.inputs import open_inputs
 from moe_train.run.metrics import MetricsReader
+from moe_train.run.profiling import StepProfiler
 from moe_train.run.record import check_checkpoints_kept, run_log
 from moe_train.run.reference import add_reference
 from moe_train.run.saving import RolledBack, Saving
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import Start, starting_state
 from moe_train.run.start_check import check_start
-from moe_train.run.stopping import StopRequest, Votes
+from moe_train.run.stopping import StopRequest, StopVotes, Votes
 from moe_train.run.suite_scores import SuiteScores
 from moe_train.run.writer import Writer
 from moe_train.train.objectives.objective import Objective
@@ -76,23 +78,48 @@ class Attempt:
     stopped: SimpleNamespace
     """The last step done and the reason of a stop, for the run's log; see `run_log`."""
     stop_request: StopRequest
+    goodput: Goodput
+    profiler: StepProfiler
 
     def measure_at_start(self, after_roll_back: bool) -> None:
         """Measure the held-out loss where no earlier process has done so."""
         self.stop_request.starting = "measuring the held-out loss"
-        if self.start == 0:
-            # The loss before training, with which every later one is compared; a resumed run has it in metrics.jsonl.
-            self.held_out.measure(0, self.begin.state)
-            self.suites.measure(0, self.begin.state, self.writer)
-        elif self.held_out.is_due(self.start) and not after_roll_back and self.begin.held_out_loss is None:
-            self.held_out.measure(self.start, self.begin.state)  # a signal stopped the evaluation after this step
+        with self.goodput.during("evaluation"):
+            if self.start == 0:
+                # The loss before training, with which every later one is compared; a resumed run has it in metrics.jsonl.
+                self.held_out.measure(0, self.begin.state)
+                self.suites.measure(0, self.begin.state, self.writer)
+            elif self.held_out.is_due(self.start) and not after_roll_back and self.begin.held_out_loss is None:
+                self.held_out.measure(self.start, self.begin.state)  # a signal stopped the evaluation after this step
+        self.goodput.switch("steps")
         # From here on, a signal takes effect after a step.
         self.stop_request.starting = None
         self.figures.restart_timer(self.start)
 
-    def fetch_batch(self) -> None:
-        """Fetch the next batch, and put it on the mesh."""
-        self.batch = put_batch(self.figures.next_batch(self.batches), self.mesh)
+    def measure_held_out(self, step: int, state: TrainState) -> float | None:
+        """Measure the held-out loss after `step`; None if there is none, or a request to stop came in between."""
+        # The last evaluation is always finished: no later start would make up for it.
+        is_stopped = None if step == self.total_steps else StopVotes(self.stop_request, self.mesh)
+        with self.goodput.during("evaluation"):
+            return self.held_out.measure(step, state, is_stopped)
+
+    def measure_suites(self, step: int, state: TrainState) -> dict[str, float] | None:
+        """Answer the suites after `step`, and return the mean score on each; None without suites."""
+        with self.goodput.during("evaluation"):
+            return self.suites.measure(step, state, self.writer)
+
+    def fetch_batch(self, newest: StepMetrics) -> None:
+        """Fetch the next batch, and put it on the mesh.
+
+        Args:
+            newest: the metrics of the step that was dispatched last.
+        """
+        waited = self.figures.waited
+        batch = self.figures.next_batch(self.batches)
+        # While the device still computes, the wait costs nothing.
+        if newest.loss.is_ready():  # type: ignore[attr-defined]
+            self.goodput.move(self.figures.waited - waited, "input")
+        self.batch = put_batch(batch, self.mesh)
 
     def read(self, taken: UnreadStep, newest: StepMetrics) -> Votes:
         """Read the metrics and votes of a step, and leave the attempt where an older checkpoint has to be used.
@@ -133,7 +160,13 @@ class Attempt:
         So no save rotates the last good checkpoint away. The last save of an attempt is always tried: it says what is wrong.
         """
         if self.figures.usable or is_last:
-            self.saving.save(step, state, loss, scores)
+            with self.goodput.during("checkpoint"):
+                self.saving.save(step, state, loss, scores)
+
+    def finish_saving(self) -> None:
+        """Wait for the save in progress. Raises RuntimeError if it failed."""
+        with self.goodput.during("checkpoint"):
+            self.saving.finish()
 
 
 def open_attempt(
@@ -157,6 +190,7 @@ def open_attempt(
     Returns:
         The attempt; None if all steps of the run are done, and nothing was written.
     """
+    goodput = Goodput()
     inputs = open_inputs(run, objective)
     stop_request.starting = "reading the checkpoint"
     # Locked before the checkpoints are read, so that no other process replaces them meanwhile.
@@ -188,6 +222,9 @@ def open_attempt(
     exit_stack.enter_context(writer)
     # Entered after the writer, so that the reason of a stop is recorded before the metrics are closed.
     stopped = exit_stack.enter_context(run_log(run, folder.path, begin, inputs))
+    profiler = exit_stack.enter_context(StepProfiler(run.profile, folder.path, inputs.total_steps, writer.say))
+    goodput.open(folder.path, start, write=jax.process_index() == 0)
+    exit_stack.push(lambda kind, *_: goodput.write(end=_reason(kind, stopped.reason)))
     introduction.introduce(run, writer.say, inputs, begin)
     stop_request.starting = "computing the reference log-probabilities"
     add_reference(run, inputs, begin, objective, mesh, writer.say)
@@ -201,9 +238,11 @@ def open_attempt(
     check_start(run, objective, begin, batch, writer.say)
     start_time = time.perf_counter()
     definition = definition_of(run, begin.structure, begin.optimizer, objective)
-    run_step = compile_step(definition, begin.state, batch, begin.base_weights)
+    with goodput.during("compile"):
+        run_step = compile_step(definition, begin.state, batch, begin.base_weights)
     writer.say(f"compiled the step in {time.perf_counter() - start_time:.1f} s")
     figures = MetricsReader(run, mesh, begin.state.learned, inputs.total_steps, start, begin.state)
+    figures.goodput = goodput
     writer.say(f"MFU is the share of {figures.peak_source}")
     return Attempt(
         run=run,
@@ -222,4 +261,11 @@ def open_attempt(
         writer=writer,
         stopped=stopped,
         stop_request=stop_request,
+        goodput=goodput,
+        profiler=profiler,
     )
+
+
+def _reason(kind: type[BaseException] | None, reason: str) -> str:
+    """Return why an attempt ends: the error that ends it, or what the loop has recorded."""
+    return reason if kind is None else kind.__name__

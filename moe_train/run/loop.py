@@ -16,7 +16,7 @@ from moe_train.plan.fits import check_fits
 from moe_train.run import introduction
 from moe_train.run.attempt import Attempt, UnreadStep, open_attempt
 from moe_train.run.saving import RolledBack, UnusableCheckpoint
-from moe_train.run.stopping import StopRequest, StopRequested, StopVotes, Votes, signals, vote
+from moe_train.run.stopping import StopRequest, StopRequested, Votes, signals, vote
 from moe_train.run.writer import MetricsRecord
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
@@ -127,14 +127,16 @@ def _take_steps(attempt: Attempt) -> Generator[MetricsRecord, None, int]:
     state = attempt.begin.state
     unread: UnreadStep | None = None
     for step in range(attempt.start + 1, total_steps + 1):
+        attempt.profiler.before_step(step, state)
         state, step_metrics = attempt.run_step(state, attempt.batch, attempt.begin.base_weights)
+        attempt.profiler.after_step(step, step_metrics)
         if attempt.average is not None:
             attempt.average.after_step(state)
         # All processes vote at every step, since a collective that only some of them enter would hang.
         voted = vote((attempt.stop_request.reason is not None, saving.is_overdue()), mesh)
         if step < total_steps:
             # The next batch is fetched while the device still computes the step that was just dispatched.
-            attempt.fetch_batch()
+            attempt.fetch_batch(step_metrics)
         # Metrics and votes are read one step late, so that the device never waits for the host.
         votes = Votes()
         if unread is not None:
@@ -158,11 +160,10 @@ def _take_steps(attempt: Attempt) -> Generator[MetricsRecord, None, int]:
         attempt.roll_back_after_spike()
         loss = None
         if evaluates:
-            # The last evaluation is always finished: no later start would make up for it.
-            loss = held_out.measure(step, state, None if step == total_steps else StopVotes(attempt.stop_request, mesh))
+            loss = attempt.measure_held_out(step, state)
             votes = votes.combined_with(Votes(stop=held_out.was_stopped))
         # A request to stop comes first; then this step has no scores.
-        scores = attempt.suites.measure(step, state, writer) if answers and not votes.stop else None
+        scores = attempt.measure_suites(step, state) if answers and not votes.stop else None
         yield from writer.new_records()
         is_best = saving.is_best(loss, scores)
         if saves or is_best or votes.stop or votes.save:
@@ -170,12 +171,14 @@ def _take_steps(attempt: Attempt) -> Generator[MetricsRecord, None, int]:
         # Evaluation and saving are no part of the time of a step.
         attempt.figures.restart_timer(step)
         if votes.stop and step < total_steps:
-            saving.finish()
+            attempt.finish_saving()
             reason = attempt.stop_request.reason or "another process was asked to stop"
             attempt.stopped.reason = reason
+            writer.say(attempt.goodput.summary().in_words())
             writer.say(f"stopped after step {step} of {total_steps} ({reason}) and saved; start again to continue")
             return UNFINISHED
 
-    saving.finish()
+    attempt.finish_saving()
+    writer.say(attempt.goodput.summary().in_words())
     introduction.conclude(run, writer.say, total_steps)
     return FINISHED

@@ -19,6 +19,7 @@ from moe_train.model.flops import flops_per_token
 from moe_train.model.moe.router import RouterStats
 from moe_train.model.parameters import Parameters
 from moe_train.run.chosen_answers import ChosenAnswers
+from moe_train.run.goodput import Goodput
 from moe_train.run.stopping import Votes
 from moe_train.run.writer import Writer
 from moe_train.train.optimizer import make_schedule
@@ -59,6 +60,10 @@ class MetricsReader:
         self._input_wait = math.nan
         self._tokens = math.nan  # tokens of a step that are no padding, averaged like `_seconds`
         self.finite = True
+        self.goodput: Goodput | None = None
+        """The stopwatch of the process; None outside a run."""
+        self.waited = 0.0
+        """Seconds that the loop has waited for batches since the timer was restarted."""
         self._has_warned = False
         self._chosen_answers = ChosenAnswers(run.objective)
         self.restart_timer(start)
@@ -87,9 +92,12 @@ class MetricsReader:
         self._tokens_read.append(self._positions if now.tokens is None else int(now.tokens))
         if done > self._done and step % self._run.metrics.every_steps == 0:
             self._seconds = (time.perf_counter() - self._since) / (done - self._done)
-            self._input_wait = self._waited / (time.perf_counter() - self._since)
+            self._input_wait = self.waited / (time.perf_counter() - self._since)
             self._tokens = sum(self._tokens_read) / len(self._tokens_read)
             self.restart_timer(done)
+        if self.goodput is not None:
+            self.goodput.step = step
+            self.goodput.write()
         limit = self._run.train.max_skipped_steps
         self.finite = bool(now.finite)
         if not now.finite:
@@ -156,7 +164,7 @@ class MetricsReader:
         """Restart the timer after `step`, so that a pause before it (an evaluation, a save) is not counted."""
         self._done = step
         self._since = time.perf_counter()
-        self._waited = 0.0
+        self.waited = 0.0
         self._tokens_read: list[int] = []
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
@@ -166,7 +174,7 @@ class MetricsReader:
         """
         start_time = time.perf_counter()
         batch = next(batches)
-        self._waited += time.perf_counter() - start_time
+        self.waited += time.perf_counter() - start_time
         return batch
 
     def _to_json(self, step: int, now: StepMetrics) -> dict[str, Any]:
@@ -184,6 +192,7 @@ class MetricsReader:
             "tokens_per_second": self._tokens / self._seconds,
             "input_wait": self._input_wait,
             "mfu": None if self._peak is None else self._tokens * self._flops_per_token / self._seconds / self._peak,
+            **({} if self.goodput is None else {"goodput": self.goodput.summary().shares["productive"]}),
             **({} if now.routers is None else router_metrics(now.routers)),
         }
 

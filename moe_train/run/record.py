@@ -22,6 +22,7 @@ from moe_train import config
 from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER
 from moe_train.config import yaml_file
 from moe_train.machine.files import read_object, write_text
+from moe_train.machine.revision import code_revision
 from moe_train.run.inputs import RunInputs
 from moe_train.run.self_test import chosen_kernels
 from moe_train.run.start import Start
@@ -140,10 +141,11 @@ def check_checkpoints_kept(run_dir: Path, save_steps: int) -> None:
 
 
 def describe_process() -> dict[str, Any]:
-    """Return the command line, package versions and hardware of this process, ready for JSON."""
+    """Return the command line, code revision, package versions and hardware of this process, ready for JSON."""
     device = jax.devices()[0]
     return {
         "command": sys.argv,
+        "code": code_revision()._asdict(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {
             "platform": device.platform,

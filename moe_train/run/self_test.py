@@ -26,7 +26,8 @@ from moe_train.machine.compiler_options import initialization_options
 from moe_train.machine.mesh import BATCH, axis_size, make_mesh
 from moe_train.model.attention import kernels, splash
 from moe_train.model.moe import grouped_matmul as gm
-from moe_train.model.moe.experts import ExpertMatrix, ExpertSettings, ExpertWeights, Routing, run_experts
+from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights
+from moe_train.model.moe.experts import ExpertSettings, Routing, run_experts
 from moe_train.model.moe.transport.choose import transport_of
 from moe_train.model.moe.transport.transport import TransportName
 from moe_train.model.sharding.specs import activation_spec

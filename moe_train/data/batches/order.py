@@ -111,6 +111,21 @@ class Order:
                 self._ends.append(before + self._plan(len(self._ends)).num_rows)
             return self._ends[epoch]
 
+    def rows_with(self, examples: np.ndarray, num_rows: int) -> list[int]:
+        """Return which of the first `num_rows` rows hold a piece of one of the examples, in ascending order."""
+        rows: list[int] = []
+        epoch = 0
+        first = 0
+        while first < num_rows:
+            plan = self.plan(epoch)
+            pieces = np.flatnonzero(np.isin(plan.example, examples))
+            # The last row that begins at the piece or before it; rows are never empty.
+            in_epoch = np.unique(np.searchsorted(plan.row_pieces, pieces, side="right") - 1)
+            rows += (first + in_epoch).tolist()
+            first = self.end(epoch)
+            epoch += 1
+        return [row for row in rows if row < num_rows]
+
     def pieces(self, row: int) -> list[ExampleSlice]:
         """Return the pieces in a row, segment by segment."""
         # Plan further epochs until one contains the row.

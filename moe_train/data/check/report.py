@@ -72,6 +72,12 @@ def _record_rows(result: CheckResult) -> Iterator[tuple[str, str]]:
     yield "files", f"{result['files']:,} ({result['bytes'] / 1e6:,.1f} MB)"
     if result.get("left_out"):
         yield "files not read", in_words(result["left_out"], unit="file")
+    if "personal_data" in result:
+        counts = ", ".join(f"{count:,} {rule}" for rule, count in result["personal_data"].items())
+        yield "personal data", counts or "none found"
+    if result.get("without_licence"):
+        sources = ", ".join(f"data.train.{index}" for index in result.get("without_licence", []))
+        yield "no licence", f"{sources}: state licence and origin there, which exports and evidence repeat"
     sample = result.get("sample")
     if sample:
         yield "sample", _sample(sample)

@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     directory = cache / f"tokens-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
     if directory.exists():
         return directory
-    with _only_one(directory.with_suffix(".lock")):
+    with only_one(directory.with_suffix(".lock")):
         # Another process may have made the set while this one waited for the lock.
         if directory.exists():
             return directory
@@ -148,7 +148,7 @@ def _link(file: str, target: str) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
+def only_one(lock: Path) -> Iterator[None]:
     """Hold an exclusive lock, so that one process at a time makes a set."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:

@@ -133,14 +133,15 @@ class _Arrays:
         self._buffers = {"tokens": array(np.dtype(dtype).char), "offsets": array("q", [0]), "origins": array("q")}
         if masked:
             self._buffers |= {"loss_mask": array("B"), "turn_ends": array("q")}
-        self._buffers |= {"answers": array("B"), "segments": array("i"), "values": array("B")}
+        self._buffers |= {"answers": array("B"), "segments": array("i")}
+        self._values = array("d")
         self._unused = {"turn_ends", "answers", "segments", "values"}
         self.num_examples = 0
         self.num_tokens = 0
         self.loss_tokens = 0
 
     def __enter__(self) -> _Arrays:
-        self._files = {name: (self._directory / name).open("wb") for name in self._buffers}
+        self._files = {name: (self._directory / name).open("wb") for name in (*self._buffers, "values")}
         return self
 
     def add(self, example: Example, origin: tuple[int, int]) -> None:
@@ -158,8 +159,7 @@ class _Arrays:
             buffers["segments"].append(len(example.tokens) - example.num_positions)
             self._unused -= {"answers", "segments"}
         if example.values:
-            # As bytes, so that all buffers are of integers.
-            buffers["values"].frombytes(array("d", example.values).tobytes())
+            self._values.extend(example.values)
             self._unused.discard("values")
         self.num_examples += 1
         self.num_tokens += len(example.tokens)
@@ -177,6 +177,8 @@ class _Arrays:
         for name, numbers in self._buffers.items():
             self._files[name].write(numbers)
             del numbers[:]
+        self._files["values"].write(self._values)
+        del self._values[:]
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.ExitStack() as stack:

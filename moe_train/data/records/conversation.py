@@ -14,6 +14,7 @@ Supported spellings (`…` stands for a list, which may also be JSON text):
 | `prompt`, `completion`; `question`, `answer`; `instruction`, `input`, `output`; `query`, `response` | see `completion` |
 | the above with `label` | an answer that is good or bad; see `preference` |
 | `prompt`, `chosen`, `rejected` | a preference pair; see `preference` |
+| `text` or `messages`, `labels` | labels of targets; see `classified` |
 
 The normal form is that of `normal_form`. Keys with the value null are left out, because columnar files fill missing keys with
 null. A key that is not read is named; one that changes the meaning is a Problem, unless the section ignores it by name. Apart
@@ -27,6 +28,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from moe_train import config
+from moe_train.data.records.classified import take_labels
 from moe_train.data.records.completion import (
     MORE_PROMPT,
     SYSTEM_COLUMNS,
@@ -36,8 +38,8 @@ from moe_train.data.records.completion import (
 )
 from moe_train.data.records.meaning import RECORD, lost_meaning
 from moe_train.data.records.messages import MESSAGE_COLUMNS, read_messages
-from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord
-from moe_train.data.records.preference import read_pair, take_label
+from moe_train.data.records.normal_form import ClassifiedText, Conversation, LabelledAnswer, NormalRecord
+from moe_train.data.records.preference import read_pair, take_label, take_margin
 from moe_train.data.records.problem import Problem, text_field
 from moe_train.data.records.recognise import TEXT_COLUMNS
 from moe_train.data.records.settings import SETTINGS, default_settings, take_settings
@@ -82,10 +84,13 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
             unread.close("the record", RECORD, remaining)
         case config.PreferenceRecord():
             remaining = unread.opened(RECORD, fields)
-            normal = read_pair(remaining, record, unread)
+            margin = take_margin(remaining, record.margin)
+            normal = read_pair(remaining, record, unread)._replace(margin=margin)
             unread.close("the record", RECORD, remaining)
         case config.LabelledRecord():
             normal = _labelled(fields, record, unread)
+        case config.ClassificationRecord():
+            normal = _classified(fields, record, unread)
     return Reading(normal, tuple(unread.names))
 
 
@@ -117,10 +122,12 @@ def _may_read(record: config.Record) -> list[str]:
             names = _message_columns(record)
         case config.CompletionRecord(prompt=prompt, completion=completion):
             names = (prompt, completion)
-        case config.PreferenceRecord(prompt=question, chosen=chosen, rejected=rejected):
-            names = (question, chosen, rejected)
+        case config.PreferenceRecord(prompt=question, chosen=chosen, rejected=rejected, margin=margin):
+            names = (question, chosen, rejected, margin)
         case config.LabelledRecord(messages=messages, prompt=prompt, completion=completion, label=label):
             names = (messages, prompt, completion, label)
+        case config.ClassificationRecord(text=text, messages=messages, labels=labels):
+            names = (text, messages, labels)
     every = (*names, *TOOL_COLUMNS, *SYSTEM_COLUMNS, *MORE_PROMPT, *SETTINGS)
     return [name for name in every if name is not None]
 
@@ -186,6 +193,25 @@ def _labelled(fields: Mapping[str, Any], record: config.LabelledRecord, unread: 
         conversation = read_completion(remaining, section, unread)
     unread.close("the record", RECORD, remaining)
     return LabelledAnswer(conversation, good)
+
+
+def _classified(fields: Mapping[str, Any], record: config.ClassificationRecord, unread: Unread) -> ClassifiedText:
+    """Read a text or a conversation with its labels."""
+    remaining = unread.opened(RECORD, fields)
+    labels = take_labels(remaining, record.labels, record.targets)
+    has_text, has_messages = (not is_empty(remaining.get(column)) for column in (record.text, record.messages))
+    if has_text and has_messages:
+        raise Problem("columns", f"the record has both {record.text} and {record.messages}", "keep the one that is meant")
+    content: str | Conversation
+    if has_messages:
+        section = config.ChatRecord(name="chat", column=record.messages, **_settings(record))
+        content = _take_conversation(remaining, section, unread)
+    else:
+        content = text_field(remaining, record.text)
+    for column in (record.text, record.messages):
+        remaining.pop(column, None)  # empty, or read
+    unread.close("the record", RECORD, remaining)
+    return ClassifiedText(content, labels)
 
 
 def _settings(record: config.ConversationRecord) -> dict[str, Any]:

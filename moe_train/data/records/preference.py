@@ -182,3 +182,14 @@ def take_label(remaining: dict[str, Any], column: str) -> bool:
     if not is_label(value):
         raise Problem("type", f"column {column!r} should be true or false, not {brief(value)}", "write true or false")
     return value if isinstance(value, bool) else _LABELS[value.lower()]
+
+
+def take_margin(remaining: dict[str, Any], column: str | None) -> float:
+    """Take the margin out of a record; 0 without a column. Raises Problem if it is no number."""
+    if column is None:
+        return 0.0
+    value = take(remaining, column)
+    # A margin is a number as a rank is.
+    if not _is_rank(value):
+        raise Problem("type", f"column {column!r} should be a number, not {brief(value)}", "write how much better chosen is, or 0")
+    return float(value)

@@ -38,6 +38,8 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "evaluate/generation/programs.py": "evaluate/generation/test_generator.py runs both programs, on two meshes",
     "commands/verify_answers.py": "commands/test_evaluate_suite.py verifies the answers that it has recorded",
     "model/moe/expert_weights.py": "model/moe/test_experts.py runs experts with these weights; the file only declares them",
+    "config/profile.py": "run/test_profiling.py traces steps by it; the file only declares them",
+    "config/trackers.py": "config/conversion/test_arguments.py reads them; the file only declares them",
     "config/average.py": "run/test_averaging.py trains with both kinds; the file only declares them",
     "commands/evaluate_harness.py": "judges/test_lm_eval.py runs tasks through it; it needs the extra eval",
     "evaluate/lm_harness.py": "judges/test_lm_eval.py compares it with the harness's own model; it needs the extra eval",

@@ -97,8 +97,6 @@ def evaluate_command(
 ) -> None:
     """Measure the loss of a run or a model on files (--data), or grade its answers to questions (--suite, --lm-eval)."""
     from moe_train.commands.at_step import at_step
-    from moe_train.commands.evaluate import evaluate_model
-    from moe_train.commands.evaluate_harness import HarnessOptions, evaluate_harness
     from moe_train.commands.evaluate_suite import Comparisons, Outputs, SuiteOptions, evaluate_suites, judge_at
     from moe_train.machine.compile_cache import use_compile_cache
 
@@ -121,6 +119,8 @@ def evaluate_command(
     directory = at_step(directory, step)
     use_compile_cache()
     if data:
+        from moe_train.commands.evaluate import evaluate_model
+
         with progress_line("evaluating"):
             answer = evaluate_model(directory, data, chat_template)
         # Of a classifier: a row for each target and label.
@@ -132,6 +132,8 @@ def evaluate_command(
     if lm_eval:
         if include_path is None:
             raise typer.BadParameter("--lm-eval needs --include-path DIR, the folder of the tasks' YAML files")
+        from moe_train.commands.evaluate_harness import HarnessOptions, evaluate_harness
+
         options = HarnessOptions(lm_eval.split(","), include_path, num_fewshot, limit, apply_chat_template)
         compared = Comparisons(against or (), require or ())
         with progress_line("evaluating"):

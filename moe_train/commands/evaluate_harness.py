@@ -38,6 +38,7 @@ class _Evaluated(NamedTuple):
     identity: WeightsIdentity
 
     def to_json(self) -> JsonObject:
+        """Return the model, its weights and its metrics, ready for JSON."""
         return {
             "model": self.run.name,
             "checkpoint": self.identity.step,
@@ -94,16 +95,21 @@ def evaluate_harness(
         _compare(result, evaluated.run, base.run, requirements)
     result["passed"] = all(requirement["met"] for requirement in result["requirements"])
     if out_dir is not None:
-        lines = []
-        for one in (evaluated, *bases):
-            for task, samples in one.run.samples.items():
-                for sample in samples:
-                    row = {"model": one.run.name, "task": task, **sample}
-                    lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        with new_directory(out_dir) as folder:
-            write_text(folder / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-            write_text(folder / "samples.jsonl", "".join(lines))
+        _write(out_dir, result, [evaluated.run, *(base.run for base in bases)])
     return result
+
+
+def _write(out_dir: Path, result: JsonObject, runs: Sequence[HarnessRun]) -> None:
+    """Write the result, and what each model answered to each item."""
+    lines = []
+    for run in runs:
+        for task, samples in run.samples.items():
+            for sample in samples:
+                row = {"model": run.name, "task": task, **sample}
+                lines.append(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    with new_directory(out_dir) as folder:
+        write_text(folder / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        write_text(folder / "samples.jsonl", "".join(lines))
 
 
 def _task_manager(options: HarnessOptions, requirements: Sequence[Requirement]) -> Any:

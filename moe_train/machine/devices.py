@@ -15,6 +15,7 @@ https://aws.amazon.com/ec2/capacityblocks/pricing (December 2024).
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -225,8 +226,9 @@ def peak_flops(devices: Sequence[jax.Device]) -> tuple[float | None, str]:
     return len(devices) * flops, f"{len(devices)} x {flops / 1e12:g} TFLOP/s (bfloat16, {device.device_kind})"
 
 
+@functools.cache
 def measured_matmul_flops(size: int = 1024) -> float:
-    """Measure the FLOP/s of the best of three float32 products of `size` x `size` on the first device of this process."""
+    """Measure the FLOP/s of the best of three float32 products of `size` x `size` on the first device, once per process."""
     with jax.default_device(jax.local_devices()[0]):
         x = jnp.asarray(np.ones((size, size), np.float32))
         product = jax.jit(jnp.matmul)

@@ -132,12 +132,14 @@ def _refuse_connections(event: str, arguments: tuple[object, ...]) -> None:
         host = address[0]
     elif event in _LOOK_UPS:
         host = arguments[0]
+        # No name: the machine's own addresses, to listen at. A connection to them would reach a proxy of this machine.
+        if host in (None, "", "0.0.0.0", "::"):
+            return
     else:
         return
     if isinstance(host, bytes):
         host = host.decode(errors="replace")
-    # No name: the machine's own address, to listen at.
-    if host in (None, "", "0.0.0.0", "::") or host in _peers:
+    if host in _peers:
         return
     fault = f"a connection to {host} was refused, since {_reason} forbids the network"
     # Logged as well, since a library may catch the error and go on.

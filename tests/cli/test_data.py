@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.commands.find_records import Found
+from moe_train.commands.prepare import TeacherOptions
 from moe_train.config import HuggingFaceTokenizer
 from moe_train.data.records.search import Wanted
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -174,13 +175,20 @@ def test_prepare_and_trace_hand_on_the_run(
 ) -> None:
     stand_in(
         "moe_train.commands.prepare",
-        prepare=lambda run, to: {"sets": [{"source": run.name, "path": to}], "steps": run.train.steps},
+        TeacherOptions=TeacherOptions,
+        prepare=lambda run, to, teacher: {
+            "teacher": teacher and str(teacher),
+            "sets": [{"source": run.name, "path": to}],
+            "steps": run.train.steps,
+        },
         trace=lambda run, step, row: [{"file": run.name, "step": step, "row": row}],
     )
     assert run("data", "prepare", config_path, "train.steps=3", "--to", "gs://sets", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"sets": [{"source": "tiny", "path": "gs://sets"}], "steps": 3}
+    assert json.loads(capsys.readouterr().out) == {"sets": [{"source": "tiny", "path": "gs://sets"}], "steps": 3, "teacher": None}
     assert run("data", "prepare", config_path) == 0
-    assert capsys.readouterr().out.split() == ["source", "path", "tiny", "null", "steps", "10"]
+    assert capsys.readouterr().out.split() == ["source", "path", "tiny", "null", "teacher", "null", "steps", "10"]
+    assert run("data", "prepare", config_path, "--teacher", "big", "--top-k", "8", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["teacher"] == str(TeacherOptions(Path("big"), (), None, 8))
     assert run("data", "trace", config_path, "--step", "2", "--json") == 0
     assert json.loads(capsys.readouterr().out) == [{"file": "tiny", "step": 2, "row": None}]
 

@@ -105,9 +105,9 @@ def test_find_is_the_inverse_of_trace_and_erase_leaves_all_else(small_tokenizer:
         f"moe-train train {run_dir}/config.yaml run_dir={run_dir}-erased 'data.train.0.files=[\"{tmp_path}/new/a.jsonl\"]'" in to_do
     )
     _, _, path, *overrides = shlex.split(re.findall("train again: (.*)", to_do)[0])
-    again = yaml_file.load_config(path, overrides)
-    assert again.run_dir == f"{run_dir}-erased" and again.data is not None
-    assert [source.model_dump()["files"] for source in again.data.train] == [(f"{tmp_path}/new/a.jsonl",), (str(files[1]),)]
+    retrained = yaml_file.load_config(path, overrides)
+    assert retrained.run_dir == f"{run_dir}-erased" and retrained.data is not None
+    assert [source.model_dump()["files"] for source in retrained.data.train] == [(f"{tmp_path}/new/a.jsonl",), (str(files[1]),)]
     assert f"{tmp_path}/runs/tuned started from {run_dir}: train it again" in to_do and "delete the prepared set" in to_do
 
     files[0].unlink()  # its tokens still hold the record

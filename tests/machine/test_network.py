@@ -26,13 +26,14 @@ def test_connections_are_refused_in_one_line_and_logged(environment, caplog):
     network.forbid_network("network: none")
     for connect in (
         lambda: socket.create_connection(("192.0.2.1", 80), timeout=1),
+        lambda: socket.create_connection(("0.0.0.0", 80), timeout=1),  # a proxy of this machine
         lambda: socket.getaddrinfo("example.com", 443),
         lambda: socket.gethostbyname("example.com"),
         lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53)),
     ):
         with pytest.raises(RuntimeError, match="was refused, since network: none forbids the network; leave network: none out"):
             connect()
-    assert caplog.text.count("forbids the network") == 4
+    assert caplog.text.count("forbids the network") == 5
     with pytest.raises(ValueError, match=r"gs://bucket needs a network, which network: none forbids"):
         network.require_network("gs://bucket")
     one, other = socket.socketpair()  # processes of a pool talk like this

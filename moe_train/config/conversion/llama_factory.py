@@ -70,7 +70,7 @@ def _read_data(draft: Draft, stage: str) -> None:
 
 def _source(draft: Draft, name: str, entries: dict[str, dict[str, Any]] | None, folder: str, stage: str) -> dict[str, Any]:
     """Return our source for a data set that dataset_info.json describes; a guess with a remark if it does not."""
-    if entries is not None and name in entries:
+    if entries is not None and isinstance(entries.get(name), dict):
         return source_of(draft, name, entries[name], folder, stage)
     reason = "is not in dataset_info.json" if entries is not None else "is described by dataset_info.json"
     draft.note(f"dataset {name}", f"{reason}; state its file_name, and record: {{name: chat}} if its format is sharegpt")

@@ -56,7 +56,7 @@ from moe_train.data.records.unread import count
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _FAULTS_OF_TEMPLATES = {"template", "no-template", "tools"}  # no reason to drop a record: another template may render it
-_STILL_TOKENISED = {"control-token", "empty-user"}  # training accepts records that break these rules
+_STILL_TOKENISED = {"control-token", "empty-user", "reasoning-as-text"}  # training accepts records that break these rules
 
 
 class _ReadChunk(NamedTuple):

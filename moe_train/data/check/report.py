@@ -19,9 +19,13 @@ def print_report(result: CheckResult, console: Console) -> None:
     """Print the results that `check_data` returned."""
     for rule, count in result["problem_counts"].items():
         problems = [problem for problem in result["problems"] if problem["rule"] == rule]
-        lines = [f"{problem['where']}: {problem['message']}" for problem in problems]
-        # At least one problem of each rule is listed (--show is 1 or more), and its remedy stands for all.
-        _print_group(console, rule, count, problems[0]["remedy"], lines)
+        # At least one problem of each rule is listed (--show is 1 or more), and its remedy stands for all that have the same.
+        remedy = problems[0]["remedy"]
+        lines: list[str] = []
+        for problem in problems:
+            line = f"{problem['where']}: {problem['message']}"
+            lines.append(line if problem["remedy"] == remedy else f"{line}; {runnable(problem['remedy'])}")
+        _print_group(console, rule, count, remedy, lines)
     duplicates = result["duplicates"]
     if duplicates and duplicates["examples"]:
         twins = [f"{twin['where']}: like {twin['like']} ({twin['similarity']:.0%})" for twin in duplicates["examples"]]

@@ -77,6 +77,10 @@ def _without_space(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {**schema, "x-guidance": {"whitespace_flexible": False}}
 
 
+_BREAK = "\n"
+"""Text that sentencepiece joins with none that follows."""
+
+
 def _one_line(message: str) -> str:
     return " ".join(message.split())
 
@@ -113,7 +117,3 @@ class _Bytes:
         ids = self._tokenizer.encode(_BREAK + text)
         assert ids[: len(before)] == before, f"{self._tokenizer.path.name} joins a line break with {text!r}"
         return ids[len(before) :]
-
-
-_BREAK = "\n"
-"""Text that sentencepiece joins with none that follows."""

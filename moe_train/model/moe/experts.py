@@ -81,7 +81,7 @@ def run_experts(
     Args:
         x_BTD: inputs of the experts.
         routing: expert ids and weights (B, T, A), and which tokens are valid.
-        experts: weights of all experts; separate ones on a mesh that does not split experts (`separate_experts.can_separate`).
+        experts: weights of all experts; separate ones on a mesh that does not split them (`separate_layers`).
         settings: kernel, transport and capacity factor.
         dropout: dropout on the inputs of the adapters; None for no dropout.
 
@@ -98,11 +98,7 @@ def run_experts(
         counter_specs = DropoutCounters(P(), tokens)  # type: ignore[arg-type]  # a spec in the place of each array
         rates = dropout.rates
 
-    def unshard(experts: ExpertWeights | SeparateExperts) -> ExpertWeights | SeparateExperts:
-        if isinstance(experts, SeparateExperts):
-            return experts
-        return jax.tree.map(lambda w, spec: _unshard(w, spec, x_BTD.dtype, axes), experts, specs, is_leaf=_is_quantized)
-
+    unshard = partial(_unshard_experts, specs=specs, dtype=x_BTD.dtype, axes=axes)
     apply: ApplyExperts = partial(_apply_experts, kernel=settings.kernel, dropout_rates=rates)
     if isinstance(experts, SeparateExperts):
         apply = apply_separate_experts
@@ -212,6 +208,15 @@ def _cast(experts: ExpertWeights, dtype: jnp.dtype, true: Bool[Array, ""]) -> Ex
 
 def _is_quantized(w: object) -> bool:
     return isinstance(w, Quantized)
+
+
+def _unshard_experts(
+    experts: ExpertWeights | SeparateExperts, specs: ExpertWeights | SeparateExperts, dtype: jnp.dtype, axes: tuple[str, ...]
+) -> ExpertWeights | SeparateExperts:
+    """Return this device's experts as `_unshard` does; separate ones are whole, and are cast where they are applied."""
+    if isinstance(experts, SeparateExperts):
+        return experts
+    return jax.tree.map(lambda w, spec: _unshard(w, spec, dtype, axes), experts, specs, is_leaf=_is_quantized)
 
 
 def _unshard(

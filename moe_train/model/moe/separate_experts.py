@@ -6,6 +6,7 @@ that the copy costs as much as the product, whose time is that of reading the ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -76,7 +77,12 @@ def _in_one_block(
         row = begin + jnp.arange(count)[:, None]
         return block(count, begin, (row >= start) & (row < start + size), y_RD)
 
-    branches = [lambda y_RD: y_RD, *(partial(rows, count) for count in counts)]
+    def without_rows(y_RD: Float[Array, "R D"]) -> Float[Array, "R D"]:
+        return y_RD
+
+    branches: list[Callable[[Float[Array, "R D"]], Float[Array, "R D"]]] = [without_rows]
+    for count in counts:
+        branches.append(partial(rows, count))
     larger = sum((size > count).astype(jnp.int32) for count in counts[:-1])
     return jax.lax.switch(jnp.where(size > 0, 1 + larger, 0), branches, y_RD)
 

@@ -23,16 +23,18 @@ def rope_section(fields: JsonObject) -> JsonObject:
         if section:
             # Older files call the type of rotary positions `type`.
             kind = section.get("rope_type", section.get("type", "default"))
-            sections.append({**{name: value for name, value in section.items() if name != "type"}, "rope_type": kind})
+            theta = section.get("rope_theta", fields.get("rope_theta"))
+            without_type = {name: value for name, value in section.items() if name != "type"}
+            sections.append({**without_type, "rope_type": kind, "rope_theta": theta})
     if len(sections) < 2:
         return sections[0] if sections else {}
     scaling, parameters = sections
-    for key in sorted((scaling.keys() | parameters.keys()) - {"rope_theta"}):
+    for key in sorted(scaling.keys() | parameters.keys()):
         if scaling.get(key) != parameters.get(key):
             raise ValueError(
                 f"{key} is {scaling.get(key)!r} in rope_scaling and {parameters.get(key)!r} in rope_parameters; remove one of them"
             )
-    return {**parameters, **scaling}
+    return scaling
 
 
 def read_rope(fields: JsonObject, section: JsonObject) -> tuple[JsonObject, JsonObject | None]:
@@ -48,7 +50,7 @@ def read_rope(fields: JsonObject, section: JsonObject) -> tuple[JsonObject, Json
     kind = section.get("rope_type", "default")
     if kind not in ("default", "yarn"):
         raise ValueError(f"rope_type is {kind!r}; supported: default, yarn")
-    theta = section.get("rope_theta", fields.get("rope_theta"))
+    theta = fields.get("rope_theta") if section.get("rope_theta") is None else section["rope_theta"]
     if theta is None:
         raise ValueError("rope_theta is stated neither on its own nor in rope_parameters; add it")
     known_keys = {"rope_type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"}

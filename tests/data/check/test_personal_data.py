@@ -38,7 +38,7 @@ HARMLESS = (
 @pytest.fixture(autouse=True)
 def libraries() -> None:
     for library in ("detect_secrets", "phonenumbers", "stdnum"):
-        pytest.importorskip(library, reason="comes with the extra pii")
+        pytest.importorskip(library, reason="comes with the extras pii and test")
 
 
 @pytest.mark.parametrize(("text", "rule"), PERSONAL)

@@ -41,6 +41,10 @@ def test_both_spellings_are_read(fields: dict[str, Any]) -> None:
             {"rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"rope_type": "yarn", **YARN, "factor": 8.0}},
             "factor is 4.0 in rope_scaling and 8.0 in rope_parameters",
         ),
+        (
+            {"rope_scaling": {"type": "yarn", **YARN}, "rope_parameters": {"rope_type": "yarn", **YARN, "rope_theta": 5}},
+            "rope_theta is None in rope_scaling and 5 in rope_parameters",
+        ),
         ({"rope_parameters": {"rope_theta": "1e6"}}, "rope_theta is '1e6'; it has to be a number"),
         ({"rope_theta": True}, "rope_theta is True; it has to be a number"),
         (

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from moe_train import config
 from moe_train.data.batches.answer_batches import UnpairedBatch
-from moe_train.data.batches.batch import Batch, BatchRows, StoredPiece
+from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch, StoredPiece
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
@@ -144,7 +144,7 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
 
     # Every other objective has the rows of `Batch`, whatever else its batches hold.
     is_unpaired = isinstance(run.objective, config.UnpairedPreference)
-    batch_type = UnpairedBatch if is_unpaired else Batch
+    batch_type: type[PackedBatch] = UnpairedBatch if is_unpaired else Batch
     batch_rows = BatchRows(run.train.batch_size, run.train.seq_len)
     loader = Loader(run.data, "train", tokenizer, batch_rows, seed=run.seed, batch_type=batch_type)
     count = min(count, run.train.batch_size)

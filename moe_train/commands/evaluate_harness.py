@@ -170,6 +170,6 @@ def _aggregate_of(metric: str) -> Callable[[list[Any]], float] | None:
     return get_metric_aggregation(metric)
 
 
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the metrics of a task that are numbers, as the harness names them: `acc,none`."""
     return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}

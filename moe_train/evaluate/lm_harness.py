@@ -69,8 +69,8 @@ class HarnessModel(TemplateLM):
         """Return the ids of a text, which begins a document unless `add_special_tokens` is False."""
         tokenizer = self._tokenizer
         bos = tokenizer.bos_id
-        has_template = self._is_chat and isinstance(tokenizer, HuggingFace)
-        ids = tokenizer.encode_control(string) if has_template else tokenizer.encode(string)
+        encode = tokenizer.encode_control if self._is_chat and isinstance(tokenizer, HuggingFace) else tokenizer.encode
+        ids = encode(string)
         # A template may have written the token already.
         if add_special_tokens is False or not tokenizer.adds_bos or bos is None or ids[:1] == [bos]:
             return ids

@@ -82,7 +82,7 @@ def _separate_experts(moe: MoE, release: bool) -> None:
     experts = tuple(jax.tree.unflatten(structure, expert) for expert in zip(*by_expert, strict=True))
     moe.separate_experts = nnx.data(SeparateExperts(experts))
     for linear in (moe.gate_proj, moe.up_proj, moe.down_proj):
-        linear.weight = nnx.data(None)  # type: ignore[assignment]  # a separated model is for decoding, which reads no stack
+        linear.weight = nnx.data(None)  # type: ignore[arg-type]  # a separated model is for decoding, which reads no stack
         linear.lora_a = nnx.data(None)
         linear.lora_b = nnx.data(None)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 
 from moe_train.data.batches.batch import PackedBatch
@@ -25,9 +27,9 @@ def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_l
         ValueError: the labels are others, or there are no predictions that belong to these rows.
     """
     if issubclass(batch_type, ClassificationBatch):
-        _check_labels(batch_type, name, store)
+        _check_labels(cast(type[ClassificationBatch], batch_type), name, store)
     if issubclass(batch_type, DistillationBatch):
-        _check_teacher(batch_type, name, store, seq_len, too_long)
+        _check_teacher(cast(type[DistillationBatch], batch_type), name, store, seq_len, too_long)
 
 
 def _check_labels(batch_type: type[ClassificationBatch], name: str, store: TokenStore) -> None:

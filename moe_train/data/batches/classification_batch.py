@@ -38,10 +38,10 @@ class ClassificationBatch(_Arrays):
     @classmethod
     def empty(cls, rows: int, seq_len: int) -> Self:
         """Return a batch of padding only."""
-        dtypes = (np.int32, np.int32, np.int32, bool)
+        tokens, positions, segment_ids = np.zeros((3, rows, seq_len), np.int32)
         num_labels = sum(len(target.labels) for target in cls.targets)
         labels = np.zeros((rows, seq_len, num_labels), np.float32)
-        return cls(*(np.zeros((rows, seq_len), dtype) for dtype in dtypes), labels)
+        return cls(tokens, positions, segment_ids, np.zeros((rows, seq_len), bool), labels)
 
     @classmethod
     def synthetic(cls, rows: int, seq_len: int, vocab_size: int, seed: int) -> Self:

@@ -107,8 +107,8 @@ def _without_prompt(
         if not chosen[:size].strip():
             raise Problem("pair", "the pair has no prompt, and its texts do not begin alike", "write the prompt as a column")
         messages = [{"role": "user", "content": chosen[:size]}]
-        answers = [[{"role": "assistant", "content": text[size:]}] for text in (chosen, rejected)]
-        return PreferencePair(prompt._replace(messages=messages), *answers)
+        preferred, other = ([{"role": "assistant", "content": text[size:]}] for text in (chosen, rejected))
+        return PreferencePair(prompt._replace(messages=messages), preferred, other)
     answers = [
         read_messages(value, column, PLAIN, unread) if not isinstance(value, dict) else read_answer(value, column, False, unread)
         for column, value in zip((record.chosen, record.rejected), (chosen, rejected), strict=True)

@@ -26,7 +26,7 @@ class ExpertWeights(NamedTuple):
     down: ExpertMatrix
 
     @property
-    def count(self) -> int:
+    def num_experts(self) -> int:
         """Number of experts."""
         return self.gate.weight.shape[0]
 
@@ -38,6 +38,6 @@ class SeparateExperts(NamedTuple):
     """The experts in order; their matrices have no dim E."""
 
     @property
-    def count(self) -> int:
+    def num_experts(self) -> int:
         """Number of experts."""
         return len(self.experts)

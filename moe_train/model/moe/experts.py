@@ -110,7 +110,7 @@ def run_experts(
         counters: DropoutCounters | None,
     ) -> tuple[Float[Array, "b t D"], Int[Array, ""]]:
         b, t, D = x_btD.shape
-        e = experts.count
+        e = experts.num_experts
         assignments, peer_capacity = _local_assignments(x_btD, routing, e, settings.capacity_factor, counters)
         check_transport(settings.transport)
         A = assignments.expert_ids_mA.shape[1]

@@ -38,13 +38,13 @@ def apply_separate_experts(
     starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
     # `full_like` varies along the mesh axes that x varies along, as both branches of a conditional have to.
     y_RD = jax.lax.full_like(x_RD, 0)
-    mean = -(-R // experts.count)
+    mean = -(-R // experts.num_experts)
     for e, weights in enumerate(experts.experts):
         block = partial(_block, x_RD, weights)
         if mean > ROW_BLOCKS[-1]:
             y_RD = over_blocks(starts_e[e], group_sizes_e[e], R, ROW_BLOCKS, block, y_RD)
         else:
-            y_RD = _in_one_block(block, starts_e[e], group_sizes_e[e], row_counts(R, experts.count), y_RD)
+            y_RD = _in_one_block(block, starts_e[e], group_sizes_e[e], row_counts(R, experts.num_experts), y_RD)
     return y_RD
 
 
@@ -80,7 +80,7 @@ def _in_one_block(
     def without_rows(y_RD: Float[Array, "R D"]) -> Float[Array, "R D"]:
         return y_RD
 
-    branches: list[Callable[[Float[Array, "R D"]], Float[Array, "R D"]]] = [without_rows]
+    branches: list[Callable[..., Array]] = [without_rows]
     for count in counts:
         branches.append(partial(rows, count))
     larger = sum((size > count).astype(jnp.int32) for count in counts[:-1])

@@ -246,6 +246,9 @@ def prepare_command(
         str | None,
         typer.Option("--to", metavar="DIR_OR_URL", help="Directory or bucket that receives a copy of the prepared sets."),
     ] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Also store log-probabilities of init_from, for full training on preferences.")
+    ] = False,
     teacher: Annotated[
         Path | None,
         typer.Option(
@@ -286,7 +289,7 @@ def prepare_command(
     if teacher or teacher_file or teacher_column:
         options = TeacherOptions(teacher, tuple(teacher_file or ()), teacher_column, top_k)
     with progress_line("preparing"):
-        answer = prepare(config, to, options)
+        answer = prepare(config, to, options, reference)
     if as_json:
         print_json(answer)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from typing import Literal
 
@@ -21,17 +22,21 @@ from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine import progress
 from moe_train.machine.files import JsonObject
+from moe_train.run.reference import store_reference
 from moe_train.run.resolve import resolve
 from moe_train.train.objectives.choose import objective_of
 
 
-def prepare(written: config.Config, to: str | None = None, teacher: TeacherOptions | None = None) -> JsonObject:
+def prepare(
+    written: config.Config, to: str | None = None, teacher: TeacherOptions | None = None, with_reference: bool = False
+) -> JsonObject:
     """Tokenize every source of a run that is not tokenized yet, and plan the rows of its first epoch.
 
     Args:
         written: the config as the user wrote it.
         to: a folder or bucket that receives a copy of each set.
         teacher: where the predictions of a teacher come from, which are stored with the sets; None without a teacher.
+        with_reference: whether to store the log-probabilities of `init_from` with the sets, for full training on preferences.
 
     Returns:
         The sets with their counts, and what training will see.
@@ -64,10 +69,17 @@ def prepare(written: config.Config, to: str | None = None, teacher: TeacherOptio
                     "seconds": round(time.perf_counter() - start_time, 2),
                     "not_read": unread.in_words(manifest.unread),
                     **_teacher_counts(store),
-                    "path": store.path if to is None else upload(store.path, to),
+                    "path": store.path,
                 }
             )
     # After the loop, so that it finds every set in the cache.
+    if with_reference:
+        # On the devices that are present, unlike the rest.
+        store_reference(resolve(written), tokenizer, lambda line: print(line, file=sys.stderr))
+    if to is not None:
+        # Last, so that a copy has the log-probabilities too.
+        for prepared in sets:
+            prepared["path"] = upload(str(prepared["path"]), to)
     loader = _train_loader(run, tokenizer)
     steps = loader.total_steps(run.train)
     return {

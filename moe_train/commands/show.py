@@ -20,7 +20,7 @@ from rich.text import Text
 
 from moe_train import config
 from moe_train.data.batches.answer_batches import UnpairedBatch
-from moe_train.data.batches.batch import Batch, BatchRows, StoredPiece
+from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch, StoredPiece
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
@@ -141,9 +141,10 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     if run.data is None:
         raise ValueError("the config has no data section; state data.train")
     from moe_train.data.batches.loader import Loader  # imported here, since it takes a second that other uses do not need
-    from moe_train.train.objectives.choose import objective_of
 
-    batch_type = objective_of(run.objective).batch_type
+    # Every other objective has the rows of `Batch`, whatever else its batches hold.
+    is_unpaired = isinstance(run.objective, config.UnpairedPreference)
+    batch_type: type[PackedBatch] = UnpairedBatch if is_unpaired else Batch
     batch_rows = BatchRows(run.train.batch_size, run.train.seq_len)
     loader = Loader(run.data, "train", tokenizer, batch_rows, seed=run.seed, batch_type=batch_type)
     count = min(count, run.train.batch_size)
@@ -152,7 +153,7 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
         # Shown with the mismatched segments, which training leaves out of the loss.
         rows = rows._replace(segment_ids=rows.segment_ids + rows.mismatched_ids)
     batch = Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions)
-    places = [_places(loader, step - 1, row, is_unpaired=isinstance(rows, UnpairedBatch)) for row in range(count)]
+    places = [_places(loader, step - 1, row, is_unpaired) for row in range(count)]
     return Rows(batch, places)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
 
 from moe_train import config
+from moe_train.checkpoint.identity import base_origin
 from moe_train.checkpoint.metadata import WeightOrigin
 from moe_train.checkpoint.model_dir import load_parameters
 from moe_train.data.batches.answer_batches import UnpairedBatch
@@ -25,15 +26,27 @@ from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.batches.sources import RowSource
 from moe_train.data.prepared.reference import ReferenceIdentity, StoredReference, reference_folder, write_reference
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.agreement import exchange
-from moe_train.machine.mesh import put_batch
-from moe_train.model.parameters import Parameters, combine
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.parameters import Parameters, combine, parameters
+from moe_train.model.transformer import abstract_model
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
+from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.token_logprobs import batch_logprobs
 
 Say = Callable[[str], None]
+
+
+class ReferenceModel(NamedTuple):
+    """The model whose log-probabilities are stored."""
+
+    structure: PyTreeDef
+    base: WeightOrigin
+    load: Callable[[], Parameters]
+    """Returns its weights on the mesh in force."""
 
 
 def add_reference(run: config.Run, inputs: RunInputs, begin: Start, objective: Objective, mesh: Mesh, say: Say) -> None:
@@ -51,8 +64,42 @@ def add_reference(run: config.Run, inputs: RunInputs, begin: Start, objective: O
             f"objective {run.objective.name} compares with the model before training, and this one starts from random weights; "
             "state init_from, or a loss without a reference (simpo, orpo)"
         )
-    loader = _loader_of_all(run, inputs, objective)
-    model_sha256 = model_hash(begin.base)
+    loader = loader_of_all(run, inputs.tokenizer, objective)
+    model = ReferenceModel(begin.structure, begin.base, partial(_weights, begin, begin.base))
+    references = stored_references(run, loader, model, mesh, say)
+    num_train = len(inputs.train.sources)
+    inputs.train.add_references(references[:num_train])
+    if inputs.held_out is not None:
+        inputs.held_out.add_references(references[num_train:])
+
+
+def store_reference(run: config.Run, tokenizer: Tokenizer, say: Say) -> None:
+    """Store the log-probabilities of `init_from` with the prepared sets of a run, before it starts.
+
+    Raises:
+        ValueError: The run reads none that are stored.
+    """
+    objective = objective_of(run.objective)
+    if not objective.uses_reference or run.lora is not None or run.init_from is None:
+        raise ValueError(
+            "--reference has no effect: only full training from init_from, on an objective with a reference, reads stored "
+            "log-probabilities; leave it out"
+        )
+    mesh = make_mesh(run.mesh)
+    with jax.set_mesh(mesh):
+        structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
+        base = base_origin(run.init_from)
+        model = ReferenceModel(structure, base, partial(load_parameters, base.source, shapes, base.step))
+        stored_references(run, loader_of_all(run, tokenizer, objective), model, mesh, say)
+
+
+def stored_references(run: config.Run, loader: Loader, model: ReferenceModel, mesh: Mesh, say: Say) -> list[StoredReference]:
+    """Return the log-probabilities of each source of a loader, and compute those that are missing; `mesh` must be in force.
+
+    Raises:
+        ValueError: A set holds log-probabilities of another model or other tokens.
+    """
+    model_sha256 = model_hash(model.base)
     references = []
     for i, source in enumerate(loader.sources):
         fitting = source.lengths[source.lengths <= run.train.seq_len]
@@ -62,16 +109,13 @@ def add_reference(run: config.Run, inputs: RunInputs, begin: Start, objective: O
         folder = reference_folder(source.store.path, cache_dir, source.store.manifest, identity, named)
         if not folder.exists():
             say(f"computing the reference log-probabilities of {source.name}, once: {folder}")
-            values = _compute(loader, i, begin.structure, _weights(begin, begin.base), mesh)
+            values = _compute(loader, i, model.structure, model.load(), mesh)
             if jax.process_index() == 0:
                 write_reference(folder, identity, values)
             # All processes read what the first one wrote.
             exchange("written", "the reference log-probabilities")
         references.append(StoredReference(folder, identity, source.lengths))
-    num_train = len(inputs.train.sources)
-    inputs.train.add_references(references[:num_train])
-    if inputs.held_out is not None:
-        inputs.held_out.add_references(references[num_train:])
+    return references
 
 
 def model_hash(base: WeightOrigin) -> str:
@@ -79,13 +123,13 @@ def model_hash(base: WeightOrigin) -> str:
     return hashlib.sha256(json.dumps(dict(base.hashes), sort_keys=True).encode()).hexdigest()
 
 
-def _loader_of_all(run: config.Run, inputs: RunInputs, objective: Objective) -> Loader:
+def loader_of_all(run: config.Run, tokenizer: Tokenizer, objective: Objective) -> Loader:
     """Return a loader that yields each example of all sources once, in batches of one microbatch."""
     data = run.training_data()
     sources = tuple(source.model_copy(update={"weight": None}) for source in (*data.train, *data.eval))
     rows = BatchRows(run.train.batch_size // run.train.microbatches, run.train.seq_len, jax.process_index(), jax.process_count())
     every = data.model_copy(update={"eval": sources})
-    return Loader(every, "eval", inputs.tokenizer, rows, seed=run.seed, batch_type=objective.batch_type)
+    return Loader(every, "eval", tokenizer, rows, seed=run.seed, batch_type=objective.batch_type)
 
 
 def _weights(begin: Start, base: WeightOrigin) -> Parameters:

@@ -126,7 +126,7 @@ def _accumulate(
         # Router statistics are stacked and not summed, since `merge_microbatches` averages some of them.
         return (share, terms._replace(routers=None), gradients), terms.routers
 
-    microbatches = _split(batch, key, definition.microbatches)
+    microbatches = split_batch(batch, key, definition.microbatches)
     (loss, terms, gradients), routers = _sum_merge_microbatches(share_of, microbatches)
     if routers is not None:
         terms = terms._replace(routers=merge_microbatches(routers, totals.load_LE is not None))
@@ -206,7 +206,7 @@ def _sum_without_gradients(
     """Sum the results of `function` over microbatches, in global view and before the first gradient."""
     # XLA:CPU may run the collectives of this loop at the same time as others, and all devices may then wait for each other.
     unrolled = platform() == "cpu"
-    return _sum_merge_microbatches(function, _split(batch, key, definition.microbatches), unrolled)[0]
+    return _sum_merge_microbatches(function, split_batch(batch, key, definition.microbatches), unrolled)[0]
 
 
 def _share_and_gradients(
@@ -266,7 +266,7 @@ def _router_loss(routers: RouterStats, coefs: config.Loss, load_LE: Float[Array,
     return balance + z
 
 
-def _split(batch: Any, key: Key[Array, ""] | None, microbatches: int) -> tuple[Any, Key[Array, " M"] | None]:
+def split_batch(batch: Any, key: Key[Array, ""] | None, microbatches: int) -> tuple[Any, Key[Array, " M"] | None]:
     """Split a batch into microbatches and their PRNG keys, stacked on dim 0.
 
     Sequence i of microbatch j is row i * microbatches + j: each device splits its own rows, whatever the mesh.

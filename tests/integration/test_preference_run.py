@@ -14,6 +14,7 @@ import pytest
 
 from moe_train import config
 from moe_train.commands import write_and_prove
+from moe_train.commands.prepare import prepare
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
@@ -22,6 +23,7 @@ from moe_train.run import loop
 from tests.integration.test_lora_run import MIXTRAL
 from tests.run_dir import lines
 
+MODEL = MIXTRAL | {"max_seq_len": 512}
 LORA = {"targets": [{"modules": ["attention.*", "ffn.*"], "rank": 2, "alpha": 8.0}]}
 WORDS = "red blue green one two three".split()
 
@@ -30,7 +32,7 @@ WORDS = "red blue green one two three".split()
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Mixtral of random weights, in Hugging Face's files."""
     directory = tmp_path_factory.mktemp("base") / "model"
-    model = config.Model.model_validate_json(json.dumps(MIXTRAL))
+    model = config.Model.model_validate_json(json.dumps(MODEL))
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         weights = parameters(init_model(0, model, config.Compute()))[1]
         write_and_prove.export_model(weights, model, directory, write_and_prove.WriteOptions(dtype="float32"))
@@ -64,8 +66,7 @@ def make(base: Path, small_run: Callable[..., config.Config], tmp_path_factory: 
             "mesh": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
             "data__train": [source],
             "data__eval": [source],
-            "data__chat_template": "chatml",
-            "train__seq_len": 256,
+            "train__seq_len": 128,
             "train__steps": 4,
             "train__microbatches": 2,
             "metrics__every_steps": 1,
@@ -124,12 +125,17 @@ def test_full_training_stores_its_reference_and_resumes_with_it(
     assert "computing the reference" in said and "start check" not in said
     steps = lines(tmp_path / "run")
     assert len(steps) == 4 and steps[-1]["rewards/margins"] > 0.01
+    # What `data prepare --reference` stores is what the run would have computed, and is read in its place.
+    values = (sorted(cache.rglob("reference-*/logprobs"))[0]).read_bytes()
+    shutil.rmtree(stored[0])
+    prepare(run, with_reference=True)
+    np.testing.assert_allclose(*(np.frombuffer(x, np.float32) for x in (values, (stored[0] / "logprobs").read_bytes())), atol=1e-5)
     # With adapters on the same data nothing is stored, and the values at the start are the same.
     adapted = make(tmp_path / "adapted", {"name": "preference", "beta": 0.5, "sft_weight": 0.1}, data__cache_dir=str(cache))
     assert train(adapted) == loop.FINISHED
     assert lines(tmp_path / "adapted")[0]["loss"] == pytest.approx(first["loss"], rel=1e-5)
     with pytest.raises(ValueError, match="starts from random weights; state init_from"):
-        train(make(tmp_path / "random", {"name": "preference"}, **full, init_from=None, model=MIXTRAL))
+        train(make(tmp_path / "random", {"name": "preference"}, **full, init_from=None, model=MODEL))
 
 
 def test_what_does_not_fit_the_objective_is_refused(make: Callable[..., Any], tmp_path: Path) -> None:

@@ -36,7 +36,6 @@ from tests.train.objectives.judged_rows import piece
 from tests.train.objectives.test_preference_losses import LOSSES, pairs, section_of
 
 pytestmark = pytest.mark.judges
-PAD = 0
 
 
 def trainer_of(kind: str, **settings: Any) -> Any:
@@ -99,7 +98,7 @@ def loss_of_trl(name: str, section: config.Preference, values: PairLogprobs) -> 
     )
     inputs = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask}
     inputs |= {"ref_chosen_logps": ref_w, "ref_rejected_logps": ref_l}
-    return float(trainer._compute_loss(GivenLogprobs(torch.cat([l_w, l_l]), width), inputs))
+    return float(trainer._compute_loss(GivenLogprobs(torch.cat([l_w, l_l]), width), inputs, return_outputs=False))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -194,7 +193,7 @@ def test_a_step_of_dpo_is_that_of_trl(mesh: Any, tmp_path: Path) -> None:
     trainer.ref_model = models.reference
     trainer.args = SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None)
     trainer.model = models.policy.train()
-    loss = trainer._compute_loss(models.policy, inputs)
+    loss = trainer._compute_loss(models.policy, inputs, return_outputs=False)
     loss.backward()
 
     section = config.Preference(name="preference", sft_weight=0.5)
@@ -230,7 +229,7 @@ def test_a_step_of_kto_is_that_of_trl(mesh: Any, tmp_path: Path) -> None:
     trainer.ref_model = models.reference
     trainer.args = SimpleNamespace(gradient_checkpointing=False, gradient_checkpointing_kwargs=None)
     trainer.model = models.policy.train()
-    loss = trainer._compute_loss(models.policy, inputs)
+    loss = trainer._compute_loss(models.policy, inputs, return_outputs=False)
     loss.backward()
 
     section = config.UnpairedPreference(name="unpaired_preference", desirable_weight=1.5)

@@ -31,7 +31,7 @@ def start_of(parameters: Any, lora: config.Lora | None, **changes: Any) -> Any:
 
 
 def check(begin: Any, batch: Any, section: Any = DPO) -> list[str]:
-    run: Any = SimpleNamespace(name="run", objective=section, compute=config.Compute())
+    run: Any = SimpleNamespace(name="run", objective=section, compute=config.Compute(), train=SimpleNamespace(microbatches=2))
     said: list[str] = []
     with jax.set_mesh(ONE):
         check_start(run, objective_of(section), begin, put_batch(batch, ONE), said.append)

@@ -25,6 +25,7 @@ from moe_train.cli.data_options import (
     source_of_file,
     sources_to_check,
 )
+from moe_train.cli.data_search import search_commands
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line, stdout_console
 from moe_train.machine import progress
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _TEACHER = "With a teacher"
 
 data_commands = typer.Typer(name="data", help="Check, show and prepare data before training on them.", no_args_is_help=True)
+data_commands.add_typer(search_commands)
 
 
 @data_commands.command(
@@ -79,6 +81,10 @@ def check_command(
     allow: Annotated[
         list[str] | None, typer.Option(metavar="RULE", help="Rule whose violations are accepted; may be repeated.")
     ] = None,
+    pii: Annotated[bool, typer.Option("--pii", help="Also search for personal data and secrets; --fix replaces them.")] = False,
+    phone_region: Annotated[
+        str | None, typer.Option(metavar="COUNTRY", help="With --pii: country of phone numbers without +, such as DE.")
+    ] = None,
     show: Annotated[int, typer.Option(min=1, help="Problems to list for each rule; all are counted.")] = 10,
     num_proc: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per CPU core.")] = None,
     as_json: AsJson = False,
@@ -89,6 +95,7 @@ def check_command(
     """
     from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template
     from moe_train.data.check.check import check_data
+    from moe_train.data.check.findings import PersonalDataSearch
     from moe_train.data.check.settings import CheckSettings
     from moe_train.data.check.sources import CheckedSource
 
@@ -105,6 +112,8 @@ def check_command(
         chat_template = chat_template or config.data.chat_template
     template = dated_template(load_template(chat_template, loaded), chat_date, config)
     check_effort_option(reasoning_effort, template, loaded)
+    if not pii:
+        refuse_options({"--phone-region": phone_region is not None}, "it goes with --pii")
     settings = CheckSettings(
         template=template,
         reasoning_effort=reasoning_effort,
@@ -116,6 +125,7 @@ def check_command(
         fix=fix,
         dry_run=dry_run,
         sample=sample,
+        personal_data=PersonalDataSearch(phone_region) if pii else None,
         # The cores that this process may use, which in a container can be fewer than the machine has.
         num_proc=num_proc or len(os.sched_getaffinity(0)),
         num_listed=show,

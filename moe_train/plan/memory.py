@@ -24,6 +24,7 @@ class Memory(NamedTuple):
 
     parameters: int
     optimizer: int
+    """Moments and counters of the optimizer, and the moving average of the weights (`average.name ema`)."""
     batch: int
     gradients: int
     """Gradients, including their sums over microbatches."""
@@ -76,13 +77,20 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
         gradients += sum(_padded_bytes(w, sizes) * 4 // w.itemsize for w in trained)
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in layout.weights),
-        optimizer=layout.optimizer_bytes,
+        optimizer=layout.optimizer_bytes + _average_bytes(run, trained, sizes),
         batch=M * shape.tokens * bytes_per_token,
         gradients=gradients,
         saved=_saved_bytes(run, stacked, sizes, shape),
         layer=layer,
         loss=loss,
     )
+
+
+def _average_bytes(run: config.Run, trained: list[ShardedWeight], sizes: dict[str, int]) -> int:
+    """Return the bytes of the moving average of the weights; the mean of the last checkpoints is made from files."""
+    if not isinstance(run.average, config.ExponentialAverage):
+        return 0
+    return sum(w.stored_bytes(sizes) for w in trained)
 
 
 def _saved_bytes(run: config.Run, stacked: list[ShardedWeight], sizes: dict[str, int], shape: MicrobatchShape) -> int:

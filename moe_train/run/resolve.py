@@ -13,6 +13,7 @@ from moe_train.checkpoint.runs import is_run, read_run, run_folder
 from moe_train.config import yaml_file
 from moe_train.data.chat.conversation_to_tokens import read_template
 from moe_train.machine.mesh import AXES, abstract_mesh, mesh_sizes
+from moe_train.machine.network import forbid_network
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
@@ -35,6 +36,8 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
         ValueError: the config contradicts the checkpoint or the adapter, or model, mesh and batch do not fit together.
         FileNotFoundError: a checkpoint, adapter or template that the config names does not exist.
     """
+    if written.network == "none":
+        forbid_network("network: none")
     if device_count is None:
         device_count = jax.device_count()
     model = _architecture(written)

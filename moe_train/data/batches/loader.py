@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -31,6 +31,7 @@ from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.reference import StoredReference
 from moe_train.data.prepared.store import ExampleSlice
+from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import add_counts
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
@@ -256,6 +257,29 @@ class Loader:
             origin = source.store.origin(piece.example)
             segments.append(Segment(index, source.store.place(origin), origin.number, *piece))
         return segments
+
+    def steps_with(self, source: int, records: Collection[Origin], num_steps: int) -> list[int]:
+        """Return which of the first `num_steps` steps, counted from 0, read a row with a piece of one of these records.
+
+        Args:
+            source: Index of the source.
+            records: Places of the source's records (see `TokenStore.examples_of`).
+            num_steps: Number of steps to look at.
+        """
+        opened = self._sources[source]
+        batch_size = self._batch_rows.batch_size
+        # No source has more rows in these steps than all of them together.
+        rows = opened.order.rows_with(opened.store.examples_of(records), num_steps * batch_size)
+        if len(self._sources) == 1:
+            return sorted({row // batch_size for row in rows if row < num_steps * batch_size})
+        numbers = {source * _ROWS + row for row in rows}
+        steps = []
+        for step in range(num_steps):
+            in_step = self._row_numbers[step]
+            assert in_step is not None
+            if not numbers.isdisjoint(in_step.tolist()):
+                steps.append(step)
+        return steps
 
     @property
     def sources(self) -> tuple[RowSource, ...]:

@@ -39,11 +39,17 @@ UNICODE = Rule("unicode", "remove it", texts.unusable_characters, texts.fix_unus
 CONTROL_TOKEN = Rule(
     "control-token", "write it otherwise: a model must not learn that users can type it", texts.typed_control_tokens
 )
+REASONING_AS_TEXT = Rule(
+    "reasoning-as-text",
+    "write it as reasoning_content, or as a part of type thinking; --allow reasoning-as-text trains on the letters",
+    texts.reasoning_as_text,
+)
 
 # In the order of repairs: names first, then the order of messages, then cutting off.
 RULES = (
     UNICODE,
     CONTROL_TOKEN,
+    REASONING_AS_TEXT,
     Rule(
         "role",
         "roles are system, user, assistant, tool; --fix renames usual ones, and roles of record in a config any others",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -275,6 +275,17 @@ class TokenStore:
         index = 2 * (example - int(self._first[number]))
         span, line = (int(x) for x in pairs[index : index + 2])
         return Origin(shard.spans[span][0], line)
+
+    def examples_of(self, records: Collection[Origin]) -> np.ndarray:
+        """Return (n,) the examples that were made from records, in ascending order; a record may have given none or several."""
+        chosen: list[int] = []
+        for first, shard in zip(self._first[:-1].tolist(), self.manifest.shards, strict=True):
+            # (examples, 2): span and line of each example of the shard.
+            (flat,) = self._folder.read_whole([_file(shard, "origins", "int64")])
+            for i, (span, line) in enumerate(flat.reshape(-1, 2).tolist()):
+                if Origin(shard.spans[span][0], line) in records:
+                    chosen.append(first + i)
+        return np.array(chosen, np.int64)
 
     def place(self, origin: Origin) -> str:
         """Return the name of the file, or of another kind of place, that a record is from."""

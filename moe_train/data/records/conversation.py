@@ -10,7 +10,7 @@ Supported spellings (`…` stands for a list, which may also be JSON text):
 | `text` or `content` | plain text |
 | `messages: […]`, `tools: […]` | OpenAI's and Mistral's; also `interactions`, `available_tools`, `functions`, `system` |
 | `conversations: [{from, value}]` | ShareGPT's: human, gpt, system, function_call, observation |
-| `conversation: [{human, assistant}]` | ms-swift's |
+| `conversation: [{human, assistant}]`, `[{input, output}]` | ms-swift's, XTuner's |
 | `prompt`, `completion`; `question`, `answer`; `instruction`, `input`, `output`; `query`, `response` | see `completion` |
 | the above with `label` | an answer that is good or bad; see `preference` |
 | `prompt`, `chosen`, `rejected` | a preference pair; see `preference` |
@@ -40,8 +40,8 @@ from moe_train.data.records.meaning import RECORD, lost_meaning
 from moe_train.data.records.messages import MESSAGE_COLUMNS, read_messages
 from moe_train.data.records.normal_form import ClassifiedText, Conversation, LabelledAnswer, NormalRecord
 from moe_train.data.records.preference import read_pair, take_label, take_margin
-from moe_train.data.records.problem import Problem, text_field
-from moe_train.data.records.recognise import TEXT_COLUMNS
+from moe_train.data.records.problem import NoColumn, Problem, brief, text_field
+from moe_train.data.records.recognise import TEXT_COLUMNS, recognise
 from moe_train.data.records.settings import SETTINGS, default_settings, take_settings
 from moe_train.data.records.tool_call_text import read_tool_call_text
 from moe_train.data.records.tools import TOOL_COLUMNS, take_tools
@@ -72,6 +72,31 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
         Problem: If the record has no normal form, or a key that changes its meaning is not read.
     """
     unread = Unread(record.ignore)
+    try:
+        normal = _read(fields, record, unread)
+    except NoColumn as problem:
+        raise _missing_column(problem, fields, record) from None
+    return Reading(normal, tuple(unread.names))
+
+
+def _missing_column(problem: NoColumn, fields: Mapping[str, Any], record: config.Record) -> Problem:
+    """Return what is wrong with a record that lacks a column that its section names."""
+    if problem.column in fields:
+        return Problem("columns", f"column {problem.column!r} is null or empty", "write its value, or drop the record")
+    try:
+        section = recognise(fields, record.ignore)
+    except Problem:
+        return problem
+    if section.name == record.name:
+        return problem
+    columns = brief(", ".join(map(str, fields)))
+    message = f"the record is of the kind {section.name} ({columns}), and its source is read as {record.name}"
+    remedy = "put each kind of records into files of its own, or name the columns with --map (in a config: in the record section)"
+    return Problem("mixed-kinds", message, remedy)
+
+
+def _read(fields: Mapping[str, Any], record: config.Record, unread: Unread) -> NormalRecord:
+    """Convert a record to the normal form."""
     normal: NormalRecord
     match record:
         case config.TextRecord():
@@ -91,7 +116,7 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
             normal = _labelled(fields, record, unread)
         case config.ClassificationRecord():
             normal = _classified(fields, record, unread)
-    return Reading(normal, tuple(unread.names))
+    return normal
 
 
 def columns_to_load(record: config.Record, present: Iterable[str]) -> list[str]:

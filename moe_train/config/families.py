@@ -112,19 +112,16 @@ class Family:
 
 
 FAMILIES: dict[FamilyName, Family] = {
-    "mistral": Family(HuggingFaceFamily("MistralForCausalLM"), frozenset({"window", "tied_embeddings"}) | _SCORES),
+    "mistral": Family(HuggingFaceFamily("MistralForCausalLM"), _SCORES | {"window", "tied_embeddings"}),
     "mixtral": Family(
         HuggingFaceFamily("MixtralForCausalLM", defaults={"sliding_window": None}),
-        frozenset({"window", "tied_embeddings", "sigmoid_router", "router_bias", "router_scale", "shared_experts", "dense_layers"})
-        | _SCORES,
+        _SCORES | {"window", "tied_embeddings", "sigmoid_router", "router_bias", "router_scale", "shared_experts", "dense_layers"},
         sparse=True,
         vllm_adapts_ends=True,
     ),
-    "ministral": Family(
-        HuggingFaceFamily("MinistralForCausalLM"), frozenset({"window", "interleaved_windows", "tied_embeddings"}) | _SCORES
-    ),
+    "ministral": Family(HuggingFaceFamily("MinistralForCausalLM"), _SCORES | {"window", "interleaved_windows", "tied_embeddings"}),
     "ministral3": Family(
-        HuggingFaceFamily("Ministral3ForCausalLM"), frozenset({"window", "yarn", "query_scaling", "tied_embeddings"}) | _SCORES
+        HuggingFaceFamily("Ministral3ForCausalLM"), _SCORES | {"window", "yarn", "query_scaling", "tied_embeddings"}
     ),
     "llama": Family(
         HuggingFaceFamily(
@@ -133,7 +130,7 @@ FAMILIES: dict[FamilyName, Family] = {
             fixed={"attention_bias": False, "mlp_bias": False},
             heads_divide_model_dim=True,
         ),
-        frozenset({"tied_embeddings"}) | _SCORES,
+        _SCORES | {"tied_embeddings"},
         vllm_adapts_ends=True,
     ),
     "mistral4": Family(

@@ -195,10 +195,10 @@ def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) 
             f"{opened.directory} cannot be exported: no file format can express {inexpressible}; "
             "its weights are only in its checkpoints"
         )
-    if opened.model.scores is not None and layout in get_args(expected.AdapterLayout):
+    if opened.model.scores is not None and layout != "hf":
         raise ValueError(
-            f"{opened.directory} scores texts with a head of its own, which an adapter alone does not hold; export the whole model "
-            "with --format hf --merge"
+            f"{opened.directory} scores texts with a head of its own, which --format {layout} cannot hold; export the whole model "
+            "with --format hf, and with --merge if it has adapters"
         )
     if layout in get_args(expected.ModelLayout) or (opened.lora is not None and not merge):
         return

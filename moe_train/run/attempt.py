@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,21 +19,25 @@ from jax.sharding import Mesh
 
 from moe_train import config
 from moe_train.checkpoint import manager
+from moe_train.config import yaml_file
+from moe_train.machine.code_hash import code_sha256
 from moe_train.machine.mesh import put_batch
 from moe_train.run import introduction
 from moe_train.run.averaging import WeightAverage, open_average
 from moe_train.run.folder import RunFolder
 from moe_train.run.goodput import Goodput
 from moe_train.run.held_out import HeldOutLoss
-from moe_train.run.inputs import open_inputs
+from moe_train.run.inputs import RunInputs, open_inputs
 from moe_train.run.metrics import MetricsReader
+from moe_train.run.not_finite import Diagnosis
 from moe_train.run.profiling import StepProfiler
-from moe_train.run.record import check_checkpoints_kept, run_log
+from moe_train.run.record import check_checkpoints_kept, config_sha256, run_log
 from moe_train.run.saving import RolledBack, Saving
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import Start, starting_state
 from moe_train.run.stopping import StopRequest, StopVotes, Votes
 from moe_train.run.suite_scores import SuiteScores
+from moe_train.run.trackers.trackers import Trackers, tracked_runs
 from moe_train.run.writer import Writer
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
@@ -48,6 +53,8 @@ class UnreadStep:
     metrics: StepMetrics
     voted: jax.Array
     """The votes of all processes, from `stopping.vote`."""
+    batch: Any
+    """The batch of the step, to find out why it is not finite."""
 
 
 @dataclass
@@ -78,6 +85,7 @@ class Attempt:
     stop_request: StopRequest
     goodput: Goodput
     profiler: StepProfiler
+    diagnosis: Diagnosis
 
     def measure_at_start(self, after_roll_back: bool) -> None:
         """Measure the held-out loss where no earlier process has done so."""
@@ -119,19 +127,21 @@ class Attempt:
             self.goodput.move(self.figures.waited - waited, "input")
         self.batch = put_batch(batch, self.mesh)
 
-    def read(self, taken: UnreadStep, newest: StepMetrics) -> Votes:
+    def read(self, taken: UnreadStep, newest: StepMetrics, state: TrainState) -> Votes:
         """Read the metrics and votes of a step, and leave the attempt where an older checkpoint has to be used.
 
         Args:
             taken: the step to read.
             newest: the metrics of the newest step that was dispatched.
+            state: the state after that step.
 
         Raises:
             UnusableCheckpoint: the first step is not finite; the checkpoint was set aside.
             RolledBack: the step was a spike, and newer checkpoints were set aside.
         """
         try:
-            votes = self.figures.read(taken.step, taken.metrics, taken.voted, newest, self.writer)
+            explain = partial(self.diagnosis.explain, taken.step, state, taken.batch)
+            votes = self.figures.read(taken.step, taken.metrics, taken.voted, newest, self.writer, explain)
         finally:
             if taken.step == self.start + 1 and not self.figures.finite:
                 self.saving.fall_back()
@@ -215,7 +225,7 @@ def open_attempt(
         start_step=start,
         total_steps=inputs.total_steps,
         write=jax.process_index() == 0,
-        sparse_layers=config.sparse_layers(run.model),
+        trackers=_open_trackers(run, folder.path, inputs, is_new=start == 0),
     )
     exit_stack.enter_context(writer)
     # Entered after the writer, so that the reason of a stop is recorded before the metrics are closed.
@@ -258,7 +268,22 @@ def open_attempt(
         stop_request=stop_request,
         goodput=goodput,
         profiler=profiler,
+        diagnosis=Diagnosis(run, definition, inputs.train, begin.base_weights),
     )
+
+
+def _open_trackers(run: config.Run, run_dir: Path, inputs: RunInputs, is_new: bool) -> Trackers | None:
+    """Start the trackers of a run in its first process; None in others and without any."""
+    if jax.process_index() or not run.metrics.trackers:
+        return None
+    settings = yaml_file.flat(run.to_config().model_dump(mode="json"))
+    hashes = {
+        "config_sha256": config_sha256(run),
+        "data_sha256": inputs.train.manifest_hash,
+        "data_order_sha256": inputs.train.identity,
+        "code_sha256": code_sha256(),
+    }
+    return Trackers(tracked_runs(run.metrics.trackers, run_dir, run.name, {**settings, **hashes}, is_new))
 
 
 def _reason(kind: type[BaseException] | None, reason: str) -> str:

@@ -53,9 +53,7 @@ class StepProfiler(contextlib.AbstractContextManager["StepProfiler"]):
         if self._is_tracing and step == self._steps[-1]:
             jax.block_until_ready(metrics)
             self._stop()
-            self._say(
-                f"traced the steps up to {step}; open the trace with: xprof {self._folder}"
-            )
+            self._say(f"traced the steps up to {step}; open the trace with: xprof {self._folder}")
 
     def _stop(self) -> None:
         self._is_tracing = False

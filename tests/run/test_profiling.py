@@ -31,7 +31,7 @@ def traces(run_dir: Path) -> list[Path]:
 
 def test_the_stated_steps_are_traced_and_the_trace_names_the_program(tmp_path: Path) -> None:
     [line] = take_steps(tmp_path, range(1, 5))
-    assert line.startswith(f"traced the steps up to 3: {tmp_path / 'profile'}")
+    assert line == f"traced the steps up to 3; open the trace with: xprof {tmp_path / 'profile'}"
     [file] = traces(tmp_path)
     events = []
     for plane in jax.profiler.ProfileData.from_file(str(file)).planes:

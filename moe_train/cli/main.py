@@ -27,8 +27,10 @@ from moe_train.cli.arguments import DATA, MODELS, START, AsJson, help_examples
 from moe_train.cli.configs import config_commands
 from moe_train.cli.data import data_commands
 from moe_train.cli.evaluate import evaluate_commands
+from moe_train.cli.evidence import evidence_commands
 from moe_train.cli.generate import generate_commands
 from moe_train.cli.models import model_commands
+from moe_train.cli.synthesize import synthesize_commands
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
 from moe_train.cli.training import training_commands
 from moe_train.machine import processes
@@ -50,9 +52,11 @@ app.add_typer(config_commands)
 app.add_typer(training_commands)
 app.add_typer(evaluate_commands)
 app.add_typer(model_commands)
+app.add_typer(evidence_commands)
 app.add_typer(generate_commands)
 app.add_typer(tokenizer_commands, rich_help_panel=DATA)
 app.add_typer(data_commands, rich_help_panel=DATA)
+app.add_typer(synthesize_commands)
 app.add_typer(adapter_commands, rich_help_panel=MODELS)
 
 

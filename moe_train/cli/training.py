@@ -247,6 +247,27 @@ def runs_command(
 
 
 @training_commands.command(
+    "branch",
+    epilog=help_examples(
+        "moe-train branch runs/pretrain@8000 runs/pretrain_decay",
+        "moe-train branch runs/pretrain runs/pretrain_decay",
+    ),
+)
+def branch_command(
+    directory: Annotated[Path, typer.Argument(metavar="RUN[@STEP]", help="Run and step of the checkpoint. Default: the newest.")],
+    run_dir: Annotated[Path, typer.Argument(metavar="NEW_RUN_DIR", help="Directory to create.")],
+) -> None:
+    """Start a new run from a checkpoint of another, optimizer state and position in the data included.
+
+    So a run with a WSD schedule decays from any of its checkpoints, while the original continues at its stable rate.
+    """
+    from moe_train.commands.branch import branch
+
+    step = branch(directory, run_dir)
+    print(f"{run_dir} continues after step {step}: moe-train train CONFIG run_dir={run_dir} with more train.steps or a schedule")
+
+
+@training_commands.command(
     "sweep",
     epilog=help_examples(
         "moe-train sweep run.yaml optimizer.learning_rate=1e-4,3e-4,1e-3",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,7 +15,7 @@ from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.chat.chat_date import date_of_data
 from moe_train.data.records import unread
-from moe_train.data.records.conversation import normalise, trainable
+from moe_train.data.records.conversation import normalise
 from moe_train.data.records.open_source import first_record
 from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
@@ -24,6 +24,8 @@ from moe_train.evaluate.loss import make_batch_sums
 from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import BATCH
 from moe_train.train.objectives.next_token import next_token
+from moe_train.train.objectives.objective import Objective
+from moe_train.train.objectives.preference import preference
 
 
 def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | None = None) -> JsonObject:
@@ -31,7 +33,8 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
 
         loss = moe_train.evaluate_model(Path("runs/tuned"), [Path("held_out.jsonl")])["loss"]
 
-    Rows are as long as the run's; for a model that is no run, at most 2048 tokens.
+    Rows are as long as the run's; for a model that is no run, at most 2048 tokens. Of preference pairs, the loss is that of the
+    chosen answers, and `accuracy` is the share of pairs whose chosen answer has the higher mean log-probability of a token.
 
     Args:
         directory: the run or model.
@@ -62,12 +65,15 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         # Only `eval` is read, but a data section has to have training sources.
         data = config.Data(chat_template=chat_template, chat_date=chat_date, train=sources, eval=sources, cache_dir=cache)
-        loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0)
+        objective = _objective(sources)
+        loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0, batch_type=objective.batch_type)
         structure, params, step = opened.load_with_step()
-        metrics = evaluate_held_out(make_batch_sums(structure, next_token()), params, {}, loader, mesh)
+        metrics = evaluate_held_out(make_batch_sums(structure, objective), params, {}, loader, mesh)
+    if "pairs" in metrics:
+        metrics = _of_pairs(metrics)
     if not math.isfinite(metrics["loss"]):
         raise RuntimeError(
-            f"the loss of {directory} on {metrics['loss_tokens']} tokens is {metrics['loss']}, so its weights are unusable; "
+            f"the loss of {directory} on {loader.num_tokens} tokens is {metrics['loss']}, so its weights are unusable; "
             "evaluate an earlier checkpoint or another export"
         )
     checkpoint = {} if step is None else {"checkpoint": step}
@@ -95,13 +101,40 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
         record = located(location, recognise, first_fields)
     if isinstance(record, config.TextRecord):
         return record
-    # As many records as possible count: training may drop one that is too long, or stop at it.
-    return record.model_copy(update={"too_long": "truncate"})
+    # As many records as possible count: training may drop one that is too long, or stop at it. Pairs are never cut.
+    judged = isinstance(record, config.PreferenceRecord | config.LabelledRecord)
+    return record.model_copy(update={"too_long": "drop" if judged else "truncate"})
+
+
+def _objective(sources: Sequence[config.FileSource]) -> Objective:
+    """Return how files are measured: pairs by the likelihood of their answers, everything else by its next tokens."""
+    kinds = {source.record.name for source in sources}
+    if "labelled" in kinds:
+        raise ValueError(
+            f"{sources[0].files[0]}: answers that are labelled as good or bad have no loss without a reference; name them in "
+            "data.eval of the run, or evaluate pairs (prompt, chosen, rejected)"
+        )
+    if "preference" not in kinds:
+        return next_token()
+    if len(kinds) > 1:
+        raise ValueError(f"--data names files of several kinds ({', '.join(sorted(kinds))}); evaluate pairs on their own")
+    return preference(config.Preference(name="preference", loss="simpo"))
+
+
+def _of_pairs(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return what a model without a reference has to say about pairs, the loss being that of a chosen answer's tokens."""
+    return {
+        "loss": metrics["nll_loss"],
+        "pairs": metrics["pairs"],
+        "accuracy": metrics["rewards/accuracies"],
+        "logps/chosen": metrics["logps/chosen"],
+        "logps/rejected": metrics["logps/rejected"],
+    }
 
 
 def _readable(fields: JsonObject, record: config.Record) -> bool:
     try:
-        trainable(normalise(fields, record))
+        normalise(fields, record)
     except ValueError:
         return False
     return True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import logging
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -22,9 +24,11 @@ from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
 from moe_train.commands.documents import documents_of_export
 from moe_train.config import yaml_file
-from moe_train.data.records.conversation import normalise, trainable
+from moe_train.data.records.answers import judged_conversations
+from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
+from moe_train.governance.exports_of_run import ExportEntry, hash_of_record, note_export
 from moe_train.machine.files import JsonObject, refuse_existing
 from moe_train.machine.mesh import join_processes
 from moe_train.model.paths import ParameterPath
@@ -158,12 +162,20 @@ def export(
             case "peft" | "mistral-lora" | "gguf-lora":
                 adapter_files = _AdapterFiles(layout, Path(out_dir).name, dtype, options.server)
                 record = _export_adapter(opened, loaded.weights, out_dir, adapter_files, origin)
+    if opened.run is not None and loaded.step is not None and together.is_first():
+        note_export(run_folder(opened.directory), _entry_of(Path(out_dir), layout, loaded.step))
     if command is not None:
         mmproj_name = record.get("mmproj", {}).get("file")
         if mmproj_name is not None:
             command += f" --mmproj {shlex.quote(str(Path(out_dir) / mmproj_name))}"
         record["serve"] = command
     return record
+
+
+def _entry_of(out_dir: Path, layout: serve.ExportFormat, step: int) -> ExportEntry:
+    """Return the line by which a run remembers this export."""
+    time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return ExportEntry(time, str(out_dir.absolute()), layout, step, hash_of_record(out_dir), tuple(sys.argv))
 
 
 def _origin_of(opened: OpenedModel, loaded: LoadedWeights) -> _Origin:
@@ -380,9 +392,7 @@ def _conversations(run: config.Run) -> Iterator[Conversation]:
             continue
         try:
             for _, fields in open_source(source):
-                conversation = trainable(normalise(fields, source.record))
-                assert isinstance(conversation, Conversation)
-                yield conversation
+                yield from judged_conversations(normalise(fields, source.record))
         except (FileNotFoundError, ValueError) as error:
             log.warning("training conversations of one source cannot be read, so the export is not compared on them: %s", error)
 

@@ -165,10 +165,6 @@ def find_mmproj(source: str | Path, trains_embeddings: bool) -> Mmproj:
     if carried is None:
         return Mmproj(None, None)
     script = "python convert_hf_to_gguf.py HF_EXPORT --mmproj --outfile mmproj-model.gguf"
-    if carried.settings is None:  # Mistral's own layout with an audio tower, which no Hugging Face export can have
-        script = script.replace("HF_EXPORT", f"{shlex.quote(str(files))} --mistral-format")
-        log.info("the GGUF file has the text model alone; the %s go into a file of their own: %s", carried.parts, script)
-        return Mmproj(None, script)
     merge = " --merge" if is_run(source) and read_run(source).lora else ""
     command = f"moe-train export {shlex.quote(str(source))} HF_EXPORT{merge} && {script}"
     log.info("the GGUF file has the text model alone; the %s go into a file of their own: %s", carried.parts, command)

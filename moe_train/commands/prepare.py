@@ -20,6 +20,7 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine import progress
 from moe_train.machine.files import JsonObject
 from moe_train.run.resolve import resolve
+from moe_train.train.objectives.choose import objective_of
 
 
 def prepare(written: config.Config, to: str | None = None) -> JsonObject:
@@ -57,7 +58,7 @@ def prepare(written: config.Config, to: str | None = None) -> JsonObject:
                 }
             )
     # After the loop, so that it finds every set in the cache.
-    loader = Loader(data, "train", tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)
+    loader = _train_loader(run, tokenizer)
     steps = loader.total_steps(run.train)
     return {
         "sets": sets,
@@ -81,9 +82,7 @@ def trace(written: config.Config, step: int, row: int | None = None) -> list[Jso
         row: a row of the step, counted from 0; None for all rows.
     """
     run = _resolve(written)
-    data = run.training_data()
-    tokenizer = _open_tokenizer(run)
-    loader = Loader(data, "train", tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)
+    loader = _train_loader(run, _open_tokenizer(run))
     if step < 1:
         raise ValueError(f"step {step}: steps are counted from 1")
     if row is not None and not 0 <= row < run.train.batch_size:
@@ -108,6 +107,13 @@ def _resolve(written: config.Config) -> config.Run:
     Preparing data needs no devices, so an axis of -1 may be taken as 1.
     """
     return resolve(written, math.prod(abs(size) for size in written.mesh.model_dump().values()))
+
+
+def _train_loader(run: config.Run, tokenizer: Tokenizer) -> Loader:
+    """Return the loader of a run's training data, with the batches of its objective."""
+    rows = BatchRows(run.train.batch_size, run.train.seq_len)
+    batch_type = objective_of(run.objective).batch_type
+    return Loader(run.training_data(), "train", tokenizer, rows, seed=run.seed, batch_type=batch_type)
 
 
 def _open_tokenizer(run: config.Run) -> Tokenizer:

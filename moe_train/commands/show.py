@@ -10,7 +10,7 @@ import html
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train import config
-from moe_train.data.batches.batch import Batch, BatchRows
+from moe_train.data.batches.answer_batches import UnpairedBatch
+from moe_train.data.batches.batch import Batch, BatchRows, StoredPiece
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
@@ -28,6 +29,9 @@ from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject, write_text
+
+if TYPE_CHECKING:
+    from moe_train.data.batches.loader import Loader
 
 
 class Rows(NamedTuple):
@@ -113,13 +117,13 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     return Rows(batch, placed)
 
 
-def _piece(example: Example, start: int, length: int) -> tuple[np.ndarray, np.ndarray | None]:
+def _piece(example: Example, start: int, length: int) -> StoredPiece:
     # A piece of n positions has n + 1 ids, the last of which is only predicted.
     cut = slice(start, start + length + 1)
     tokens = np.asarray(example.tokens[cut])
     if example.loss_mask is None:
-        return tokens, None
-    return tokens, np.asarray(example.loss_mask[cut])
+        return StoredPiece(tokens, None)
+    return StoredPiece(tokens, np.asarray(example.loss_mask[cut]))
 
 
 def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int = 1) -> Rows:
@@ -137,14 +141,31 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     if run.data is None:
         raise ValueError("the config has no data section; state data.train")
     from moe_train.data.batches.loader import Loader  # imported here, since it takes a second that other uses do not need
+    from moe_train.train.objectives.choose import objective_of
 
-    loader = Loader(run.data, "train", tokenizer, BatchRows(run.train.batch_size, run.train.seq_len), seed=run.seed)
+    batch_type = objective_of(run.objective).batch_type
+    batch_rows = BatchRows(run.train.batch_size, run.train.seq_len)
+    loader = Loader(run.data, "train", tokenizer, batch_rows, seed=run.seed, batch_type=batch_type)
     count = min(count, run.train.batch_size)
-    batch = Batch(*(array[:count] for array in loader.batch(step - 1)))
-    places: list[list[str]] = []
-    for row in range(count):
-        places.append([f"{segment.file}:{segment.number}" for segment in loader.trace(step - 1, row)])
+    rows = type(loader.batch(step - 1))(*(array[:count] for array in loader.batch(step - 1)))
+    if isinstance(rows, UnpairedBatch):
+        # Shown with the mismatched segments, which training leaves out of the loss.
+        rows = rows._replace(segment_ids=rows.segment_ids + rows.mismatched_ids)
+    batch = Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions)
+    places = [_places(loader, step - 1, row, is_unpaired=isinstance(rows, UnpairedBatch)) for row in range(count)]
     return Rows(batch, places)
+
+
+def _places(loader: Loader, step: int, row: int, is_unpaired: bool) -> list[str]:
+    """Return the origin of each segment of a row; an example may have several."""
+    index, pieces = loader.pieces(step)[row]
+    places = []
+    for piece, segment in zip(pieces, loader.trace(step, row), strict=True):
+        place = f"{segment.file}:{segment.number}"
+        places += [place] * int(loader.sources[index].store.segments[piece.example])
+        if is_unpaired:
+            places.append(f"{place}, with the answer of another record")
+    return places
 
 
 def record_of(files: Sequence[str], layout: str, ignore: Sequence[str] = ()) -> config.Record:

@@ -1,4 +1,4 @@
-"""Show preference pairs side by side, and labelled answers with their labels; no objective reads them, so there are no tokens."""
+"""Show preference pairs side by side, and labelled answers with their labels, as text."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from moe_train import config
 from moe_train.commands.show import escape_control_characters
+from moe_train.data.records.answers import judged_messages
 from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import LabelledAnswer, Message, PreferencePair
 from moe_train.data.records.open_source import open_source
@@ -63,10 +64,9 @@ def _pairs(records: OpenSource, section: config.Record) -> Iterator[ShownPair]:
                 answers = {"chosen": record.chosen, "rejected": record.rejected}
                 yield ShownPair(place, record.prompt.messages, answers, record.prompt.tools)
             case LabelledAnswer():
-                messages = record.conversation.messages
-                # Only the last turn is labelled; the turns before it are its prompt.
-                answers = {"good" if record.good else "bad": messages[-1:]}
-                yield ShownPair(place, messages[:-1], answers, record.conversation.tools)
+                judged = judged_messages(record)
+                prompt = record.conversation.messages[: -len(judged) or None]
+                yield ShownPair(place, prompt, {"good" if record.good else "bad": judged}, record.conversation.tools)
 
 
 def print_pairs(pairs: list[ShownPair], console: Console) -> None:
@@ -78,7 +78,9 @@ def print_pairs(pairs: list[ShownPair], console: Console) -> None:
         table = Table(*pair.answers, expand=True)
         table.add_row(*(Text("\n".join(map(_written, messages)), overflow="fold") for messages in pair.answers.values()))
         console.print(table)
-    console.print(Text("no objective reads such records yet: nothing of them is trained on", style="dim"))
+    console.print(
+        Text("the objectives preference and unpaired_preference compare these answers; prompts bear no loss", style="dim")
+    )
 
 
 def _written(message: Message) -> str:

@@ -68,7 +68,7 @@ from moe_train.config.graders import (
     ToolCallsGrader,
 )
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
-from moe_train.config.objective import NextToken, Objective, check_records
+from moe_train.config.objective import NextToken, Objective, check_records, extra_forward_passes
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -83,6 +83,7 @@ from moe_train.config.optimization import (
     Schedule,
     WsdSchedule,
 )
+from moe_train.config.preferences import Preference, UnpairedPreference
 from moe_train.config.profile import Profile
 from moe_train.config.records import (
     ChatRecord,
@@ -192,6 +193,7 @@ __all__ = [
     "PerplexityGrader",
     "Positive",
     "PositiveFloat",
+    "Preference",
     "PreferenceRecord",
     "PreparedSource",
     "PretrainedWeights",
@@ -223,6 +225,7 @@ __all__ = [
     "Tracker",
     "TrackioTracker",
     "Train",
+    "UnpairedPreference",
     "WandbTracker",
     "WsdSchedule",
     "YarnRope",
@@ -230,6 +233,7 @@ __all__ = [
     "check_model",
     "check_records",
     "describe_features",
+    "extra_forward_passes",
     "family_with",
     "features",
     "layers",

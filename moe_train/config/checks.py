@@ -92,8 +92,8 @@ def check_model(sections: Sections, model: Model) -> None:
         )
     if not inexpressible and sections.export == "none":
         raise ValueError(f"export: none has no effect, since the model can be exported (family {model.family}); leave it out")
-    if loss.balance_over == "step" and not loss.load_balance_loss_coef:
-        raise ValueError("loss.balance_over step has no effect without loss.load_balance_loss_coef; leave it out")
+    if loss.balance_over != "microbatch" and not loss.load_balance_loss_coef:
+        raise ValueError(f"loss.balance_over {loss.balance_over} has no effect without loss.load_balance_loss_coef; leave it out")
     coefs = {"load_balance_loss_coef": loss.load_balance_loss_coef, "router_z_loss_coef": loss.router_z_loss_coef}
     if isinstance(model.ffn, MoeFfn):
         _check_divides(mesh.expert, "expert", model.ffn.num_experts, "num_experts")

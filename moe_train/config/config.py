@@ -67,7 +67,7 @@ class Config(Section):
     """Average of the weights that is saved with each checkpoint, as a run of its own: RUN_DIR/average."""
     metrics: Metrics = Metrics()
     """How often metrics are logged, and where to."""
-    profile: Profile | None = None
+    profile: Profile = Profile()
     """Steps that are traced by the profiler; null for none."""
     export: Literal["all", "none"] = "all"
     """`all` refuses an architecture that no file format can express before training; `none` trains it all the same."""
@@ -92,7 +92,7 @@ class Config(Section):
             raise ValueError(
                 f"average is not kept in a bucket, and run_dir is {self.run_dir}; leave average out, or state a folder"
             )
-        if self.profile is not None and self.train.steps is not None and self.profile.steps[1] > self.train.steps:
+        if self.profile.steps is not None and self.train.steps is not None and self.profile.steps[1] > self.train.steps:
             raise ValueError(
                 f"profile.steps ends with {self.profile.steps[1]}, but train.steps is {self.train.steps}; trace steps of the run"
             )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pydantic.json_schema import JsonSchemaValue
 
 from moe_train.config.other_trainers import remark
-from moe_train.config.schema import FileSchema, schema_of
+from moe_train.config.schema import FileSchema, item_schema, schema_of
 from moe_train.config.section import Section
 
 
@@ -106,7 +106,7 @@ def _below(schema: FileSchema, value: JsonSchemaValue, path: str) -> Iterator[Se
     """Yield the kinds of the section that `value` describes, and of all sections inside it."""
     resolved = schema.follow(value)
     if resolved.get("type") == "array":
-        yield from _below(schema, resolved["items"], f"{path}[]")
+        yield from _below(schema, item_schema(resolved), f"{path}[]")
         return
     for tag, section in schema.members(resolved).items():
         entries = []
@@ -159,7 +159,8 @@ def type_text(value: JsonSchemaValue, schema: FileSchema) -> str:
         return _alternatives([str(choice) for choice in value["enum"]])
     kind = value.get("type")
     if kind == "array":
-        return f"list, each item: {type_text(value['items'], schema)}"
+        length = f"list of {value['maxItems']}" if "prefixItems" in value else "list"
+        return f"{length}, each item: {type_text(item_schema(value), schema)}"
     if kind in ("integer", "number"):
         return f"{'whole number' if kind == 'integer' else 'number'}{_limits(value)}"
     return {"boolean": "true or false", "string": "text", "object": "mapping"}[kind] if kind else "any value"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from moe_train.config.data import Data, RecordSource
+from moe_train.config.preferences import Preference, UnpairedPreference
 from moe_train.config.section import Section
 
 
@@ -17,11 +20,23 @@ class NextToken(Section):
     name: Literal["next_token"]
 
 
-Objective = NextToken
-"""The tagged union of objectives, with a single member so far.
+Objective = Annotated[NextToken | Preference | UnpairedPreference, Field(discriminator="name")]
+"""The tagged union of objectives."""
 
-With a second member, write `Annotated[NextToken | Other, Field(discriminator="name")]`; pydantic refuses a union of one.
-"""
+
+def extra_forward_passes(objective: Objective, has_adapters: bool) -> int:
+    """Return the number of forward passes over a batch that a step takes besides the one that is differentiated.
+
+    With adapters the reference model takes one; stored log-probabilities take none. KTO takes one more of each for mismatched
+    answers.
+    """
+    match objective:
+        case Preference():
+            return int(objective.has_reference and has_adapters)
+        case UnpairedPreference():
+            return 1 + 2 * has_adapters
+        case _:
+            return 0
 
 
 def check_records(objective: Objective, data: Data) -> None:

@@ -164,10 +164,11 @@ class Loss(Section):
     """How far one step moves the bias of a router that has one: up for an expert with less than the mean load of the step, down for
     one with more. DeepSeek-V3 uses 0.001.
     """
-    balance_over: Literal["microbatch", "step"] = "microbatch"
+    balance_over: Literal["sequence", "microbatch", "step"] = "microbatch"
     """Tokens whose loads the balance loss multiplies. With microbatch it is the mean of the microbatches' losses, weighted by their
-    tokens. With step (arXiv:2501.11873) loss and gradient are those of one large batch, whatever train.microbatches is; if that is
-    more than one, each step begins with a forward pass that counts the loads, a quarter to a third more work.
+    tokens. With sequence (DeepSeek-V3, arXiv:2412.19437, eq. 17) every row of train.seq_len positions is balanced by itself, the
+    strictest. With step (arXiv:2501.11873) loss and gradient are those of one large batch, whatever train.microbatches is; if that
+    is more than one, each step begins with a forward pass that counts the loads, a quarter to a third more work.
     """
 
     def needs_routing_pass(self, microbatches: int) -> bool:

@@ -65,6 +65,14 @@ RENAMED = {
         "dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers num_workers grain_worker_count"
     ),
     "data.prefetch": "dataloader_prefetch_factor prefetch_factor grain_per_worker_buffer_size",
+    "objective": "rl rlhf rl_type stage train_type",
+    "objective.loss": "loss_type dpo_loss_type pref_loss preference_loss dpo.algo",
+    "objective.beta": "rl_beta dpo_beta pref_beta orpo_alpha orpo_lambda kto_beta",
+    "objective.label_smoothing": "dpo_label_smoothing cpo_label_smoothing",
+    "objective.sft_weight": "rpo_alpha pref_ftx cpo_alpha loss_weights",
+    "objective.margin": "simpo_gamma gamma_beta_ratio",
+    "objective.desirable_weight": "kto_desirable_weight kto_chosen_weight",
+    "objective.undesirable_weight": "kto_undesirable_weight kto_rejected_weight",
     "optimizer.name": "optim opt_type",
     "optimizer.learning_rate": "lr",
     "optimizer.schedule": "lr_scheduler lr_scheduler_type lr_decay_style lr_schedule_type",
@@ -125,6 +133,9 @@ _IN_STEPS = "a number of optimizer steps"
 _ROUTER = "the balance loss is per layer; transformers averages over the layers"
 
 REMARKS = {
+    "rl": "{name: preference, loss: sigmoid} for dpo, ipo and orpo by their names; {name: unpaired_preference} for kto",
+    "precompute_ref_log_probs": "leave it out: the reference is the model without adapters, or computed once before full training",
+    "sync_ref_model": "leave it out: the reference stays as it is",
     "micro_batch_size": f"{_WHOLE_STEP}: micro_batch_size x gradient_accumulation_steps x devices",
     "per_device_train_batch_size": f"{_WHOLE_STEP}: per_device_train_batch_size x gradient_accumulation_steps x devices",
     "per_device_batch_size": f"{_WHOLE_STEP}: per_device_batch_size x devices",

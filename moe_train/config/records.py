@@ -82,7 +82,7 @@ class CompletionRecord(ConversationRecord):
 
 
 class PreferenceRecord(ConversationRecord):
-    """A prompt with a preferred and a rejected answer, as texts or messages. No objective reads such records yet."""
+    """A prompt with a preferred and a rejected answer, as texts or messages; read by the objective `preference`."""
 
     name: Literal["preference"]
     prompt: str | None = "prompt"
@@ -93,12 +93,13 @@ class PreferenceRecord(ConversationRecord):
     """Key that holds the rejected answer."""
     ignore: Keys = ()
     """Names of keys that are not read although they may change the meaning of a record, such as `label` or `messages.reasoning`."""
-    too_long: Literal["truncate", "drop", "error"] = "error"
-    """What happens to a record longer than `train.seq_len`."""
+    too_long: Literal["drop", "error"] = "error"
+    """What happens to a record longer than `train.seq_len`, all its answers counted together: they share a row."""
 
 
 class LabelledRecord(ConversationRecord):
-    """A conversation whose last answer the column `label` marks as good (true) or bad. No objective reads such records yet."""
+    """A conversation whose last answer the column `label` marks as good (true) or bad; read by the objective
+    `unpaired_preference`."""
 
     name: Literal["labelled"]
     label: str = "label"
@@ -111,8 +112,8 @@ class LabelledRecord(ConversationRecord):
     """Key that holds the answer, if `messages` is null."""
     ignore: Keys = ()
     """Names of keys that are not read although they may change the meaning of a record, such as `label` or `messages.reasoning`."""
-    too_long: Literal["truncate", "drop", "error"] = "error"
-    """What happens to a record longer than `train.seq_len`."""
+    too_long: Literal["drop", "error"] = "error"
+    """What happens to a record longer than `train.seq_len`, all its answers counted together: they share a row."""
 
 
 Record = Annotated[TextRecord | ChatRecord | CompletionRecord | PreferenceRecord | LabelledRecord, Field(discriminator="name")]

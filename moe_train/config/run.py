@@ -83,7 +83,7 @@ class Run(Section):
     checkpoint: Checkpoint
     average: Average
     metrics: Metrics
-    profile: Profile | None
+    profile: Profile
     export: Literal["all", "none"]
 
     @property

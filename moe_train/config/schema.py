@@ -22,6 +22,11 @@ def schema_of(kind: type[Section]) -> FileSchema:
     return FileSchema(json_schema(kind))
 
 
+def item_schema(array: JsonSchemaValue) -> JsonSchemaValue:
+    """Return the schema of the items of a list, or of the first of a list of fixed length, whose items are alike here."""
+    return array["items"] if "items" in array else array["prefixItems"][0]
+
+
 class FileSchema:
     """The keys that a kind of file can have.
 
@@ -83,7 +88,7 @@ class FileSchema:
         """Yield every key path below `schema`, with the tag of the section that it is in; lists are entered at item 0."""
         schema = self.follow(schema)
         if schema.get("type") == "array":
-            yield from self._keys(schema["items"], f"{prefix}0.")
+            yield from self._keys(item_schema(schema), f"{prefix}0.")
         for tag, section in self.members(schema).items():
             for key, below in section["properties"].items():
                 yield f"{prefix}{key}", tag

@@ -1,8 +1,9 @@
-"""The floating-point operations of a run."""
+"""The floating-point operations of a run, and the number of its parameters."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 
 import jax
 
@@ -25,6 +26,11 @@ def training_flops(training: Training) -> float:
         trained = {path: x for path, x in shapes.items() if ParameterPath.parse(path).is_trained(run.lora)}
     per_token = flops_per_token(run.model, run.train.seq_len, trained)
     return per_token * run.train.batch_size * run.train.seq_len * training.step
+
+
+def num_parameters(run: config.Run) -> int:
+    """Return the number of parameters of a run's model, its adapters included."""
+    return sum(math.prod(shape.shape) for shape in _shapes(run).values())
 
 
 def _shapes(run: config.Run) -> dict[str, jax.ShapeDtypeStruct]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from moe_train import config
@@ -42,6 +43,8 @@ class Training(NamedTuple):
     """What `run.json` states about each start and resume: command, versions, hardware."""
     seconds: float | None
     """Time between the starts and stops; None if a stop is not recorded, or if the run went on after the checkpoint."""
+    suite_scores: Mapping[str, float] = MappingProxyType({})
+    """Mean score on each suite at the checkpoint; empty if none was measured."""
 
 
 class Lineage(NamedTuple):
@@ -88,7 +91,15 @@ def training_of(run_dir: Path, run: config.Run, about: CheckpointMetadata, step:
         held_out=tuple(_held_out(run_dir / "metrics.jsonl", step)),
         sessions=tuple(starts),
         seconds=_seconds(events, step),
+        suite_scores=about.suite_scores or {},
     )
+
+
+def hub_sets_of(run: config.Run) -> list[str]:
+    """Return the data sets of the hub that a run trains on."""
+    if not isinstance(run.data, config.RunData):
+        return []
+    return sorted({source.dataset for source in run.data.train if isinstance(source, config.HubSource)})
 
 
 def _events(path: Path) -> list[JsonObject]:

@@ -110,6 +110,14 @@ def with_capacity(structure: PyTreeDef, capacity_factor: float | None) -> PyTree
     return jax.tree_util.tree_structure(model)
 
 
+def with_row_balance(structure: PyTreeDef) -> PyTreeDef:
+    """Return the structure of the same model whose balance loss is that of each row of a batch (see `RouterStats`)."""
+    model = structure.unflatten(range(structure.num_leaves))
+    for layer in _sparse(model):
+        layer.balances_rows = True
+    return jax.tree_util.tree_structure(model)
+
+
 def _sparse(model: Transformer) -> Iterator[MoE]:
     layers = itertools.chain.from_iterable(stack.layers for stack in model.stacks)
     for layer in layers:

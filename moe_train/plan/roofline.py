@@ -89,6 +89,9 @@ def step_work(run: config.Run, layout: WeightLayout, flows: list[Flow], topology
     recomputed_flops = tokens * (_recomputed_flops(run, model, shape) + _copied_flops(run))
     if run.loss.needs_routing_pass(train.microbatches):
         recomputed_flops += tokens * _forward_flops(run)
+    # A third of full training is a forward pass, head included.
+    extra_passes = config.extra_forward_passes(run.objective, run.lora is not None)
+    recomputed_flops += tokens * extra_passes * flops_per_token(model, train.seq_len) / 3
     sizes = axis_sizes(run.mesh)
     dcn_bytes = sum(_bytes_between_slices(flow, sizes, topology.devices_per_slice) for flow in flows)
     return Work(
@@ -144,6 +147,7 @@ def _hbm_bytes(run: config.Run, model: config.Model, layout: WeightLayout, shape
     M = run.train.microbatches
     b = shape.itemsize
     recomputations = (run.compute.remat == "full") + run.loss.needs_routing_pass(M)
+    recomputations += config.extra_forward_passes(run.objective, run.lora is not None)
     total = 0.0
     for w in layout.weights:
         gather_axes = ("fsdp",) if w.kind == "expert" else ("fsdp", "expert")

@@ -102,8 +102,10 @@ def flows(run: config.Run, layout: WeightLayout, platform: str | None = None) ->
     for w in layout.weights:
         collectives += _weight_flows(w, sizes, shape.itemsize, run.model.tie_embeddings)
     collectives += _token_flows(run, run.model, sizes, shape, platform)
-    if run.loss.needs_routing_pass(M):
-        collectives += [_in_forward_pass(flow) for flow in collectives]
+    forward_passes = run.loss.needs_routing_pass(M) + config.extra_forward_passes(run.objective, run.lora is not None)
+    if forward_passes:
+        in_passes = [_in_forward_pass(flow) for flow in collectives]
+        collectives += [flow._replace(bytes=forward_passes * flow.bytes) for flow in in_passes]
     collectives = [flow._replace(bytes=M * flow.bytes) for flow in collectives]
     trained = (w for w in layout.weights if w.trainable)
     # Accumulated gradients are all-reduced in the compute dtype (`StepDefinition.gradient_dtype`).

@@ -12,11 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
 from moe_train.proof import expected, reread
+from moe_train.proof.carried_names import POSITIONS, ROTATED, converted_name
 from moe_train.proof.checks import Fault, Finding, ProofRecord, first_and_count
 from moe_train.proof.expected_tensor import ExpectedTensor
 from moe_train.proof.reread import Stored
@@ -28,19 +30,6 @@ _OUTSIDE_TEXT = {
     "mistral": r"(vision_|patch_merger\.|pre_mm_projector_norm\.|mm_whisper_embeddings\.(?!tok_embeddings\.))",
 }
 """Beginnings of the names of tensors that are carried, by the base's layout."""
-_TO_NATIVE = (
-    (r"multi_modal_projector\.norm\.", "pre_mm_projector_norm."),
-    (r"multi_modal_projector\.patch_merger\.", "patch_merger."),
-    (r"multi_modal_projector\.linear_1\.", "vision_language_adapter.w_in."),
-    (r"multi_modal_projector\.linear_2\.", "vision_language_adapter.w_out."),
-    (r"vision_tower\.(.*)\.attention\.([qkvo])_proj\.", r"vision_encoder.\1.attention.w\2."),
-    (r"vision_tower\.(.*)\.feed_forward\.gate_proj\.", r"vision_encoder.\1.feed_forward.w1."),
-    (r"vision_tower\.(.*)\.feed_forward\.down_proj\.", r"vision_encoder.\1.feed_forward.w2."),
-    (r"vision_tower\.(.*)\.feed_forward\.up_proj\.", r"vision_encoder.\1.feed_forward.w3."),
-    (r"vision_tower\.", "vision_encoder."),
-)
-"""Names of Hugging Face's layout and of Mistral's own; the first pattern that matches counts."""
-_ROTATED = re.compile(r"vision_encoder\..*\.attention\.w[qk]\.weight")
 _OWN_KEYS = {"text_config", "dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "transformers_version"}
 """Keys of config.json that describe the export as a whole or its text model."""
 
@@ -88,7 +77,10 @@ def is_audio(names: Iterable[str]) -> bool:
 
 def carried_names(origin: CarriedFrom, layout: expected.ModelLayout) -> list[str]:
     """List the names, in an export of this layout, of what it carries of its base."""
-    return [tensor.name for tensor in _expected(origin, layout)]
+    carried = [tensor.name for tensor in _expected(origin, layout)]
+    if layout == "hf" and origin.layout == "mistral" and _is_tower_of_audio(_of_layout(origin)):
+        carried.append(POSITIONS)
+    return carried
 
 
 def carries_quantized(origin: CarriedFrom | None) -> bool:
@@ -130,6 +122,18 @@ def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: 
         descriptions[tensor.name] = {"base_name": tensor.stored.name, "base_sha256": base_sha256}
         record["tensors"][tensor.name] = {"file": copy.file.name, "dtype": copy.kind, "shape": copy.shape, "sha256": sha256}
     record["carried"] = {"source": str(origin.base), "layout": origin.layout, "tensors": descriptions}
+    positions = _positions(origin, layout, directory)
+    if positions is not None:
+        faults += _faults_of_positions(positions)
+        if layout == "hf":
+            sha256 = _sha256(positions)
+            record["tensors"][POSITIONS] = {
+                "file": positions.file.name,
+                "dtype": positions.kind,
+                "shape": positions.shape,
+                "sha256": sha256,
+            }
+            descriptions[POSITIONS] = {"computed": "sinusoids of Whisper (arXiv:2212.04356)"}
     faults += _faults_of_settings(origin, layout, directory)
     if faults:
         raise Fault(first_and_count(faults))
@@ -140,21 +144,60 @@ def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: 
 
 
 def _expected(origin: CarriedFrom, layout: expected.ModelLayout) -> list[_Expected]:
-    """List every tensor of the base that an export of this layout carries, with its name there."""
+    """List every tensor of the base that an export of this layout carries, with its name there.
+
+    The positions of an audio tower, which Mistral's own layout lacks, are left out; see `_check_positions`.
+    """
     pattern = re.compile(_OUTSIDE_TEXT[origin.layout])
-    heads = _heads(origin) if layout != origin.layout else 0
+    of_tower = {name: stored for name, stored in _of_layout(origin).items() if pattern.match(name)}
+    audio = _is_tower_of_audio(of_tower)
+    heads = 0 if layout == origin.layout or audio else _heads(origin)
     tensors: list[_Expected] = []
-    for name, stored in _of_layout(origin).items():
-        if not pattern.match(name):
-            continue
+    for name, stored in of_tower.items():
         in_files = name.removeprefix("model.")  # transformers writes no such prefix
         if layout == origin.layout:
             tensors.append(_Expected(in_files, stored, 0))
             continue
-        native = _native_name(in_files) if layout == "mistral" else in_files
-        converted = native if layout == "mistral" else _hugging_face_name(in_files)
-        tensors.append(_Expected(converted, stored, heads if _ROTATED.fullmatch(native) else 0))
+        if in_files == POSITIONS:
+            continue
+        assert layout != "gguf"  # which has the text model alone
+        converted = converted_name(in_files, layout, audio)
+        native = converted if layout == "mistral" else in_files
+        tensors.append(_Expected(converted, stored, heads if ROTATED.fullmatch(native) else 0))
     return tensors
+
+
+def _positions(origin: CarriedFrom, layout: expected.ModelLayout, directory: Path) -> Stored | None:
+    """Return the positions of an audio tower where one of two layouts has them; None where none or both have."""
+    if layout == origin.layout:
+        return None
+    of_base = _of_layout(origin)
+    if not _is_tower_of_audio(of_base):
+        return None
+    candidates = of_base if layout == "mistral" else reread.tensors(directory)
+    for name in (POSITIONS, f"model.{POSITIONS}"):
+        if name in candidates:
+            return candidates[name]
+    raise Fault(f"{POSITIONS} is missing")
+
+
+def _faults_of_positions(stored: Stored) -> list[str]:
+    """Compare position embeddings with Whisper's sinusoids (arXiv:2212.04356), which readers of Mistral's own layout compute."""
+    dtypes = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+    if stored.kind not in dtypes or len(stored.shape) != 2:
+        return [f"{stored.name} is {stored.kind} {stored.shape}, which is no table of positions"]
+    with stored.file.open("rb") as file:
+        table = np.frombuffer(stored.read(file.fileno(), 0, stored.rows), dtypes[stored.kind]).reshape(stored.shape)
+    length, channels = stored.shape
+    errors: list[float] = []
+    for i in range(channels // 2):
+        angles = np.arange(length) / 10_000 ** (i / max(1, channels // 2 - 1))
+        errors.append(np.abs(table[:, i].astype(np.float64) - np.sin(angles)).max())
+        errors.append(np.abs(table[:, channels // 2 + i].astype(np.float64) - np.cos(angles)).max())
+    rounding = float(ml_dtypes.finfo(dtypes[stored.kind]).eps)
+    if not max(errors, default=0.0) <= 1e-3 + rounding:  # 1e-3: the frequencies in float32
+        return [f"{stored.name} differs by {max(errors):.3g} from the sinusoids that readers of Mistral's own layout compute"]
+    return []
 
 
 def _of_layout(origin: CarriedFrom) -> dict[str, Stored]:
@@ -166,35 +209,9 @@ def _of_layout(origin: CarriedFrom) -> dict[str, Stored]:
     return reread.tensors_of_files(files)
 
 
-def _native_name(name: str) -> str:
-    for pattern, native in _TO_NATIVE:
-        if re.match(pattern, name):
-            return re.sub(f"^{pattern}", native, name)
-    raise Fault(f"{name} has no name in Mistral's own layout")
-
-
-def _hugging_face_name(name: str) -> str:
-    """Return the name of Hugging Face's layout that has this native name."""
-    candidates = [
-        *("multi_modal_projector.norm.weight", "multi_modal_projector.patch_merger.merging_layer.weight"),
-        *(f"multi_modal_projector.linear_{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")),
-    ]
-    in_tower = re.sub(r"^vision_encoder\.", "vision_tower.", name)
-    for native, leaf in _LEAVES.items():
-        in_tower = in_tower.replace(native, leaf)
-    for candidate in (*candidates, in_tower):
-        if _native_name(candidate) == name:
-            return candidate
-    raise Fault(f"{name} has no name in Hugging Face's layout")
-
-
-_LEAVES = {
-    **{f".attention.w{letter}.": f".attention.{letter}_proj." for letter in "qkvo"},
-    ".feed_forward.w1.": ".feed_forward.gate_proj.",
-    ".feed_forward.w2.": ".feed_forward.down_proj.",
-    ".feed_forward.w3.": ".feed_forward.up_proj.",
-}
-"""Ends of the names of a layer's matrices in Mistral's own layout, and in Hugging Face's."""
+def _is_tower_of_audio(names: Iterable[str]) -> bool:
+    """Return whether tensors of a base with these names, in either layout, are those of an audio tower."""
+    return any(re.match(r"(model\.)?audio_tower\.|mm_whisper_embeddings\.", name) for name in names)
 
 
 def _heads(origin: CarriedFrom) -> int:

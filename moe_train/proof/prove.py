@@ -21,6 +21,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.tokenizer import Tokenizer
+from moe_train.machine.revision import code_revision
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import base_fp8, compare, expected, fp8, logits, reread, texts
 from moe_train.proof.carried import CarriedFrom, carried_names, carries_quantized, check_carried, is_audio, text_tensors
@@ -147,6 +148,7 @@ def finish_record(directory: Path, checks: list[Check], start: float) -> ProofRe
         "seconds": time.perf_counter() - start,
         "hardware": hardware(),
         "versions": versions(),
+        "code": code_revision()._asdict(),
     }
 
 

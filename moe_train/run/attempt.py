@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from moe_train import config
 from moe_train.checkpoint import manager
 from moe_train.config import yaml_file
-from moe_train.machine.code_hash import code_sha256
 from moe_train.machine.mesh import put_batch
+from moe_train.machine.revision import code_revision
 from moe_train.run import introduction
 from moe_train.run.averaging import WeightAverage, open_average
 from moe_train.run.folder import RunFolder
@@ -32,9 +32,11 @@ from moe_train.run.metrics import MetricsReader
 from moe_train.run.not_finite import Diagnosis
 from moe_train.run.profiling import StepProfiler
 from moe_train.run.record import check_checkpoints_kept, config_sha256, run_log
+from moe_train.run.reference import add_reference
 from moe_train.run.saving import RolledBack, Saving
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import Start, starting_state
+from moe_train.run.start_check import check_start
 from moe_train.run.stopping import StopRequest, StopVotes, Votes
 from moe_train.run.suite_scores import SuiteScores
 from moe_train.run.trackers.trackers import Trackers, tracked_runs
@@ -219,21 +221,11 @@ def open_attempt(
     average = exit_stack.enter_context(open_average(run, begin.state))
     # From here on, files are written.
     folder.write(run, inputs)
-    writer = Writer(
-        folder.path,
-        run.metrics,
-        start_step=start,
-        total_steps=inputs.total_steps,
-        write=jax.process_index() == 0,
-        trackers=_open_trackers(run, folder.path, inputs, is_new=start == 0),
-    )
-    exit_stack.enter_context(writer)
-    # Entered after the writer, so that the reason of a stop is recorded before the metrics are closed.
-    stopped = exit_stack.enter_context(run_log(run, folder.path, begin, inputs))
-    profiler = exit_stack.enter_context(StepProfiler(run.profile, folder.path, inputs.total_steps, writer.say))
-    goodput.open(folder.path, start, write=jax.process_index() == 0)
-    exit_stack.push(lambda kind, *_: goodput.write(end=_reason(kind, stopped.reason)))
+    records = _open_records(run, folder.path, begin, inputs, goodput, exit_stack)
+    writer = records.writer
     introduction.introduce(run, writer.say, inputs, begin)
+    stop_request.starting = "computing the reference log-probabilities"
+    add_reference(run, inputs, begin, objective, mesh, writer.say)
     stop_request.starting = "testing the kernels"
     run_self_tests(run, writer.say)
 
@@ -241,6 +233,7 @@ def open_attempt(
     batches: Any = exit_stack.enter_context(contextlib.closing(inputs.train.iterate(start)))  # type: ignore[type-var]
     # The first batch is needed before the loop: the step is compiled for its shapes and shardings.
     batch = put_batch(next(batches), mesh)
+    check_start(run, objective, begin, batch, writer.say)
     start_time = time.perf_counter()
     definition = definition_of(run, begin.structure, begin.optimizer, objective)
     with goodput.during("compile"):
@@ -264,12 +257,38 @@ def open_attempt(
         saving=Saving(run, checkpoints, begin, inputs, average),
         figures=figures,
         writer=writer,
-        stopped=stopped,
+        stopped=records.stopped,
         stop_request=stop_request,
         goodput=goodput,
-        profiler=profiler,
+        profiler=records.profiler,
         diagnosis=Diagnosis(run, definition, inputs.train, begin.base_weights),
     )
+
+
+class _Records(NamedTuple):
+    """What records an attempt."""
+
+    writer: Writer
+    stopped: SimpleNamespace
+    """The last step done and the reason of a stop; see `run_log`."""
+    profiler: StepProfiler
+
+
+def _open_records(
+    run: config.Run, run_dir: Path, begin: Start, inputs: RunInputs, goodput: Goodput, exit_stack: contextlib.ExitStack
+) -> _Records:
+    """Open everything that records the attempt in the folder of the run, and close it with `exit_stack`."""
+    start = int(begin.state.step)
+    writes = jax.process_index() == 0
+    trackers = _open_trackers(run, run_dir, inputs, is_new=start == 0)
+    writer = Writer(run_dir, run.metrics, start_step=start, total_steps=inputs.total_steps, write=writes, trackers=trackers)
+    exit_stack.enter_context(writer)
+    # Entered after the writer, so that the reason of a stop is recorded before the metrics are closed.
+    stopped = exit_stack.enter_context(run_log(run, run_dir, begin, inputs))
+    profiler = exit_stack.enter_context(StepProfiler(run.profile, run_dir, inputs.total_steps, writer.say))
+    goodput.open(run_dir, start, write=writes)
+    exit_stack.push(lambda kind, *_: goodput.write(end=_reason(kind, stopped.reason)))
+    return _Records(writer, stopped, profiler)
 
 
 def _open_trackers(run: config.Run, run_dir: Path, inputs: RunInputs, is_new: bool) -> Trackers | None:
@@ -281,7 +300,7 @@ def _open_trackers(run: config.Run, run_dir: Path, inputs: RunInputs, is_new: bo
         "config_sha256": config_sha256(run),
         "data_sha256": inputs.train.manifest_hash,
         "data_order_sha256": inputs.train.identity,
-        "code_sha256": code_sha256(),
+        "code_sha256": code_revision().package_sha256,
     }
     return Trackers(tracked_runs(run.metrics.trackers, run_dir, run.name, {**settings, **hashes}, is_new))
 

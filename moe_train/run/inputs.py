@@ -45,10 +45,23 @@ def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
     def open_loader(sources: Literal["train", "eval"], batch_size: int) -> Loader:
         # Each process opens only its rows, but all plan the same global order.
         rows = BatchRows(batch_size, run.train.seq_len, jax.process_index(), jax.process_count())
-        return Loader(data, sources, tokenizer, rows, seed=run.seed, batch_type=objective.batch_type)
+        loader = Loader(data, sources, tokenizer, rows, seed=run.seed, batch_type=objective.batch_type)
+        _check_prepared(run.objective, loader)
+        return loader
 
     train = open_loader("train", run.train.batch_size)
     # One microbatch is the most that training computes at once, so held-out batches have its size.
     microbatch = run.train.batch_size // run.train.microbatches
     held_out = open_loader("eval", microbatch) if data.eval else None
     return RunInputs(tokenizer, train, held_out, train.total_steps(run.train))
+
+
+def _check_prepared(objective: config.Objective, loader: Loader) -> None:
+    """Raise ValueError if a prepared set holds records of a kind that the objective does not read."""
+    for source in loader.sources:
+        kind = str(source.store.manifest.rules.record["name"])
+        if kind not in objective.records:
+            raise ValueError(
+                f"objective {objective.name} reads records of kind {', '.join(objective.records)}, but {source.name} was prepared "
+                f"from records of kind {kind}; prepare other records, or choose another objective"
+            )

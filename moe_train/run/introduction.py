@@ -34,6 +34,8 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"experts: {transport}")
     if run.export == "none":
         say(f"export: none, since no file format can express {config.without_format(run.model)}")
+    for line in _describe_objective(run):
+        say(line)
     for line in describe_initial_files(run.init_from) if run.init_from else ():
         say(line)
     loader = inputs.train
@@ -46,15 +48,43 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"not read: {unread.in_words(loader.unread)}")
     epochs = loader.epochs(inputs.total_steps)
     say(f"{inputs.total_steps:,} steps = {_describe_epochs(epochs)}")
-    if run.train.microbatches > 1 and run.loss.load_balance_loss_coef and run.loss.balance_over == "microbatch":
-        say(
-            f"load_balance_loss is that of each of the {run.train.microbatches} microbatches, averaged over their tokens; "
-            "loss.balance_over step balances over the whole step, for a second forward pass"
-        )
+    balance = _describe_balance(run)
+    if balance is not None:
+        say(balance)
     if begin.resumed:
         say(f"continuing after step {int(begin.state.step)}")
     for change in _changes(begin):
         say(f"changed since the checkpoint: {change}")
+
+
+def _describe_objective(run: config.Run) -> list[str]:
+    """Return a line on what a preference run learns from and what it is compared with; none for next-token training."""
+    section = run.objective
+    if not isinstance(section, config.Preference | config.UnpairedPreference):
+        return []
+    reference = "no reference"
+    if isinstance(section, config.UnpairedPreference) or section.has_reference:
+        reference = (
+            "compared with the model before training" if run.lora is None else "compared with the model without its adapters"
+        )
+    return [f"objective: {section.name}, {section.loss}, beta {section.beta:g}, {reference}"]
+
+
+def _describe_balance(run: config.Run) -> str | None:
+    """Return a line on the tokens over which the balance loss is taken; None where there is no choice."""
+    if not run.loss.load_balance_loss_coef:
+        return None
+    match run.loss.balance_over:
+        case "sequence":
+            return "load_balance_loss is that of each row by itself, averaged over their tokens"
+        case "microbatch" if run.train.microbatches > 1:
+            return (
+                f"load_balance_loss is that of each of the {run.train.microbatches} microbatches, averaged over their tokens; "
+                "loss.balance_over step balances over the whole step, for a second forward pass"
+            )
+        case "step" if run.train.microbatches > 1:
+            return "load_balance_loss is that of the whole step, whose loads a forward pass counts first"
+    return None
 
 
 def print_damage(begin: Start) -> None:

@@ -18,6 +18,7 @@ from moe_train.machine.devices import peak_flops
 from moe_train.model.flops import flops_per_token
 from moe_train.model.moe.router import RouterStats
 from moe_train.model.parameters import Parameters
+from moe_train.run.chosen_answers import ChosenAnswers
 from moe_train.run.goodput import Goodput
 from moe_train.run.stopping import Votes
 from moe_train.run.writer import Writer
@@ -66,6 +67,7 @@ class MetricsReader:
         self._has_warned = False
         self._is_explained = False
         self._first_explanation = ""
+        self._chosen_answers = ChosenAnswers(run.objective)
         self.restart_timer(start)
 
     def read(
@@ -120,7 +122,11 @@ class MetricsReader:
         self._read_spike(step, now, writer)
         self._warn_of_vanished(step, now, writer)
         if not self.usable or step % self._run.metrics.every_steps == 0:
-            writer.train(step, self._to_json(step, now))
+            metrics = self._to_json(step, now)
+            writer.train(step, metrics)
+            warning = self._chosen_answers.warning(step, metrics)
+            if warning is not None:
+                writer.say(warning)
         if now.routers is not None:
             check_dropped(step, now.routers, self._run.train, self._sparse_layers)
         if self._not_finite > limit:

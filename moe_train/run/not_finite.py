@@ -134,7 +134,8 @@ class Diagnosis:
         try:
             # The definition and the weights that are used decide the program, which is compiled for this one call.
             flags = jax.device_get(jax.jit(partial(step_flags, self._definition))(state.trainable, fixed, batch, key))
-        except jax.errors.JaxRuntimeError as error:  # most often the memory: the state is as large as in a step
+        # Most often the memory, since the state is held meanwhile; whatever it is, it must not end a run that only skips a step.
+        except Exception as error:
             reason = " ".join(str(error).split())[:120]
             return [f"the step could not be repeated to find the layer ({reason})", self._records(step, None)]
         fault = first_fault(self._run.model, flags)

@@ -6,13 +6,13 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from moe_train import config
 from moe_train.checkpoint import model_dir
 from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.data.chat import conversation_to_tokens
-from moe_train.data.records.conversation import normalise, trainable
+from moe_train.data.records.answers import judged_conversations
+from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import brief, located
@@ -78,14 +78,8 @@ def _conversations(data: config.Data) -> Iterator[tuple[str, Conversation]]:
             records = open_source(source)
             for origin, fields in itertools.islice(records, _CONVERSATIONS):
                 location = records.where(origin)
-                yield location, located(location, _conversation, fields, source.record)
-
-
-def _conversation(fields: dict[str, Any], record: config.Record) -> Conversation:
-    """Return the conversation of a record. Raises Problem if it cannot be trained on."""
-    conversation = trainable(normalise(fields, record))
-    assert isinstance(conversation, Conversation)
-    return conversation
+                for conversation in judged_conversations(located(location, normalise, fields, source.record)):
+                    yield location, conversation
 
 
 def _check_exported_template(tokenizer: HuggingFace, template: str, conversations: list[tuple[str, Conversation]]) -> None:

@@ -21,7 +21,7 @@ class StepProfiler(contextlib.AbstractContextManager["StepProfiler"]):
     earlier trace is kept.
 
     Args:
-        settings: which steps are traced; None for none.
+        settings: which steps are traced.
         run_dir: the folder of the run.
         total_steps: optimizer steps of the whole run.
         say: prints a line.
@@ -30,12 +30,15 @@ class StepProfiler(contextlib.AbstractContextManager["StepProfiler"]):
         ValueError: the run ends before the last traced step.
     """
 
-    def __init__(self, settings: config.Profile | None, run_dir: Path, total_steps: int, say: Callable[[str], None]) -> None:
-        self._steps = range(0) if settings is None else range(settings.steps[0], settings.steps[1] + 1)
-        if settings is not None and settings.steps[1] > total_steps:
-            raise ValueError(
-                f"profile.steps ends with step {settings.steps[1]}, but the run has {total_steps} steps; state steps of the run"
-            )
+    def __init__(self, settings: config.Profile, run_dir: Path, total_steps: int, say: Callable[[str], None]) -> None:
+        self._steps = range(0)
+        if settings.steps is not None:
+            first, last = settings.steps
+            if last > total_steps:
+                raise ValueError(
+                    f"profile.steps ends with step {last}, but the run has {total_steps} steps; state steps of the run"
+                )
+            self._steps = range(first, last + 1)
         self._folder = run_dir / PROFILE_FOLDER
         self._say = say
         self._is_tracing = False

@@ -21,8 +21,8 @@ import jax
 from moe_train import config
 from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER
 from moe_train.config import yaml_file
-from moe_train.machine.code_hash import code_sha256
 from moe_train.machine.files import read_object, write_text
+from moe_train.machine.revision import code_revision
 from moe_train.run.inputs import RunInputs
 from moe_train.run.self_test import chosen_kernels
 from moe_train.run.start import Start
@@ -46,7 +46,6 @@ def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: RunInputs) -> 
         **describe_process(),
         "config_sha256": config_sha256(run),
         "data_sha256": inputs.train.manifest_hash,
-        "code_sha256": code_sha256(),
         "epochs": inputs.train.epochs(inputs.total_steps),
         "changed": begin.changed,
         "damaged": begin.damaged,
@@ -147,10 +146,11 @@ def check_checkpoints_kept(run_dir: Path, save_steps: int) -> None:
 
 
 def describe_process() -> dict[str, Any]:
-    """Return the command line, package versions and hardware of this process, ready for JSON."""
+    """Return the command line, code revision, package versions and hardware of this process, ready for JSON."""
     device = jax.devices()[0]
     return {
         "command": sys.argv,
+        "code": code_revision()._asdict(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {
             "platform": device.platform,

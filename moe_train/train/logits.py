@@ -42,7 +42,7 @@ def on_each_device(
     hidden_BTD: Float[Array, "B T D"],
     head_VD: Float[Array, "V D"],
     lora_factors: LoraFactors | None,
-    per_token_BT: Sequence[Shaped[Array, "B T"]],
+    per_token_BT: Sequence[Shaped[Array, "B T ..."]],
     out_specs: Any,
 ) -> Any:
     """Run `local(xs_mD, heads_vD, *per_token_bt)` on every device with its tokens, its part of the vocabulary and all of D.
@@ -54,12 +54,12 @@ def on_each_device(
         hidden_BTD: hidden states after the final norm.
         head_VD: the output matrix; may be split on D and V.
         lora_factors: factors of the head's LoRA delta; None without an adapter.
-        per_token_BT: further arrays with one value per token.
+        per_token_BT: further arrays with one value, or k values, per token.
         out_specs: partition specs of the results of `local`.
     """
     tokens = P(batch_axes(), "context")
     hidden_BTD = place(hidden_BTD, "BTD")
-    per_token_BT = [place(x_BT, "BT") for x_BT in per_token_BT]
+    per_token_BT = [place(x, "BTk"[: x.ndim]) for x in per_token_BT]
     if lora_factors is not None:
         lora_factors = (place(lora_factors[0], "BTJ"), lora_factors[1])
     axes = global_axes()
@@ -70,7 +70,7 @@ def on_each_device(
     head_specs = tuple(spec_of(head) for head in heads)
 
     def run_local(
-        inputs: tuple[Float[Array, "b t _"], ...], heads: tuple[Float[Array, "_ _"], ...], *per_token_bt: Shaped[Array, "b t"]
+        inputs: tuple[Float[Array, "b t _"], ...], heads: tuple[Float[Array, "_ _"], ...], *per_token_bt: Shaped[Array, "b t ..."]
     ) -> Any:
         dtype = inputs[0].dtype
         # Each device of `tensor` computes a part of the gradient of xs; the cast makes that gradient the sum of the parts.

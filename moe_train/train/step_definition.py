@@ -9,7 +9,7 @@ import optax
 from jax.tree_util import PyTreeDef
 
 from moe_train import config
-from moe_train.model.parameters import with_capacity
+from moe_train.model.parameters import with_capacity, with_row_balance
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
 
@@ -54,9 +54,12 @@ def definition_of(
         optimizer: turns gradients into updates.
         objective: an objective to use instead of the run's own; None for the run's.
     """
+    # Set here and not at initialization, since evaluation and generation with the same model drop nothing.
+    structure = with_capacity(structure, run.train.capacity_factor)
+    if run.loss.balance_over == "sequence":
+        structure = with_row_balance(structure)
     return StepDefinition(
-        # Set here and not at initialization, since evaluation and generation with the same model drop nothing.
-        structure=with_capacity(structure, run.train.capacity_factor),
+        structure=structure,
         objective=objective or objective_of(run.objective),
         optimizer=optimizer,
         router_loss=run.loss,

@@ -16,7 +16,8 @@ from moe_train.machine.files import JsonObject
 from moe_train.model.paths import ParameterPath
 from moe_train.weights.names import WeightPiece
 from moe_train.weights.wrappers.classes import WrapperClass
-from moe_train.weights.wrappers.towers import PixtralSettings, WhisperSettings
+from moe_train.weights.wrappers.towers import PixtralSettings
+from moe_train.weights.wrappers.whisper import WhisperSettings
 
 FloatDtype = Literal["float32", "bfloat16", "float16"]
 """Dtypes of the numbers in files."""
@@ -60,8 +61,8 @@ class Carried(NamedTuple):
     """The class in transformers; None in Mistral's own layout, which names none."""
     fields: JsonObject
     """The whole config.json or params.json."""
-    settings: PixtralSettings | WhisperSettings | None
-    """Sizes of the tower; None where the layout's own are not known (audio in Mistral's own layout)."""
+    settings: PixtralSettings | WhisperSettings
+    """Sizes of the tower and the projector."""
     tensors: Mapping[str, FileTensor]
     """Tensors by name, of any dtype."""
 

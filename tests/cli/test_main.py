@@ -77,6 +77,8 @@ WITHOUT_PROGRAMS = {
     "plot",
     "doctor",
     "adapters scale",
+    "branch",
+    "evidence",
 }
 """Commands that compile nothing, besides those of data."""
 

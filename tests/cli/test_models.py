@@ -88,3 +88,32 @@ def test_step(stand_in, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys)
     capsys.readouterr()
     assert run("verify", "out", "--step", "best") == 2 and "name that with --run" in capsys.readouterr().err
     assert run("export", tmp_path, "out", "--step", "best") == 2 and "is no run; leave --step out" in capsys.readouterr().err
+
+
+def test_evidence(stand_in, capsys) -> None:
+    handed_on: list[Any] = []
+
+    def note(name: str, answer: Any) -> Any:
+        return lambda *arguments: handed_on.append((name, *arguments)) or answer
+
+    def result(passed: bool) -> SimpleNamespace:
+        return SimpleNamespace(name="raw data", passed=passed, to_json=lambda: {**CHECK, "passed": passed})
+
+    stand_in(
+        "moe_train.commands.evidence",
+        StatedFigures=lambda *figures: figures,
+        write_evidence=note("write", {"directory": "out"}),
+        seal_evidence=note("seal", {"directory": "out"}),
+        check_evidence=note("check", [result(False)]),
+    )
+    assert run("evidence", "runs/tiny", "out", "--power", "300", "--key", "k.pem") == 0
+    assert run("evidence", "--seal", "out") == 0
+    assert run("evidence", "--check", "out", "--key", "k.pub") == 1
+    assert "out no longer matches the files; these checks failed: raw data" in capsys.readouterr().err
+    assert handed_on == [
+        ("write", Path("runs/tiny"), Path("out"), None, (None, 300.0), Path("k.pem")),
+        ("seal", Path("out"), None),
+        ("check", Path("out"), Path("k.pub")),
+    ]
+    for wrong in (["evidence", "runs/tiny"], ["evidence", "--check", "out", "other"], ["evidence", "--check", "--seal", "out"]):
+        assert run(*wrong) == 2

@@ -24,13 +24,20 @@ from moe_train.commands.verify import verify
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.weights import external, hf, safetensors_files
 from moe_train.weights.texts import Texts
-from moe_train.weights.wrappers import carry
+from moe_train.weights.wrappers import carry, towers, whisper
 from tests.commands import runs
 from tests.commands.wrapper import LAYER, LORA, TEXT, TOWER, VISION, save_run_on_wrapper, save_wrapper
 from tests.random_parameters import random_parameters
 from tests.tiny import ONE
 
 TENSORS = ExportOptions(depth="tensors")
+WHISPER_ARGS = {
+    "encoder_args": {
+        "audio_encoding_args": {"sampling_rate": 16000, "num_mel_bins": 4, "hop_length": 160, "window_size": 400},
+        **{"dim": 8, "n_layers": 1, "head_dim": 4, "hidden_dim": 32, "n_heads": 2, "vocab_size": 12, "max_source_positions": 6},
+    },
+    "downsample_args": {"downsample_factor": 4},
+}
 
 
 def bytes_of(folder: Path, stem: str = "model") -> dict[str, tuple[Any, ...]]:
@@ -197,32 +204,38 @@ def test_where_the_tower_of_a_gguf_file_comes_from(small_tokenizer: HuggingFace,
     assert external.layout_of(tmp_path / "with") == "gguf"
 
 
-def test_audio_in_mistrals_own_layout_stays_there(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
+def test_a_voxtral_goes_into_the_other_layout_and_back(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
     base = tmp_path / "base"
     with jax.set_mesh(ONE):
         texts = Texts(small_tokenizer, small_tokenizer.chat_template)
         options = write_and_prove.WriteOptions(dtype="float32", layout="mistral", depth="tensors", texts=texts)
         write_and_prove.export_model(random_parameters(TEXT), TEXT, base, options)
     tensors = safetensors.numpy.load_file(base / "consolidated.safetensors")
-    prefix = "mm_whisper_embeddings."
-    tensors[f"{prefix}tok_embeddings.weight"] = tensors.pop("tok_embeddings.weight")
-    parts = (
-        "whisper_encoder.conv_layers.0.weight",
-        "whisper_encoder.transformer.norm.weight",
-        "audio_language_projection.0.weight",
-    )
-    tensors |= {f"{prefix}{part}": np.full((2, 3), i, np.float16) for i, part in enumerate(parts)}
-    safetensors.numpy.save_file(tensors, base / "consolidated.safetensors")
-    params = json.loads((base / "params.json").read_text()) | {"multimodal": {"whisper_model_args": {"encoder_args": {}}}}
+    tensors["mm_whisper_embeddings.tok_embeddings.weight"] = tensors.pop("tok_embeddings.weight")
+    params = json.loads((base / "params.json").read_text()) | {"multimodal": {"whisper_model_args": WHISPER_ARGS}}
     (base / "params.json").write_text(json.dumps(params))
-    export(base, tmp_path / "out", "mistral", options=TENSORS)
-    assert safetensors.numpy.load_file(tmp_path / "out/consolidated.safetensors").keys() == tensors.keys()
-    assert bytes_of(tmp_path / "out", "consolidated") == bytes_of(base, "consolidated")
-    assert json.loads((tmp_path / "out/params.json").read_text())["multimodal"] == params["multimodal"]
-    assert not failed(verify(tmp_path / "out", base=base, depth="tensors")[1])
-    with pytest.raises(ValueError, match=r"cannot be written in Hugging Face's layout.*use --format mistral, or --text-only"):
-        export(base, tmp_path / "hf", options=TENSORS)
-    assert "--mistral-format" in str(find_mmproj(base, trains_embeddings=False).command)
+    draw = np.random.default_rng(4).normal
+    settings = towers.native_settings(params, TEXT.model_dim)
+    assert settings is not None
+    rows = towers.tower_tensors(settings)
+    tensors |= {row.native: draw(size=row.shape).astype(np.float16) for row in rows if row.native is not None}
+    safetensors.numpy.save_file(tensors, base / "consolidated.safetensors")
+    export(base, tmp_path / "same", "mistral", options=TENSORS)
+    export(base, tmp_path / "hf", options=TENSORS)
+    export(tmp_path / "hf", tmp_path / "again", "mistral", options=TENSORS)
+    for name in ("same", "again"):
+        assert bytes_of(tmp_path / name, "consolidated") == bytes_of(base, "consolidated")
+        assert json.loads((tmp_path / name / "params.json").read_text())["multimodal"] == params["multimodal"]
+    assert json.loads((tmp_path / "hf/preprocessor_config.json").read_text())["n_samples"] == 2 * 6 * 160
+    for name, origin in (("same", base), ("hf", base), ("again", tmp_path / "hf")):
+        assert not failed(verify(tmp_path / name, base=origin, depth="tensors")[1])
+    assert "HF_EXPORT" in str(find_mmproj(base, trains_embeddings=False).command)
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    stored = safetensors.numpy.load_file(file)
+    stored[whisper.POSITIONS][3, 1] += 0.01
+    safetensors.numpy.save_file(stored, file, {"format": "pt"})
+    reasons = failed(verify(tmp_path / "hf", base=base, depth="tensors")[1])
+    assert re.search(r"embed_positions\.weight differs by 0\.0\d+ from the sinusoids", reasons["carried"]) and "tensors" in reasons
 
 
 def test_a_quantized_export_excludes_the_tower(small_tokenizer: HuggingFace, tmp_path: Path) -> None:

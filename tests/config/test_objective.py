@@ -46,3 +46,15 @@ def test_records_that_an_objective_does_not_read_are_refused(place: str) -> None
     config.check_records(config.NextToken(name="next_token"), config.Data(**both))
     with pytest.raises(ValueError, match="objective next_token reads records of kind text, not chat"):
         config.check_records(OnlyText(name="next_token"), config.Data(**both))
+
+
+def test_a_reference_and_mismatched_answers_take_forward_passes() -> None:
+    counts = {}
+    for name, objective in (
+        ("next token", config.NextToken(name="next_token")),
+        ("dpo", config.Preference(name="preference")),
+        ("simpo", config.Preference(name="preference", loss="simpo")),
+        ("kto", config.UnpairedPreference(name="unpaired_preference")),
+    ):
+        counts[name] = [config.extra_forward_passes(objective, has_adapters) for has_adapters in (False, True)]
+    assert counts == {"next token": [0, 0], "dpo": [0, 1], "simpo": [0, 0], "kto": [1, 3]}

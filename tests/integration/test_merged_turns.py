@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.batch import Batch, StoredPiece
 from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.chat.example import Example
 from moe_train.data.tokenizers.mistral import Mistral
@@ -39,7 +39,7 @@ def batch_of(made: list[Example]) -> Batch:
     """A row for each example."""
     batch = Batch.empty(8, SEQ_LEN)
     for row, example in enumerate(made):
-        batch.fill_row(row, [(np.asarray(example.tokens), np.asarray(example.loss_mask))])
+        batch.fill_row(row, [StoredPiece(np.asarray(example.tokens), np.asarray(example.loss_mask))])
     return batch
 
 

@@ -66,7 +66,6 @@ class Run:
         self.env = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "JAX_", "TPU_"))}
         self.env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
         self.env |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        self.env |= {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
     def events(self) -> list[dict[str, Any]]:
         file = self.run_dir / "run.json"

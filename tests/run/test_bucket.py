@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -183,8 +184,10 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(name, value)
     import s3fs
 
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir("bucket")
-    yield "s3://bucket/run"
+    # The emulator keeps its buckets for the life of the process.
+    name = f"bucket-{uuid.uuid4().hex[:8]}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+    yield f"s3://{name}/run"
     server.stop()
 
 
@@ -205,29 +208,31 @@ def test_a_run_that_is_killed_continues_on_another_machine(
     tmp_path: Path, s3: str, small_run: Callable[..., config.Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9 after a checkpoint is in the bucket; the second machine has another working folder."""
-    run = small_run(Path("unused"), run_dir=s3, mesh={}, train__steps=400, checkpoint={"every_steps": 20})
+    run = small_run(tmp_path / "unused", mesh={}, checkpoint={"every_steps": 20})
     file = tmp_path / "run.yaml"
     file.write_text(yaml_file.dump(run))
     program = "from moe_train.run import bucket; bucket.SYNC_SECONDS = 0.5; from moe_train.cli.main import main; main()"
     command = [sys.executable, "-c", program, "train", str(file)]
-    files = bucket.open_files(s3)[0]
+    files, root = bucket.open_files(s3)
 
     def start(machine: str, steps: int) -> subprocess.Popen[bytes]:
         env = {**os.environ, "MOE_TRAIN_WORK_DIR": str(tmp_path / machine), "PYTHONPATH": str(Path(__file__).parents[2])}
-        return subprocess.Popen([*command, f"train.steps={steps}"], env=env, stderr=subprocess.PIPE)
+        return subprocess.Popen([*command, f"run_dir={s3}", f"train.steps={steps}"], env=env, stderr=subprocess.PIPE)
 
-    killed = start("first", 400)
+    killed = start("first", 100_000)
     for _ in range(600):
         files.invalidate_cache()
-        if files.exists("bucket/run/complete") and killed.poll() is None:
+        if files.exists(f"{root}/complete") or killed.poll() is not None:
             break
         time.sleep(0.2)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    done = start("second", 60)
+    files.invalidate_cache()
+    newest = max(int(Path(path).stem) for path in files.ls(f"{root}/complete", detail=False))
+    done = start("second", newest + 20)
     _, printed = done.communicate(timeout=300)
     assert done.returncode == 0 and b"continuing after step" in printed, printed.decode()
     files.invalidate_cache()
-    events = json.loads(files.cat_file("bucket/run/run.json"))["events"]
+    events = json.loads(files.cat_file(f"{root}/run.json"))["events"]
     assert [event["event"] for event in events] == ["start", "resume", "stop"] and events[-1]["reason"] == "finished"
-    assert files.exists("bucket/run/complete/60.json")
+    assert events[1]["step"] == newest and files.exists(f"{root}/complete/{newest + 20}.json")

@@ -51,6 +51,6 @@ def test_a_run_that_stops_or_continues_between_the_steps(tmp_path: Path) -> None
 def test_steps_that_the_run_does_not_have_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"profile\.steps ends with step 12, but the run has 10 steps"):
         StepProfiler(config.Profile(steps=(10, 12)), tmp_path, 10, print)
-    with StepProfiler(None, tmp_path, 10, print) as profiler:
+    with StepProfiler(config.Profile(), tmp_path, 10, print) as profiler:
         profiler.before_step(1, None)
         profiler.after_step(1, None)

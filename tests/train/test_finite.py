@@ -60,7 +60,9 @@ def test_the_layers_are_run_as_the_model_runs_them() -> None:
     with jax.set_mesh(mesh_of(config.Mesh())):
         _, structure, weights = program(NEXT_TOKEN)
         weights = dict(weights)
-        weights["embed.weight"] = weights["embed.weight"].at[int(BATCH.tokens[2, 5])].set(jnp.nan)
+        # A product and not an indexed update, whose sharding JAX would ask for.
+        spoiled = np.where(np.arange(MODEL.vocab_size) == BATCH.tokens[2, 5], np.float32(np.nan), np.float32(1))
+        weights["embed.weight"] = weights["embed.weight"] * spoiled[:, None]
         model = combine(structure, weights)
         segments = BATCH.segment_ids.copy()
         segments[3:] = 0
@@ -89,7 +91,9 @@ def test_large_weights_make_an_output_overflow() -> None:
     path = "stacks.0.layers.0.attention.o_proj.weight"
 
     def spoil(weights: Parameters) -> Parameters:
-        return weights | {path: weights[path] * np.float32([1, 1, 3e38])[:, None, None, None]}
+        return weights | {
+            path: weights[path] * np.float32([1, 1, 0])[:, None, None, None] + np.float32([0, 0, 3e38])[:, None, None, None]
+        }
 
     _, fault = flags_of(spoil)
     assert (fault.what, fault.kind) == ("the output of layer 2 attention", "output")

@@ -73,7 +73,7 @@ def gradients(
     lora: config.Lora | None = None,
     make: Callable[[], Parameters] | None = None,
     router_loss: config.Loss = config.Loss(),  # noqa: B008  # immutable
-    rows: Batch | None = None,
+    rows: Any = None,
 ) -> StepGradients:
     """Of `step_gradients`, on the host. make: the weights, drawn at random unless stated; the base's are others."""
     with jax.set_mesh(mesh):
@@ -84,7 +84,7 @@ def gradients(
             structure_of(lora), objective, optax.identity(), microbatches=microbatches, router_loss=router_loss
         )
         run = quick_jit(partial(step_gradients, definition, key=None))
-        return jax.device_get(run(learned, ModelWeights({}, frozen, base), put_batch(rows or batch(), mesh)))
+        return jax.device_get(run(learned, ModelWeights({}, frozen, base), put_batch(batch() if rows is None else rows, mesh)))
 
 
 @cache

@@ -2,14 +2,52 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 
-TokensAndMask = tuple[np.ndarray, np.ndarray | None]
-"""Token ids (n + 1,) of a part of an example, and their loss mask; None if all are trained on."""
+from moe_train.data.chat.example import SEGMENT_START
+
+
+class SegmentIds(NamedTuple):
+    """The ids of one segment, one more than its positions."""
+
+    tokens: np.ndarray
+    """(n + 1,) ids; the last one is only a target, and the first one only an input."""
+    loss_mask: np.ndarray
+    """(n + 1,) whether each id is trained on."""
+    answer: int
+    """Number of the answer that the segment belongs to, from 1."""
+
+
+class StoredPiece(NamedTuple):
+    """What a row takes from an example: a part of its ids, or all of them, and the numbers that belong to it."""
+
+    tokens: np.ndarray
+    """(n,) ids."""
+    loss_mask: np.ndarray | None
+    """(n,) whether each id is trained on; None if all are."""
+    answers: np.ndarray | None = None
+    """(n,) see `data.chat.example.Example.answers`; None for a single segment."""
+    values: np.ndarray | None = None
+    """Numbers of the whole example; None if the record kind has none."""
+    reference: np.ndarray | None = None
+    """(positions,) float32 log-probability of each target under the reference model; None if it is not stored."""
+    mismatched: StoredPiece | None = None
+    """The example whose answer is set against this one's prompt; None if the objective uses none."""
+
+    def segments(self) -> Iterator[SegmentIds]:
+        """Yield the segments in order."""
+        mask = np.ones(len(self.tokens), bool) if self.loss_mask is None else self.loss_mask
+        if self.answers is None:
+            yield SegmentIds(self.tokens, mask, 1)
+            return
+        starts = np.flatnonzero(self.answers >= SEGMENT_START).tolist()
+        for start, end in itertools.pairwise([*starts, len(self.tokens)]):
+            yield SegmentIds(self.tokens[start:end], mask[start:end], int(self.answers[start]) - SEGMENT_START)
 
 
 @dataclass(frozen=True)
@@ -53,7 +91,7 @@ class PackedBatch(Protocol):
     def synthetic(cls, rows: int, seq_len: int, vocab_size: int, seed: int) -> Self:
         """Return a batch of uniformly random tokens without padding, all trained on, for measurements."""
 
-    def fill_row(self, row: int, pieces: Sequence[TokensAndMask]) -> None:
+    def fill_row(self, row: int, pieces: Sequence[StoredPiece]) -> None:
         """Write pieces one after the other into an empty row."""
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -89,16 +127,46 @@ class Batch(NamedTuple):
         # The target of the last position is the first token, which is as random as any other.
         return cls(tokens, np.roll(tokens, -1, axis=1), np.ones(tokens.shape, bool), np.ones_like(tokens), positions)
 
-    def fill_row(self, row: int, pieces: Sequence[TokensAndMask]) -> None:
-        """Write pieces one after the other into an empty row; each piece becomes a segment."""
-        start = 0
-        for segment, (ids, mask) in enumerate(pieces, start=1):
-            end = start + len(ids) - 1
-            # The last id is only a target, and the first one only an input, so the mask moves with the targets.
-            self.tokens[row, start:end] = ids[:-1]
-            self.targets[row, start:end] = ids[1:]
-            self.loss_mask[row, start:end] = True if mask is None else mask[1:]
-            self.segment_ids[row, start:end] = segment
-            # From 0 for a later piece of a split example too: it is a text of its own to attention.
-            self.positions[row, start:end] = np.arange(end - start)
-            start = end
+    def fill_row(self, row: int, pieces: Sequence[StoredPiece]) -> None:
+        """Write pieces one after the other into an empty row; each of their segments becomes one of the row."""
+        place = RowPlace()
+        for piece in pieces:
+            for segment in piece.segments():
+                place = write_segment(self, row, place, segment)
+
+
+class RowPlace(NamedTuple):
+    """Where the next segment of a row begins."""
+
+    position: int = 0
+    segment: int = 1
+    """Number of the next segment."""
+
+
+class _SegmentArrays(Protocol):
+    """The arrays of a batch that `write_segment` fills."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def targets(self) -> np.ndarray: ...
+    @property
+    def loss_mask(self) -> np.ndarray: ...
+    @property
+    def segment_ids(self) -> np.ndarray: ...
+    @property
+    def positions(self) -> np.ndarray: ...
+
+
+def write_segment(batch: _SegmentArrays, row: int, place: RowPlace, segment: SegmentIds) -> RowPlace:
+    """Write a segment into a row, and return the place behind it."""
+    start = place.position
+    end = start + len(segment.tokens) - 1
+    # The last id is only a target, and the first one only an input, so the mask moves with the targets.
+    batch.tokens[row, start:end] = segment.tokens[:-1]
+    batch.targets[row, start:end] = segment.tokens[1:]
+    batch.loss_mask[row, start:end] = segment.loss_mask[1:]
+    batch.segment_ids[row, start:end] = place.segment
+    # From 0 for a later piece of a split example too: it is a text of its own to attention.
+    batch.positions[row, start:end] = np.arange(end - start)
+    return RowPlace(end, place.segment + 1)

@@ -19,13 +19,17 @@ import grain
 import numpy as np
 
 from moe_train import config
+from moe_train.data.batches.answer_batches import UnpairedBatch
 from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch
 from moe_train.data.batches.concatenation import Concatenation
+from moe_train.data.batches.mismatched import check_labels
 from moe_train.data.batches.order import Shuffle
 from moe_train.data.batches.packing import Plan
 from moe_train.data.batches.sources import RowSource, open_rows, open_store
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared import manifest
+from moe_train.data.prepared.reference import StoredReference
+from moe_train.data.prepared.store import ExampleSlice
 from moe_train.data.records.unread import add_counts
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
@@ -102,7 +106,9 @@ class Loader:
             if sources == "train":
                 store.warn_of_cache(data.shuffle_tokens)
                 shuffle = Shuffle((seed, i), data.shuffle_tokens)
-            self._sources.append(open_rows(source, store, rows.seq_len, shuffle, data.cache_dir))
+            self._sources.append(open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, batch_type is UnpairedBatch))
+        if batch_type is UnpairedBatch:
+            check_labels([opened.store for opened in self._sources])
         plans = [opened.order.plan() for opened in self._sources]
         for opened, plan in zip(self._sources, plans, strict=True):
             if not plan.num_rows:
@@ -234,6 +240,23 @@ class Loader:
             segments.append(Segment(index, source.store.place(origin), origin.number, *piece))
         return segments
 
+    @property
+    def sources(self) -> tuple[RowSource, ...]:
+        """The opened sources, in the order of the config."""
+        return tuple(self._sources)
+
+    def add_references(self, references: Sequence[StoredReference]) -> None:
+        """Add log-probabilities under a reference model to the batches that are made from now on, one store for each source."""
+        self._sources = [source._replace(reference=reference) for source, reference in zip(self._sources, references, strict=True)]
+
+    def pieces(self, step: int) -> list[tuple[int, list[ExampleSlice]]]:
+        """Return, for each row of the global batch of `step`, the index of its source, and what it takes from its examples."""
+        self._check(step)
+        numbers = self._row_numbers[step]
+        assert numbers is not None
+        located = [divmod(int(number), _ROWS) for number in numbers]
+        return [(index, self._sources[index].order.pieces(row)) for index, row in located]
+
     def _locate(self, number: int) -> int:
         """Return the number that stands for a row of a source (see `_ROWS`), of the rows of all sources together."""
         source, row = self._concatenation.locate(int(number))
@@ -254,7 +277,7 @@ class Loader:
             batch_rows = np.flatnonzero(source_of_row == i).tolist()
             row_pieces = [source.order.pieces(row) for row in rows[batch_rows].tolist()]
             # One read for all rows of the source, so that a bucket answers many requests at once.
-            contents = iter(source.store.read(list(itertools.chain.from_iterable(row_pieces))))
+            contents = iter(source.read(list(itertools.chain.from_iterable(row_pieces))))
             for row, pieces in zip(batch_rows, row_pieces, strict=True):
                 batch.fill_row(row, [next(contents) for _ in pieces])
         return batch

@@ -58,7 +58,8 @@ class Order:
         self._too_long = too_long
         self._shuffle = shuffle
         self._cache = Path(cache_dir) / "plans"
-        self._decides = [_LAYOUT, store.manifest.hash, seq_len, too_long, shuffle]
+        # The same store takes more positions where answers are set against other prompts.
+        self._decides = [_LAYOUT, store.manifest.hash, seq_len, too_long, shuffle, int(lengths.sum())]
         self._ends: list[int] = []  # number of rows up to the end of each epoch so far
         self._lock = threading.RLock()  # the loader's thread and the caller's thread both use the plans
         self._plan = functools.lru_cache(2)(self._make)  # a batch at the boundary of two epochs needs both plans

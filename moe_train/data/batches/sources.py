@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_train import config
+from moe_train.data.batches.batch import StoredPiece
+from moe_train.data.batches.mismatched import partners, unpaired_lengths
 from moe_train.data.batches.order import Order, Shuffle
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.chat.chat_date import dated, keep_date, reads_date
 from moe_train.data.chat.example import has_trained_token
+from moe_train.data.prepared.reference import StoredReference
 from moe_train.data.prepared.shard_pool import ProgressReport
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.data.prepared.tokenize_ahead import prepare
@@ -29,16 +33,65 @@ _MASKS_AT_ONCE = 1024  # loss masks read together, so that a store of any size n
 class RowSource(NamedTuple):
     """A source of a config, opened for packing into rows."""
 
-    name: str
-    """The name in messages."""
+    section: config.Source
+    """The config section."""
     store: TokenStore
     order: Order
     """The packed rows of the store, over all epochs."""
     num_shortened: int
     """Number of conversations with tools that were shortened to the turns that fit into a row."""
+    lengths: np.ndarray
+    """(N,) positions that each example takes in a row, whether it fits or not."""
+    mismatched: Mismatched | None = None
+    """The partners of labelled answers; None if the objective sets no answers against other prompts."""
+    reference: StoredReference | None = None
+    """Log-probabilities under a reference model; None if the objective needs none that are stored."""
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+        return source_name(self.section)
+
+    def read(self, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
+        """Return the content of pieces of this source's rows."""
+        contents = self.store.read(pieces) if self.mismatched is None else self._with_mismatched(self.mismatched, pieces)
+        if self.reference is None:
+            return contents
+        reference = self.reference
+        return [x._replace(reference=reference.read(piece.example)) for x, piece in zip(contents, pieces, strict=True)]
+
+    def _with_mismatched(self, mismatched: Mismatched, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
+        """Return the content of labelled answers, with their mismatched ones."""
+        # One read for all of them, so that a bucket answers many requests at once.
+        slices = [mismatched.whole(piece.example) for piece in pieces]
+        slices += [mismatched.whole(int(mismatched.partners[piece.example])) for piece in pieces]
+        contents = self.store.read(slices)
+        own = contents[: len(pieces)]
+        others = contents[len(pieces) :]
+        return [piece._replace(mismatched=other) for piece, other in zip(own, others, strict=True)]
 
 
-def open_rows(source: config.Source, store: TokenStore, seq_len: int, shuffle: Shuffle | None, cache_dir: str) -> RowSource:
+class Mismatched(NamedTuple):
+    """The partners of the labelled answers of a source; see `mismatched`."""
+
+    partners: np.ndarray
+    """(N,) the example whose answer is set against the prompt of each example."""
+    lengths: np.ndarray
+    """(N,) positions of each example alone."""
+
+    def whole(self, example: int) -> ExampleSlice:
+        """Return the slice that is all of an example."""
+        return ExampleSlice(example, 0, int(self.lengths[example]))
+
+
+def open_rows(
+    source: config.Source,
+    store: TokenStore,
+    seq_len: int,
+    shuffle: Shuffle | None,
+    cache_dir: str,
+    with_mismatched: bool = False,
+) -> RowSource:
     """Prepare the packing of an opened source.
 
     Args:
@@ -47,28 +100,39 @@ def open_rows(source: config.Source, store: TokenStore, seq_len: int, shuffle: S
         seq_len: Positions in a row.
         shuffle: How to shuffle; None for one epoch in the order of the store.
         cache_dir: The folder in which plans of many examples are cached.
+        with_mismatched: Whether a labelled answer shares its row with its prompt and the answer of another record.
 
     Raises:
         ValueError: If an example is too long and the source refuses such examples.
     """
     too_long = _too_long(source, store)
-    lengths = _lengths(store, seq_len, too_long)
+    lengths = store.lengths()
+    mismatched = None
+    if with_mismatched:
+        mismatched = Mismatched(partners(store), lengths)
+        lengths = unpaired_lengths(store, lengths, mismatched.partners)
+    full_lengths = lengths
+    lengths = _lengths(store, lengths.copy(), seq_len, too_long)
     num_shortened = 0
     if too_long == "drop":
         # A conversation with tools keeps the turns that fit, so it is dropped only if not even its first turn does.
         fitting = store.fitting_lengths(lengths, seq_len)
         num_shortened = int((fitting < lengths).sum())
         lengths = fitting
-    return RowSource(source_name(source), store, Order(store, lengths, seq_len, too_long, shuffle, cache_dir), num_shortened)
+    order = Order(store, lengths, seq_len, too_long, shuffle, cache_dir)
+    return RowSource(source, store, order, num_shortened, full_lengths, mismatched)
 
 
 def _too_long(source: config.Source, store: TokenStore) -> TooLong:
     """Return what to do with the examples of a source that are longer than a row."""
     if not isinstance(source, config.PreparedSource):
         return source.record.too_long
-    if source.too_long is not None:
-        return source.too_long
-    return store.manifest.too_long
+    if source.too_long is None:
+        return store.manifest.too_long
+    # Their record sections have no other choice either; a set may be cut differently than its section says.
+    if source.too_long in ("split", "truncate") and store.manifest.rules.record["name"] in ("preference", "labelled"):
+        raise ValueError(f"{source.path}: too_long is {source.too_long}, but judged answers are never cut; set it to drop or error")
+    return source.too_long
 
 
 def source_name(source: config.Source) -> str:
@@ -137,13 +201,12 @@ def open_store(
     return store
 
 
-def _lengths(store: TokenStore, seq_len: int, too_long: TooLong) -> np.ndarray:
+def _lengths(store: TokenStore, lengths: np.ndarray, seq_len: int, too_long: TooLong) -> np.ndarray:
     """Return (N,) the positions that each example takes; 0 for one of which nothing that is trained on remains.
 
     Raises:
         ValueError: If an example is too long and `too_long` is "error".
     """
-    lengths = store.lengths()
     overlong = np.flatnonzero(lengths > seq_len)
     if too_long == "error" and len(overlong):
         longest = int(overlong[np.argmax(lengths[overlong])])

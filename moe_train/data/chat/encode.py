@@ -9,8 +9,9 @@ from typing import Any
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.example import Example
-from moe_train.data.records.conversation import read, trainable
-from moe_train.data.records.normal_form import Conversation, reasoning_of, texts_of
+from moe_train.data.chat.pairs_to_tokens import pair_examples_batch
+from moe_train.data.records.conversation import read
+from moe_train.data.records.normal_form import NormalRecord, messages_of, reasoning_of, texts_of
 from moe_train.data.records.problem import located
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
@@ -35,7 +36,8 @@ def encode(
 ) -> Iterator[tuple[Origin, list[Example]]]:
     """Yield the training examples of each record with its origin.
 
-    A text gives one example, an empty text none, and a conversation with tools as few as its tokens allow.
+    A text gives one example, an empty text none, a conversation with tools as few as its tokens allow, and a preference pair or a
+    labelled answer one of several segments.
 
     Args:
         numbered: Each record with its origin.
@@ -50,11 +52,11 @@ def encode(
     """
     if not isinstance(record, config.TextRecord):
         conversation_to_tokens.check_section(record, template, tokenizer)
-        for conversations in _chunks(numbered, format_origin, record, _size, unread):
-            results = conversation_to_tokens.examples_batch(
-                [conversation for _, conversation in conversations], template, tokenizer
-            )
-            for (origin, _), examples in zip(conversations, results, strict=True):
+        judged = isinstance(record, config.PreferenceRecord | config.LabelledRecord)
+        examples_batch = pair_examples_batch if judged else conversation_to_tokens.examples_batch
+        for records in _chunks(numbered, format_origin, record, _size, unread):
+            results = examples_batch([normal for _, normal in records], template, tokenizer)
+            for (origin, _), examples in zip(records, results, strict=True):
                 if isinstance(examples, ValueError):
                     raise ValueError(f"{format_origin(origin)}: {examples}") from examples
                 yield origin, examples
@@ -76,10 +78,10 @@ def _encoded(texts: Sequence[tuple[Origin, str]], format_origin: FormatOrigin, t
         return [located(format_origin(origin), tokenizer.encode, text) for origin, text in texts]
 
 
-def _size(conversation: Conversation) -> int:
+def _size(record: NormalRecord) -> int:
     """Estimate the number of characters to tokenize, for records of any form."""
     num_characters = 0
-    for message in conversation.messages:
+    for message in messages_of(record):
         content = message.get("content")
         # An estimate is enough here: calls and tools are not counted.
         if isinstance(content, list):
@@ -102,13 +104,12 @@ def _chunks(
     for origin, fields in numbered:
         try:
             reading = read(fields, record)
-            normal = trainable(reading.record)
         except ValueError as error:
             raise ValueError(f"{format_origin(origin)}: {error}") from error
         if reading.unread and unread is not None:
             count(unread, reading.unread)
-        chunk.append((origin, normal))
-        characters_left -= size(normal)
+        chunk.append((origin, reading.record))
+        characters_left -= size(reading.record)
         if characters_left <= 0 or len(chunk) == _RECORDS:
             yield chunk
             chunk = []

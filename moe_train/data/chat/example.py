@@ -18,6 +18,22 @@ class Example(NamedTuple):
     loss_mask: list[bool] | None
     merged: MergedTurns | None = None
     """How turns of a conversation with tools were merged into this example; None for any other example."""
+    answers: list[int] | None = None
+    """For each id, the number of the answer that its segment belongs to (1, 2, …), plus `SEGMENT_START` on the first id of a
+    segment; None for an example of one segment. Such an example is packed as a whole, never split or cut.
+    """
+    values: tuple[float, ...] = ()
+    """Numbers that belong to the whole example; the record kind decides what they are (see `pairs_to_tokens`)."""
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions in a row: the last id of a segment is only predicted, and takes none."""
+        segments = 1 if self.answers is None else sum(answer >= SEGMENT_START for answer in self.answers)
+        return len(self.tokens) - segments
+
+
+SEGMENT_START = 128
+"""Added to the number of an answer in `Example.answers` where a segment begins."""
 
 
 class MergedTurns(NamedTuple):

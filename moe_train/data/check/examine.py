@@ -5,7 +5,6 @@ The findings depend only on the chunk, so any process can examine it.
 
 from __future__ import annotations
 
-import itertools
 import json
 import operator
 from collections import Counter
@@ -19,19 +18,19 @@ from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens
+from moe_train.data.chat.pairs_to_tokens import pair_examples_batch
 from moe_train.data.check import rules
 from moe_train.data.check.duplicates import fingerprints
 from moe_train.data.check.findings import Chunk, CorrectedChunk, Findings, KindCount, Question, ReadRecord
 from moe_train.data.check.kinds import kind_of
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import compared_text, overlap
-from moe_train.data.check.pair_rules import no_objective
 from moe_train.data.check.repaired import attempts, corrected_chunk
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.conversation import read as read_record
 from moe_train.data.records.conversation import read_columns
 from moe_train.data.records.json_lines import Block, records_in
-from moe_train.data.records.normal_form import Conversation, NormalRecord, messages_of, tools_of
+from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord, PreferencePair, messages_of, tools_of
 from moe_train.data.records.problem import Item, Problem, check_usable
 from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
@@ -70,7 +69,8 @@ class _ExampleCounts:
             example: The example.
             seq_len: Positions in a row; None if unknown.
         """
-        num_ids = len(example.tokens)
+        # As if the example had one segment, whose last id takes no position.
+        num_ids = example.num_positions + 1
         self.lengths[kind, num_ids] += 1
         self.loss_tokens += _loss_tokens(example)
         merged = example.merged
@@ -167,9 +167,9 @@ def _judge(read: list[ReadRecord], question: Question, form: Requirements) -> No
     """Fill in the problems and the examples of each record."""
     texts: list[ReadRecord] = []
     conversations: list[tuple[ReadRecord, Conversation]] = []
+    judged: list[tuple[ReadRecord, PreferencePair | LabelledAnswer]] = []
     for entry in read:
-        problems = itertools.chain(rules.problems(entry.record, form), no_objective(entry.record))
-        entry.problems = [problem for problem in problems if problem.rule not in question.allowed]
+        entry.problems = [problem for problem in rules.problems(entry.record, form) if problem.rule not in question.allowed]
         # Encoding a record that breaks a rule would only report the same fault again, less clearly.
         if any(problem.rule not in _STILL_TOKENISED for problem in entry.problems):
             continue
@@ -177,9 +177,13 @@ def _judge(read: list[ReadRecord], question: Question, form: Requirements) -> No
             texts.append(entry)
         elif isinstance(entry.record, Conversation):
             conversations.append((entry, entry.record))
+        else:
+            judged.append((entry, entry.record))
     # One call for all conversations, since a chat template is rendered in a sandbox that is entered once for a batch.
     results = conversation_to_tokens.examples_batch([record for _, record in conversations], question.template, question.tokenizer)
-    for (entry, _), result in zip(conversations, results, strict=True):
+    results += pair_examples_batch([record for _, record in judged], question.template, question.tokenizer)
+    entries = [entry for entry, _ in (*conversations, *judged)]
+    for entry, result in zip(entries, results, strict=True):
         if isinstance(result, Problem):
             entry.problems.append(result)
         elif isinstance(result, ValueError):
@@ -194,7 +198,7 @@ def _judge(read: list[ReadRecord], question: Question, form: Requirements) -> No
 
 def _judge_length(entry: ReadRecord, seq_len: int) -> None:
     """Add a problem to a record with an example that is longer than a row, if training would stop there."""
-    longest = max((len(example.tokens) - 1 for example in entry.examples), default=0)
+    longest = max((example.num_positions for example in entry.examples), default=0)
     if longest > seq_len and entry.section.too_long == "error":
         message = f"the record takes {longest} positions, the sequence has {seq_len}"
         remedy = "raise --seq-len (in a config: train.seq_len), set record.too_long there, or shorten it"

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from moe_train.data.records.conversation import trainable
-from moe_train.data.records.normal_form import Conversation, LabelledAnswer, Message, NormalRecord, PreferencePair
+from moe_train.data.records.normal_form import LabelledAnswer, Message, PreferencePair
 from moe_train.data.records.problem import Problem
-
-
-def conversations_of(record: PreferencePair | LabelledAnswer) -> list[tuple[str, Conversation]]:
-    """Return the conversations of a record, each with a name for it, or with "" if there is only one."""
-    if isinstance(record, LabelledAnswer):
-        return [("", record.conversation)]
-    prompt = record.prompt
-    answers = (("chosen", record.chosen), ("rejected", record.rejected))
-    return [(name, prompt._replace(messages=[*prompt.messages, *answer])) for name, answer in answers]
 
 
 def pair_problems(record: PreferencePair | LabelledAnswer) -> Iterator[Problem]:
@@ -39,11 +29,3 @@ def _compared(messages: list[Message]) -> list[Message]:
             copy["content"] = content.strip()
         compared.append(copy)
     return compared
-
-
-def no_objective(record: NormalRecord) -> Iterator[Problem]:
-    """Yield a problem for a record of a kind that no objective reads."""
-    try:
-        trainable(record)
-    except Problem as problem:
-        yield problem

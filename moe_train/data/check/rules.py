@@ -15,8 +15,9 @@ from typing import NamedTuple
 from moe_train.data.check import call_rules as calls
 from moe_train.data.check import text_rules as texts
 from moe_train.data.check import turn_rules as turns
-from moe_train.data.check.pair_rules import conversations_of, pair_problems
+from moe_train.data.check.pair_rules import pair_problems
 from moe_train.data.check.requirements import Requirements
+from moe_train.data.records.answers import conversations_of
 from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord, PreferencePair
 from moe_train.data.records.problem import Problem, brief
 

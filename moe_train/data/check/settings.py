@@ -13,7 +13,7 @@ _RULES_OF_READING = {
     "arguments", "call-text", "columns", "effort", "no-template", "pair", "settings", "template", "text-and-call",
     "text-and-content", "thinking", "tool-schema", "tools", "type", "unread-key", "weight", "image",
 }  # fmt: skip
-_RULES_OF_TRAINING = {"empty-text", "mixed-kinds", "no-loss", "no-objective", "refused", "stretch", "too-long"}
+_RULES_OF_TRAINING = {"empty-text", "mixed-kinds", "no-loss", "refused", "stretch", "too-long"}
 _RULES_OF_FILES = {"empty-file", "not-a-record", "not-json", "not-utf-8", "unreadable"}  # these concern no record
 
 RULE_NAMES = frozenset(rule.name for rule in rules.RULES) | _RULES_OF_READING | _RULES_OF_TRAINING | _RULES_OF_FILES

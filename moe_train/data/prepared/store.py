@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_train.data.batches.batch import StoredPiece
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.folder import ArrayPart, File, RemoteFolder, StoredArray, open_folder
 from moe_train.data.prepared.manifest import Manifest, ShardEntry
@@ -34,7 +35,14 @@ class _ShardArrays(NamedTuple):
     tokens: StoredArray
     mask: StoredArray | None
     """None if all tokens are trained on."""
+    answers: StoredArray | None
+    """None if examples are single segments."""
     offsets: StoredArray
+
+    @property
+    def by_id(self) -> list[StoredArray]:
+        """The arrays with one element for each id, in the order in which they are read."""
+        return [array for array in (self.tokens, self.mask, self.answers) if array is not None]
 
 
 class _LocatedPiece(NamedTuple):
@@ -114,9 +122,31 @@ class TokenStore:
             )
 
     def lengths(self) -> np.ndarray:
-        """Return (N,) the positions that each example takes in a row: one less than its ids, since the last id is only a target."""
+        """Return (N,) the positions that each example takes in a row.
+
+        These are its ids without the last one of each segment, which is only a target.
+        """
         offsets = self._folder.read_whole([_file(shard, "offsets", "int64") for shard in self.manifest.shards])
-        return np.concatenate([np.diff(ends) - 1 for ends in offsets])
+        return np.concatenate([np.diff(ends) for ends in offsets]) - self.segments
+
+    @functools.cached_property
+    def segments(self) -> np.ndarray:
+        """(N,) the number of segments of each example."""
+        stored = [shard for shard in self.manifest.shards if "segments" in shard.sizes]
+        arrays = iter(self._folder.read_whole([_file(shard, "segments", "int32") for shard in stored]))
+        parts = []
+        for shard in self.manifest.shards:
+            parts.append(next(arrays) if "segments" in shard.sizes else np.ones(shard.examples, np.int32))
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def values(self) -> np.ndarray:
+        """(N, number of values) the numbers that belong to each example; no columns if the record kind has none."""
+        stored = [shard for shard in self.manifest.shards if shard.examples and "values" in shard.sizes]
+        if not stored:
+            return np.zeros((len(self), 0))
+        arrays = self._folder.read_whole([_file(shard, "values", "float64") for shard in stored])
+        return np.concatenate([x.reshape(shard.examples, -1) for x, shard in zip(arrays, stored, strict=True)])
 
     def fitting_lengths(self, lengths: np.ndarray, seq_len: int) -> np.ndarray:
         """Shorten each example of several turns with tools that does not fit into a row to the turns that do.
@@ -150,25 +180,29 @@ class TokenStore:
         mask = None
         if "loss_mask" in shard.sizes:
             mask = self._folder.array(_file(shard, "loss_mask", "bool"))
+        answers = None
+        if "answers" in shard.sizes:
+            answers = self._folder.array(_file(shard, "answers", "uint8"))
         tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
-        return _ShardArrays(tokens, mask, self._folder.array(_file(shard, "offsets", "int64")))
+        return _ShardArrays(tokens, mask, answers, self._folder.array(_file(shard, "offsets", "int64")))
 
-    def read(self, pieces: Sequence[ExampleSlice]) -> list[tuple[np.ndarray, np.ndarray | None]]:
-        """Return the ids (length + 1,) of each piece, and their loss mask (None if all are trained on)."""
+    def read(self, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
+        """Return the ids of each piece, one more than positions for each segment, and what belongs to them."""
         located = self._located(pieces)
-        # One read for ids and masks together, so that the blocks of a bucket are fetched in parallel.
+        # One read for all arrays together, so that the blocks of a bucket are fetched in parallel.
         parts: list[ArrayPart] = []
         for piece in located:
-            parts.append(piece.part(piece.shard.tokens))
-            if piece.shard.mask is not None:
-                parts.append(piece.part(piece.shard.mask))
+            parts += [piece.part(array) for array in piece.shard.by_id]
         arrays = iter(self._folder.read(parts))
-        read: list[tuple[np.ndarray, np.ndarray | None]] = []
-        # In the order in which `parts` was filled: the ids of a piece, then its mask if there is one.
+        values = self.values
+        read: list[StoredPiece] = []
+        # In the order in which `parts` was filled.
         for piece, slice_ in zip(located, pieces, strict=True):
             tokens = next(arrays)
             self._check_ids(slice_.example, tokens)
-            read.append((tokens, None if piece.shard.mask is None else next(arrays)))
+            mask = None if piece.shard.mask is None else next(arrays)
+            answers = None if piece.shard.answers is None else next(arrays)
+            read.append(StoredPiece(tokens, mask, answers, values[slice_.example] if values.shape[1] else None))
         return read
 
     def _check_ids(self, example: int, tokens: np.ndarray) -> None:
@@ -191,6 +225,7 @@ class TokenStore:
         # side="right", since an example that is the first of its shard belongs to that shard, and empty shards are skipped.
         numbers = (np.searchsorted(self._first, [piece.example for piece in pieces], side="right") - 1).tolist()
         shards = [self._open(number) for number in numbers]
+        segments = self.segments
         offset_parts = []
         for number, shard, piece in zip(numbers, shards, pieces, strict=True):
             index = int(piece.example - self._first[number])
@@ -198,8 +233,8 @@ class TokenStore:
         located = []
         for shard, offset, piece in zip(shards, self._folder.read(offset_parts), pieces, strict=True):
             start = int(offset[0]) + piece.start
-            # One id more than positions, since the last one is only a target.
-            located.append(_LocatedPiece(shard, start, start + piece.length + 1))
+            # One id more than positions in each segment, since the last one is only a target.
+            located.append(_LocatedPiece(shard, start, start + piece.length + int(segments[piece.example])))
         return located
 
     def origin(self, example: int) -> Origin:

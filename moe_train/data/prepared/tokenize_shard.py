@@ -5,6 +5,9 @@ SHARD/tokens      uint16 or uint32: the ids of all examples, concatenated
       offsets     int64, one more than examples: example i is tokens[offsets[i]:offsets[i + 1]]
       turn_ends   int64, ascending: indices of ids before which an example of several turns with tools may end, its own end
                   excepted; absent if there are none
+      answers     uint8 for each id (see `Example.answers`); absent unless examples have several segments
+      segments    int32 for each example: its number of segments; absent with `answers`
+      values      float64: the numbers of each example, one example after the other; absent if the record kind has none
       origins     int64 pairs: for each example, the span of the shard and the line (or row) it is from
       facts.json  what the manifest records about the shard
 """
@@ -130,13 +133,15 @@ class _Arrays:
         self._buffers = {"tokens": array(np.dtype(dtype).char), "offsets": array("q", [0]), "origins": array("q")}
         if masked:
             self._buffers |= {"loss_mask": array("B"), "turn_ends": array("q")}
-        self._has_turn_ends = False
+        self._buffers |= {"answers": array("B"), "segments": array("i")}
+        self._values = array("d")
+        self._unused = {"turn_ends", "answers", "segments", "values"}
         self.num_examples = 0
         self.num_tokens = 0
         self.loss_tokens = 0
 
     def __enter__(self) -> _Arrays:
-        self._files = {name: (self._directory / name).open("wb") for name in self._buffers}
+        self._files = {name: (self._directory / name).open("wb") for name in (*self._buffers, "values")}
         return self
 
     def add(self, example: Example, origin: tuple[int, int]) -> None:
@@ -148,7 +153,14 @@ class _Arrays:
         if example.merged is not None and len(example.merged.ends) > 1:
             # Without the last end, which `offsets` holds.
             buffers["turn_ends"].extend(self.num_tokens + end for end in example.merged.ends[:-1])
-            self._has_turn_ends = True
+            self._unused.discard("turn_ends")
+        if example.answers is not None:
+            buffers["answers"].frombytes(bytes(example.answers))
+            buffers["segments"].append(len(example.tokens) - example.num_positions)
+            self._unused -= {"answers", "segments"}
+        if example.values:
+            self._values.extend(example.values)
+            self._unused.discard("values")
         self.num_examples += 1
         self.num_tokens += len(example.tokens)
         buffers["offsets"].append(self.num_tokens)
@@ -165,6 +177,8 @@ class _Arrays:
         for name, numbers in self._buffers.items():
             self._files[name].write(numbers)
             del numbers[:]
+        self._files["values"].write(self._values)
+        del self._values[:]
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with contextlib.ExitStack() as stack:
@@ -173,6 +187,6 @@ class _Arrays:
             # After an error the folder is removed, so nothing is written any more.
             if kind is None:
                 self._flush()
-        # Only trajectories with tools have turn ends; the file is opened before it is known whether there are any.
-        if "turn_ends" in self._files and not self._has_turn_ends:
-            (self._directory / "turn_ends").unlink()
+        # The files are opened before it is known whether any example has something for them.
+        for name in self._unused & self._files.keys():
+            (self._directory / name).unlink()

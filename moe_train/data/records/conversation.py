@@ -36,7 +36,7 @@ from moe_train.data.records.completion import (
 )
 from moe_train.data.records.meaning import RECORD, lost_meaning
 from moe_train.data.records.messages import MESSAGE_COLUMNS, read_messages
-from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord, PreferencePair
+from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord
 from moe_train.data.records.preference import read_pair, take_label
 from moe_train.data.records.problem import Problem, text_field
 from moe_train.data.records.recognise import TEXT_COLUMNS
@@ -57,23 +57,6 @@ class Reading(NamedTuple):
 def normalise(fields: Mapping[str, Any], record: config.Record) -> NormalRecord:
     """Return the normal form that `read` finds."""
     return read(fields, record).record
-
-
-def trainable(record: NormalRecord) -> str | Conversation:
-    """Return a record that can be trained on. Raises Problem if no objective reads records of its kind."""
-    if isinstance(record, PreferencePair):
-        message = "the record is a preference pair (chosen, rejected), which no objective reads yet"
-        remedy = (
-            "to train on chosen alone, name it as the completion or the messages (--map prompt=COLUMN --map completion=chosen, or "
-            "--map messages=chosen), and leave rejected out (--ignore rejected)"
-        )
-        raise Problem("no-objective", message, remedy)
-    if isinstance(record, LabelledAnswer):
-        message = f"the record is an answer labelled as {'good' if record.good else 'bad'}, which no objective reads yet"
-        raise Problem(
-            "no-objective", message, "to train on the good ones, drop the bad ones, and leave the label out (--ignore label)"
-        )
-    return record
 
 
 def read(fields: Mapping[str, Any], record: config.Record) -> Reading:

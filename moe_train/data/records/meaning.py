@@ -36,14 +36,14 @@ class _Topic(NamedTuple):
 _CHANGES = "it changes the meaning, and is not read here"
 _TOPICS = (
     _Topic(
-        "it marks an answer as good or bad, and no objective reads it yet",
+        "it marks an answer as good or bad, which the record kind labelled reads",
         (
             *("label", "labels", "kto_tag", "desirable", "undesirable", "is_desirable", "preferred", "is_preferred"),
             *("is_good", "is_bad"),
         ),
     ),
     _Topic(
-        "it belongs to a preference pair, and no objective reads those yet",
+        "it belongs to a preference pair, which the record kind preference reads",
         ("chosen", "rejected", "chosen_response", "rejected_response", "chosen_messages", "rejected_messages"),
         ("chosen", "rejected"),
     ),

@@ -70,19 +70,36 @@ def load_suites(paths: Sequence[Path], options: SuiteOptions = SuiteOptions()) -
     return suites
 
 
-def load_suite(file: Path, options: SuiteOptions = SuiteOptions()) -> LoadedSuite:  # noqa: B008 (immutable)
+def load_suite(
+    file: Path,
+    options: SuiteOptions = SuiteOptions(),  # noqa: B008 (immutable)
+    grader: config.Grader | None = None,
+) -> LoadedSuite:
     """Read a suite and its items, and check that each item has what the grader needs.
+
+    Args:
+        file: the YAML file.
+        options: what the user states beside it.
+        grader: replaces the suite's own; None keeps that.
 
     Raises:
         FileNotFoundError: The suite or a file that it names does not exist.
         ValueError: With file and line, for what is not valid.
     """
     suite = load_section(file, config.Suite, options.overrides)
+    if grader is not None:
+        suite = suite.model_copy(update={"grader": grader})
     folder = file.parent if options.data is None else options.data
     items = read_items(ItemsFile(folder / suite.items, suite.columns, suite.category_of_file, suite.answers_are), suite.limit)
+    return suite_of_items(suite, file, items, options)
+
+
+def suite_of_items(suite: config.Suite, file: Path, items: list[SuiteItem], options: SuiteOptions) -> LoadedSuite:
+    """Check items against a suite's settings, and read its solved examples; arguments and errors are as for `load_suite`."""
     for item in items:
         check_item(item, suite.grader)
         _check_letters(item, suite)
+    folder = file.parent if options.data is None else options.data
     examples = _examples(file, folder, suite)
     access = GraderAccess(suite.name, file.parent, options.grader_files, options.judge)
     grade = text_grader(suite.grader, access) if options.grade else None

@@ -44,6 +44,15 @@ class Prompter(NamedTuple):
             return located(item.location, render_prompt, messages, self.template, self.tokenizer, item.tools)
         return self._encoded(self._text(item))
 
+    def question(self, item: SuiteItem) -> list[Message]:
+        """Return the messages of an item alone, with the suite's system turn, but without solved examples and preamble.
+
+        So a record for training can hold it. In a suite of texts it is the question as it stands in the item.
+        """
+        if not self.prompt.chat:
+            return list(item.messages)
+        return [*self._system(item), *self._question_turns(item)]
+
     def continuation(self, item: SuiteItem, answer: str) -> Continuation:
         """Return the tokens of a prompt and of an answer that follows it.
 

@@ -70,6 +70,8 @@ class MoE(nnx.Module):
             case _:
                 assert_never(ffn.router)
         self.keeps_expert_ids = False
+        self.balances_rows = False
+        """Whether the balance loss is that of each row; set in training (`parameters.with_row_balance`)."""
         self.capacity_factor: float | None = None
         """Capacity factor; set in training only (`parameters.with_capacity`): evaluation and generation drop nothing."""
 
@@ -104,7 +106,7 @@ class MoE(nnx.Module):
         y_BTD, computed = run_experts(x_BTD, Routing(ids_BTA, weights_BTA, valid_BT), experts, settings, dropout)
         if self.shared is not None:
             y_BTD += self.shared(x_BTD, shared_key)
-        stats = router_stats(logits_BTE, log_scores_BTE, ids_BTA, valid_BT, computed)
+        stats = router_stats(logits_BTE, log_scores_BTE, ids_BTA, valid_BT, computed, self.balances_rows)
         return y_BTD, stats._replace(expert_ids=ids_BTA) if self.keeps_expert_ids else stats
 
     def _selection_scores(self, log_scores_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"] | None:

@@ -23,6 +23,9 @@ class RouterStats(NamedTuple):
     load_balance_loss: Float[Array, "*L"]
     """E * sum_e load_e * mean router probability of e; 1 if balanced (Switch, arXiv:2101.03961, eq. 4).
 
+    Loads and probabilities are those of all tokens, or of each row of the batch by itself, the losses of the rows being averaged
+    over their tokens (DeepSeek-V3, arXiv:2412.19437, eq. 17), if `MoE.balances_rows` is set.
+
     The probabilities of a sigmoid router are its sigmoids divided by their sum (DeepSeek-V3, eq. 19).
     """
     router_z_loss: Float[Array, "*L"]
@@ -179,6 +182,7 @@ def router_stats(
     expert_ids_BTA: Int[Array, "B T A"],
     valid_BT: Bool[Array, "B T"],
     computed: Int[Array, ""],
+    balances_rows: bool = False,
 ) -> RouterStats:
     """Compute the losses and metrics of one layer's router over the whole mesh.
 
@@ -188,6 +192,7 @@ def router_stats(
         expert_ids_BTA: chosen experts.
         valid_BT: False for padding.
         computed: number of assignments that experts computed, before the sum over replicas.
+        balances_rows: whether the balance loss is that of each row instead of all tokens.
     """
     E = logits_BTE.shape[-1]
     A = expert_ids_BTA.shape[-1]
@@ -209,11 +214,25 @@ def router_stats(
     # A batch of padding only gives zeros and not NaN.
     tokens = jnp.maximum(count, 1).astype(jnp.float32)
     mean_probability_E = probs_E / tokens
+    if balances_rows:
+        load_balance_loss = sum_over_replicas(_row_losses(chosen_BTE, probs_BTE * valid_BT[..., None], A)) / tokens
+    else:
+        load_balance_loss = balance_loss(chosen_E / (tokens * A), mean_probability_E)
     return RouterStats(
         chosen_E=chosen_E,
-        load_balance_loss=balance_loss(chosen_E / (tokens * A), mean_probability_E),
+        load_balance_loss=load_balance_loss,
         router_z_loss=squares / tokens,
         entropy=entropy / tokens,
         dropped=count * A - computed,
         mean_probability_E=mean_probability_E,
     )
+
+
+def _row_losses(chosen_BTE: Int[Array, "B T E"], probs_BTE: Float[Array, "B T E"], experts_per_token: int) -> Float[Array, ""]:
+    """Return the sum over rows of (number of tokens * balance loss of the row), with zeros at padding in both arguments."""
+    chosen_BE = jnp.sum(chosen_BTE, axis=1)
+    # Without any token a row has loads and probabilities of 0, and so no loss.
+    tokens_B = jnp.sum(chosen_BE, axis=-1) / experts_per_token
+    safe_B1 = jnp.maximum(tokens_B, 1)[:, None]
+    losses_B = balance_loss(chosen_BE / (safe_B1 * experts_per_token), jnp.sum(probs_BTE, axis=1) / safe_B1)
+    return jnp.sum(tokens_B * losses_B)

@@ -21,6 +21,7 @@ class WandbRun:
             disable_code=True,
             x_disable_meta=True,  # host name, command and user of this machine
             x_disable_stats=True,
+            x_save_requirements=False,  # the packages of this machine
         )
         self._run: Any = wandb.init(
             project=tracked.project,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from moe_train import config
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import Objective
+from moe_train.train.objectives.preference import preference
+from moe_train.train.objectives.unpaired_preference import unpaired_preference
 
 
 def objective_of(objective: config.Objective) -> Objective:
@@ -12,3 +14,7 @@ def objective_of(objective: config.Objective) -> Objective:
     match objective:
         case config.NextToken():
             return next_token()
+        case config.Preference():
+            return preference(objective)
+        case config.UnpairedPreference():
+            return unpaired_preference(objective)

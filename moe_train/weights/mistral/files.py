@@ -21,6 +21,7 @@ from moe_train.weights.mistral.params_json import PARAMS_FILE, read_model_config
 from moe_train.weights.on_disk import Carried, WeightFiles
 from moe_train.weights.wrappers import towers
 from moe_train.weights.wrappers.carry import Wrapping
+from moe_train.weights.wrappers.whisper import NATIVE_PREFIX, WhisperSettings
 
 log = logging.getLogger(__name__)
 
@@ -69,21 +70,19 @@ def _carried(directory: str | Path, model: config.Model, tensors: dict[str, safe
     """
     file = Path(directory) / PARAMS_FILE
     fields = read_object(file)
-    has_audio = any(name.startswith(towers.AUDIO_PREFIX) for name in tensors)
     try:
         settings = towers.native_settings(fields, model.model_dim)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    if settings is not None:
-        expected = {tensor.native: tensor.shape for tensor in towers.tower_tensors(settings) if tensor.native is not None}
-        towers.check_complete(directory, expected, {name: tensor.shape for name, tensor in tensors.items()})
-    elif fields.get("multimodal") or has_audio:
-        towers.check_native_audio(directory, fields, tensors)
-    elif tensors:
-        raise ValueError(f"{directory} has {next(iter(tensors))}, but {file} describes no vision_encoder; restore the file")
-    else:
-        return None
-    parts = "vision tower and projector" if settings is not None else "audio tower and projector"
+    if settings is None:
+        if not tensors:
+            return None
+        name = next(iter(tensors))
+        section = "multimodal" if name.startswith(NATIVE_PREFIX) else "vision_encoder"
+        raise ValueError(f"{directory} has {name}, but {file} describes no {section}; restore the file")
+    expected = {tensor.native: tensor.shape for tensor in towers.tower_tensors(settings) if tensor.native is not None}
+    towers.check_complete(directory, expected, {name: tensor.shape for name, tensor in tensors.items()})
+    parts = "audio tower and projector" if isinstance(settings, WhisperSettings) else "vision tower and projector"
     return Carried(parts, "mistral", None, fields, settings, tensors)
 
 

@@ -1,15 +1,16 @@
 """Carry the tower and the projector of a multimodal base into an export: tensors, settings and processor files.
 
 In the base's own layout every tensor keeps its bytes. Between Hugging Face's and Mistral's own layout, names change and the rows of
-q and k change places within each head, as in text models; both directions are exact. Readers of Mistral's own layout compute what
-Hugging Face's config.json states (silu, gelu, the last layer), so other settings are refused there.
+q and k of vision towers change places within each head, as in text models; both directions are exact. Readers of Mistral's own
+layout compute what Hugging Face's config.json states (silu, gelu, the last layer, sinusoidal positions of audio), so other settings
+are refused there.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,8 +21,9 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject, read_object
 from moe_train.weights import names
 from moe_train.weights.on_disk import Carried, FileTensor, array_bytes
-from moe_train.weights.wrappers import pixtral_settings, towers
+from moe_train.weights.wrappers import pixtral_settings, towers, whisper, whisper_settings
 from moe_train.weights.wrappers.classes import WRAPPERS, WrapperClass
+from moe_train.weights.wrappers.whisper import WhisperSettings
 
 WrappingLayout = Literal["hf", "mistral"]
 """Layouts that can express a multimodal model in one folder."""
@@ -35,6 +37,7 @@ class CarriedTensor(NamedTuple):
 
     name: str
     base_name: str
+    """Name in the base; empty for a tensor that is computed, since the base's layout leaves it to the readers."""
     base: FileTensor
     heads: int = 0
     """Number of heads if the rows of each change places; 0 if the tensor keeps its bytes."""
@@ -139,40 +142,66 @@ def carry(
         fields = _own_fields(carried)
         files = processor_files(source, chat_template) if layout == "hf" else {}
         return Wrapping(source, carried.parts, carried.layout, layout, _text_layout(carried, layout, model), tensors, fields, files)
-    settings = carried.settings
-    if not isinstance(settings, towers.PixtralSettings):
-        target = "Mistral's own layout" if layout == "mistral" else "Hugging Face's layout"
-        raise ValueError(
-            f"the {carried.parts} of {source} cannot be written in {target}, which describes it by other tensors and keys "
-            f"(positions, mel filters) that are not converted; use --format {carried.layout}, {_TEXT_ONLY}"
-        )
     if any(name.endswith(towers.QUANTIZATION_SUFFIXES) for name in carried.tensors):
         raise ValueError(
             f"the {carried.parts} of {source} is quantized, and can only be carried in the base's own layout; use --format "
             f"{carried.layout}, {_TEXT_ONLY}"
         )
     try:
-        if layout == "mistral":
-            fields = {"vision_encoder": pixtral_settings.to_native(carried.fields, settings, source, _control_id(tokenizer))}
-            files = {}
-        else:
-            fields = pixtral_settings.to_hugging_face(_class_for(settings), carried.fields, settings, model)
-            files = dict(pixtral_settings.processor_files(carried.fields, settings))
+        fields, files = _converted_settings(source, carried, layout, model, tokenizer)
+        tensors = {tensor.name: tensor for tensor in _converted(carried, layout)}
     except ValueError as error:
         raise ValueError(f"{source}: {error}; use --format {carried.layout}, {_TEXT_ONLY}") from error
-    tensors = {}
-    for row in towers.tower_tensors(settings):
-        assert row.native is not None, row  # the table of vision towers has both names
-        name, base_name = (row.native, row.name) if layout == "mistral" else (row.name, row.native)
-        tensors[name] = CarriedTensor(name, base_name, carried.tensors[base_name], row.heads, layout == "mistral")
     return Wrapping(source, carried.parts, carried.layout, layout, _text_layout(carried, layout, model), tensors, fields, files)
+
+
+def _converted_settings(
+    source: Path, carried: Carried, layout: WrappingLayout, model: config.Model, tokenizer: Tokenizer | None
+) -> tuple[JsonObject, dict[str, Path | JsonObject]]:
+    """Return the settings of the carried parts and the files of the processor in the other layout than the base's.
+
+    Raises:
+        ValueError: readers of that layout would compute something else.
+    """
+    settings = carried.settings
+    control_id = _control_id(tokenizer)
+    if isinstance(settings, WhisperSettings):
+        if layout == "mistral":
+            return {"multimodal": whisper_settings.to_native(carried.fields, settings, source, control_id)}, {}
+        fields = whisper_settings.to_hugging_face(carried.fields, settings, model, control_id)
+        return fields, dict(whisper_settings.processor_files(carried.fields, settings))
+    if layout == "mistral":
+        return {"vision_encoder": pixtral_settings.to_native(carried.fields, settings, source, control_id)}, {}
+    fields = pixtral_settings.to_hugging_face(_class_for(settings), carried.fields, settings, model)
+    return fields, dict(pixtral_settings.processor_files(carried.fields, settings))
+
+
+def _converted(carried: Carried, layout: WrappingLayout) -> Iterator[CarriedTensor]:
+    """Yield the tensors of the carried parts in the other layout than the base's.
+
+    The positions of an audio tower have no place in Mistral's own layout, whose readers compute them.
+
+    Raises:
+        ValueError: the base's positions are not those.
+    """
+    settings = carried.settings
+    for row in towers.tower_tensors(settings):
+        if row.native is None:
+            assert isinstance(settings, WhisperSettings), row  # the table of vision towers has both names
+            if layout == "mistral":
+                whisper_settings.check_positions(carried.tensors[row.name], settings)
+            else:
+                yield CarriedTensor(row.name, "", whisper.Positions(settings))
+            continue
+        name, base_name = (row.native, row.name) if layout == "mistral" else (row.name, row.native)
+        yield CarriedTensor(name, base_name, carried.tensors[base_name], row.heads, layout == "mistral")
 
 
 def _text_layout(carried: Carried, layout: WrappingLayout, model: config.Model) -> names.TensorLayout:
     """Return the names of the text model inside the export."""
     if layout == "hf":
         return names.wrapped_in_files(model)
-    return names.mistral_of(model, with_audio=any(name.startswith(towers.AUDIO_PREFIX) for name in carried.tensors))
+    return names.mistral_of(model, with_audio=isinstance(carried.settings, WhisperSettings))
 
 
 def _own_fields(carried: Carried) -> JsonObject:
@@ -198,8 +227,8 @@ def _check_quantized(source: Path, carried: Carried, layout: WrappingLayout) -> 
     """Raise ValueError if readers of Mistral's own layout would take FP8 values of the tower for unquantized ones."""
     if layout == "mistral" and _is_quantized(carried):
         raise ValueError(
-            f"the {carried.parts} of {source} is quantized (FP8), and params.json can only describe files that are quantized as a "
-            f"whole; use --format hf, {_TEXT_ONLY}"
+            f"the {carried.parts} of {source} is quantized (FP8), and readers of Mistral's own layout load towers unquantized: "
+            f"they would drop the scales; use --format hf, {_TEXT_ONLY}"
         )
 
 

@@ -7,35 +7,24 @@ it is named. Sources: `modeling_pixtral.py`, `modeling_mistral3.py`, `modeling_l
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from moe_train.config import Positive, PositiveFloat
 from moe_train.machine.files import JsonObject
+from moe_train.weights.wrappers import whisper
 from moe_train.weights.wrappers.classes import WrapperClass
+from moe_train.weights.wrappers.tower_tensor import TowerTensor
+from moe_train.weights.wrappers.whisper import WhisperSettings
 
 NATIVE_PREFIXES = (
     *("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm."),
     *("mm_whisper_embeddings.whisper_encoder.", "mm_whisper_embeddings.audio_language_projection."),
 )
 """Prefixes, in Mistral's own layout, of tensors that do not belong to the text model."""
-AUDIO_PREFIX = "mm_whisper_embeddings."
 QUANTIZATION_SUFFIXES = ("scale_inv", "weight_scale", "activation_scale", "input_scale", "qscale_weight", "qscale_act")
 """Ends of the names of tensors that accompany a quantized weight."""
-
-
-class TowerTensor(NamedTuple):
-    """A tensor of a tower or a projector."""
-
-    name: str
-    """Name in the files of Hugging Face's layout."""
-    shape: tuple[int, ...]
-    native: str | None = None
-    """Name in Mistral's own layout; None if the layout has no such tensor."""
-    heads: int = 0
-    """Number of heads if the rows of each are in another rotary order in Mistral's own layout; 0 if they are the same."""
 
 
 class PixtralSettings(BaseModel):
@@ -63,23 +52,6 @@ class PixtralSettings(BaseModel):
     """Number of layers of the tower whose outputs the projector takes."""
 
 
-class WhisperSettings(BaseModel):
-    """Sizes of an audio tower and its projector; the defaults are those of transformers' VoxtralEncoderConfig."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    hidden_size: Positive = 1280
-    intermediate_size: Positive = 5120
-    num_hidden_layers: NonNegativeInt = 32
-    num_mel_bins: Positive = 128
-    max_source_positions: Positive = 1500
-    text_dim: Positive
-
-
-# transformers' older names of the sizes of Whisper.
-_WHISPER_ALIASES = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers", "encoder_ffn_dim": "intermediate_size"}
-
-
 def settings_of(wrapper: WrapperClass, fields: JsonObject, text_dim: int) -> PixtralSettings | WhisperSettings:
     """Return the sizes of the tower and the projector that a `config.json` states.
 
@@ -100,8 +72,7 @@ def settings_of(wrapper: WrapperClass, fields: JsonObject, text_dim: int) -> Pix
     stated = {key: value for key, value in section.items() if value is not None}
     try:
         if wrapper.encoder == "whisper":
-            stated = {_WHISPER_ALIASES.get(key, key): value for key, value in stated.items()}
-            return WhisperSettings.model_validate({**stated, "text_dim": text_dim})
+            return whisper.settings_of(stated, text_dim)
         layer = fields.get("vision_feature_layer")
         projector: JsonObject = {
             "merge": 0 if wrapper.model_type == "llava" else fields.get("spatial_merge_size", 2),
@@ -119,15 +90,19 @@ def settings_of(wrapper: WrapperClass, fields: JsonObject, text_dim: int) -> Pix
         raise ValueError(f"{wrapper.section}.{key} is {first['input']!r}: {first['msg']}") from error
 
 
-def native_settings(params: JsonObject, text_dim: int) -> PixtralSettings | None:
-    """Return the sizes of the vision tower that a `params.json` states; None if it states none.
+def native_settings(params: JsonObject, text_dim: int) -> PixtralSettings | WhisperSettings | None:
+    """Return the sizes of the tower that a `params.json` states; None if it states none.
 
-    What is left out has the defaults of vLLM, `VisionEncoderArgs` of its PixtralForConditionalGeneration.
+    What is left out of a vision tower's has the defaults of vLLM, `VisionEncoderArgs` of its PixtralForConditionalGeneration.
 
     Raises:
         ValueError: a size is missing, or is not a positive number.
     """
     stated = params.get("vision_encoder")
+    if params.get("multimodal"):
+        if stated:
+            raise ValueError("vision_encoder and multimodal are both stated, and no reader has both towers; keep one")
+        return whisper.native_settings(params, text_dim)
     if not stated:
         return None
     if not isinstance(stated, dict):
@@ -151,7 +126,7 @@ _NATIVE_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_a
 
 def tower_tensors(settings: PixtralSettings | WhisperSettings) -> list[TowerTensor]:
     """List every tensor of the tower and the projector."""
-    return list(_pixtral(settings) if isinstance(settings, PixtralSettings) else _whisper(settings))
+    return list(_pixtral(settings) if isinstance(settings, PixtralSettings) else whisper.tensors(settings))
 
 
 def _pixtral(settings: PixtralSettings) -> Iterator[TowerTensor]:
@@ -190,35 +165,6 @@ def _pixtral(settings: PixtralSettings) -> Iterator[TowerTensor]:
             yield TowerTensor(f"{projector}.{name}.bias", (T,), f"vision_language_adapter.{native}.bias")
 
 
-def _whisper(settings: WhisperSettings) -> Iterator[TowerTensor]:
-    D = settings.hidden_size
-    F = settings.intermediate_size
-    T = settings.text_dim
-    tower = "audio_tower"
-    for name, channels in (("conv1", settings.num_mel_bins), ("conv2", D)):
-        yield TowerTensor(f"{tower}.{name}.weight", (D, channels, 3))
-        yield TowerTensor(f"{tower}.{name}.bias", (D,))
-    yield TowerTensor(f"{tower}.embed_positions.weight", (settings.max_source_positions, D))
-    linears = (
-        *(("self_attn.q_proj", D, D), ("self_attn.k_proj", D, D), ("self_attn.v_proj", D, D), ("self_attn.out_proj", D, D)),
-        *(("fc1", F, D), ("fc2", D, F)),
-    )
-    for layer in range(settings.num_hidden_layers):
-        place = f"{tower}.layers.{layer}"
-        for name, outputs, inputs in linears:
-            yield TowerTensor(f"{place}.{name}.weight", (outputs, inputs))
-            if name != "self_attn.k_proj":  # a bias of keys would cancel in the softmax
-                yield TowerTensor(f"{place}.{name}.bias", (outputs,))
-        for norm in ("self_attn_layer_norm", "final_layer_norm"):
-            yield TowerTensor(f"{place}.{norm}.weight", (D,))
-            yield TowerTensor(f"{place}.{norm}.bias", (D,))
-    yield TowerTensor(f"{tower}.layer_norm.weight", (D,))
-    yield TowerTensor(f"{tower}.layer_norm.bias", (D,))
-    # Four frames are concatenated, whose width equals intermediate_size in Whisper.
-    yield TowerTensor("multi_modal_projector.linear_1.weight", (T, F))
-    yield TowerTensor("multi_modal_projector.linear_2.weight", (T, T))
-
-
 def check_complete(source: object, expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ValueError unless the files have exactly the tensors of their tower and projector, scales of quantized ones aside.
 
@@ -251,19 +197,3 @@ def check_complete(source: object, expected: Mapping[str, tuple[int, ...]], shap
                 f"{source}: {name} has the shape {tuple(shape)}, but the config describes {expected[name]}; correct the config, "
                 "or download the folder again"
             )
-
-
-_NATIVE_AUDIO = ("whisper_encoder.conv_layers.", "whisper_encoder.transformer.", "audio_language_projection.")
-"""Parts of an audio tower and projector in Mistral's own layout, each of which has tensors."""
-
-
-def check_native_audio(source: object, params: JsonObject, names: Collection[str]) -> None:
-    """Raise ValueError if Mistral's own files lack a part of their audio tower, or `params.json` does not describe it.
-
-    The sizes are not compared, since nothing public states what the keys of `multimodal` mean.
-    """
-    if not params.get("multimodal"):
-        raise ValueError(f"{source} has an audio tower, but its params.json has no section multimodal; restore the file")
-    for part in _NATIVE_AUDIO:
-        if not any(name.startswith(AUDIO_PREFIX + part) for name in names):
-            raise ValueError(f"{source} has no tensor {AUDIO_PREFIX}{part}…, but its params.json describes one; download it again")

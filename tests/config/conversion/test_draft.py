@@ -22,9 +22,12 @@ def test_values_are_read_under_any_of_their_names() -> None:
 
 
 def test_what_nobody_reads_is_named_unless_it_says_nothing() -> None:
-    draft = Draft({"rl": "grpo", "lora_r": 8, "tf32": False, "wandb_project": None})
+    draft = Draft({"router_jitter": "high", "lora_r": 8, "tf32": False, "wandb_project": None})
     draft.finish()
-    assert draft.remarks == ['rl: moe_train has no such setting (value "grpo")', "lora_r: use lora.targets.0.rank (value 8)"]
+    assert draft.remarks == [
+        'router_jitter: moe_train has no such setting (value "high")',
+        "lora_r: use lora.targets.0.rank (value 8)",
+    ]
 
 
 def test_a_model_of_the_hub_becomes_a_directory() -> None:

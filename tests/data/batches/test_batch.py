@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from moe_train.data.batches.batch import Batch, BatchRows
+from moe_train.data.batches.batch import Batch, BatchRows, StoredPiece
 
 
 def test_segments_stand_one_after_the_other_in_a_row() -> None:
     batch = Batch.empty(2, 6)
-    batch.fill_row(1, [(np.array([1, 5, 6, 2]), np.array([False, False, True, True])), (np.array([1, 7]), None)])
+    batch.fill_row(
+        1, [StoredPiece(np.array([1, 5, 6, 2]), np.array([False, False, True, True])), StoredPiece(np.array([1, 7]), None)]
+    )
     assert batch.tokens.tolist() == [[0] * 6, [1, 5, 6, 1, 0, 0]]
     assert batch.targets.tolist() == [[0] * 6, [5, 6, 2, 7, 0, 0]]
     assert batch.loss_mask.tolist() == [[False] * 6, [False, True, True, True, False, False]]
@@ -20,7 +22,7 @@ def test_segments_stand_one_after_the_other_in_a_row() -> None:
 
 def test_a_row_can_be_filled_to_its_end() -> None:
     batch = Batch.empty(1, 3)
-    batch.fill_row(0, [(np.array([1, 2, 3, 4]), None)])
+    batch.fill_row(0, [StoredPiece(np.array([1, 2, 3, 4]), None)])
     assert batch.targets.tolist() == [[2, 3, 4]] and batch.loss_mask.all()
 
 

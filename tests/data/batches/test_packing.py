@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.batch import Batch, StoredPiece
 from moe_train.data.batches.packing import Plan, TooLong, _best_fit, make_plan, packed_size
 
 
@@ -20,7 +20,7 @@ def all_rows(plan: Plan, ids: list[np.ndarray], masks: list[np.ndarray] | None =
     for row in range(plan.num_rows):
         mine = slice(plan.row_pieces[row], plan.row_pieces[row + 1])
         pieces = [(e, slice(a, a + n + 1)) for e, a, n in zip(plan.example[mine], plan.start[mine], plan.length[mine], strict=True)]
-        batch.fill_row(row, [(ids[e][part], None if masks is None else masks[e][part]) for e, part in pieces])
+        batch.fill_row(row, [StoredPiece(ids[e][part], None if masks is None else masks[e][part]) for e, part in pieces])
     return batch
 
 

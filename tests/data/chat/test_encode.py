@@ -46,14 +46,21 @@ def test_keys_that_are_not_read_are_counted(tokenizer: HuggingFace) -> None:
     assert unread == {"id": 2, "messages.turn": 1}
 
 
-def test_what_no_objective_reads_is_refused(tokenizer: HuggingFace) -> None:
+def test_pairs_and_labelled_answers_are_examples_of_several_segments(tokenizer: HuggingFace) -> None:
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    for record, fields in (
-        (config.PreferenceRecord(name="preference"), pair),
-        (config.LabelledRecord(name="labelled"), {"prompt": "a", "completion": "b", "label": True}),
+    for record, fields, count in (
+        (config.PreferenceRecord(name="preference"), pair, 2),
+        (config.LabelledRecord(name="labelled"), {"prompt": "a", "completion": "b", "label": True}, 1),
     ):
-        with pytest.raises(ValueError, match=r"^a\.jsonl:1: .*no objective reads yet"):
-            list(encode(numbered(fields), where, record, tokenizer, tokenizer.chat_template))
+        [(_, [example])] = encode(numbered(fields), where, record, tokenizer, tokenizer.chat_template)
+        assert len(example.tokens) - example.num_positions == count
+        with pytest.raises(ValueError, match=r"^a\.jsonl:1: .*empty"):
+            empty = fields | {name: "" for name in ("chosen", "completion") if name in fields}
+            list(encode(numbered(empty), where, record, tokenizer, tokenizer.chat_template))
+
+
+def test_a_pair_is_no_completion(tokenizer: HuggingFace) -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     with pytest.raises(ValueError, match=r"^a\.jsonl:1: the record has the key 'rejected'.*--ignore rejected"):
         completion = config.CompletionRecord(name="completion", completion="chosen")
         list(encode(numbered(pair), where, completion, tokenizer, tokenizer.chat_template))

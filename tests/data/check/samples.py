@@ -53,7 +53,7 @@ LINES: list[tuple[bytes, str | None]] = [
     (json.dumps({"messages": [USER, ANSWER | {"weight": 2}]}).encode(), "weight"),
     (json.dumps({"messages": [USER, ANSWER | {"weight": 0}]}).encode(), "no-loss"),
     (json.dumps({"messages": [USER, ANSWER | {"content": "word " * 200}]}).encode(), "too-long"),
-    (json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}).encode(), "no-objective"),
+    (json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}).encode(), "pair"),
 ]
 
 

@@ -40,12 +40,10 @@ def test_pairs(fields: dict[str, Any], rules: list[str]) -> None:
     assert [rule for rule in broken if rule != "no-loss"] == rules
 
 
-def test_pairs_are_counted_and_refused_for_want_of_an_objective(tokenizer: HuggingFace, write_lines: Write) -> None:
-    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3
+def test_pairs_are_counted_and_tokenized(tokenizer: HuggingFace, write_lines: Write) -> None:
+    pairs = [{"prompt": f"a{n}", "chosen": "b", "rejected": "c"} for n in range(3)]
     answer = check_files(tokenizer, write_lines("a.jsonl", pairs))
-    assert answer["shapes"] == {"preference": 3} and answer["problem_counts"] == {"no-objective": 3} and answer["examples"] == 0
-    allowed = check_files(tokenizer, write_lines("b.jsonl", pairs), allowed=frozenset({"no-objective"}))
-    assert allowed["problems"] == []
-    labelled = [{"prompt": "a", "completion": "b", "label": label} for label in (True, False)]
+    assert answer["shapes"] == {"preference": 3} and answer["problems"] == [] and answer["examples"] == 3
+    labelled = [{"prompt": f"a{label}", "completion": "b", "label": label} for label in (True, False)]
     answer = check_files(tokenizer, write_lines("c.jsonl", labelled))
-    assert answer["shapes"] == {"labelled": 2} and answer["problem_counts"] == {"no-objective": 2}
+    assert answer["shapes"] == {"labelled": 2} and answer["problems"] == [] and answer["examples"] == 2

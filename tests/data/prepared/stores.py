@@ -31,7 +31,7 @@ def stored(*paths: Path, record: config.Record = TEXT, tokenizer: Tokenizer, cac
 
 def ids(store: TokenStore) -> list[list[int]]:
     lengths = store.lengths()
-    return [tokens.tolist() for tokens, _ in store.read([ExampleSlice(i, 0, int(n)) for i, n in enumerate(lengths)])]
+    return [tokens.tolist() for tokens, *_ in store.read([ExampleSlice(i, 0, int(n)) for i, n in enumerate(lengths)])]
 
 
 def prepared(data: config.Data, path: str, **more: Any) -> config.Data:

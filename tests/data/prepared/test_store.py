@@ -62,7 +62,7 @@ def test_pieces_of_examples_are_read_by_number(tokenizer: HuggingFace, tmp_path:
     expected = ids(store)
     assert len(store) == 3 and store.lengths().tolist() == [len(example) - 1 for example in expected]
     pieces = [ExampleSlice(2, 1, 2), ExampleSlice(0, 0, 1)]
-    assert [tokens.tolist() for tokens, _ in store.read(pieces)] == [expected[2][1:4], expected[0][:2]]
+    assert [tokens.tolist() for tokens, *_ in store.read(pieces)] == [expected[2][1:4], expected[0][:2]]
     assert store.masks(pieces) == [None, None]
     assert [(store.place(store.origin(i)), store.where(i)) for i in (1, 2)] == [
         (str(paths[0]), f"{paths[0]}:2"),

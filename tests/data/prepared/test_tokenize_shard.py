@@ -43,7 +43,7 @@ def test_conversations_and_completions_are_rendered(
     for record, fields in ((CHAT, {"messages": MESSAGES}), (COMPLETION, pair)):
         path = write_lines("a.jsonl", [fields])
         store = stored(path, record=record, tokenizer=tokenizer, cache=tmp_path / "cache")
-        [(tokens, mask)] = store.read([ExampleSlice(0, 0, len(rendered.tokens) - 1)])
+        [(tokens, mask, *_)] = store.read([ExampleSlice(0, 0, len(rendered.tokens) - 1)])
         assert mask is not None and (tokens.tolist(), mask.tolist()) == rendered[:2]
         assert store.manifest.loss_tokens == sum(mask)
 

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from moe_train import config
-from moe_train.data.records.conversation import trainable
 from moe_train.data.records.normal_form import Conversation, LabelledAnswer, PreferencePair
-from moe_train.data.records.problem import Problem
 from tests.data.records.reading import TOOL, problem, reading
 
 Q = {"role": "user", "content": "Name a red fruit."}
@@ -123,11 +121,7 @@ def test_every_spelling_of_a_labelled_answer(fields: dict[str, Any], name: str) 
     assert reading(fields | {name: False}, ignore=(name,)) == (Conversation([Q, GOOD], []), (name,))
 
 
-def test_neither_is_read_by_an_objective() -> None:
-    for fields in (PAIRS[0], LABELLED[0] | {"label": False}):
-        with pytest.raises(Problem, match="no objective reads yet") as caught:
-            trainable(reading(fields).record)
-        assert caught.value.rule == "no-objective"
+def test_a_record_of_two_kinds_is_refused() -> None:
     chat = config.ChatRecord(name="chat")
     assert problem(PAIRS[0] | {"messages": [Q]}, chat).rule == problem(LABELLED[2] | {"label": False}, chat).rule == "unread-key"
 

@@ -139,3 +139,25 @@ def test_the_next_bias_follows_the_load() -> None:
     chosen = np.array([[4, 4, 4, 4], [0, 2, 6, 8]], np.int32)
     moved = router.next_bias(jnp.zeros((2, 4)), jnp.asarray(chosen), 0.5)
     np.testing.assert_array_equal(moved, [[0, 0, 0, 0], [0.5, 0.5, -0.5, -0.5]])
+
+
+@pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one device", "eight"])
+def test_the_balance_loss_of_rows_is_the_mean_over_their_tokens(mesh: jax.sharding.Mesh) -> None:
+    """Each row by itself in float64 (DeepSeek-V3, eq. 17 to 19); a row of padding has no weight."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(size=(B, T, E)).astype(np.float32)
+    ids = np.argsort(-logits, axis=-1)[..., :A].astype(np.int32)
+    valid = np.arange(T) < rng.integers(1, T + 1, B)[:, None]
+    valid[0] = False
+    with jax.set_mesh(mesh):
+        place = lambda x: jax.device_put(x, NamedSharding(mesh, P(BATCH, "context")))  # noqa: E731
+        computed = jnp.int32(0)
+        run = quick_jit(lambda x, chosen, ok: router.router_stats(x, x, chosen, ok, computed, balances_rows=True))
+        stats = run(place(logits), place(ids), place(valid))
+    probs = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(-1, keepdims=True)
+    total = 0.0
+    for row in range(1, B):
+        tokens = valid[row].sum()
+        load = np.bincount(ids[row][valid[row]].ravel(), minlength=E) / (tokens * A)
+        total += tokens * E * (load * probs[row][valid[row]].mean(0)).sum()
+    assert float(stats.load_balance_loss) == pytest.approx(total / valid.sum(), rel=1e-5)

@@ -1,8 +1,13 @@
-"""What Weights & Biases writes without a network, read with its own reader. Needs the extra `wandb`."""
+"""What Weights & Biases writes without a network, read with its own messages. Needs the extra `wandb`.
+
+The file is a log of records as in LevelDB; 0.31 has no reader of it in Python.
+"""
 
 from __future__ import annotations
 
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +34,35 @@ _ROUTER = {
 }
 
 
-def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
-    """The config, the history and the exit code in a file, from W&B's own store and messages."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+def _records(file: Path) -> Iterator[bytes]:
+    """Yield the records of a log: after 7 bytes of identity, blocks of 32 KiB with parts of (checksum, length, kind, content)."""
+    content = file.read_bytes()
+    assert content[:4] == b":W&B"
+    position, record = 7, b""
+    while position + 7 <= len(content):
+        left_in_block = -position % 32768 or 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack("<IHB", content[position : position + 7])
+        if kind == 0:  # the rest of the block is empty
+            position += left_in_block
+            continue
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            yield record
+            record = b""
 
-    store = DataStore()
-    store.open_for_scan(str(file))
+
+def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]], int]:
+    """The config, the history and the exit code in a file."""
+    from wandb.proto import wandb_internal_pb2
+
     settings: dict[str, Any] = {}
     history: list[dict[str, Any]] = []
     code = -1
-    while (data := store.scan_data()) is not None:
+    for data in _records(file):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         for update in (*record.run.config.update, *record.config.update):

@@ -12,7 +12,7 @@ import pytest
 
 from moe_train.weights import names
 from moe_train.weights.on_disk import Carried
-from moe_train.weights.wrappers import towers
+from moe_train.weights.wrappers import towers, whisper
 from moe_train.weights.wrappers.carry import CarriedTensor, carry, processor_files
 from moe_train.weights.wrappers.classes import WRAPPERS
 from tests.commands.wrapper import TEXT, TOWER, VISION
@@ -40,10 +40,31 @@ def vision(fields: dict[str, Any] | None = None, dtype: Any = np.float32) -> Car
     return Carried("vision tower", "hf", MISTRAL3, stated, towers.settings_of(MISTRAL3, stated, 16), tensors(TOWER, dtype))
 
 
-def audio_in(layout: Any) -> Carried:
-    fields = {"multimodal": {"whisper_model_args": {}}} if layout == "mistral" else {"audio_config": {}}
-    name = "mm_whisper_embeddings.whisper_encoder.conv_layers.0.weight" if layout == "mistral" else "audio_tower.conv1.weight"
-    return Carried("audio tower", layout, VOXTRAL if layout == "hf" else None, fields, None, tensors({name: (2, 3, 3)}))
+AUDIO = {
+    "hidden_size": 8,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_mel_bins": 4,
+    "max_source_positions": 6,
+}
+
+
+def audio(path: Path, layout: Any = "hf", positions: np.ndarray | None = None, **fields: Any) -> Carried:
+    """A tiny Voxtral's tower in Hugging Face's layout, or the same by way of an export in Mistral's own."""
+    stated = {"audio_config": AUDIO, "audio_token_id": 24} | fields
+    settings = towers.settings_of(VOXTRAL, stated, 16)
+    stored = tensors({row.name: row.shape for row in towers.tower_tensors(settings)})
+    table = whisper.Positions(whisper.settings_of(AUDIO, 16)).read()
+    stored[whisper.POSITIONS] = Tensor(whisper.POSITIONS, table if positions is None else positions)
+    of_hf = Carried("audio tower", "hf", VOXTRAL, stated, settings, stored)
+    if layout == "hf":
+        return of_hf
+    wrapping = carry(path, of_hf, "mistral", TEXT, None, None)
+    native = {name: Tensor(name, tensor.read()) for name, tensor in wrapping.tensors.items()}
+    sizes = towers.native_settings(wrapping.fields, 16)
+    assert sizes is not None
+    return Carried("audio tower", "mistral", None, wrapping.fields, sizes, native)
 
 
 def test_the_settings_of_the_export_surround_those_of_its_text(tmp_path: Path) -> None:
@@ -71,14 +92,37 @@ def test_a_quantized_tower_keeps_its_section_and_the_text_is_excluded_from_it(tm
         carry(tmp_path, base, "mistral", TEXT, None, None)
 
 
-@pytest.mark.parametrize(("layout", "to"), [("hf", "mistral"), ("mistral", "hf")])
-def test_an_audio_tower_stays_in_its_layout(layout: Any, to: Any, tmp_path: Path) -> None:
-    base = audio_in(layout)
-    assert carry(tmp_path, base, layout, TEXT, None, None).tensors.keys() == base.tensors.keys()
-    if layout == "mistral":
-        assert carry(tmp_path, base, layout, TEXT, None, None).text_layout == names.mistral_of(TEXT, with_audio=True)
-    with pytest.raises(ValueError, match=rf"describes it by other tensors and keys.*use --format {layout}, or --text-only"):
-        carry(tmp_path, base, to, TEXT, None, None)
+@pytest.mark.parametrize("layout", ["hf", "mistral"])
+def test_an_audio_tower_keeps_its_bytes_in_both_layouts(layout: Any, tmp_path: Path) -> None:
+    base = audio(tmp_path, layout)
+    same = carry(tmp_path, base, layout, TEXT, None, None)
+    assert same.tensors.keys() == base.tensors.keys() and not any(tensor.heads for tensor in same.tensors.values())
+    other = carry(tmp_path, base, "mistral" if layout == "hf" else "hf", TEXT, None, None)
+    computed = {whisper.POSITIONS} if layout == "mistral" else set()
+    assert {name for name, tensor in other.tensors.items() if not tensor.base_name} == computed
+    native = same if layout == "mistral" else other
+    assert native.text_layout == names.mistral_of(TEXT, with_audio=True)
+    assert native.fields["multimodal"]["whisper_model_args"]["downsample_args"] == {"downsample_factor": 4}
+    again = audio(tmp_path, "mistral")
+    assert carry(tmp_path, again, "hf", TEXT, None, None).fields["audio_config"].items() >= AUDIO.items()
+
+
+def test_an_audio_tower_that_no_reader_of_the_other_layout_computes_is_refused(tmp_path: Path) -> None:
+    nan = np.full((6, 8), np.nan, np.float32)
+    for base, layout, message in (
+        (audio(tmp_path, positions=np.zeros((6, 8), np.float32)), "mistral", r"embed_positions\.weight differs by up to 1 from"),
+        (audio(tmp_path, positions=nan), "mistral", "differs by up to nan"),
+        (audio(tmp_path, audio_token_id=7), "mistral", "audio_token_id is 7 in its config.json.*only compute 24"),
+        (audio(tmp_path, audio_config=AUDIO | {"activation_function": "relu"}), "mistral", "activation_function is 'relu'"),
+        (audio(tmp_path, audio_config=AUDIO | {"intermediate_size": 33}), "mistral", "intermediate_size 33 is no multiple"),
+    ):
+        with pytest.raises(ValueError, match=rf"{message}.*use --format hf, or --text-only"):
+            carry(tmp_path, base, layout, TEXT, None, None)
+    tied = TEXT.model_copy(update={"tie_embeddings": True})
+    with pytest.raises(ValueError, match=r"has a head of its own; use --format mistral, or --text-only"):
+        carry(tmp_path, audio(tmp_path, "mistral"), "hf", tied, None, None)
+    rounded = whisper.Positions(whisper.settings_of(AUDIO, 16)).read().astype(ml_dtypes.bfloat16)
+    assert carry(tmp_path, audio(tmp_path, positions=rounded), "mistral", TEXT, None, None).tensors
 
 
 def test_rows_change_places_within_heads_and_back() -> None:

@@ -93,13 +93,3 @@ def test_settings_of_mistrals_own_files() -> None:
         towers.native_settings({"vision_encoder": {**section, "patch_size": None}}, 16)
     with pytest.raises(ValueError, match=r"vision_encoder\.patch_size is 'x'"):
         towers.native_settings({"vision_encoder": {**section, "patch_size": "x"}}, 16)
-
-
-def test_an_audio_tower_in_mistrals_own_files_is_complete() -> None:
-    prefix = "mm_whisper_embeddings."
-    stored = [f"{prefix}whisper_encoder.conv_layers.0.weight", f"{prefix}whisper_encoder.transformer.norm.weight"]
-    with pytest.raises(ValueError, match="no section multimodal"):
-        towers.check_native_audio("base", {}, stored)
-    with pytest.raises(ValueError, match=r"no tensor mm_whisper_embeddings\.audio_language_projection\."):
-        towers.check_native_audio("base", {"multimodal": {"x": 1}}, stored)
-    towers.check_native_audio("base", {"multimodal": {"x": 1}}, [*stored, f"{prefix}audio_language_projection.0.weight"])

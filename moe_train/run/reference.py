@@ -1,0 +1,124 @@
+"""Reference log-probabilities for full training: computed once with the model before training, and stored with the prepared sets.
+
+With adapters there is nothing to store, since the reference is the model without them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.tree_util import PyTreeDef
+
+from moe_train import config
+from moe_train.checkpoint.metadata import WeightOrigin
+from moe_train.checkpoint.model_dir import load_parameters
+from moe_train.data.batches.answer_batches import UnpairedBatch
+from moe_train.data.batches.batch import BatchRows
+from moe_train.data.batches.loader import Loader
+from moe_train.data.batches.sources import RowSource
+from moe_train.data.prepared.reference import ReferenceIdentity, StoredReference, reference_folder, write_reference
+from moe_train.machine.agreement import exchange
+from moe_train.machine.mesh import put_batch
+from moe_train.model.parameters import Parameters, combine
+from moe_train.run.inputs import RunInputs
+from moe_train.run.start import Start
+from moe_train.train.objectives.objective import Objective
+from moe_train.train.token_logprobs import batch_logprobs
+
+Say = Callable[[str], None]
+
+
+def add_reference(run: config.Run, inputs: RunInputs, begin: Start, objective: Objective, mesh: Mesh, say: Say) -> None:
+    """Give the loaders of a full training run the log-probabilities of the model before training; compute those that are missing.
+
+    Nothing happens if the objective needs no reference, or if it is the model without its adapters.
+
+    Raises:
+        ValueError: The run starts from random weights, or a set holds log-probabilities of another model or other tokens.
+    """
+    if not objective.uses_reference or begin.state.frozen:
+        return
+    if begin.base is None:
+        raise ValueError(
+            f"objective {run.objective.name} compares with the model before training, and this one starts from random weights; "
+            "state init_from, or a loss without a reference (simpo, orpo)"
+        )
+    loader = _loader_of_all(run, inputs, objective)
+    model_sha256 = model_hash(begin.base)
+    references = []
+    for i, source in enumerate(loader.sources):
+        fitting = source.lengths[source.lengths <= run.train.seq_len]
+        identity = ReferenceIdentity(source.store.manifest.hash, model_sha256, int(source.lengths.sum()), int(fitting.sum()))
+        named = isinstance(source.section, config.PreparedSource)
+        cache_dir = run.training_data().cache_dir
+        folder = reference_folder(source.store.path, cache_dir, source.store.manifest, identity, named)
+        if not folder.exists():
+            say(f"computing the reference log-probabilities of {source.name}, once: {folder}")
+            values = _compute(loader, i, begin.structure, _weights(begin, begin.base), mesh)
+            if jax.process_index() == 0:
+                write_reference(folder, identity, values)
+            # All processes read what the first one wrote.
+            exchange("written", "the reference log-probabilities")
+        references.append(StoredReference(folder, identity, source.lengths))
+    num_train = len(inputs.train.sources)
+    inputs.train.add_references(references[:num_train])
+    if inputs.held_out is not None:
+        inputs.held_out.add_references(references[num_train:])
+
+
+def model_hash(base: WeightOrigin) -> str:
+    """Return one hash over every byte of a run's initial weights."""
+    return hashlib.sha256(json.dumps(dict(base.hashes), sort_keys=True).encode()).hexdigest()
+
+
+def _loader_of_all(run: config.Run, inputs: RunInputs, objective: Objective) -> Loader:
+    """Return a loader that yields each example of all sources once, in batches of one microbatch."""
+    data = run.training_data()
+    sources = tuple(source.model_copy(update={"weight": None}) for source in (*data.train, *data.eval))
+    rows = BatchRows(run.train.batch_size // run.train.microbatches, run.train.seq_len, jax.process_index(), jax.process_count())
+    every = data.model_copy(update={"eval": sources})
+    return Loader(every, "eval", inputs.tokenizer, rows, seed=run.seed, batch_type=objective.batch_type)
+
+
+def _weights(begin: Start, base: WeightOrigin) -> Parameters:
+    """Return the weights before training: those of the state of a new run, otherwise loaded again."""
+    if not begin.resumed:
+        return begin.state.learned
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), begin.state.learned)
+    return load_parameters(base.source, shapes, base.step)
+
+
+def _compute(loader: Loader, index: int, structure: PyTreeDef, weights: Parameters, mesh: Mesh) -> np.ndarray:
+    """Return the log-probability of each target of a source, example after example; NaN for examples that no row has."""
+    logprobs = jax.jit(partial(_logprobs, structure))
+    source: RowSource = loader.sources[index]
+    ends = np.cumsum(source.lengths)
+    values = np.full(int(ends[-1]), np.nan, np.float32)
+    assert loader.batches is not None
+    for step in range(loader.batches):
+        rows = loader.pieces(step)
+        if all(number != index for number, _ in rows):
+            continue
+        computed_BT = multihost_utils.process_allgather(logprobs(weights, put_batch(loader.batch(step), mesh)), tiled=True)
+        for row, (number, pieces) in enumerate(rows):
+            position = 0
+            for piece in pieces if number == index else ():
+                end = ends[piece.example]
+                values[end - piece.length : end] = computed_BT[row, position : position + piece.length]
+                position += piece.length
+    return values
+
+
+def _logprobs(structure: PyTreeDef, weights: Parameters, batch: Any) -> jax.Array:
+    """Return the log-probabilities of all targets of a batch, mismatched segments included."""
+    if isinstance(batch, UnpairedBatch):
+        batch = batch._replace(segment_ids=batch.segment_ids + batch.mismatched_ids)
+    return batch_logprobs(combine(structure, weights), batch)[0].logprob

@@ -1,0 +1,103 @@
+"""Preference pairs: loss, gradients and metrics on every mesh equal a plain computation over all logits."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_train import config
+from moe_train.machine.mesh import put_batch
+from moe_train.model.parameters import combine
+from moe_train.train.objectives.preference import preference
+from moe_train.train.objectives.preference_losses import PairLogprobs, pair_losses
+from moe_train.train.state import partition, trained_in_full
+from tests.compiled_programs import quick_jit
+from tests.random_parameters import random_parameters
+from tests.train.objectives.judged_rows import pair_rows
+from tests.train.tiny_step import LORA, MESHES, MODEL, ONE, check_equal, gradients, plain_logprobs, structure_of
+
+DPO = config.Preference(name="preference", sft_weight=0.5)
+ORPO = config.Preference(name="preference", loss="orpo")
+
+
+def plain_loss(section: config.Preference, model: Any, base: Any, batch: Any) -> Any:
+    """The mean over pairs, one pair after the other, and the mean likelihood over tokens."""
+    _, logprobs = plain_logprobs(model, batch)
+    _, reference = plain_logprobs(base, batch)
+    numbers = np.arange(1, 5)[:, None, None]  # at most two pairs in a row
+    of_answer = (batch.answer_ids == numbers) & batch.loss_mask
+
+    def sums(values: Any) -> Any:
+        return jnp.sum(jnp.where(of_answer, values, 0), axis=-1).reshape(2, 2, -1)
+
+    logps, ref, n = sums(logprobs), sums(reference), sums(jnp.ones_like(logprobs))
+    pairs = PairLogprobs(logps[:, 0], logps[:, 1], ref[:, 0], ref[:, 1], n[:, 0], n[:, 1])
+    if not section.has_reference:
+        pairs = pairs._replace(reference_chosen=0, reference_rejected=0)
+    exists = n[:, 0] > 0
+    safe = PairLogprobs(*(jnp.where(exists, x, -1.0) for x in pairs[:4]), *(jnp.where(exists, x, 1.0) for x in pairs[4:]))
+    mean = jnp.sum(jnp.where(exists, pair_losses(section, safe), 0)) / jnp.sum(exists)
+    likely = batch.answer_ids % 2 == 1
+    if section.loss != "orpo":
+        likely &= batch.loss_mask
+    weight = 1.0 if section.loss == "orpo" else section.sft_weight
+    return mean - weight * jnp.sum(jnp.where(likely, logprobs, 0)) / jnp.sum(likely)
+
+
+@cache
+def expected(section: config.Preference) -> tuple[Any, Any]:
+    """(value, gradients) of `plain_loss` on one device."""
+    with jax.set_mesh(ONE):
+        learned, frozen = partition(random_parameters(MODEL, lora=LORA, scale=0.3), LORA)
+        base = combine(structure_of(None), frozen, {path: x + 0.5 for path, x in trained_in_full(learned, LORA).items()})
+        run = quick_jit(jax.value_and_grad(lambda p, f, b, base: plain_loss(section, combine(structure_of(LORA), p, f), base, b)))
+        return jax.device_get(run(learned, frozen, put_batch(pair_rows()[0], ONE), base))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "microbatches"),
+    [
+        pytest.param("one device", 1, marks=pytest.mark.slow),
+        ("data, fsdp, tensor", 2),
+        pytest.param("fsdp, expert, context", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_every_mesh_gives_the_loss_and_the_gradients_of_a_plain_computation(mesh: str, microbatches: int) -> None:
+    step = gradients(preference(DPO), MESHES[mesh], microbatches, LORA, rows=pair_rows()[0])
+    check_equal(step, expected(DPO))
+    batch, pieces = pair_rows()
+    assert step.weight == len(pieces)
+    metrics = {name: metric.sum / metric.weight for name, metric in step.terms.metrics.items()}
+    assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"], rel=1e-4)
+    assert 0 < metrics["rewards/accuracies"] < 1 and metrics["logps/chosen"] < 0 < metrics["entropy"]
+    assert step.terms.metrics["nll_loss"].weight == (batch.loss_mask & (batch.answer_ids % 2 == 1)).sum()
+
+
+@pytest.mark.slow
+def test_orpo_adds_the_likelihood_of_whole_chosen_texts() -> None:
+    step = gradients(preference(ORPO), ONE, 2, LORA, rows=pair_rows()[0])
+    check_equal(step, expected(ORPO))
+    assert not preference(ORPO).uses_reference and step.terms.metrics["log_odds_ratio"].sum < 0
+
+
+@pytest.mark.slow
+def test_full_training_reads_the_reference_from_the_batch() -> None:
+    """With the log-probabilities of another model in the batch, the loss is that of adapters with this model as their base."""
+    batch, _ = pair_rows()
+    with jax.set_mesh(ONE):
+        learned, frozen = partition(random_parameters(MODEL, lora=LORA, scale=0.3), LORA)
+        base = combine(structure_of(None), frozen, {path: x + 0.5 for path, x in trained_in_full(learned, LORA).items()})
+        _, reference = quick_jit(plain_logprobs)(base, put_batch(batch, ONE))
+    section = DPO.model_copy(update={"sft_weight": 0.0})
+    stored = gradients(preference(section), ONE, rows=batch._replace(reference=np.asarray(reference)))
+    with jax.set_mesh(ONE):
+        model = combine(structure_of(None), random_parameters(MODEL, scale=0.3), {})
+        value = quick_jit(lambda *xs: plain_loss(section, *xs))(model, base, put_batch(batch, ONE))
+    assert stored.loss == pytest.approx(float(value), rel=2e-5)
+    missing = gradients(preference(section), ONE, rows=batch._replace(reference=np.full_like(batch.reference, np.nan)))
+    assert np.isnan(missing.loss)

@@ -14,6 +14,7 @@ neither JAX nor Flax. Sections of a config are in `moe_train.config`. Complete p
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -98,6 +99,13 @@ if TYPE_CHECKING:
     from moe_train.train.objectives.custom import custom_objective
     from moe_train.train.objectives.objective import Mean, Objective
     from moe_train.train.token_logprobs import token_logprobs
+
+
+if os.environ.get("MOE_TRAIN_OFFLINE"):
+    # Here, so that it holds for programs that import the package, and for the processes that a command starts.
+    from moe_train.machine.network import obey_environment
+
+    obey_environment()
 
 
 def __getattr__(name: str) -> Any:

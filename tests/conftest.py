@@ -6,6 +6,7 @@ config of a small run, and one cache of compiled programs.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -39,6 +40,8 @@ if jax.__version_info__ < (0, 12):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 install_import_hook(["moe_train.model", "moe_train.train"], "beartype.beartype")
+# As in `cli.main`: traces make millions of objects that are no garbage, and by default Python looks at all of them again and again.
+gc.set_threshold(10_000, 20, 100)
 
 from moe_train.commands.train_tokenizer import train_tokenizer  # noqa: E402
 from moe_train.config import Config  # noqa: E402

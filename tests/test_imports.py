@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": (),
     "machine": ("config",),
     "model": ("config", "machine"),
-    "data": ("config", "machine.files", "machine.program"),
+    "data": ("config", "machine.checked_file", "machine.files", "machine.network", "machine.program"),
     "train": ("config", "machine", "model", "data"),
     "weights": ("config", "machine", "model", "data"),
     "checkpoint": ("config", "machine", "model", "data", "train", "weights"),
@@ -48,7 +48,9 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Outside packages that a module must not import, whatever it is for.
 MUST_NOT_IMPORT: dict[str, set[str]] = {
     "": {"torch", "transformers", "peft", "pickle", "dill", "cloudpickle", "tests"},
-    **dict.fromkeys(("config", "machine.processes", "machine.files", "data", "cli", "commands.plot", "__main__"), JAX),
+    **dict.fromkeys(
+        ("config", "machine.processes", "machine.files", "machine.checked_file", "data", "cli", "commands.plot", "__main__"), JAX
+    ),
 }
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "registry", "factory", "misc", "core", "lib"}
 

@@ -25,13 +25,17 @@ from moe_train.cli.data_options import (
     source_of_file,
     sources_to_check,
 )
+from moe_train.cli.data_search import search_commands
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line, stdout_console
 from moe_train.machine import progress
 
 if TYPE_CHECKING:
     from moe_train.config import FileSource
 
+_TEACHER = "With a teacher"
+
 data_commands = typer.Typer(name="data", help="Check, show and prepare data before training on them.", no_args_is_help=True)
+data_commands.add_typer(search_commands)
 
 
 @data_commands.command(
@@ -77,6 +81,10 @@ def check_command(
     allow: Annotated[
         list[str] | None, typer.Option(metavar="RULE", help="Rule whose violations are accepted; may be repeated.")
     ] = None,
+    pii: Annotated[bool, typer.Option("--pii", help="Also search for personal data and secrets; --fix replaces them.")] = False,
+    phone_region: Annotated[
+        str | None, typer.Option(metavar="COUNTRY", help="With --pii: country of phone numbers without +, such as DE.")
+    ] = None,
     show: Annotated[int, typer.Option(min=1, help="Problems to list for each rule; all are counted.")] = 10,
     num_proc: Annotated[int | None, typer.Option(min=1, help="Number of processes. Default: one per CPU core.")] = None,
     as_json: AsJson = False,
@@ -87,6 +95,7 @@ def check_command(
     """
     from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template
     from moe_train.data.check.check import check_data
+    from moe_train.data.check.findings import PersonalDataSearch
     from moe_train.data.check.settings import CheckSettings
     from moe_train.data.check.sources import CheckedSource
 
@@ -103,6 +112,8 @@ def check_command(
         chat_template = chat_template or config.data.chat_template
     template = dated_template(load_template(chat_template, loaded), chat_date, config)
     check_effort_option(reasoning_effort, template, loaded)
+    if not pii:
+        refuse_options({"--phone-region": phone_region is not None}, "it goes with --pii")
     settings = CheckSettings(
         template=template,
         reasoning_effort=reasoning_effort,
@@ -114,6 +125,7 @@ def check_command(
         fix=fix,
         dry_run=dry_run,
         sample=sample,
+        personal_data=PersonalDataSearch(phone_region) if pii else None,
         # The cores that this process may use, which in a container can be fewer than the machine has.
         num_proc=num_proc or len(os.sched_getaffinity(0)),
         num_listed=show,
@@ -224,6 +236,7 @@ def _print_pairs(source: FileSource, count: int, as_json: bool) -> None:
     epilog=help_examples(
         "moe-train data prepare configs/quickstart_pretrain.yaml",
         "moe-train data prepare configs/quickstart_pretrain.yaml data.num_proc=2 --to prepared_sets",
+        "moe-train data prepare student.yaml --teacher big_model --top-k 64",
     ),
 )
 def prepare_command(
@@ -233,17 +246,47 @@ def prepare_command(
         str | None,
         typer.Option("--to", metavar="DIR_OR_URL", help="Directory or bucket that receives a copy of the prepared sets."),
     ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_OR_MODEL_DIR", help="Teacher whose log-probabilities are stored with the sets.", rich_help_panel=_TEACHER
+        ),
+    ] = None,
+    teacher_file: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of a served teacher's prompt_logprobs (vLLM), one for each source.", rich_help_panel=_TEACHER),
+    ] = None,
+    teacher_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the records with a teacher's log-probabilities (axolotl: logprobs).", rich_help_panel=_TEACHER
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens to store at each position. Default: objective.top_k.", rich_help_panel=_TEACHER),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Tokenize the data of CONFIG in advance, with data.num_proc processes.
 
+    With a teacher, its most likely tokens at each position are stored, too; name the sets that are printed in data.train and
+    data.eval of the student.
+
     If it is interrupted, the same command continues where it stopped.
     """
+    if sum(map(bool, (teacher, teacher_file, teacher_column))) > 1:
+        raise typer.BadParameter("--teacher, --teacher-file and --teacher-column name different teachers; state one of them")
+    if top_k is not None and not (teacher or teacher_file or teacher_column):
+        raise typer.BadParameter("--top-k has no effect without a teacher; state --teacher")
     config = read_config(config_path, overrides)
-    from moe_train.commands.prepare import prepare
+    from moe_train.commands.prepare import TeacherOptions, prepare
 
+    options = None
+    if teacher or teacher_file or teacher_column:
+        options = TeacherOptions(teacher, tuple(teacher_file or ()), teacher_column, top_k)
     with progress_line("preparing"):
-        answer = prepare(config, to)
+        answer = prepare(config, to, options)
     if as_json:
         print_json(answer)
     else:

@@ -96,6 +96,7 @@ def sources_to_check(
     files: list[str] | None, reading: ReadingOptions, config_path: Path | None, config: Config | None
 ) -> tuple[tuple[CheckedSource, ...], tuple[CheckedSource, ...]]:
     """Return the sources to check and those of the evaluation set, from the command line or from a run's data section."""
+    from moe_train.config import with_targets
     from moe_train.data.check import sources
 
     # Either both are missing or both are stated.
@@ -109,7 +110,8 @@ def sources_to_check(
     refuse_options(stated, "the config states the format and columns of its files")
     if config.data is None:
         raise ValueError(f"{config_path} has no data section; add one, or name FILES instead of --config")
-    return sources.sources_of(config.data.train, ignored), sources.sources_of(config.data.eval, ignored)
+    data = with_targets(config.data, config.objective)
+    return sources.sources_of(data.train, ignored), sources.sources_of(data.eval, ignored)
 
 
 def source_of_file(file: str, reading: ReadingOptions) -> FileSource:

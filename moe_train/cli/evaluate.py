@@ -14,6 +14,7 @@ evaluate_commands = typer.Typer()
 
 _PANEL = "With --suite"
 _HARNESS_PANEL = "With --lm-eval"
+_COMPARISON_PANEL = "With --suite or --lm-eval"
 
 
 @evaluate_commands.command(
@@ -39,7 +40,9 @@ def evaluate_command(
     ] = None,
     against: Annotated[
         list[Path] | None,
-        typer.Option("--against", help="Run or model to compare with, item by item; may be repeated.", rich_help_panel=_PANEL),
+        typer.Option(
+            "--against", help="Run or model to compare with, item by item; may be repeated.", rich_help_panel=_COMPARISON_PANEL
+        ),
     ] = None,
     seed_run: Annotated[
         list[Path] | None,
@@ -50,7 +53,7 @@ def evaluate_command(
         typer.Option(
             "--require",
             help="Requirement such as 'kpi >= base - 0.02'; exit code 3 if one is not met.",
-            rich_help_panel=_PANEL,
+            rich_help_panel=_COMPARISON_PANEL,
         ),
     ] = None,
     grader: Annotated[
@@ -66,7 +69,9 @@ def evaluate_command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Directory to create, with result.json, items.jsonl and report.html.", rich_help_panel=_PANEL),
+        typer.Option(
+            "--out", help="Directory to create, with the result, the items and (--suite) a page.", rich_help_panel=_COMPARISON_PANEL
+        ),
     ] = None,
     items: Annotated[
         Path | None,
@@ -92,8 +97,6 @@ def evaluate_command(
 ) -> None:
     """Measure the loss of a run or a model on files (--data), or grade its answers to questions (--suite, --lm-eval)."""
     from moe_train.commands.at_step import at_step
-    from moe_train.commands.evaluate import evaluate_model
-    from moe_train.commands.evaluate_harness import HarnessOptions, evaluate_harness
     from moe_train.commands.evaluate_suite import Comparisons, Outputs, SuiteOptions, evaluate_suites, judge_at
     from moe_train.machine.compile_cache import use_compile_cache
 
@@ -105,8 +108,10 @@ def evaluate_command(
         raise typer.BadParameter(
             "--include-path, --num-fewshot, --limit and --apply-chat-template have no effect without --lm-eval"
         )
-    if not suite and any((overrides, suite_data, against, seed_run, require, grader, judge, judge_cache, items)):
-        raise typer.BadParameter("overrides, --against, --require and the other options of suites have no effect without --suite")
+    if not suite and any((overrides, suite_data, seed_run, grader, judge, judge_cache, items)):
+        raise typer.BadParameter("overrides, --seed-run, --items and the other options of suites have no effect without --suite")
+    if data and (against or require):
+        raise typer.BadParameter("--against and --require have no effect on --data; state --suite FILE.yaml or --lm-eval TASKS")
     if data and out:
         raise typer.BadParameter("--out has no effect on --data, whose result is printed; use --json")
     if judge_cache is not None and judge is None:
@@ -114,20 +119,35 @@ def evaluate_command(
     directory = at_step(directory, step)
     use_compile_cache()
     if data:
+        from moe_train.commands.evaluate import evaluate_model
+
         with progress_line("evaluating"):
             answer = evaluate_model(directory, data, chat_template)
+        # Of a classifier: a row for each target and label.
+        rows = [] if as_json else answer.pop("labels", [])
         print_mapping(answer, as_json)
+        if rows:
+            print_table(rows)
         return
     if lm_eval:
         if include_path is None:
             raise typer.BadParameter("--lm-eval needs --include-path DIR, the folder of the tasks' YAML files")
+        from moe_train.commands.evaluate_harness import HarnessOptions, evaluate_harness
+
         options = HarnessOptions(lm_eval.split(","), include_path, num_fewshot, limit, apply_chat_template)
+        compared = Comparisons(against or (), require or ())
         with progress_line("evaluating"):
-            answer = evaluate_harness(directory, options, chat_template, out)
+            answer = evaluate_harness(directory, options, chat_template, out, compared)
         if as_json:
             print_json(answer)
         else:
-            print_table([{"task": task, **metrics} for task, metrics in answer["results"].items()])
+            for one in (answer, *answer["against"]):
+                rows = [{"model": one["model"], "task": task, **metrics} for task, metrics in one["results"].items()]
+                print_table(_without(rows, ()))
+            print_table(answer["comparisons"])
+            print_table(answer["requirements"])
+        if not answer["passed"]:
+            raise typer.Exit(3)
         return
     endpoint = None if judge is None else judge_at(judge, judge_cache)
     suite_options = SuiteOptions(overrides or (), suite_data, grader or (), endpoint)

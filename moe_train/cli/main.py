@@ -24,6 +24,7 @@ import typer
 
 from moe_train.cli.adapters import adapter_commands
 from moe_train.cli.arguments import DATA, MODELS, START, AsJson, help_examples
+from moe_train.cli.classify import classify_commands
 from moe_train.cli.configs import config_commands
 from moe_train.cli.data import data_commands
 from moe_train.cli.evaluate import evaluate_commands
@@ -54,6 +55,7 @@ app.add_typer(evaluate_commands)
 app.add_typer(model_commands)
 app.add_typer(evidence_commands)
 app.add_typer(generate_commands)
+app.add_typer(classify_commands)
 app.add_typer(tokenizer_commands, rich_help_panel=DATA)
 app.add_typer(data_commands, rich_help_panel=DATA)
 app.add_typer(synthesize_commands)

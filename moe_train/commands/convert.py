@@ -67,7 +67,7 @@ def convert_config(theirs: Path, out: Path, trainer: str | None = None, devices:
     if not isinstance(tree, dict):
         raise ValueError(f"{theirs}: a config consists of `key: value` pairs")
     name = trainer or recognize(tree)
-    draft = Draft({str(key): value for key, value in tree.items()})
+    draft = Draft({str(key): value for key, value in tree.items()}, theirs.parent)
     draft.put("name", _run_name(theirs.stem))
     try:
         TRAINERS[name](draft, devices)

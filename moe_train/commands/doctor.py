@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import moe_train
+from moe_train.machine.network import is_forbidden
 
 State = Literal["ok", "missing", "broken"]
 """Whether a part works, is not there although some commands need it, or does not work although every command needs it."""
@@ -22,12 +23,22 @@ _EXTRAS = {
     "cuda": ("jax_cuda12_plugin", "NVIDIA GPUs"),
     "gguf": ("gguf", "quantized GGUF files"),
     "report": ("matplotlib", "`plot`"),
+    "pii": ("detect_secrets", "personal data and secrets in `data check`"),
+    "evidence": ("model_signing", "signatures of `evidence`"),
     "s3": ("s3fs", "prepared data in S3"),
     "gcs": ("gcsfs", "prepared data in Google Cloud Storage"),
     "azure": ("adlfs", "prepared data in Azure"),
 }
 """Extra -> a module that it installs, and what it is for."""
-_NETWORK_SETTINGS = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HTTPS_PROXY", "https_proxy", "PIP_INDEX_URL", "PIP_NO_INDEX")
+_NETWORK_SETTINGS = (
+    "MOE_TRAIN_OFFLINE",
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "PIP_INDEX_URL",
+    "PIP_NO_INDEX",
+)
 _LOW_DISK = 5 * 10**9
 """Bytes of free disk space below which a run of any size soon stops."""
 
@@ -142,4 +153,6 @@ def _template() -> Finding:
 def _network() -> Finding:
     stated = [f"{name}={os.environ[name]}" for name in _NETWORK_SETTINGS if name in os.environ]
     text = "used only for data sets on the hub and for buckets that a config names"
+    if is_forbidden():
+        text = "forbidden, except between the processes of a job"
     return Finding("network", "ok", f"{text}; {', '.join(stated)}" if stated else text)

@@ -11,6 +11,7 @@ import jax
 
 from moe_train import config
 from moe_train.checkpoint.model_dir import open_model
+from moe_train.commands.evaluate_scores import evaluate_scores
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.chat.chat_date import date_of_data
@@ -31,6 +32,8 @@ from moe_train.train.objectives.preference import preference
 def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | None = None) -> JsonObject:
     """Measure the next-token loss of a run (its named or else newest checkpoint) or a Hugging Face model on files.
 
+    A model with a head for classification or rewards is compared with labels or pairs instead (`evaluate_scores`).
+
         loss = moe_train.evaluate_model(Path("runs/tuned"), [Path("held_out.jsonl")])["loss"]
 
     Rows are as long as the run's; for a model that is no run, at most 2048 tokens. Of preference pairs, the loss is that of the
@@ -47,6 +50,8 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
     """
     opened = open_model(directory)
     run = opened.run
+    if opened.model.scores is not None:
+        return evaluate_scores(directory, files, run, chat_template)
     mesh = opened.mesh
     seq_len = run.train.seq_len if run else min(opened.model.max_seq_len, 2048)
     replicas = math.prod(mesh.shape[axis] for axis in BATCH)

@@ -80,8 +80,7 @@ def evaluate_suites(
     names = [loaded.suite.name for loaded in suites]
     requirements = checked_requirements(comparisons.requirements, names, bool(comparisons.against))
     paths = (directory, *comparisons.seeds, *comparisons.against)
-    if len(set(map(str, paths))) < len(paths):
-        raise ValueError("a model is named twice, and would be compared with itself; name each of them once")
+    check_distinct(paths)
     _check_seeds(directory, comparisons.seeds)
     if outputs.items is not None and outputs.items.exists():
         raise FileExistsError(f"{outputs.items} exists; name a new file for the items")
@@ -93,6 +92,12 @@ def evaluate_suites(
     result = result_of(evaluation)
     _write(evaluation, result, {"chat_template": chat_template, **_options_json(options)}, outputs)
     return result
+
+
+def check_distinct(models: Sequence[Path]) -> None:
+    """Raise ValueError if a model is named twice, also by different paths."""
+    if len({path.resolve() for path in models}) < len(models):
+        raise ValueError("a model is named twice, and would be compared with itself; name each of them once")
 
 
 def _write(evaluation: Evaluation, result: JsonObject, stated: JsonObject, outputs: Outputs) -> None:

@@ -107,8 +107,11 @@ def check_evidence(folder: Path, public_key: Path | None) -> list[Check]:
 
     Raises:
         FileNotFoundError: The folder is none of evidence.
+        ValueError: A key is stated, and the library that verifies signatures is not installed.
     """
     _require_evidence(folder)
+    if public_key is not None:
+        signing.signing_library()  # a library that is missing is no fault of the evidence
     checks = check_folder(folder)
     return [*checks, run("signature", lambda: _signature(folder, public_key))]
 

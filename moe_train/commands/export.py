@@ -195,6 +195,11 @@ def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) 
             f"{opened.directory} cannot be exported: no file format can express {inexpressible}; "
             "its weights are only in its checkpoints"
         )
+    if opened.model.scores is not None and layout in get_args(expected.AdapterLayout):
+        raise ValueError(
+            f"{opened.directory} scores texts with a head of its own, which an adapter alone does not hold; export the whole model "
+            "with --format hf --merge"
+        )
     if layout in get_args(expected.ModelLayout) or (opened.lora is not None and not merge):
         return
     if merge:

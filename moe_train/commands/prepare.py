@@ -8,11 +8,13 @@ from typing import Literal
 
 from moe_train import config
 from moe_train.checkpoint.model_dir import find_tokenizer_config
+from moe_train.commands.prepare_teacher import TeacherOptions, TeacherWriter, check_files
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.batches.sources import open_store
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared.shard_pool import PrepareProgress, ProgressReport
+from moe_train.data.prepared.store import TokenStore
 from moe_train.data.prepared.upload import upload
 from moe_train.data.records import unread
 from moe_train.data.tokenizers.load import load_tokenizer
@@ -23,12 +25,13 @@ from moe_train.run.resolve import resolve
 from moe_train.train.objectives.choose import objective_of
 
 
-def prepare(written: config.Config, to: str | None = None) -> JsonObject:
+def prepare(written: config.Config, to: str | None = None, teacher: TeacherOptions | None = None) -> JsonObject:
     """Tokenize every source of a run that is not tokenized yet, and plan the rows of its first epoch.
 
     Args:
         written: the config as the user wrote it.
         to: a folder or bucket that receives a copy of each set.
+        teacher: where the predictions of a teacher come from, which are stored with the sets; None without a teacher.
 
     Returns:
         The sets with their counts, and what training will see.
@@ -39,6 +42,10 @@ def prepare(written: config.Config, to: str | None = None) -> JsonObject:
     run = _resolve(written)
     data = run.training_data()
     tokenizer = _open_tokenizer(run)
+    writer: TeacherWriter | None = None
+    if teacher is not None:
+        check_files(teacher, len(data.train) + len(data.eval))
+        writer = TeacherWriter(run, tokenizer, teacher)
     template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
     sets: list[JsonObject] = []
     kinds: tuple[tuple[Literal["train", "eval"], tuple[config.Source, ...]], ...] = (("train", data.train), ("eval", data.eval))
@@ -46,6 +53,8 @@ def prepare(written: config.Config, to: str | None = None) -> JsonObject:
         for i, source in enumerate(sources):
             start_time = time.perf_counter()
             store = open_store(source, data, tokenizer, template, _reporter(f"data.{kind}.{i}"))
+            if writer is not None:
+                store = writer.write(store, source, i if kind == "train" else len(data.train) + i)
             manifest = store.manifest
             sets.append(
                 {
@@ -54,6 +63,7 @@ def prepare(written: config.Config, to: str | None = None) -> JsonObject:
                     **{"tokens": manifest.tokens, "loss_tokens": manifest.loss_tokens, "shards": len(manifest.shards)},
                     "seconds": round(time.perf_counter() - start_time, 2),
                     "not_read": unread.in_words(manifest.unread),
+                    **_teacher_counts(store),
                     "path": store.path if to is None else upload(store.path, to),
                 }
             )
@@ -71,6 +81,14 @@ def prepare(written: config.Config, to: str | None = None) -> JsonObject:
         "epochs": loader.epochs(steps),
         "manifest": loader.manifest_hash,
     }
+
+
+def _teacher_counts(store: TokenStore) -> JsonObject:
+    """Return how well stored predictions represent the teacher; nothing without a teacher."""
+    teacher = store.manifest.teacher
+    if teacher is None:
+        return {}
+    return {"top_k": teacher.top_k, "kept_mass": round(teacher.kept_mass, 6), "agreement": round(teacher.agreement, 6)}
 
 
 def trace(written: config.Config, step: int, row: int | None = None) -> list[JsonObject]:

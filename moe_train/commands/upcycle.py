@@ -8,6 +8,9 @@ them differ from the start; it is normal and scaled by each matrix's own standar
 With a granularity G above 1, each copy is split along its hidden dims into G fine-grained experts (arXiv:2410.07524, section 3:
 virtual groups and weight scaling). All experts of a copy share the router weights of one group, so that a token selects whole
 copies, and the softmax gives each expert 1 / G of its copy's weight. The down projections are multiplied by G in return.
+
+A shared expert is never made: no file format of grouped-query attention has a place for one (`config.without_format`), and a model
+with one is only trained from random weights, with `export: none`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from moe_train.config.architecture import (
     Rope,
     YarnRope,
     features,
+    require_vocabulary,
     without_format,
 )
 from moe_train.config.attention import (
@@ -42,6 +43,7 @@ from moe_train.config.data import (
     Source,
     Tokenizer,
 )
+from moe_train.config.distillation import Distillation
 from moe_train.config.families import (
     FAMILIES,
     FEATURES,
@@ -67,8 +69,9 @@ from moe_train.config.graders import (
     RegexGrader,
     ToolCallsGrader,
 )
+from moe_train.config.heads import Classification, HeadObjective, LabelSet, Reward
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
-from moe_train.config.objective import NextToken, Objective, check_records, extra_forward_passes
+from moe_train.config.objective import NextToken, Objective, check_records, extra_forward_passes, with_targets
 from moe_train.config.optimization import (
     Adafactor,
     AdamW,
@@ -87,6 +90,7 @@ from moe_train.config.preferences import Preference, UnpairedPreference
 from moe_train.config.profile import Profile
 from moe_train.config.records import (
     ChatRecord,
+    ClassificationRecord,
     CompletionRecord,
     ConversationRecord,
     LabelledRecord,
@@ -96,6 +100,7 @@ from moe_train.config.records import (
 )
 from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
 from moe_train.config.run import FullTraining, InitialWeights, NoData, PretrainedWeights, RandomWeights, Run, RunData, run_of
+from moe_train.config.score_head import ScoreHead, ScoreTarget
 from moe_train.config.section import (
     Decay,
     Dtype,
@@ -125,6 +130,8 @@ __all__ = [
     "ChatRecord",
     "Checkpoint",
     "ChoiceGrader",
+    "Classification",
+    "ClassificationRecord",
     "Columns",
     "CompletionRecord",
     "Compute",
@@ -138,6 +145,7 @@ __all__ = [
     "DefaultRope",
     "DenseFfn",
     "DenseLayers",
+    "Distillation",
     "Dtype",
     "Evaluation",
     "ExactGrader",
@@ -155,6 +163,7 @@ __all__ = [
     "FunctionGrader",
     "Grader",
     "GroupedQueryAttention",
+    "HeadObjective",
     "HubSource",
     "HuggingFaceExperts",
     "HuggingFaceFamily",
@@ -163,6 +172,7 @@ __all__ = [
     "Int8",
     "JsonSchemaGrader",
     "JudgeGrader",
+    "LabelSet",
     "LabelledRecord",
     "LastCheckpoints",
     "LayerPosition",
@@ -205,6 +215,7 @@ __all__ = [
     "Record",
     "RecordSource",
     "RegexGrader",
+    "Reward",
     "Rope",
     "Rounding",
     "Router",
@@ -212,6 +223,8 @@ __all__ = [
     "RunData",
     "RunName",
     "Schedule",
+    "ScoreHead",
+    "ScoreTarget",
     "Section",
     "Sections",
     "SigmoidRouter",
@@ -239,8 +252,10 @@ __all__ = [
     "layers",
     "names_module",
     "require_grouped_query",
+    "require_vocabulary",
     "run_of",
     "sparse_layers",
     "stacks",
+    "with_targets",
     "without_format",
 ]

@@ -87,7 +87,9 @@ class Lora(Section):
     """Low-rank adapters (LoRA); all other weights are frozen."""
 
     targets: tuple[LoraTarget, ...] = ()
-    """Groups of modules that get adapters. It may be left out with `init_from`, whose targets are used then."""
+    """Groups of modules that get adapters. It may be left out with `init_from`, whose targets are used then, or where `train` names
+    all that is trained, such as `train: [head]` for a classifier on a frozen base.
+    """
     rslora: bool = False
     """Scale updates by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732). Set it for ranks above about 32."""
     dropout: Decay = 0.0
@@ -108,7 +110,7 @@ class Lora(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.targets and self.init_from is None:
+        if not self.targets and not self.train and self.init_from is None:
             raise ValueError("lora has no targets; state at least one, or init_from (an adapter to start from)")
         return self
 

@@ -12,6 +12,7 @@ from moe_train.config.attention import Attention, MultiHeadLatentAttention
 from moe_train.config.families import FAMILIES, FEATURES, FamilyName, Feature, FileFormat, describe_features
 from moe_train.config.presets import PresetName, expand_preset
 from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
+from moe_train.config.score_head import ScoreHead
 from moe_train.config.section import (
     NonNegative,
     NonNegativeFloat,
@@ -147,7 +148,10 @@ class Model(Section):
     max_seq_len: Positive = 32768
     """Context in tokens that exports state; `train.seq_len` may not exceed it."""
     init_stddev: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; it matters for training from random weights only."""
+    """Standard deviation of the initial weights; it matters for training from random weights, and for a new head."""
+    # A dump omits this key when it is null: files that store a dump keep their bytes, and older readers still read them.
+    scores: Annotated[ScoreHead | None, Field(exclude_if=lambda scores: scores is None)] = None
+    """Head that scores a text in place of the one that predicts tokens; null for a language model. The objective decides it."""
 
     preset: PresetName | None = Field(default=None, exclude=True)
     """Published model whose sizes fill in all keys that are not stated. The resolved config states the keys themselves."""
@@ -246,6 +250,8 @@ def features(model: Model) -> frozenset[Feature]:
         "yarn": isinstance(model.rope, YarnRope),
         "query_scaling": attention.query_scaling is not None,
         "tied_embeddings": model.tie_embeddings,
+        "score_head": model.scores is not None,
+        "several_choices": model.scores is not None and model.scores.has_several_choices,
     }
     if isinstance(ffn, MoeFfn):
         present |= {
@@ -256,6 +262,18 @@ def features(model: Model) -> frozenset[Feature]:
             "dense_layers": ffn.dense_layers is not None,
         }
     return frozenset(feature for feature, is_present in present.items() if is_present)
+
+
+def require_vocabulary(model: Model, purpose: str) -> None:
+    """Raise ValueError if the model has a head that scores texts, and so predicts no tokens.
+
+    Args:
+        model: the architecture.
+        purpose: what the model is needed for, for the message.
+    """
+    if model.scores is not None:
+        names = ", ".join(model.scores.output_names)
+        raise ValueError(f"the model scores texts ({names}) and predicts no tokens, so it cannot {purpose}; use moe-train classify")
 
 
 def without_format(model: Model, file_format: FileFormat | None = None) -> str | None:

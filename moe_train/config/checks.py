@@ -8,8 +8,9 @@ from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model, MoeFfn, without_format
 from moe_train.config.attention import Attention, GroupedQueryAttention, MultiHeadLatentAttention
 from moe_train.config.compute import Compute, Mesh
+from moe_train.config.data import Data, HubSource, PreparedSource
 from moe_train.config.optimization import Loss, Optimizer
-from moe_train.config.training import Evaluation, Train
+from moe_train.config.training import Evaluation, Metrics, Train
 
 
 class Sections(Protocol):
@@ -31,6 +32,27 @@ class Sections(Protocol):
     def evaluation(self) -> Evaluation: ...
     @property
     def export(self) -> Literal["all", "none"]: ...
+
+
+def check_local(data: Data | None, metrics: Metrics) -> None:
+    """Raise ValueError if a source of data or a tracker of a config with `network: none` needs a network."""
+    for tracker in metrics.trackers:
+        if tracker.online:
+            raise ValueError(f"network is none, but metrics.trackers {tracker.name} is online; set online: false, or network: any")
+    if data is None:
+        return
+    for key, sources in (("train", data.train), ("eval", data.eval)):
+        for index, source in enumerate(sources):
+            remote = None
+            if isinstance(source, HubSource):
+                remote = f"the data set {source.dataset} of the hub"
+            elif isinstance(source, PreparedSource) and "://" in source.path:
+                remote = f"the bucket {source.path}"
+            if remote is not None:
+                raise ValueError(
+                    f"network is none, but data.{key}.{index} names {remote}; copy it to this machine and name its files, "
+                    "or set network: any"
+                )
 
 
 def check_batch(sections: Sections) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model
 from moe_train.config.average import Average, LastCheckpoints, NoAverage
-from moe_train.config.checks import check_batch, check_model, check_rounding
+from moe_train.config.checks import check_batch, check_local, check_model, check_rounding
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
 from moe_train.config.objective import NextToken, Objective, check_records
@@ -71,6 +71,9 @@ class Config(Section):
     """Steps that are traced by the profiler; null for none."""
     export: Literal["all", "none"] = "all"
     """`all` refuses an architecture that no file format can express before training; `none` trains it all the same."""
+    network: Literal["any", "none"] = "any"
+    """`none` makes every connection a fault, except between the processes of the job; MOE_TRAIN_OFFLINE=1 does so for any command.
+    """
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -82,6 +85,8 @@ class Config(Section):
         if self.data is not None:
             check_records(self.objective, self.data)
         check_batch(self)
+        if self.network == "none":
+            check_local(self.data, self.metrics)
         if isinstance(self.average, LastCheckpoints) and self.checkpoint.keep_last < self.average.count - 1:
             raise ValueError(
                 f"average.count {self.average.count} needs checkpoint.keep_last {self.average.count - 1} or more, not "

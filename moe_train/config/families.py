@@ -26,6 +26,8 @@ Feature = Literal[
     "router_scale",
     "shared_experts",
     "dense_layers",
+    "score_head",
+    "several_choices",
 ]
 """An architectural feature that not every family or file format supports."""
 
@@ -41,6 +43,8 @@ FEATURES: dict[Feature, str] = {
     "router_scale": "a softmax router with a scale (ffn.router.scale)",
     "shared_experts": "shared experts",
     "dense_layers": "dense first layers",
+    "score_head": "a head for classification or rewards",
+    "several_choices": "several targets of which one has exactly one label",
 }
 """The phrase for each feature in messages."""
 
@@ -66,9 +70,16 @@ class HuggingFaceFamily:
     heads_divide_model_dim: bool = False
     """Whether transformers rejects a model_dim that is not a multiple of num_heads."""
 
+    @property
+    def scoring_architecture(self) -> str:
+        """Class name in transformers of a model with a head that scores a text."""
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
 
 _DENSE: frozenset[Feature] = frozenset({"window", "interleaved_windows", "yarn", "query_scaling", "tied_embeddings"})
-_IN_EVERY_FORMAT: dict[FileFormat, frozenset[Feature]] = {"hf": _DENSE, "mistral": _DENSE, "gguf": _DENSE}
+_SCORES: frozenset[Feature] = frozenset({"score_head", "several_choices"})
+"""Features of a head that scores a text. No file format can express several choices at once."""
+_IN_EVERY_FORMAT: dict[FileFormat, frozenset[Feature]] = {"hf": _DENSE | {"score_head"}, "mistral": _DENSE, "gguf": _DENSE}
 """Features of dense models that each format can express. GGUF expresses a window by limiting the context to the window's
 length, up to which the model behaves the same without a window.
 """
@@ -101,16 +112,16 @@ class Family:
 
 
 FAMILIES: dict[FamilyName, Family] = {
-    "mistral": Family(HuggingFaceFamily("MistralForCausalLM"), frozenset({"window", "tied_embeddings"})),
+    "mistral": Family(HuggingFaceFamily("MistralForCausalLM"), _SCORES | {"window", "tied_embeddings"}),
     "mixtral": Family(
         HuggingFaceFamily("MixtralForCausalLM", defaults={"sliding_window": None}),
-        frozenset({"window", "tied_embeddings", "sigmoid_router", "router_bias", "router_scale", "shared_experts", "dense_layers"}),
+        _SCORES | {"window", "tied_embeddings", "sigmoid_router", "router_bias", "router_scale", "shared_experts", "dense_layers"},
         sparse=True,
         vllm_adapts_ends=True,
     ),
-    "ministral": Family(HuggingFaceFamily("MinistralForCausalLM"), frozenset({"window", "interleaved_windows", "tied_embeddings"})),
+    "ministral": Family(HuggingFaceFamily("MinistralForCausalLM"), _SCORES | {"window", "interleaved_windows", "tied_embeddings"}),
     "ministral3": Family(
-        HuggingFaceFamily("Ministral3ForCausalLM"), frozenset({"window", "yarn", "query_scaling", "tied_embeddings"})
+        HuggingFaceFamily("Ministral3ForCausalLM"), _SCORES | {"window", "yarn", "query_scaling", "tied_embeddings"}
     ),
     "llama": Family(
         HuggingFaceFamily(
@@ -119,7 +130,7 @@ FAMILIES: dict[FamilyName, Family] = {
             fixed={"attention_bias": False, "mlp_bias": False},
             heads_divide_model_dim=True,
         ),
-        frozenset({"tied_embeddings"}),
+        _SCORES | {"tied_embeddings"},
         vllm_adapts_ends=True,
     ),
     "mistral4": Family(

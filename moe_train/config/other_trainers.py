@@ -35,7 +35,7 @@ RENAMED = {
     "model.ffn.router.bias": "moe_router_enable_expert_bias routed_bias",
     "model.ffn.router.num_groups": "n_group moe_router_num_groups n_routing_groups",
     "model.ffn.router.groups_per_token": "topk_group moe_router_group_topk topk_routing_group",
-    "model.ffn.experts_per_token": "num_experts_per_tok num_experts_per_token moe_router_topk moe_top_k top_k",
+    "model.ffn.experts_per_token": "num_experts_per_tok num_experts_per_token moe_router_topk moe_top_k",
     "model.rope": "rope_scaling rope_parameters",
     "model.rope.theta": "rope_theta rotary_base rope_max_timescale",
     "model.norm_eps": "rms_norm_eps layer_norm_eps layernorm_epsilon norm_epsilon normalization_layer_epsilon",

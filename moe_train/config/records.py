@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from moe_train.config.score_head import ScoreTarget
 from moe_train.config.section import Section
 
 
@@ -91,6 +92,8 @@ class PreferenceRecord(ConversationRecord):
     """Key that holds the preferred answer."""
     rejected: str = "rejected"
     """Key that holds the rejected answer."""
+    margin: str | None = None
+    """Key that holds by how much the preferred answer is better, a number that objective `reward` reads; null for no margin."""
     ignore: Keys = ()
     """Names of keys that are not read although they may change the meaning of a record, such as `label` or `messages.reasoning`."""
     too_long: Literal["drop", "error"] = "error"
@@ -116,5 +119,26 @@ class LabelledRecord(ConversationRecord):
     """What happens to a record longer than `train.seq_len`, all its answers counted together: they share a row."""
 
 
-Record = Annotated[TextRecord | ChatRecord | CompletionRecord | PreferenceRecord | LabelledRecord, Field(discriminator="name")]
+class ClassificationRecord(ConversationRecord):
+    """A text or a conversation with its labels, as in Mistral's Classifier Factory; read by the objective `classification`."""
+
+    name: Literal["classification"]
+    text: str = "text"
+    """Key that holds the text, if the record has no conversation."""
+    messages: str = "messages"
+    """Key that holds the conversation; the whole of it is read, up to where the assistant's turn begins if it ends with another."""
+    labels: str = "labels"
+    """Key that holds the labels: {target: label, list of labels, or null}; with a single target also the label alone."""
+    targets: tuple[ScoreTarget, ...] = ()
+    """Targets and labels; filled in from the objective, so leave them out."""
+    ignore: Keys = ()
+    """Names of keys that are not read although they may change the meaning of a record, such as `label` or `messages.reasoning`."""
+    too_long: Literal["drop", "error"] = "error"
+    """What happens to a record longer than `train.seq_len`."""
+
+
+Record = Annotated[
+    TextRecord | ChatRecord | CompletionRecord | PreferenceRecord | LabelledRecord | ClassificationRecord,
+    Field(discriminator="name"),
+]
 """The tagged union of record kinds."""

@@ -85,6 +85,7 @@ class Run(Section):
     metrics: Metrics
     profile: Profile
     export: Literal["all", "none"]
+    network: Literal["any", "none"]
 
     @property
     def lora(self) -> Lora | None:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize, stats
 
+NO_ERROR = 1e-12
+"""Standard error of scores from 0 to 1 below which they are all equal but for rounding."""
+
 
 class Interval(NamedTuple):
     """A confidence interval."""
@@ -91,6 +94,26 @@ def mean_and_error(values: Sequence[float] | np.ndarray, groups: Sequence[object
     if G == 1:
         return Mean(mean, math.inf, 1)
     return Mean(mean, math.sqrt(G / (G - 1) * float(np.sum(residuals**2))) / scores.size, G)
+
+
+def equal_differences_interval(difference: float, units: int, confidence: float = 0.95) -> Interval:
+    """Return an interval of a mean of differences from -1 to 1 of which all observed ones are equal, so that none varies.
+
+    A share s of units with another difference stays unseen in n of them with probability (1 - s)^n. The interval allows for the
+    largest share at the level, (1 - confidence) / 2 on each side, with the extreme differences.
+
+    Args:
+        difference: The difference of every unit.
+        units: Number of independent observations: groups, or items without groups; at least 1.
+        confidence: Level of the interval.
+    """
+    unseen = 1 - ((1 - confidence) / 2) ** (1 / units)
+    return Interval(difference - unseen * (difference + 1), difference + unseen * (1 - difference))
+
+
+def equal_differences_p_value(difference: float, units: int) -> float:
+    """Return the exact two-sided p-value of the sign test where all of some units differ in the same direction."""
+    return 1.0 if difference == 0 else min(1.0, 2 * 0.5**units)
 
 
 def paired_rates_interval(gained: int, lost: int, items: int, confidence: float = 0.95) -> Interval:

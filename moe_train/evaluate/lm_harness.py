@@ -69,14 +69,10 @@ class HarnessModel(TemplateLM):
         """Return the ids of a text, which begins a document unless `add_special_tokens` is False."""
         tokenizer = self._tokenizer
         bos = tokenizer.bos_id
-        adds = bos is not None
-        if isinstance(tokenizer, HuggingFace):
-            adds = tokenizer.adds_bos
-            ids = tokenizer.encode_control(string) if self._is_chat else tokenizer.encode(string)
-        else:
-            ids = tokenizer.encode(string)
+        encode = tokenizer.encode_control if self._is_chat and isinstance(tokenizer, HuggingFace) else tokenizer.encode
+        ids = encode(string)
         # A template may have written the token already.
-        if add_special_tokens is False or not adds or bos is None or ids[:1] == [bos]:
+        if add_special_tokens is False or not tokenizer.adds_bos or bos is None or ids[:1] == [bos]:
             return ids
         return [bos, *ids]
 

@@ -13,7 +13,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 from scipy import stats
 
-from moe_train.evaluate.intervals import Interval, holm, mcnemar_p_value, mean_and_error, mean_interval, paired_rates_interval
+from moe_train.evaluate.intervals import (
+    NO_ERROR,
+    Interval,
+    equal_differences_interval,
+    equal_differences_p_value,
+    holm,
+    mcnemar_p_value,
+    mean_and_error,
+    mean_interval,
+    paired_rates_interval,
+)
 
 Scores = Mapping[str, float | None]
 """The score of each item by its id, from 0 to 1; None where the item could not be graded."""
@@ -125,6 +135,9 @@ def _interval(differences: Sequence[float], groups: Sequence[object] | None, con
     values = np.asarray(differences)
     if _are_rates(values, groups):
         return paired_rates_interval(int(np.sum(values == 1)), int(np.sum(values == -1)), values.size, confidence)
+    mean = mean_and_error(values, groups)
+    if mean.error < NO_ERROR:
+        return equal_differences_interval(mean.value, mean.units, confidence)
     # The scores are from 0 to 1, so no difference is beyond.
     low, high = mean_interval(values, groups, confidence)
     return Interval(max(low, -1.0), min(high, 1.0))
@@ -136,8 +149,8 @@ def _p_value(differences: np.ndarray, groups: Sequence[object] | None) -> float:
     mean = mean_and_error(differences, groups)
     if mean.units == 1:
         return 1.0
-    if mean.error == 0:
-        return 1.0 if mean.value == 0 else 0.0
+    if mean.error < NO_ERROR:
+        return equal_differences_p_value(mean.value, mean.units)
     return float(2 * stats.t.sf(abs(mean.value) / mean.error, mean.units - 1))
 
 

@@ -15,7 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from moe_train.evaluate.intervals import Interval, mean_and_error, paired_rates_interval
+from moe_train.evaluate.intervals import (
+    NO_ERROR,
+    Interval,
+    equal_differences_interval,
+    equal_differences_p_value,
+    mean_and_error,
+)
 from moe_train.evaluate.paired_comparison import Comparison, Scores, check_same_items, compare
 
 
@@ -51,6 +57,7 @@ def compare_pooled(
     if not graded:
         raise ValueError(f"suite {suite}: none of its {len(ids)} items was graded for all models; see the items' errors")
     item_groups = None if groups is None else [groups.get(key, key) for key in ids]
+    units = len(ids) if item_groups is None else len(set(map(repr, item_groups)))
     worst = _pooled(_matrix(runs, old, ids, 0, 1), item_groups)
     best = _pooled(_matrix(runs, old, ids, 1, 0), item_groups)
     new_mean = float(np.mean([[scores[key] for key in graded] for scores in runs]))
@@ -60,8 +67,8 @@ def compare_pooled(
         ungraded=len(ids) - len(graded),
         new_mean=new_mean,
         old_mean=float(np.mean([old[key] for key in graded])),
-        interval=Interval(_interval(worst, len(ids), confidence).low, _interval(best, len(ids), confidence).high),
-        p_value=1.0 if len(graded) < len(ids) else _p_value(worst),
+        interval=Interval(_interval(worst, units, confidence).low, _interval(best, units, confidence).high),
+        p_value=1.0 if len(graded) < len(ids) else _p_value(worst, units),
         method=f"Student's t over items and {len(runs)} runs",
     )
 
@@ -88,18 +95,16 @@ def _pooled(differences: np.ndarray, groups: Sequence[object] | None) -> _Pooled
     return _Pooled(over_items.value, math.sqrt(total), total**2 / denominator)
 
 
-def _interval(pooled: _Pooled, items: int, confidence: float) -> Interval:
-    if pooled.error == 0:
-        # All differences are equal, which does not show that further ones would be: as with a single run.
-        if pooled.value == 0:
-            return paired_rates_interval(0, 0, items, confidence)
-        return Interval(pooled.value, pooled.value)
+def _interval(pooled: _Pooled, units: int, confidence: float) -> Interval:
+    if pooled.error < NO_ERROR:
+        # All differences are equal, which does not show that further ones would be.
+        return equal_differences_interval(pooled.value, units, confidence)
     reach = float(stats.t.ppf((1 + confidence) / 2, pooled.degrees)) * pooled.error
     # The scores are from 0 to 1, so no difference is beyond.
     return Interval(max(pooled.value - reach, -1.0), min(pooled.value + reach, 1.0))
 
 
-def _p_value(pooled: _Pooled) -> float:
-    if pooled.error == 0:
-        return 1.0 if pooled.value == 0 else 0.0
+def _p_value(pooled: _Pooled, units: int) -> float:
+    if pooled.error < NO_ERROR:
+        return equal_differences_p_value(pooled.value, units)
     return float(2 * stats.t.sf(abs(pooled.value) / pooled.error, pooled.degrees))

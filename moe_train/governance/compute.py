@@ -18,13 +18,19 @@ from moe_train.model.transformer import abstract_model
 
 
 def training_flops(training: Training) -> float:
-    """Return the model FLOPs of a run up to a checkpoint: every position of every batch counts, padding included."""
+    """Return the model FLOPs of a run up to a checkpoint: every position of every batch counts, padding included.
+
+    Forward passes that the objective takes besides the one that is differentiated count, such as that of a reference model.
+    """
     run = training.run
     trained: dict[str, jax.ShapeDtypeStruct] | None = None
     if run.lora is not None:
         shapes = _shapes(run)
         trained = {path: x for path, x in shapes.items() if ParameterPath.parse(path).is_trained(run.lora)}
     per_token = flops_per_token(run.model, run.train.seq_len, trained)
+    # A third of full training is a forward pass, head included.
+    extra_passes = config.extra_forward_passes(run.objective, run.lora is not None)
+    per_token += extra_passes * flops_per_token(run.model, run.train.seq_len) / 3
     return per_token * run.train.batch_size * run.train.seq_len * training.step
 
 

@@ -76,7 +76,7 @@ def ledger_page(training: Training, ledger: Ledger) -> str:
     length = training.run.train
     rows = {
         "model FLOPs": f"{ledger.flops:.3g}, counted: forward and backward pass of {training.step:,} steps of {length.batch_size} "
-        f"rows of {length.seq_len:,} positions, padding included, recomputation excluded",
+        f"rows of {length.seq_len:,} positions, padding and forward passes of a reference model included, recomputation excluded",
         "hardware": "; ".join(machines(training)) or f"{TODO}: no start of the run is recorded",
         "time": f"{ledger.hours:.4g} hours" if ledger.hours is not None else f"{TODO}: the run was killed, or went on afterwards",
         "power of a device": f"{ledger.power_watts:g} W, stated with --power" if ledger.power_watts else f"{TODO}: not measured",

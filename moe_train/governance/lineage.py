@@ -86,7 +86,7 @@ def training_of(run_dir: Path, run: config.Run, about: CheckpointMetadata, step:
         run=run,
         step=step,
         base=about.base,
-        data=_manifests(run_dir / MANIFEST),
+        data=manifests_of(run_dir / MANIFEST),
         data_hash=about.manifest,
         held_out=tuple(_held_out(run_dir / "metrics.jsonl", step)),
         sessions=tuple(starts),
@@ -117,7 +117,7 @@ def _events(path: Path) -> list[JsonObject]:
     return events
 
 
-def _manifests(path: Path) -> tuple[Manifest, ...]:
+def manifests_of(path: Path) -> tuple[Manifest, ...]:
     """Return the manifests of the sets that a run trains on; none if there is no such file, or if it is damaged."""
     if not path.exists():
         return ()

@@ -39,11 +39,23 @@ def check_folder(folder: Path) -> list[Check]:
     Files that are not on this machine are named as not checked.
 
     Raises:
-        FileNotFoundError: the folder has no seal.
+        FileNotFoundError: the folder has no seal, or no chain of hashes.
+        ValueError: one of both is damaged.
     """
     seal = read_object(folder / SEAL_FILE)
-    checks = [run("documents", lambda: _check_documents(folder, seal))]
     chain = read_object(folder / PROVENANCE_FILE)
+    try:
+        return _checks(folder, seal, chain)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder / SEAL_FILE} or {PROVENANCE_FILE} is damaged ({type(error).__name__}: {error}); restore them, or write the "
+            "evidence again"
+        ) from error
+
+
+def _checks(folder: Path, seal: JsonObject, chain: JsonObject) -> list[Check]:
+    """Return the checks of a folder with this seal and this chain of hashes."""
+    checks = [run("documents", lambda: _check_documents(folder, seal))]
     raw = {file["path"]: file["sha256"] for file in chain["raw_files"]}
     checks.append(run("raw data", lambda: _check_files(Path(), raw)))
     checkpoint = chain["checkpoint"]["files"]

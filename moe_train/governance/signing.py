@@ -23,7 +23,7 @@ def sign(folder: Path, private_key: Path) -> Path:
         FileNotFoundError: There is no such key.
         ValueError: The file is not such a key, or the library is not installed.
     """
-    library = _library()
+    library = signing_library()
     _require_file(private_key)
     signature = folder / SIGNATURE_FILE
     signature.unlink(missing_ok=True)
@@ -47,7 +47,7 @@ def check_signature(folder: Path, public_key: Path) -> Finding:
         FileNotFoundError: There is no such key.
         ValueError: The library is not installed.
     """
-    library = _library()
+    library = signing_library()
     _require_file(public_key)
     signature = folder / SIGNATURE_FILE
     if not signature.is_file():
@@ -61,8 +61,8 @@ def check_signature(folder: Path, public_key: Path) -> Finding:
     return Finding(f"signed with the key that belongs to {public_key}")
 
 
-def _library() -> ModuleType:
-    """Return the library model-signing."""
+def signing_library() -> ModuleType:
+    """Return the library model-signing. Raises ValueError, which names the extra, if it is not installed."""
     try:
         import model_signing
     except ImportError as error:

@@ -87,16 +87,16 @@ def trainings_of(origin: CheckpointOfRun) -> tuple[Training, ...]:
         about = survey(at.run_dir).readable[at.step].about
         run = config.run_of(saved_config(at.run_dir, about))
         trainings.append(training_of(at.run_dir, run, about, at.step))
-        at = None if about.base is None else _origin_of_base(about.base)
+        at = None if about.base is None else checkpoint_of_origin(about.base)
     return tuple(trainings)
 
 
-def _origin_of_base(base: WeightOrigin) -> CheckpointOfRun | None:
-    """Return the checkpoint that a base is or was exported from; None if it was not trained here, or is not here any more."""
-    source = Path(base.source)
+def checkpoint_of_origin(origin: WeightOrigin) -> CheckpointOfRun | None:
+    """Return the checkpoint that a base or adapter is, or was exported from; None if no run is here that made it."""
+    source = Path(origin.source)
     try:
         if is_run(source):
-            return _existing(run_folder(source), base.step)
+            return _existing(run_folder(source), origin.step)
         if (source / RECORD_FILE).is_file():
             return checkpoint_of(source)
     except (FileNotFoundError, ValueError):

@@ -75,8 +75,9 @@ class ProgramCache(CacheInterface):
         file = self._file(key)
         try:
             content = file.read_bytes()
-            # The time of the last use, for eviction; the file system's own access times are often switched off.
-            with contextlib.suppress(PermissionError):
+            # The time of the last use, for eviction; the file system's own access times are often switched off. A cache of
+            # another account, or on a file system that is mounted read-only, can still be read.
+            with contextlib.suppress(OSError):
                 os.utime(file)
         except FileNotFoundError:
             return None

@@ -2,8 +2,11 @@
 
 Figures are peaks per chip. Sources, read in November 2026:
   TPU: https://cloud.google.com/tpu/docs/v4, …/v5e, …/v5p, …/v6e, …/tpu7x (key specifications; HBM, ICI and DCN bandwidth).
-  GPU: the data sheets of A100 (80 GB, SXM4), H100 (SXM5, PCIe), H200 (SXM), HGX B200 and L40S on nvidia.com, without sparsity;
-       network of a GPU: one 400 Gb/s adapter each in DGX H100, H200 and B200, 200 Gb/s in DGX A100 (DGX user guides).
+  GPU: the data sheets of A100 (80 GB, SXM4), H100 (SXM5, PCIe), H200 (SXM), HGX B200, L40S, L40 and L4 on nvidia.com, NVIDIA's
+       paper on the Ada architecture (RTX 4090), and AMD's data sheet of the MI300X; all without sparsity. Cards without NVLink
+       receive by PCIe 4.0 x16, 32 GB/s; an MI300X by seven links of 64 GB/s.
+       Network of a GPU: one 400 Gb/s adapter each in DGX H100, H200 and B200, 200 Gb/s in DGX A100 (DGX user guides), and 400 Gb/s
+       with an MI300X; 200 Gb/s with an L40S and 100 Gb/s with an L4 or RTX 4090 are assumed.
 HBM that programs can use: for v5e from its compiler's error messages; for v6e the same fraction, unconfirmed.
 Prices in US dollars per chip and hour are for orientation; state your own. TPU: on demand in US regions, as commonly quoted in
 2025, not confirmed on https://cloud.google.com/tpu/pricing. GPU: effective rates of EC2 capacity blocks,
@@ -12,6 +15,7 @@ https://aws.amazon.com/ec2/capacityblocks/pricing (December 2024).
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -154,7 +158,43 @@ CHIPS: dict[str, Chip] = {
         torus_dims=0,
         dcn_bandwidth=50 * GB,
     ),
-    "l40s": Chip(kinds=("l40s",), flops={"bfloat16": 362e12}),
+    "l40s": Device(
+        kinds=("l40s",),
+        flops={"bfloat16": 362e12, "float32": 183e12},
+        hbm_bytes=48 * 10**9,
+        hbm_bandwidth=864 * GB,
+        link_bandwidth=32 * GB,
+        torus_dims=0,
+        dcn_bandwidth=25 * GB,
+    ),
+    "l40": Chip(kinds=("l40",), flops={"bfloat16": 181e12}),
+    "l4": Device(
+        kinds=("l4",),
+        flops={"bfloat16": 121e12, "float32": 60e12},
+        hbm_bytes=24 * 10**9,
+        hbm_bandwidth=300 * GB,
+        link_bandwidth=32 * GB,
+        torus_dims=0,
+        dcn_bandwidth=12.5 * GB,
+    ),
+    "rtx4090": Device(
+        kinds=("rtx 4090",),
+        flops={"bfloat16": 165e12, "float32": 82.6e12},
+        hbm_bytes=24 * 10**9,
+        hbm_bandwidth=1008 * GB,
+        link_bandwidth=32 * GB,
+        torus_dims=0,
+        dcn_bandwidth=12.5 * GB,
+    ),
+    "mi300x": Device(
+        kinds=("mi300x",),
+        flops={"bfloat16": 1307e12, "float32": 654e12},
+        hbm_bytes=192 * 10**9,
+        hbm_bandwidth=5300 * GB,
+        link_bandwidth=448 * GB,
+        torus_dims=0,
+        dcn_bandwidth=50 * GB,
+    ),
 }
 """All known accelerators. A device_kind belongs to the first row that matches it, so "v5 lite" stands before "v5"."""
 
@@ -186,8 +226,9 @@ def peak_flops(devices: Sequence[jax.Device]) -> tuple[float | None, str]:
     return len(devices) * flops, f"{len(devices)} x {flops / 1e12:g} TFLOP/s (bfloat16, {device.device_kind})"
 
 
+@functools.cache
 def measured_matmul_flops(size: int = 1024) -> float:
-    """Measure the FLOP/s of the best of three float32 products of `size` x `size` on the first device of this process."""
+    """Measure the FLOP/s of the best of three float32 products of `size` x `size` on the first device, once per process."""
     with jax.default_device(jax.local_devices()[0]):
         x = jnp.asarray(np.ones((size, size), np.float32))
         product = jax.jit(jnp.matmul)

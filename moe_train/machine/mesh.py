@@ -228,6 +228,18 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
+def put_equal(arrays: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Convert a pytree of NumPy arrays that are equal in all processes to global arrays on the mesh."""
+    sharding = NamedSharding(mesh, spec)
+
+    def put(x: Any) -> jax.Array:
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, arrays)
+
+
 def check_rows(devices: np.ndarray) -> None:
     """Raise ValueError if the devices of a batch row, along context and tensor, belong to several processes."""
     # The last two axes of the mesh, so that the devices of one row are consecutive.

@@ -35,7 +35,7 @@ def flops_per_token(
     D = model.model_dim
     attention = _attention_weights(D, model.attention)
     # The head's product; the embedding is a lookup, without FLOPs.
-    base = model.vocab_size * D
+    base = (model.vocab_size if model.scores is None else model.scores.num_outputs) * D
     keys = 0.0
     for stack in config.stacks(model):
         base += stack.num_layers * (attention + _ffn_weights(D, stack.ffn))

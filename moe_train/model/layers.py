@@ -182,10 +182,20 @@ class Embedding(Adapted):
 
 
 class Head(Adapted):
-    """The output matrix (V, D), which the loss applies. The adapter's factors are A (D, J) and B (J, V)."""
+    """The output matrix (V, D), which the loss applies. The adapter's factors are A (D, J) and B (J, V).
 
-    def __init__(self, rngs: RandomSource, vocab_size: int, dim: int, stddev: float, dtype: jnp.dtype):
-        super().__init__(normal(rngs, (vocab_size, dim), P(specs.split_axes(vocab_size), "fsdp"), stddev, dtype))
+    Args:
+        rngs: PRNG streams for the weights.
+        outputs: number V of outputs: the vocabulary, or the scores of a classifier.
+        dim: width D of the hidden states.
+        stddev: standard deviation of the initial weights.
+        dtype: dtype of the weights.
+        split: whether the outputs are split over the mesh; a few scores are not.
+    """
+
+    def __init__(self, rngs: RandomSource, outputs: int, dim: int, stddev: float, dtype: jnp.dtype, split: bool = True):
+        axes = specs.split_axes(outputs) if split else None
+        super().__init__(normal(rngs, (outputs, dim), P(axes, "fsdp"), stddev, dtype))
 
     def lora_factors(
         self, x_BTD: Float[Array, "B T D"], key: Key[Array, ""] | None = None

@@ -228,7 +228,8 @@ class Transformer(nnx.Module):
         self.embed = Embedding(rngs, model.vocab_size, model.model_dim, std, dtype)
         self.stacks = nnx.List([Stack(rngs, model, compute, stack) for stack in config.stacks(model)])
         self.final_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
-        self.head = None if model.tie_embeddings else Head(rngs, model.vocab_size, model.model_dim, std, dtype)
+        self.scores = model.scores is not None
+        self.head = _head(rngs, model, dtype)
         self.dtype = jnp.dtype(compute.dtype)
 
     def __call__(
@@ -286,8 +287,11 @@ class Transformer(nnx.Module):
     def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Compute float32 logits of all positions at once; the built-in objectives compute them chunk by chunk instead.
 
-        On a mesh of one device, the logits can be used like any JAX array.
+        On a mesh of one device, the logits can be used like any JAX array. A model with a head for scores has those in their place.
         """
+        if self.scores:
+            # Another letter than V, since scores are not split over `tensor`. So few outputs cost nothing in float32.
+            return plain_on_one_device(fsdp.project("BTD,CD->BTC", hidden_BTD.astype(jnp.float32), self.head_weight()))
         logits_BTV = fsdp.project("BTD,VD->BTV", hidden_BTD, self.head_weight())
         if beside := self.head_lora_factors(hidden_BTD):
             logits_BTV += fsdp.project("BTJ,VJ->BTV", *beside)
@@ -314,6 +318,15 @@ class Transformer(nnx.Module):
             x_BTD, new_caches = stack.decode(x_BTD, positions_BT, segment_ids_BT, stack_caches)
             extended.append(new_caches)
         return self.final_norm(x_BTD), extended
+
+
+def _head(rngs: RandomSource, model: config.Model, dtype: jnp.dtype) -> Head | None:
+    """Return the head; None if it is tied to the embedding."""
+    if model.scores is not None:
+        return Head(rngs, model.scores.num_outputs, model.model_dim, model.init_stddev, dtype, split=False)
+    if model.tie_embeddings:
+        return None
+    return Head(rngs, model.vocab_size, model.model_dim, model.init_stddev, dtype)
 
 
 def init_model(

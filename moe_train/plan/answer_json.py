@@ -7,6 +7,7 @@ from typing import Any
 from moe_train.plan.answer import Answer
 from moe_train.plan.choice import Choice, device_limit, dollars_per_billion, share_of_peak
 from moe_train.plan.describe import explain
+from moe_train.plan.measured_speed import calibrated_speed
 
 
 def answer_as_json(answer: Answer) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
     run = choice.run
     compiled = choice.compiled
     is_best = choice is answer.best
+    speed = calibrated_speed(choice, topology)
     record: dict[str, Any] = {
         "mesh": run.mesh.model_dump(),
         "transport": choice.transport,
@@ -57,6 +59,7 @@ def choice_as_json(answer: Answer, choice: Choice) -> dict[str, Any]:
         "binds": choice.time.binds,
         "tokens_per_second": choice.tokens_per_second,
         "mfu": share_of_peak(choice, topology),
+        "calibrated": None if speed is None else {"tokens_per_second": speed.tokens_per_second, **speed.measured._asdict()},
         "dollars_per_billion_tokens": dollars_per_billion(choice, topology, answer.price.dollars_per_hour),
         "compiled": None,
         "why_not": None if is_best else explain(choice, answer.best or choice),

@@ -6,6 +6,7 @@ from moe_train.machine.devices import DEVICES, GIB
 from moe_train.plan.answer import Answer
 from moe_train.plan.choice import Choice, dollars_per_billion, share_of_peak
 from moe_train.plan.describe import changed_settings, describe_mesh, explain
+from moe_train.plan.measured_speed import calibrated_speed
 from moe_train.plan.nearest import smallest_that_fits
 
 MAX_ROWS = 12
@@ -48,6 +49,7 @@ def rows(answer: Answer) -> list[dict[str, str]]:
                 "compiled": _describe_compiled(choice),
                 "step s": f"{choice.time.step:.3f}",
                 "tokens/s": f"{choice.tokens_per_second:,.0f}",
+                "as others": _describe_calibrated(choice, answer),
                 "MFU at most": f"{share_of_peak(choice, answer.topology):.0%}",
                 "GB received": f"{choice.received / 1e9:.1f}",
                 "MB a token": f"{choice.received_per_token(answer.topology.num_devices) / 1e6:.2f}",
@@ -57,6 +59,12 @@ def rows(answer: Answer) -> list[dict[str, str]]:
             }
         )
     return table
+
+
+def _describe_calibrated(choice: Choice, answer: Answer) -> str:
+    """Return tokens per second at the share of the peak that others have measured; `-` if nothing is published."""
+    speed = calibrated_speed(choice, answer.topology)
+    return "-" if speed is None else f"{speed.tokens_per_second:,.0f}"
 
 
 def _describe_compiled(choice: Choice) -> str:
@@ -74,6 +82,9 @@ def conclusion(answer: Answer) -> list[str]:
     if best is None:
         return _explain_that_nothing_fits(answer)
     lines = ["Times are lower bounds by the roofline model; a real step takes longer."]
+    speed = calibrated_speed(best, answer.topology)
+    if speed is not None:
+        lines.append(f"as others: tokens/s at {speed.measured.share:.0%} of the peak at most, measured for {speed.measured.source}")
     if len(answer.choices) > MAX_ROWS:
         lines.append(_describe_hidden_rows(answer.choices[MAX_ROWS:]))
     if best.compiled is None:

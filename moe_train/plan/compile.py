@@ -166,6 +166,9 @@ def devices_of(topology: Topology) -> Sequence[jax.Device]:
     """Return devices that programs can be compiled for, but not run on."""
     if topology.platform == "gpu":
         shape = f"1x{topology.num_slices}x{topology.chips_per_slice}"  # network partitions x hosts x GPUs per host
+        if topology.device not in gpu_targets.GPU_TARGETS:
+            known = ", ".join(gpu_targets.GPU_TARGETS)
+            raise ValueError(f"the compiler has no description of {topology.device}, only of {known}; add --no-compile")
         target = gpu_targets.description(topology.device)
         return topologies.get_topology_desc("", platform="cuda", topology=shape, target_config=target).devices
     slice_options = {} if topology.num_slices == 1 else {"num_slices": topology.num_slices}

@@ -24,6 +24,7 @@ class Memory(NamedTuple):
 
     parameters: int
     optimizer: int
+    """Moments and counters of the optimizer, and the moving average of the weights (`average.name ema`)."""
     batch: int
     gradients: int
     """Gradients, including their sums over microbatches."""
@@ -57,7 +58,7 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     sizes = axis_sizes(run.mesh)
     shape = microbatch_shape(run)
     # A batch of one row of one token has one element in each array.
-    bytes_per_token = sum(array.itemsize for array in objective_of(run.objective).batch_type.empty(1, 1))
+    bytes_per_token = sum(array.nbytes for array in objective_of(run.objective).batch_type.empty(1, 1))
     M = run.train.microbatches
     stacked = [w for w in layout.weights if w.path.in_layer]
     stacks = config.stacks(model)
@@ -76,13 +77,20 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
         gradients += sum(_padded_bytes(w, sizes) * 4 // w.itemsize for w in trained)
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in layout.weights),
-        optimizer=layout.optimizer_bytes,
+        optimizer=layout.optimizer_bytes + _average_bytes(run, trained, sizes),
         batch=M * shape.tokens * bytes_per_token,
         gradients=gradients,
         saved=_saved_bytes(run, stacked, sizes, shape),
         layer=layer,
         loss=loss,
     )
+
+
+def _average_bytes(run: config.Run, trained: list[ShardedWeight], sizes: dict[str, int]) -> int:
+    """Return the bytes of the moving average of the weights; the mean of the last checkpoints is made from files."""
+    if not isinstance(run.average, config.ExponentialAverage):
+        return 0
+    return sum(w.stored_bytes(sizes) for w in trained)
 
 
 def _saved_bytes(run: config.Run, stacked: list[ShardedWeight], sizes: dict[str, int], shape: MicrobatchShape) -> int:

@@ -74,7 +74,7 @@ LARGEST_3D_SLICES = {"v5p": (16, 16, 24), "tpu7x": (16, 16, 36)}
 """The longest sides of a slice of devices connected as a 3D torus."""
 MAX_CHIPS = 2**20
 """The largest topology that is accepted; its meshes are still ranked within seconds."""
-GPU_DEVICES = ("a100", "h100", "h200", "b200")
+GPU_DEVICES = ("a100", "h100", "h200", "b200", "l4", "l40s", "rtx4090", "mi300x")
 """GPUs whose topologies have names."""
 GPUS_PER_HOST = (1, 2, 4, 8)
 """Numbers of GPUs that a host may have."""

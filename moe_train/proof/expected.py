@@ -113,7 +113,9 @@ def _hugging_face(model: config.Model) -> Iterator[ExpectedTensor]:
             yield one(f"{moe}experts.{e}.w2.weight", (D, F), f"{path}ffn.down_proj.weight", (r, e), outputs_last)
             yield one(f"{moe}experts.{e}.w3.weight", (F, D), f"{path}ffn.up_proj.weight", (r, e), outputs_last)
     yield one("model.norm.weight", (D,), "final_norm.scale", (), as_is)
-    if not model.tie_embeddings:
+    if model.scores is not None:
+        yield one("score.weight", (model.scores.num_outputs, D), "head.weight", (), as_is)
+    elif not model.tie_embeddings:
         yield one("lm_head.weight", (V, D), "head.weight", (), as_is)
 
 

@@ -150,7 +150,7 @@ def check_tokens(name: str, exported: list[list[int]], trained: list[list[int]])
 
 
 def check_generation(directory: Path, layout: str, end_ids: Sequence[int]) -> Finding:
-    """Check that the files tell servers which tokens end a generation.
+    """Check that the files tell servers which tokens end a generation, or by which token the end of a scored text is found.
 
     Args:
         directory: the export.
@@ -163,6 +163,8 @@ def check_generation(directory: Path, layout: str, end_ids: Sequence[int]) -> Fi
     """
     eos_id = end_ids[0] if end_ids else None
     match layout:
+        case "hf" if _scores_texts(directory):
+            return _check_padding(directory, end_ids)
         case "hf":
             source = "generation_config.json"
             stated = read_object(directory / source).get("eos_token_id")
@@ -178,3 +180,32 @@ def check_generation(directory: Path, layout: str, end_ids: Sequence[int]) -> Fi
     if stated != expected:
         raise Fault(f"{source} states the end-of-sequence token {stated}, but the tokenizer's is {expected}")
     return Finding(f"{source} states the tokenizer's end-of-sequence token, {stated}")
+
+
+def _scores_texts(directory: Path) -> bool:
+    """Return whether the files are of a class of transformers that scores a text at its last token that is not padding."""
+    file = directory / "config.json"
+    if not file.is_file():
+        return False
+    architectures = read_object(file).get("architectures") or [""]
+    return str(architectures[0]).endswith("ForSequenceClassification")
+
+
+def _check_padding(directory: Path, end_ids: Sequence[int]) -> Finding:
+    """Check that the padding token is one that no text contains: a control token that neither begins nor ends anything.
+
+    Raises:
+        Fault: another token is stated, at which a reader would take the wrong score.
+        NotChecked: the export has no tokenizer.
+    """
+    if not end_ids:
+        raise NotChecked("the export has no tokenizer")
+    settings = read_object(directory / "config.json")
+    stated = settings.get("pad_token_id")
+    tokenizer, template = load_texts(directory, "hf")
+    name = None if stated is None else tokenizer.decode([stated], keep_special=True)
+    if stated not in tokenizer.control_ids or stated in (*end_ids, settings.get("bos_token_id"), settings.get("eos_token_id")):
+        raise Fault(f"config.json states pad_token_id {stated} ({name}), which may occur in a text")
+    if template is not None and name is not None and name in template:
+        raise Fault(f"config.json states pad_token_id {stated} ({name}), which the chat template writes")
+    return Finding(f"scores are read at the last token that is not {name} ({stated}), which no text contains")

@@ -97,8 +97,10 @@ def open_average(run: config.Run, state: TrainState) -> Iterator[WeightAverage |
     folder = Path(run.run_dir) / AVERAGE_FOLDER
     start = int(state.step)
     _remove_later(folder / CHECKPOINTS_FOLDER, start)
-    average = jax.tree.map(jnp.copy, state.trainable)
-    if start in survey(folder).readable and isinstance(settings, config.ExponentialAverage):
+    average: Parameters = {}
+    if isinstance(settings, config.ExponentialAverage):
+        average = jax.tree.map(jnp.copy, state.trainable)
+    if average and start in survey(folder).readable:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.learned)
         average, _ = split_buffers(load_params(folder, shapes, start).params)
     kept = run.checkpoint.model_copy(update={"keep_best": False})

@@ -10,6 +10,7 @@ from moe_train import config
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
+from moe_train.data.tokenizers.padding import padding_id
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.run.preflight import check_ready
 from moe_train.train.objectives.objective import Objective
@@ -53,6 +54,12 @@ def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
     # One microbatch is the most that training computes at once, so held-out batches have its size.
     microbatch = run.train.batch_size // run.train.microbatches
     held_out = open_loader("eval", microbatch) if data.eval else None
+    if run.model.scores is not None:
+        # transformers reads a score at the last token that is not this one.
+        padding = padding_id(tokenizer)
+        for loader in (train, held_out):
+            if loader is not None:
+                loader.refuse_token(padding, "an export needs for padding; remove it from the record, or prepare it as text")
     return RunInputs(tokenizer, train, held_out, train.total_steps(run.train))
 
 

@@ -99,8 +99,23 @@ def print_warning(text: str) -> None:
         print(f"WARNING: {text}", file=sys.stderr)
 
 
+_TRAINING = ("optimizer.", "loss.", "train.", "average.")
+"""Beginnings of the keys that change how a step trains."""
+_LENGTH = ("train.steps", "train.epochs", "train.tokens")
+
+
 def print_finished(run: config.Run, begin: Start, total_steps: int) -> None:
-    """Say that no steps are left, and list the changed settings that therefore have no effect."""
+    """Say that no steps are left, and list the changed settings that therefore have no effect.
+
+    Raises:
+        ValueError: How steps train was changed, so that the run is not the one that is asked for.
+    """
+    for key, (before, now) in begin.changed.items():
+        if key.startswith(_TRAINING) and key not in _LENGTH:
+            raise ValueError(
+                f"{key} is {now}, but all {total_steps} steps of the run in {run.run_dir} were done with {before}; choose another "
+                f"run_dir to train with {now}, or raise train.steps to continue with it"
+            )
     print(f"{run.name}: all {total_steps} steps are done; raise train.steps, train.epochs or train.tokens to continue")
     if jax.process_index() == 0:
         for change in _changes(begin):

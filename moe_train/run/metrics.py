@@ -55,7 +55,9 @@ class MetricsReader:
         self._peak, self.peak_source = peak_flops(list(mesh.devices.flat))
         # Tabulated once: evaluating the schedule at each step would queue its arithmetic behind the training steps on the device.
         rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
-        self._rates = np.asarray(jax.vmap(lambda i: jnp.asarray(rate(i)))(jnp.arange(total_steps)))
+        # In one program: outside of one, each operation of a schedule would be compiled by itself.
+        rates = jax.jit(jax.vmap(lambda i: jnp.asarray(rate(i))))
+        self._rates = np.asarray(rates(np.arange(total_steps)))
         self._seconds = math.nan
         self._input_wait = math.nan
         self._tokens = math.nan  # tokens of a step that are no padding, averaged like `_seconds`

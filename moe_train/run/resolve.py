@@ -13,6 +13,7 @@ from moe_train.checkpoint.runs import is_run, read_run, run_folder
 from moe_train.config import yaml_file
 from moe_train.data.chat.conversation_to_tokens import read_template
 from moe_train.machine.mesh import AXES, abstract_mesh, mesh_sizes
+from moe_train.machine.network import forbid_network
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
@@ -35,14 +36,18 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
         ValueError: the config contradicts the checkpoint or the adapter, or model, mesh and batch do not fit together.
         FileNotFoundError: a checkpoint, adapter or template that the config names does not exist.
     """
+    if written.network == "none":
+        forbid_network("network: none")
     if device_count is None:
         device_count = jax.device_count()
     model = _architecture(written)
     changes: dict[str, Any] = {"model": model, "mesh": mesh_sizes(written.mesh, device_count)}
     if written.lora is not None and written.lora.init_from is not None:
         changes["lora"] = _with_adapter(written.lora, written.lora.init_from, model)
+    if written.lora is not None and model.scores is not None:
+        changes["lora"] = _with_trained_head(changes.get("lora", written.lora))
     if written.data is not None:
-        changes["data"] = _with_tokenizer(written.data, written.init_from)
+        changes["data"] = config.with_targets(_with_tokenizer(written.data, written.init_from), written.objective)
     # model_copy validates nothing, so the checks below are needed.
     complete = written.model_copy(update=changes)
     # Again, although `Config` has checked what it could: the architecture and the mesh are only known now.
@@ -53,21 +58,22 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
 
 def _architecture(written: config.Config) -> config.Model:
     """Return the stated architecture or that of `init_from`; if both are given they must agree."""
+    stated = None if written.model is None else _with_head(written.model, written)
     if written.init_from is None or not run_folder(written.init_from).exists():
-        if written.model is None:
+        if stated is None:
             raise FileNotFoundError(
                 f"init_from {written.init_from}: no such folder or file; copy it there, or state model to plan without it"
             )
-        return written.model
+        return stated
     if is_run(written.init_from) and read_run(written.init_from).lora is not None:
         raise ValueError(
             f"init_from {written.init_from} is a run with adapters; export it with --merge, and set init_from to the export"
         )
-    read = read_model(written.init_from)
-    if written.model is not None and _differs_in_scale_alone(written.model, read):
-        return written.model
-    if written.model is not None and written.model != read:
-        stated_keys = yaml_file.flat(written.model.model_dump(mode="json"))
+    read = _with_head(read_model(written.init_from), written)
+    if stated is not None and _differs_in_scale_alone(stated, read):
+        return stated
+    if stated is not None and stated != read:
+        stated_keys = yaml_file.flat(stated.model_dump(mode="json"))
         read_keys = yaml_file.flat(read.model_dump(mode="json"))
         key = next(key for key in {**stated_keys, **read_keys} if stated_keys.get(key) != read_keys.get(key))
         raise ValueError(
@@ -75,6 +81,41 @@ def _architecture(written: config.Config) -> config.Model:
             "leave model out, since init_from determines it"
         )
     return read
+
+
+def _with_head(model: config.Model, written: config.Config) -> config.Model:
+    """Return the architecture with the head that the objective trains, in place of the one that predicts tokens.
+
+    Raises:
+        ValueError: the weights have another head for scores, or one that the objective does not train.
+    """
+    scores = written.objective.scores if isinstance(written.objective, config.Classification | config.Reward) else None
+    if model.scores is not None and model.scores != scores:
+        names = ", ".join(model.scores.output_names)
+        if scores is None:
+            remedy = f"which objective {written.objective.name} cannot train; start from a language model"
+        else:
+            remedy = f"and objective {written.objective.name} has {', '.join(scores.output_names)}; state the same labels"
+        raise ValueError(f"{written.init_from or 'model'} scores texts as {names}, {remedy}")
+    if scores is None:
+        return model
+    # A tied head would be the embedding's table, which a head for scores does not use.
+    return model.model_copy(update={"scores": scores, "tie_embeddings": False})
+
+
+def _with_trained_head(lora: config.Lora) -> config.Lora:
+    """Return the section with the head among what is trained in full, since it starts from random weights.
+
+    Raises:
+        ValueError: the section gives the head an adapter.
+    """
+    if lora.targets_of("head"):
+        raise ValueError(
+            "lora.targets name the head, which a new head for scores has no use for: it is trained in full; leave it out"
+        )
+    if lora.trains_in_full("head"):
+        return lora
+    return lora.model_copy(update={"train": (*lora.train, "head")})
 
 
 def _differs_in_scale_alone(stated: config.Model, read: config.Model) -> bool:

@@ -22,14 +22,15 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.machine.compiler_options import initialization_options
 from moe_train.machine.mesh import BATCH, axis_size, make_mesh
 from moe_train.model.attention import kernels, splash
 from moe_train.model.moe import grouped_matmul as gm
-from moe_train.model.moe.experts import ExpertMatrix, ExpertSettings, ExpertWeights, Routing, run_experts
+from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights
+from moe_train.model.moe.experts import ExpertSettings, Routing, run_experts
 from moe_train.model.moe.transport.choose import transport_of
 from moe_train.model.moe.transport.transport import TransportName
 from moe_train.model.sharding.specs import activation_spec
+from moe_train.run.self_test_references import attention_and_gradients, grouped_matmul_and_gradients
 from moe_train.run.self_test_results import passed_once
 
 TEST_ROWS = 1024
@@ -111,26 +112,18 @@ def check_grouped_matmul(compute: config.Compute) -> float:
         tolerance = _tolerance(dtype, device)
         rng = np.random.default_rng(0)
         shapes = ((TEST_ROWS, TEST_DIM), (len(ROWS_PER_EXPERT["even"]), TEST_DIM, TEST_FFN_DIM), (TEST_ROWS, TEST_FFN_DIM))
-        x_RD, w_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype) for shape in shapes)
+        x_RD, w_EDF, dy_RF = (rng.normal(size=shape).astype(dtype) for shape in shapes)
 
         @partial(jax.shard_map, in_specs=P(), out_specs=P())  # local view, as in the model
         def with_kernel(x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]:
             y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, kernel), x, w)
             return y, *vjp(dy)
 
-        @partial(jax.shard_map, in_specs=P(), out_specs=P())
-        def reference(x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]:
-            with jax.default_matmul_precision("highest"):
-                exact = [a.astype(jnp.float32) for a in (x, w, dy)]
-                y, vjp = jax.vjp(lambda x, w: gm.reference_grouped_matmul(x, w, sizes), *exact[:2])
-                return y, *vjp(exact[2])
-
         compiled = jax.jit(with_kernel)
-        compiled_reference = jax.jit(reference, compiler_options=_reference_options(device))
         worst = 0.0
         for case, sizes in ROWS_PER_EXPERT.items():
-            arguments = (x_RD, w_EDF, dy_RF, jnp.asarray(sizes, jnp.int32))
-            actual, expected = jax.device_get((compiled(*arguments), compiled_reference(*arguments)))
+            actual = jax.device_get(compiled(x_RD, w_EDF, dy_RF, np.array(sizes, np.int32)))
+            expected = grouped_matmul_and_gradients(x_RD, w_EDF, dy_RF, sizes)
             for quantity, a, b in zip(("result", "gradient of x", "gradient of w"), actual, expected, strict=True):
                 error = _worst_part(a, b, sizes if quantity != "gradient of w" else None)
                 if not error <= tolerance:
@@ -150,6 +143,13 @@ class _PackedRows(NamedTuple):
     positions_BT: np.ndarray
     segments_BT: np.ndarray
     """Segment numbers from 1; 0 at padding."""
+
+    def visible(self, window: int) -> np.ndarray:
+        """Return the mask (2, T, T) of causal attention within segments, in which a query sees `window` keys at most."""
+        index = np.arange(self.segments_BT.shape[1])
+        distance = index[:, None] - index
+        same_segment = self.segments_BT[:, :, None] == self.segments_BT[:, None, :]
+        return same_segment & (distance >= 0) & (distance < window)
 
 
 def _packed_rows(T: int) -> _PackedRows:
@@ -192,7 +192,7 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     N = 2 * sizes.group
     rng = np.random.default_rng(0)
     shapes = ((N, sizes.query), (K, sizes.query), (K, sizes.value), (N, sizes.value))
-    q, k, v, dy = (rng.normal(size=(2, T, *shape)).astype(np.float32) for shape in shapes)
+    q, k, v, dy = (rng.normal(size=(2, T, *shape)).astype(dtype) for shape in shapes)
     # Kernels may return anything at padding; without a gradient it cannot reach the results that are compared.
     dy[rows.segments_BT == 0] = 0
 
@@ -200,11 +200,8 @@ def check_attention(model: config.Model, compute: config.Compute, seq_len: int) 
     # Windows are shortened, so that they mask something within the test's sequences.
     for window in sorted({min(w or T, T // 4) if w else 0 for w in model.attention.windows}):
         with jax.set_mesh(make_mesh(config.Mesh(), [device])):
-            rounded = [jnp.asarray(x, dtype) for x in (q, k, v, dy)]
-            actual = jax.device_get(_attention_and_gradients(rounded, rows, kernel, window or None))
-            exact = [x.astype(jnp.float32) for x in rounded]
-            with jax.default_matmul_precision("highest"):
-                expected = jax.device_get(_attention_and_gradients(exact, rows, "reference", window or None))
+            actual = jax.device_get(_attention_and_gradients((q, k, v, dy), rows, kernel, window or None))
+        expected = attention_and_gradients(q, k, v, dy, rows.visible(window or T))
         quantities = ("result", "gradient of q", "gradient of k", "gradient of v")
         for quantity, actual_array, expected_array in zip(quantities, actual, expected, strict=True):
             for row, row_name in enumerate(("one segment", "packed segments")):
@@ -242,7 +239,7 @@ def _head_sizes(attention: config.Attention) -> _HeadSizes:
 
 
 def _attention_and_gradients(
-    arrays: Sequence[jax.Array], rows: _PackedRows, kernel: str, window: int | None
+    arrays: Sequence[np.ndarray], rows: _PackedRows, kernel: str, window: int | None
 ) -> tuple[jax.Array, ...]:
     """Return the attention of q, k and v, and its gradients for dy, on the mesh in force.
 
@@ -263,13 +260,7 @@ def _attention_and_gradients(
         y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, positions, segments, window, kernel), q, k, v)
         return y, *vjp(dy)
 
-    options = _reference_options(jax.local_devices()[0]) if kernel == "reference" else None
-    return jax.jit(attend, compiler_options=options)(*arrays, rows.positions_BT, rows.segments_BT)
-
-
-def _reference_options(device: jax.Device) -> dict[str, int] | None:
-    """Return the compiler options of references, which run once; kernels are compiled as in the training step."""
-    return initialization_options(device.platform) or None
+    return jax.jit(attend)(*arrays, rows.positions_BT, rows.segments_BT)
 
 
 def _tolerance(dtype: jnp.dtype, device: jax.Device) -> float:

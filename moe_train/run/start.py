@@ -107,7 +107,9 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     # Checkpoints hold only what is trained, so frozen weights are loaded anew at every start.
     if base is not None and frozen:
         base_shapes = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_adapter}
-        weights = model_dir.load_parameters(base.source, base_shapes, base.step)
+        weights = model_dir.load_parameters(base.source, _in_base(run, base_shapes), base.step)
+        # A new head for scores is not in the base; the base model is compared with as if it had the same.
+        weights |= initial_parameters(model, base_shapes.keys() - weights)
     base_weights = {path: x for path, x in weights.items() if path in learned}
 
     restored = restore(checkpoints, learned_state)
@@ -115,7 +117,8 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         state = restored.state
     # Full training from existing weights: everything is loaded, nothing initialized.
     elif base is not None and not frozen:
-        state = new_state(model_dir.load_parameters(base.source, learned, base.step))
+        loaded = model_dir.load_parameters(base.source, _in_base(run, learned), base.step)
+        state = new_state(initial_parameters(model, learned.keys() - loaded) | loaded)
     else:
         # A copy, since the step donates the trained weights while the base weights must stay.
         loaded = jax.tree.map(jnp.copy, base_weights)
@@ -139,6 +142,14 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         None if restored is None else int(state.step),
         None if restored is None else restored.held_out_loss,
     )
+
+
+def _in_base(run: config.Run, shapes: dict[str, Any]) -> dict[str, Any]:
+    """Return the shapes of those arrays that the weights of `init_from` have: a new head for scores is not among them."""
+    assert run.init_from is not None
+    if run.model.scores is None or model_dir.read_model(run.init_from).scores is not None:
+        return shapes
+    return {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_head}
 
 
 _DECIDED_AT_START = (

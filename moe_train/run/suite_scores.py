@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
 
@@ -77,11 +76,6 @@ def _load(run: config.Run) -> list[LoadedSuite]:
                 f"{file}: the grader {grader.name} needs to be allowed on a command line, so it cannot grade during a run; "
                 "evaluate the checkpoints with moe-train evaluate --suite"
             )
-    if files and jax.process_count() > 1:
-        raise ValueError(
-            "evaluation.suites is answered by a single process, and this run has several; leave it out, and evaluate the "
-            "checkpoints with moe-train evaluate --suite"
-        )
     suites = load_suites(files, SuiteOptions(data=None if settings.suite_data is None else Path(settings.suite_data)))
     names = [loaded.suite.name for loaded in suites]
     best_by = run.checkpoint.best_by

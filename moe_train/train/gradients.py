@@ -275,7 +275,7 @@ def _split(batch: Any, key: Key[Array, ""] | None, microbatches: int) -> tuple[A
     return jax.tree.map(lambda x: _split_rows(x, microbatches), batch), keys
 
 
-def _split_rows(x: Shaped[Array, "B T"], microbatches: int) -> Shaped[Array, "{microbatches} b T"]:
+def _split_rows(x: Shaped[Array, "B T ..."], microbatches: int) -> Shaped[Array, "{microbatches} b T ..."]:
     spec = P(batch_axes(), None, "context")
     split = jax.lax.reshape(x, (x.shape[0] // microbatches, microbatches, *x.shape[1:]), out_sharding=spec)
     return jnp.moveaxis(split, 1, 0)

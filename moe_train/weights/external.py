@@ -56,10 +56,18 @@ def has_weights(path: str | Path) -> bool:
 
 
 def describe_choice(path: str | Path) -> str | None:
-    """Say, in a line, which of two layouts is read if a folder has the same model in both; None for other models."""
-    if layout_of(path) != "hf" or not _has_mistral_half(path):
+    """Say, in a line, what is read of a folder that has the same model in two layouts, or an adapter too; None for other models."""
+    if layout_of(path) != "hf":
         return None
-    return f"{path} has the model in Hugging Face's and in Mistral's own layout; Hugging Face's files are read"
+    lines: list[str] = []
+    if _has_mistral_half(path):
+        lines.append(f"{path} has the model in Hugging Face's and in Mistral's own layout; Hugging Face's files are read")
+    if (Path(path) / peft.ADAPTER_CONFIG).is_file():
+        lines.append(
+            f"{path} also has a PEFT adapter, which transformers would load with the model, and which is not read; merge it with "
+            "moe-train adapters merge, or move it"
+        )
+    return "; ".join(lines) or None
 
 
 def _has_mistral_half(path: str | Path) -> bool:

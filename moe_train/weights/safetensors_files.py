@@ -157,6 +157,8 @@ def open_model_tensors(
     single, index = _single_and_index(directory, stem)
     if not has_model(directory, stem):
         _refuse_pickle(Path(directory))
+        if any(Path(directory).glob(f"{stem}-*.safetensors")):
+            raise FileNotFoundError(f"{directory} has shards of a model, but not their index {index.name}; download it")
         raise FileNotFoundError(f"{directory} has neither {single.name} nor {index.name}; download the weights")
     if not index.is_file():
         return open_safetensors(single, _DTYPES | _QUANTIZED, is_carried)

@@ -63,6 +63,11 @@ _MODEL_CODE = (
     "m, t = M.from_pretrained({out!r}), T.from_pretrained({out!r}); "
     "print(t.decode(m.generate(**t('Hello', return_tensors='pt'), max_new_tokens=20)[0]))"
 )
+_SCORING_CODE = (
+    "from transformers import AutoModelForSequenceClassification as M, AutoTokenizer as T; "
+    "m, t = M.from_pretrained({out!r}), T.from_pretrained({out!r}); "
+    "print(m(**t('Hello', return_tensors='pt')).logits)"
+)
 _NO_MISTRAL4_IN_VLLM = (
     "vLLM runs mistral4 from Mistral's own files alone; export the model, with adapters merged, with --format mistral"
 )
@@ -189,7 +194,14 @@ def serving_command(
         auto_class = auto_class_of(model)
     template = readable[layout]
     code = _PEFT_CODE
-    if server == "transformers" and layout == "hf" and auto_class != "AutoModelForCausalLM":
+    if model.scores is not None:
+        # A server of answers has no use for a model that scores texts.
+        tool_parser = None
+        if server == "vllm":
+            template += " --runner pooling"
+        else:
+            template, code = "python -c {code}", _SCORING_CODE
+    elif server == "transformers" and layout == "hf" and auto_class != "AutoModelForCausalLM":
         template = "python -c {code}"
         code = _MODEL_CODE
     command = template.format(

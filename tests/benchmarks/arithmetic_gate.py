@@ -1,11 +1,12 @@
 """A gate on a real model: SmolLM2-135M before and after a short LoRA on two-operand arithmetic, and a planted regression.
 
-    taskset -c 0 python tests/benchmarks/arithmetic_gate.py SMOLLM2_GGUF [--steps 60] [--items 100] [--gsm8k FOLDER]
+    taskset -c 0 python tests/benchmarks/arithmetic_gate.py SMOLLM2_GGUF [--steps 12] [--items 100] [--gsm8k FOLDER]
 
 Problems such as `What is 47 + 8?` are answered as in GSM8K (`47 + 8 = 55` and `#### 55`). A hash of each problem decides whether it
 is trained on or asked. The fine-tuned model has to pass `--require 'arithmetic >= base'`; the base in its place, a regression, has
 to fail it with exit code 3; and the merged export has to give the fine-tuned run's answers, item by item (`verify --suite`).
-With the folder of GSM8K's train.jsonl, the two models' scores on 50 of its problems stand beside them.
+With the folder of GSM8K's train.jsonl, the two models' scores on 50 of its problems stand beside them. Takes 15 minutes of one
+core, and the problems of GSM8K as long again.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def main(gguf: Path, steps: int, items: int, gsm8k: Path | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--items", type=int, default=100)
     parser.add_argument("--gsm8k", type=Path)
     main(**vars(parser.parse_args()))

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from moe_train.commands.find_records import Found
+from moe_train.commands.prepare import TeacherOptions
 from moe_train.config import HuggingFaceTokenizer
+from moe_train.data.records.search import Wanted
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from tests.cli.command import run
 from tests.data.check.samples import CHAT, KINDS, Write
@@ -172,12 +175,41 @@ def test_prepare_and_trace_hand_on_the_run(
 ) -> None:
     stand_in(
         "moe_train.commands.prepare",
-        prepare=lambda run, to: {"sets": [{"source": run.name, "path": to}], "steps": run.train.steps},
+        TeacherOptions=TeacherOptions,
+        prepare=lambda run, to, teacher: {
+            "teacher": teacher and str(teacher),
+            "sets": [{"source": run.name, "path": to}],
+            "steps": run.train.steps,
+        },
         trace=lambda run, step, row: [{"file": run.name, "step": step, "row": row}],
     )
     assert run("data", "prepare", config_path, "train.steps=3", "--to", "gs://sets", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"sets": [{"source": "tiny", "path": "gs://sets"}], "steps": 3}
+    assert json.loads(capsys.readouterr().out) == {"sets": [{"source": "tiny", "path": "gs://sets"}], "steps": 3, "teacher": None}
     assert run("data", "prepare", config_path) == 0
-    assert capsys.readouterr().out.split() == ["source", "path", "tiny", "null", "steps", "10"]
+    assert capsys.readouterr().out.split() == ["source", "path", "tiny", "null", "teacher", "null", "steps", "10"]
+    assert run("data", "prepare", config_path, "--teacher", "big", "--top-k", "8", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["teacher"] == str(TeacherOptions(Path("big"), (), None, 8))
     assert run("data", "trace", config_path, "--step", "2", "--json") == 0
     assert json.loads(capsys.readouterr().out) == [{"file": "tiny", "step": 2, "row": None}]
+
+
+def test_find_and_erase(stand_in: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    handed_on: list[tuple[object, ...]] = []
+    found = Found((), (), (Path("runs/one"),), ("runs/two: damaged",))
+
+    def find_records(looked_for: Wanted, directories: list[Path]) -> Found:
+        handed_on.append((looked_for.matches({"text": "Jane"}), directories))
+        return found
+
+    def erase_records(looked_for: Wanted, directories: list[Path], out: Path) -> dict[str, object]:
+        handed_on.append((looked_for.sha256, directories, out))
+        return {"files": {"a": "new/a"}, "erased": ["a:6"], "what_to_do": ["delete a"]}
+
+    stand_in("moe_train.commands.find_records", find_records=find_records)
+    stand_in("moe_train.commands.erase_records", erase_records=erase_records)
+    assert run("data", "find", "jane") == 1
+    assert "could not be searched: runs/two: damaged\n0 records in 0 of 1 runs" in capsys.readouterr().out
+    assert run("data", "erase", "new", "--hash", "A" * 64, "--in", "one", "--in", "two") == 0
+    assert "new: 1 files without 1 records: a:6\n- delete a" in capsys.readouterr().out
+    assert handed_on == [(True, [Path("runs")]), ("a" * 64, [Path("one"), Path("two")], Path("new"))]
+    assert run("data", "find") == 2 and "state either PATTERN" in capsys.readouterr().err

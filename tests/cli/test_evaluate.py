@@ -69,11 +69,11 @@ def test_what_does_not_go_together(capsys) -> None:
     for arguments, message in (
         ((), "state --data FILE for the loss on files, --suite"),
         (("--data", "a", "--suite", "b"), "state --data FILE for the loss on files, --suite"),
-        (("--data", "a", "--against", "b"), "have no effect without --suite"),
+        (("--data", "a", "--against", "b"), "--against and --require have no effect on --data; state --suite"),
         (("limit=3", "--data", "a"), "have no effect without --suite"),
         (("--suite", "b", "--limit", "3"), "have no effect without --lm-eval"),
         (("--lm-eval", "a"), "--lm-eval needs --include-path"),
-        (("--lm-eval", "a", "--against", "b"), "have no effect without --suite"),
+        (("--lm-eval", "a", "--seed-run", "b"), "have no effect without --suite"),
         (("--suite", "b", "--judge-cache", "c"), "--judge-cache has no effect without --judge"),
     ):
         assert run("evaluate", "runs/tiny", *arguments) == 2

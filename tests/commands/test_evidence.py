@@ -86,6 +86,11 @@ def test_an_export_leads_to_its_run_also_from_elsewhere(run_with_export, tmp_pat
         write_evidence(tmp_path, tmp_path / "other")
     with pytest.raises(FileNotFoundError, match="is no evidence"):
         check_evidence(tmp_path, None)
+    (tmp_path / "damaged").mkdir()
+    for name in ("evidence.json", "provenance.json"):
+        (tmp_path / "damaged" / name).write_text('{"files": []}')
+    with pytest.raises(ValueError, match=r"provenance\.json is damaged .*; restore them, or write the evidence again"):
+        check_evidence(tmp_path / "damaged", None)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7|has no checkpoint of step 7; it has 1"):
         write_evidence(Path(f"{run_with_export}/run@7"), tmp_path / "other")
     moved: dict[str, Any] = json.loads((run_with_export / "hf/export_proof.json").read_text())

@@ -26,18 +26,11 @@ from moe_train.weights import external, hf, safetensors_files
 from moe_train.weights.texts import Texts
 from moe_train.weights.wrappers import carry, towers, whisper
 from tests.commands import runs
-from tests.commands.wrapper import LAYER, LORA, TEXT, TOWER, VISION, save_run_on_wrapper, save_wrapper
+from tests.commands.wrapper import LAYER, LORA, TEXT, TOWER, VISION, WHISPER_ARGS, save_run_on_wrapper, save_wrapper
 from tests.random_parameters import random_parameters
 from tests.tiny import ONE
 
 TENSORS = ExportOptions(depth="tensors")
-WHISPER_ARGS = {
-    "encoder_args": {
-        "audio_encoding_args": {"sampling_rate": 16000, "num_mel_bins": 4, "hop_length": 160, "window_size": 400},
-        **{"dim": 8, "n_layers": 1, "head_dim": 4, "hidden_dim": 32, "n_heads": 2, "vocab_size": 12, "max_source_positions": 6},
-    },
-    "downsample_args": {"downsample_factor": 4},
-}
 
 
 def bytes_of(folder: Path, stem: str = "model") -> dict[str, tuple[Any, ...]]:

@@ -38,5 +38,5 @@ def test_a_labelled_answer_says_whether_it_is_good(tmp_path: Path) -> None:
 
 
 def test_a_record_of_another_kind_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: no column"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: the record is of the kind text"):
         shown(tmp_path / "a.jsonl", PAIR, {"text": "a"})

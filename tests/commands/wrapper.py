@@ -47,6 +47,14 @@ TOWER: dict[str, tuple[int, ...]] = {
     "multi_modal_projector.linear_2.weight": (16, 16),
 }
 """Shapes of the tower and projector by name."""
+WHISPER_ARGS: dict[str, Any] = {
+    "encoder_args": {
+        "audio_encoding_args": {"sampling_rate": 16000, "num_mel_bins": 4, "hop_length": 160, "window_size": 400},
+        **{"dim": 8, "n_layers": 1, "head_dim": 4, "hidden_dim": 32, "n_heads": 2, "vocab_size": 12, "max_source_positions": 6},
+    },
+    "downsample_args": {"downsample_factor": 4},
+}
+"""An audio tower and its projector, as params.json describes them in `multimodal.whisper_model_args`."""
 
 
 def save_wrapper(directory: Path, weights: Parameters, dtype: Any = np.float32, tower: Mapping[str, Any] | None = None) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from tests.config.tiny import DENSE, SIGMOID, config_with, refusal
+from tests.run.tiny_config import MODEL, data, written
+
+HUB = {"name": "hub", "dataset": "a/b", "revision": "0" * 40, "record": {"name": "text"}}
 
 LORA = {"targets": [{"modules": ["attention.*"], "rank": 4, "alpha": 8.0}]}
 
@@ -72,3 +75,17 @@ def test_rounding_needs_bfloat16_weights() -> None:
     assert "adapters, and what is trained with them, are float32" in refusal(
         **rounded, **{"compute.param_dtype": "bfloat16", "loss": {}, "lora": LORA}
     )
+
+
+@pytest.mark.parametrize(
+    ("sections", "fault"),
+    [
+        ({"data": data(eval=[HUB])}, r"data\.eval\.0 names the data set a/b of the hub; copy it to this machine"),
+        ({"data": data(train=[{"name": "prepared", "path": "gs://b/set"}])}, r"data\.train\.0 names the bucket gs://b/set"),
+        ({"metrics": {"trackers": [{"name": "wandb", "online": True}]}}, "trackers wandb is online; set online: false"),
+    ],
+)
+def test_what_needs_a_network_is_refused_if_there_is_none(sections, fault):
+    with pytest.raises(ValueError, match=fault):
+        written(model=MODEL, network="none", **sections)
+    assert written(model=MODEL, network="any", **sections).network == "any"

@@ -35,8 +35,8 @@ def test_missing_key_is_named_where_its_section_is(run: Path) -> None:
         "run.yaml:22: optimizer.name: required, and missing; one of adafactor, adamw, lion, muon"
     ]
     assert faults(run, text=edited(", record: {name: text}", "")) == [
-        "run.yaml:13: data.train.0.record: required, and missing; a section whose name is one of chat, completion, labelled, "
-        "preference, text"
+        "run.yaml:13: data.train.0.record: required, and missing; a section whose name is one of chat, classification, "
+        "completion, labelled, preference, text"
     ]
 
 

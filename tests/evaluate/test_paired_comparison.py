@@ -31,6 +31,16 @@ def test_other_scores_are_a_paired_t_test() -> None:
     assert comparison.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
+def test_equal_differences_prove_no_more_than_their_number() -> None:
+    two = compare("kpi", scores([0.8] * 2), scores([0.5] * 2))
+    # A share of 1 - 0.025 ** (1 / 2) of the items may differ unseen.
+    assert two.interval == pytest.approx((0.3 - 0.842 * 1.3, 0.3 + 0.842 * 0.7), abs=1e-3) and two.p_value == 0.5
+    many = compare("kpi", scores([0.8] * 500), scores([0.5] * 500))
+    assert many.interval.low > 0.28 and many.p_value < 1e-9
+    tied = compare("kpi", scores([0.3] * 9), scores([0.3] * 9), {"item-0": "a", "item-1": "a"})
+    assert tied.interval.low < -0.3 and tied.p_value == 1
+
+
 def test_items_of_one_source_count_once() -> None:
     random = np.random.default_rng(1)
     new, old = random.integers(0, 2, 30), random.integers(0, 2, 30)

@@ -25,7 +25,7 @@ def write_key(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def test_a_signature_holds_for_these_files_and_this_key(tmp_path):
-    pytest.importorskip("model_signing", reason="model-signing comes with the extra evidence")
+    pytest.importorskip("model_signing", reason="model-signing comes with the extras evidence and judges")
     folder = tmp_path / "out"
     (folder / "records").mkdir(parents=True)
     (folder / "records/run.json").write_text("{}")

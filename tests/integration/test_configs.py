@@ -139,6 +139,10 @@ def test_it_is_what_plan_recommends_or_says_why_not(path: Path) -> None:
     ratio = recipe.time.step / best.time.step
     print(f"{path.stem} on {topology.name}: {recipe.time.step:.2f} s a step, {ratio:.2f} of plan's best choice")
     assert recipe.fits and ratio < MOST
+    if "# Plan: recommends this mesh" in header:
+        assert best.run.mesh == recipe.run.mesh
+    # Only libtpu is at hand, so memory and traffic for GPUs are those of the model.
+    assert slice_shape or "by its own model alone" in header
     stated = re.search(r"# Plan: .* needs (\d+)% less time", header)
     if stated is None:
         assert ratio < 1.02, f"{path.name}: state `# Plan: CHOICE needs {1 - 1 / ratio:.0%} less time …` and why it was not taken"

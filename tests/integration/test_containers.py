@@ -195,7 +195,7 @@ def assert_equal(
 def test_every_container_gives_the_same_normal_form(kind: str, request: pytest.FixtureRequest) -> None:
     record, strategy = KINDS[kind]
 
-    @settings(DRAWN, max_examples=400 if request.config.getoption("--slow") else 6)
+    @settings(DRAWN, max_examples=150 if request.config.getoption("--slow") else 6)
     @given(st.lists(strategy, min_size=1, max_size=4))
     def compare(records: list[Record]) -> None:
         expected = [normal_form(fields, record) for fields in records]
@@ -224,7 +224,7 @@ def test_the_check_and_its_corrected_copy_say_the_same_of_every_container(
     def canonical(content: bytes) -> bytes:
         return lines([without_nulls(json.loads(line)) for line in content.splitlines()])
 
-    @settings(DRAWN, max_examples=50 if request.config.getoption("--slow") else 2)
+    @settings(DRAWN, max_examples=25 if request.config.getoption("--slow") else 2)
     @given(st.lists(strategy, min_size=1, max_size=3))
     def compare(records: list[Record]) -> None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -200,3 +200,37 @@ def test_llama_cpp_has_the_trainers_logits(trained: Path, sparse: Path, work: Pa
     )
     wanted = our_logits(trained, ids)
     assert all(distance(answer["logits"][0], wanted) < 1e-3 for answer in answers)
+
+
+@pytest.fixture(scope="module")
+def fine(dense: Path, work: Path) -> Path:
+    """As a Mixtral of 64 fine-grained experts, of which a token is routed to 8: one of 8 copies, split into 8."""
+    options = ("--experts", "64", "--experts-per-token", "8", "--granularity", "8")
+    report = moe_train("upcycle", dense, work / "fine", *options, "--json")
+    assert report["parameters_of_base"] == 134515008 and report["parameters"] > 7 * report["parameters_of_base"] / 2
+    return work / "fine"
+
+
+def test_fine_grained_experts_are_the_dense_model(dense: Path, fine: Path) -> None:
+    ids = prompt_of(dense)
+    wanted = our_logits(dense, ids)
+    assert distance(our_logits(fine, ids), wanted) < 1e-5
+    assert distance(judges_logits(judge(fine), ids), wanted) < 1e-4
+
+
+@needs_gsm8k
+def test_fine_grained_experts_train_and_are_exported(fine: Path, work: Path) -> None:
+    """A few steps of LoRA change the logits; the merged Mixtral and the adapter have them in transformers and PEFT."""
+    lines = GSM8K.read_text(encoding="utf-8").splitlines(keepends=True)
+    (work / "few.jsonl").write_text("".join(lines[:64]), encoding="utf-8")
+    changes = [f"init_from={fine}", f"run_dir={work / 'fine_run'}", f"data.cache_dir={work / 'fine_cache'}", "train.steps=4"]
+    changes += [f"data.{part}.0.files=[{work / 'few.jsonl'}]" for part in ("train", "eval")]
+    changes += ["train.batch_size=1", "train.seq_len=128", "evaluation.every_steps=4", "evaluation.batches=1"]
+    moe_train("train", RECIPE, *changes, "checkpoint.every_steps=4", "optimizer.schedule.warmup_steps=1")
+    ids = prompt_of(fine)
+    wanted = our_logits(work / "fine_run", ids)
+    assert distance(our_logits(fine, ids), wanted) > 1e-3
+    moe_train("export", work / "fine_run", work / "fine_merged", "--merge")
+    assert distance(judges_logits(judge(work / "fine_merged"), ids), wanted) < 1e-4
+    moe_train("export", work / "fine_run", work / "fine_peft", "--format", "peft")
+    assert distance(judges_logits(judge(fine, work / "fine_peft"), ids), wanted) < 1e-4

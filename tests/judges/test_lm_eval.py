@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from moe_train.commands import write_and_prove
 from moe_train.commands.evaluate_harness import HarnessOptions, evaluate_harness
+from moe_train.commands.evaluate_suite import Comparisons
 from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.weights import texts
 from tests.evaluate.tiny_generator import MIXTRAL, ONE, random_model
@@ -104,3 +106,26 @@ def test_what_is_refused(exported: Path, tasks: Path, tmp_path: Path) -> None:
         evaluate_harness(exported, HarnessOptions(["mmlu"], tasks))
     with pytest.raises(FileNotFoundError, match=r"--include-path .*: no such folder"):
         evaluate_harness(exported, HarnessOptions(["choice"], tmp_path / "none"))
+
+
+def test_against_another_model(exported: Path, tasks: Path, tmp_path: Path) -> None:
+    """A copy is tied in every metric, of which the mean ones may be required."""
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    compared = Comparisons([copy], ["choice/acc >= base - 1", "last_word >= base"])
+    result = evaluate_harness(exported, HarnessOptions(["choice", "last_word", "rolling"], tasks), None, tmp_path / "out", compared)
+    methods = {row["suite"]: (row["verdict"], row["difference"], row["method"]) for row in result["comparisons"]}
+    assert methods["choice/acc"] == ("tied", 0.0, "Tango's interval, McNemar's exact test")
+    assert methods["rolling/word_perplexity"] == ("tied", 0.0, "paired bootstrap of the metric")
+    # Four items cannot show that nothing was lost.
+    assert [row["met"] for row in result["requirements"]] == [True, False] and not result["passed"]
+    models = {json.loads(line)["model"] for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()}
+    assert models == {str(exported), str(copy)}
+    for requirement, message in (
+        ("kpi >= base", "--require kpi: no such task"),
+        ("choice >= base", "choice, which has several metrics; name one of choice/acc, choice/acc_norm"),
+        ("rolling >= base", "rolling/word_perplexity, which is no mean of scores"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            task = "rolling" if requirement.startswith("rolling") else "choice"
+            evaluate_harness(exported, HarnessOptions([task], tasks), None, None, Comparisons([copy], [requirement]))

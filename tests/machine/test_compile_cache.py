@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -79,6 +80,17 @@ def test_a_folder_that_cannot_be_written_stops_nothing(
             assert jax.jit(lambda x, factor=factor: factor * x)(x) == 2 * factor
     assert len(caplog.records) == 1
     assert f"{tmp_path}/file/cache (Not a directory)" in caplog.records[0].message
+
+
+def test_a_folder_that_is_mounted_read_only_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ProgramCache(tmp_path)
+    cache.put("a", b"program a")
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.get("a") == b"program a"
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "renamed"])

@@ -57,7 +57,7 @@ def test_a_slice_of_several() -> None:
             "topology h100x16: a host has 1, 2, 4 or 8 GPUs, without a shape; nearest: h100x8; several hosts are 2xh100x8",
         ),
         ("h100:2x2", "topology h100:2x2: a host has 1, 2, 4 or 8 GPUs, without a shape; nearest: h100x4"),
-        ("p100x8", "topology p100x8: there is no p100; nearest: h100 (known: a100, h100, h200, b200)"),
+        ("p100x8", "topology p100x8: there is no p100; nearest: h100 (known: a100, h100, h200, b200, l4, l40s, rtx4090, mi300x)"),
         ("0xv5p:4x4x4", "topology 0xv5p:4x4x4 has 0 slices; use at least 1"),
         ("1000000xv5p:4x4x4", "topology 1000000xv5p:4x4x4 has 64,000,000 chips; the limit is 1,048,576; plan for fewer slices"),
     ],

@@ -76,6 +76,14 @@ def test_a_finished_run_says_which_changes_have_no_effect(capsys: pytest.Capture
     assert said.err.endswith("but without effect, since the run is finished: metrics.every_steps 1 -> 5\n")
 
 
+def test_a_finished_run_refuses_another_learning_rate() -> None:
+    run = config.run_of(written(model=MODEL))
+    message = "optimizer.learning_rate is 2.0, but all 3 steps of the run in runs/run were done with 1.0; choose another run_dir"
+    with pytest.raises(ValueError, match=message):
+        introduction.print_finished(run, begin(changed={"optimizer.learning_rate": (1.0, 2.0)}), 3)
+    introduction.print_finished(run, begin(changed={"train.steps": (5, 3)}), 3)
+
+
 @pytest.mark.parametrize(
     ("sections", "command"),
     [

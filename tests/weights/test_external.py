@@ -27,6 +27,9 @@ def test_a_model_that_does_not_fit_its_config_is_refused(tmp_path: Path) -> None
             with pytest.raises(ValueError, match=message):
                 external.load_external_parameters(tmp_path / "out", abstract(MIXTRAL))
         file.write_text(json.dumps(settings))
+        assert external.describe_choice(tmp_path / "out") is None
+        (tmp_path / "out/adapter_config.json").touch()
+        assert "also has a PEFT adapter, which transformers would load" in str(external.describe_choice(tmp_path / "out"))
         wider = MIXTRAL.model_copy(update={"model_dim": 16})
         with pytest.raises(ValueError, match=r"provides .*\(24, 8\)"):
             external.load_external_parameters(tmp_path / "out", abstract(wider))

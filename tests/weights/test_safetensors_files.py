@@ -139,6 +139,9 @@ def test_an_index_that_disagrees_with_its_files_is_refused(tmp_path: Path) -> No
 def test_a_directory_without_weights_and_a_quantised_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"has neither model\.safetensors nor"):
         safetensors_files.open_model_tensors(tmp_path)
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"has shards of a model, but not their index model\.safetensors\.index\.json"):
+        safetensors_files.open_model_tensors(tmp_path)
     safetensors.numpy.save_file({"w": np.ones((2, 2), np.int8)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="w has dtype I8; supported"):
         safetensors_files.open_model_tensors(tmp_path)

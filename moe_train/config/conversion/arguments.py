@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from moe_train.config.conversion.draft import Draft
-from moe_train.config.strict_yaml import shown
+
+TRACKERS = ("wandb", "mlflow", "trackio")
+"""Trackers that both sides know, by the same names."""
 
 
 def read_length_and_batch(draft: Draft, devices: int, epochs: float = 3) -> None:
@@ -110,11 +112,35 @@ def read_evaluation_and_saving(draft: Draft) -> None:
     if draft.flag("load_best_model_at_end"):
         draft.put("checkpoint.keep_best", True)
     draft.put("metrics.every_steps", draft.whole("logging_steps"))
-    tracker = draft.take("report_to")
-    if tracker not in (None, "none", "tensorboard", ["tensorboard"], []):
-        draft.note("report_to", f"metrics go to metrics.jsonl and TensorBoard (value {shown(tracker)})")
+    _read_trackers(draft)
     draft.put("seed", draft.whole("seed"))
     draft.put("run_dir", str(draft.take("output_dir", default="runs/converted")).removeprefix("./"))
+
+
+def _read_trackers(draft: Draft) -> None:
+    """Read where metrics are sent to; axolotl names a project in place of the tracker."""
+    stated = draft.take("report_to", default=[])
+    names = [str(name) for name in stated] if isinstance(stated, list) else [str(stated)]
+    projects = {"wandb": draft.take("wandb_project"), "mlflow": draft.take("mlflow_experiment_name")}
+    names += [name for name, project in projects.items() if project and name not in names]
+    entity = draft.take("wandb_entity")
+    sections = [tracker(name, projects.get(name), entity) for name in names if name in TRACKERS]
+    draft.put("metrics.trackers", sections or None)
+    if sections:
+        draft.note("report_to", "trackers write to files unless online: true is added to them; each needs the extra of its name")
+    for name in names:
+        if name not in (*TRACKERS, "none", "tensorboard"):
+            draft.note("report_to", f"{name} is not supported; metrics go to metrics.jsonl and TensorBoard")
+
+
+def tracker(name: str, project: Any, entity: Any = None) -> dict[str, Any]:
+    """Return the section of a tracker."""
+    section: dict[str, Any] = {"name": name}
+    if project:
+        section["project"] = str(project)
+    if entity and name == "wandb":
+        section["entity"] = str(entity)
+    return section
 
 
 def _read_interval(draft: Draft, kind: str, path: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe_train.config.other_trainers import remark
@@ -15,13 +15,19 @@ class Draft:
 
     Args:
         theirs: the keys and values of the other trainer's config.
+        folder: where its file is.
     """
 
-    def __init__(self, theirs: Mapping[str, Any]):
+    def __init__(self, theirs: Mapping[str, Any], folder: Path = Path()):
+        self.folder = folder
         self.tree: dict[str, Any] = {}
         self.remarks: list[str] = []
         self._unread = dict(theirs)
         self._devices = 1
+
+    def __contains__(self, name: str) -> bool:
+        """Return whether a key of theirs is stated and not read yet."""
+        return self._unread.get(name) is not None
 
     def take(self, *names: str, default: Any = None) -> Any:
         """Return the value of the first of these keys that is stated and not null, and mark all of them as read."""

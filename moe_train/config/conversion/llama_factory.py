@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_train.config.conversion import arguments
+from moe_train.config.conversion.dataset_info import read_dataset_info, source_of
 from moe_train.config.conversion.draft import EVERY_LINEAR, Draft, local_model, modules
 
 
@@ -52,23 +53,25 @@ def _read_data(draft: Draft, stage: str) -> None:
     template = draft.take("template")
     if template is not None:
         draft.note("template", f"{template}: the tokenizer's own chat template is used; compare with `moe-train data show`")
-    record: dict[str, Any] = {"name": "text"} if stage == "pt" else {"name": "completion"}
-    if stage != "pt":
-        # Their default format of a data set is Alpaca's.
-        record |= {"prompt": "instruction", "completion": "output"}
+    entries: dict[str, dict[str, Any]] | None = None
+    if "dataset" in draft or "eval_dataset" in draft:
+        entries = read_dataset_info(draft, folder)
     for key, section in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         value = draft.take(key)
-        if value is None:
-            continue
-        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
-        draft.put(section, [{"name": "files", "files": [f"{folder}/{name}.json"], "record": record} for name in names])
-        draft.note(
-            key,
-            f"{', '.join(names)}: state the file_name that {folder}/dataset_info.json has for each; for its format sharegpt "
-            "set record: {name: chat}",
-        )
+        if value is not None:
+            names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
+            draft.put(section, [_source(draft, name, entries, folder, stage) for name in names])
     share = draft.number("val_size", default=0.0)
     if share:
         draft.note("val_size", f"held-out data are sources of their own (data.eval); split off {share:g} of the records")
     draft.put("data.num_proc", draft.whole("preprocessing_num_workers"))
     draft.take("dataloader_num_workers")
+
+
+def _source(draft: Draft, name: str, entries: dict[str, dict[str, Any]] | None, folder: str, stage: str) -> dict[str, Any]:
+    """Return our source for a data set that dataset_info.json describes; a guess with a remark if it does not."""
+    if entries is not None and isinstance(entries.get(name), dict):
+        return source_of(draft, name, entries[name], folder, stage)
+    reason = "is not in dataset_info.json" if entries is not None else "is described by dataset_info.json"
+    draft.note(f"dataset {name}", f"{reason}; state its file_name, and record: {{name: chat}} if its format is sharegpt")
+    return source_of(draft, name, {"file_name": f"{name}.json"}, folder, stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_train.config.conversion.arguments import tracker
 from moe_train.config.conversion.draft import EVERY_LINEAR, Draft, local_model
 
 
@@ -35,7 +36,8 @@ def read(draft: Draft, devices: int) -> None:
         draft.note("save_adapters", "left out: `moe-train export` writes the adapter, or the merged model with --merge")
     wandb: Any = draft.take("wandb", default={})
     if isinstance(wandb, dict) and wandb.get("project"):
-        draft.note("wandb", f"metrics go to metrics.jsonl and TensorBoard (project {wandb['project']})")
+        draft.put("metrics.trackers", [tracker("wandb", wandb["project"])])
+        draft.note("wandb", "it writes to files unless online: true is added; it needs the extra wandb")
     draft.take("no_eval", "world_size", "no_ckpt", "mlflow")
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import numpy as np
 
 from moe_train.data.chat.example import SEGMENT_START
+from moe_train.data.prepared.teacher_values import TeacherValues
 
 
 class SegmentIds(NamedTuple):
@@ -36,6 +37,8 @@ class StoredPiece(NamedTuple):
     """Numbers of the whole example; None if the record kind has none."""
     reference: np.ndarray | None = None
     """(positions,) float32 log-probability of each target under the reference model; None if it is not stored."""
+    teacher: TeacherValues | None = None
+    """A teacher's predictions for the trained tokens; None if none are stored."""
     mismatched: StoredPiece | None = None
     """The example whose answer is set against this one's prompt; None if the objective uses none."""
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import grain
@@ -21,15 +21,17 @@ import numpy as np
 from moe_train import config
 from moe_train.data.batches.answer_batches import UnpairedBatch
 from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch
+from moe_train.data.batches.check_set import check_set
 from moe_train.data.batches.concatenation import Concatenation
 from moe_train.data.batches.mismatched import check_labels
 from moe_train.data.batches.order import Shuffle
 from moe_train.data.batches.packing import Plan
-from moe_train.data.batches.sources import RowSource, open_rows, open_store
+from moe_train.data.batches.sources import RowSource, open_rows, open_store, source_name, too_long_of
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.reference import StoredReference
 from moe_train.data.prepared.store import ExampleSlice
+from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import add_counts
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
@@ -106,7 +108,11 @@ class Loader:
             if sources == "train":
                 store.warn_of_cache(data.shuffle_tokens)
                 shuffle = Shuffle((seed, i), data.shuffle_tokens)
-            self._sources.append(open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, batch_type is UnpairedBatch))
+            check_set(batch_type, source_name(source), store, rows.seq_len, too_long_of(source, store))
+            with_mismatched = batch_type is UnpairedBatch
+            last_token = getattr(batch_type, "reads_last_token", False)
+            opened_rows = open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, with_mismatched, last_token)
+            self._sources.append(opened_rows)
         if batch_type is UnpairedBatch:
             check_labels([opened.store for opened in self._sources])
         plans = [opened.order.plan() for opened in self._sources]
@@ -161,6 +167,18 @@ class Loader:
         streams = [grain.MapDataset.range(i * _ROWS, (i + 1) * _ROWS) for i in range(len(plans))]
         # Deterministic: which source row r comes from depends only on the shares and r.
         return grain.MapDataset.mix(streams, self._shares)
+
+    def refuse_token(self, token: int, purpose: str) -> None:
+        """Raise ValueError, with the record, if a token occurs in the data, all of which are read.
+
+        Args:
+            token: the token.
+            purpose: what the token is needed for, for the message.
+        """
+        for source in self._sources:
+            example = source.store.first_with(token)
+            if example is not None:
+                raise ValueError(f"{source.store.where(example)}: the record contains token {token}, which {purpose}")
 
     def batch(self, step: int) -> Any:
         """Return this process's rows of the global batch of `step`, counted from 0 over all epochs."""
@@ -239,6 +257,29 @@ class Loader:
             origin = source.store.origin(piece.example)
             segments.append(Segment(index, source.store.place(origin), origin.number, *piece))
         return segments
+
+    def steps_with(self, source: int, records: Collection[Origin], num_steps: int) -> list[int]:
+        """Return which of the first `num_steps` steps, counted from 0, read a row with a piece of one of these records.
+
+        Args:
+            source: Index of the source.
+            records: Places of the source's records (see `TokenStore.examples_of`).
+            num_steps: Number of steps to look at.
+        """
+        opened = self._sources[source]
+        batch_size = self._batch_rows.batch_size
+        # No source has more rows in these steps than all of them together.
+        rows = opened.order.rows_with(opened.store.examples_of(records), num_steps * batch_size)
+        if len(self._sources) == 1:
+            return sorted({row // batch_size for row in rows if row < num_steps * batch_size})
+        numbers = {source * _ROWS + row for row in rows}
+        steps = []
+        for step in range(num_steps):
+            in_step = self._row_numbers[step]
+            assert in_step is not None
+            if not numbers.isdisjoint(in_step.tolist()):
+                steps.append(step)
+        return steps
 
     @property
     def sources(self) -> tuple[RowSource, ...]:

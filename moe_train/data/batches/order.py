@@ -7,6 +7,8 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
+import shutil
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,8 @@ from moe_train.data.batches.packing import Plan, TooLong, concatenated, make_pla
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
 from moe_train.machine.files import new_directory
 
-_LAYOUT = 2  # version of the layout of plan.npy and of its key
+log = logging.getLogger(__name__)
+_LAYOUT = 3  # version of the layout of plan.npy and of its key
 _KEPT = 100_000  # plans of at least this many examples are cached on disk; smaller ones are fast to make
 
 
@@ -75,13 +78,15 @@ class Order:
             return self._planned(epoch)
         key = hashlib.sha256(json.dumps([*self._decides, epoch]).encode()).hexdigest()[:32]
         directory = self._cache / key
-        if not directory.exists():
+        numbers = _read(directory)
+        if numbers is None:
             plan = self._planned(epoch)
-            with contextlib.suppress(FileExistsError), new_directory(directory) as unfinished:  # another process may be faster
-                # One array: dropped, truncated, split, num_rows; then row_pieces; then example, start and length.
-                np.save(unfinished / "plan.npy", np.concatenate([plan[-3:], [plan.num_rows], plan.row_pieces, *plan[1:4]]))
-        # Mapped, so that the processes of a host share one copy in memory.
-        numbers = np.load(directory / "plan.npy", mmap_mode="r").view(np.ndarray)
+            # One array: dropped, truncated, split, num_rows; then row_pieces; then example, start and length.
+            made = np.concatenate([plan[-3:], [plan.num_rows], plan.row_pieces, *plan[1:4]])
+            _write(directory, made)
+            # What was just written is read back, so that the processes of a host share one copy in memory.
+            numbers = _read(directory)
+            numbers = made if numbers is None else numbers
         dropped, truncated, split, num_rows = numbers[:4].tolist()
         # 4 counts, then num_rows + 1 entries of row_pieces, then three arrays of equal length.
         example, start, length = np.split(numbers[num_rows + 5 :], 3)
@@ -111,6 +116,21 @@ class Order:
                 self._ends.append(before + self._plan(len(self._ends)).num_rows)
             return self._ends[epoch]
 
+    def rows_with(self, examples: np.ndarray, num_rows: int) -> list[int]:
+        """Return which of the first `num_rows` rows hold a piece of one of the examples, in ascending order."""
+        rows: list[int] = []
+        epoch = 0
+        first = 0
+        while first < num_rows:
+            plan = self.plan(epoch)
+            pieces = np.flatnonzero(np.isin(plan.example, examples))
+            # The last row that begins at the piece or before it; rows are never empty.
+            in_epoch = np.unique(np.searchsorted(plan.row_pieces, pieces, side="right") - 1)
+            rows += (first + in_epoch).tolist()
+            first = self.end(epoch)
+            epoch += 1
+        return [row for row in rows if row < num_rows]
+
     def pieces(self, row: int) -> list[ExampleSlice]:
         """Return the pieces in a row, segment by segment."""
         # Plan further epochs until one contains the row.
@@ -131,3 +151,33 @@ def _windows(lengths: np.ndarray, window: int | None) -> list[int]:
     borders = np.searchsorted(ends, np.arange(1, count) * total // count) + 1
     # An example longer than a window makes borders coincide, and no window may be empty.
     return np.unique([0, *borders, len(lengths)]).tolist()
+
+
+def _write(directory: Path, numbers: np.ndarray) -> None:
+    """Write the numbers of a plan and their hash; that they cannot be written is logged and no error."""
+    try:
+        with contextlib.suppress(FileExistsError), new_directory(directory) as unfinished:  # another process may be faster
+            np.save(unfinished / "plan.npy", numbers)
+            (unfinished / "sha256").write_text(_hash(unfinished / "plan.npy"))
+    except OSError as error:
+        log.warning("%s cannot be written (%s), so each process plans its rows anew", directory, error.strerror or error)
+
+
+def _read(directory: Path) -> np.ndarray | None:
+    """Return the mapped numbers of a plan; None if there are none, or if they are damaged, in which case they are removed."""
+    if not directory.is_dir():
+        return None
+    file = directory / "plan.npy"
+    try:
+        if (directory / "sha256").read_bytes() == _hash(file).encode():
+            return np.load(file, mmap_mode="r").view(np.ndarray)
+    except FileNotFoundError:
+        pass  # a file of it is missing, or another process has removed it
+    log.warning("%s is damaged; the rows are planned again", file)
+    shutil.rmtree(directory, ignore_errors=True)
+    return None
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

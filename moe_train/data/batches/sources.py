@@ -46,6 +46,8 @@ class RowSource(NamedTuple):
     """The partners of labelled answers; None if the objective sets no answers against other prompts."""
     reference: StoredReference | None = None
     """Log-probabilities under a reference model; None if the objective needs none that are stored."""
+    reads_last_token: bool = False
+    """Whether the last token of a segment takes a position of its own, as where a head reads its score."""
 
     @property
     def name(self) -> str:
@@ -54,6 +56,10 @@ class RowSource(NamedTuple):
 
     def read(self, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
         """Return the content of pieces of this source's rows."""
+        if self.reads_last_token:
+            # The store counts positions without the last token of each segment.
+            segments = self.store.segments
+            pieces = [piece._replace(length=piece.length - int(segments[piece.example])) for piece in pieces]
         contents = self.store.read(pieces) if self.mismatched is None else self._with_mismatched(self.mismatched, pieces)
         if self.reference is None:
             return contents
@@ -91,6 +97,7 @@ def open_rows(
     shuffle: Shuffle | None,
     cache_dir: str,
     with_mismatched: bool = False,
+    reads_last_token: bool = False,
 ) -> RowSource:
     """Prepare the packing of an opened source.
 
@@ -101,12 +108,15 @@ def open_rows(
         shuffle: How to shuffle; None for one epoch in the order of the store.
         cache_dir: The folder in which plans of many examples are cached.
         with_mismatched: Whether a labelled answer shares its row with its prompt and the answer of another record.
+        reads_last_token: Whether the last token of each segment takes a position.
 
     Raises:
         ValueError: If an example is too long and the source refuses such examples.
     """
-    too_long = _too_long(source, store)
+    too_long = too_long_of(source, store)
     lengths = store.lengths()
+    if reads_last_token:
+        lengths = lengths + store.segments
     mismatched = None
     if with_mismatched:
         mismatched = Mismatched(partners(store), lengths)
@@ -120,18 +130,19 @@ def open_rows(
         num_shortened = int((fitting < lengths).sum())
         lengths = fitting
     order = Order(store, lengths, seq_len, too_long, shuffle, cache_dir)
-    return RowSource(source, store, order, num_shortened, full_lengths, mismatched)
+    return RowSource(source, store, order, num_shortened, full_lengths, mismatched, reads_last_token=reads_last_token)
 
 
-def _too_long(source: config.Source, store: TokenStore) -> TooLong:
+def too_long_of(source: config.Source, store: TokenStore) -> TooLong:
     """Return what to do with the examples of a source that are longer than a row."""
     if not isinstance(source, config.PreparedSource):
         return source.record.too_long
     if source.too_long is None:
         return store.manifest.too_long
     # Their record sections have no other choice either; a set may be cut differently than its section says.
-    if source.too_long in ("split", "truncate") and store.manifest.rules.record["name"] in ("preference", "labelled"):
-        raise ValueError(f"{source.path}: too_long is {source.too_long}, but judged answers are never cut; set it to drop or error")
+    kind = store.manifest.rules.record["name"]
+    if source.too_long in ("split", "truncate") and kind in ("preference", "labelled", "classification"):
+        raise ValueError(f"{source.path}: too_long is {source.too_long}, but {kind} records are never cut; set it to drop or error")
     return source.too_long
 
 

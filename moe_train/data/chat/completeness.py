@@ -71,10 +71,15 @@ def _description(role: str, part: JsonObject, has_calls: bool) -> str:
 
 def _values(arguments: Any) -> Iterator[str]:
     """Yield the names and values of a call's arguments as texts."""
+    yield from _texts_in(_parsed(arguments))
+
+
+def _parsed(arguments: Any) -> Any:
+    """Return the value of arguments that are JSON text; others stay as they are."""
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
-            arguments = json.loads(arguments or "{}")
-    yield from _texts_in(arguments)
+            return json.loads(arguments or "{}")
+    return arguments
 
 
 def _texts_in(value: Any) -> Iterator[str]:
@@ -114,9 +119,41 @@ def check_complete(conversation: Conversation, renderings: Sequence[Rendering], 
         missing = _missing(rendered, locations, omitted)
     if missing is not None:
         raise _left_out(_first_missing(conversation, renderings, omitted) or missing)
+    for rendering, located in zip(renderings, locations, strict=True):
+        _check_questions(conversation, rendering, located)
+    # One rendering is enough, and to search all of them would take time that grows with the cube of the number of calls.
+    _check_arguments(conversation, max(renderings, key=lambda rendering: rendering.end))
     return "\n".join(
         _outside(rendering.text, list(located.values())) for rendering, located in zip(renderings, locations, strict=True)
     )
+
+
+def _check_questions(conversation: Conversation, rendering: Rendering, located: dict[_SourceText, Span]) -> None:
+    """Raise LeftOut if a rendering lacks what the user said, which no template may forget in later turns.
+
+    A system text may be missing there: Mistral's v3 writes it into a last message of the user only, and so not after a result.
+    """
+    for i in range(rendering.end):
+        if conversation.messages[i]["role"] != "user":
+            continue
+        for source in _source_texts(conversation, i):
+            if source not in located and not _find(rendering.text, source.text):
+                raise _left_out(source)
+
+
+def _check_arguments(conversation: Conversation, rendering: Rendering) -> None:
+    """Raise Problem if a rendering has the arguments of a call as Python writes an object, which no server parses."""
+    for i, message in enumerate(conversation.messages[: rendering.end]):
+        for call in message.get("tool_calls") or []:
+            arguments = _parsed(call["function"].get("arguments", ""))
+            # JSON writes names in double quotes, so that only an empty object looks alike in both.
+            if not isinstance(arguments, dict) or not arguments or str(arguments) not in rendering.text:
+                continue
+            if any(str(arguments) in source.text for k in range(rendering.end) for source in _source_texts(conversation, k)):
+                continue  # somebody said it
+            what = f"the chat template writes the arguments of a call of message {i} as Python does, and not as JSON"
+            remedy = f"write them with the filter tojson, or name another template {OTHER_TEMPLATE}"
+            raise Problem("template", f"{what}: {brief(str(arguments))}", remedy)
 
 
 def _missing(conversation: Conversation, locations: Sequence[dict[_SourceText, Span]], omitted: set[int]) -> _SourceText | None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.chat.classified_to_tokens import classified_example
 from moe_train.data.chat.example import Example
 from moe_train.data.chat.pairs_to_tokens import pair_examples_batch
 from moe_train.data.records.conversation import read
-from moe_train.data.records.normal_form import NormalRecord, messages_of, reasoning_of, texts_of
+from moe_train.data.records.normal_form import ClassifiedText, NormalRecord, messages_of, reasoning_of, texts_of
 from moe_train.data.records.problem import located
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
@@ -50,6 +51,11 @@ def encode(
     Raises:
         ValueError: If a record cannot be used; the message begins with its origin.
     """
+    if isinstance(record, config.ClassificationRecord):
+        for classified in _chunks(numbered, format_origin, record, _size, unread):
+            for origin, normal in classified:
+                yield origin, [located(format_origin(origin), classified_example, normal, template, tokenizer)]
+        return
     if not isinstance(record, config.TextRecord):
         conversation_to_tokens.check_section(record, template, tokenizer)
         judged = isinstance(record, config.PreferenceRecord | config.LabelledRecord)
@@ -80,6 +86,8 @@ def _encoded(texts: Sequence[tuple[Origin, str]], format_origin: FormatOrigin, t
 
 def _size(record: NormalRecord) -> int:
     """Estimate the number of characters to tokenize, for records of any form."""
+    if isinstance(record, ClassifiedText) and isinstance(record.content, str):
+        return len(record.content)
     num_characters = 0
     for message in messages_of(record):
         content = message.get("content")

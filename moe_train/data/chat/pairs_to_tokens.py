@@ -4,7 +4,7 @@ A pair is one example: the segments of prompt + chosen (answer 1), then those of
 than one segment only where the turns of a trajectory with tools or reasoning do not continue one another; its log-probability is
 the sum over them. The loss mask covers the tokens of the answers, as it would in supervised training.
 
-`Example.values` of a pair are (margin,): 0, since records state none. Those of a labelled answer are (label, hash of the prompt,
+`Example.values` of a pair are (margin,). Those of a labelled answer are (label, hash of the prompt,
 tokens of the prompt, tokens of the first segment).
 """
 
@@ -21,9 +21,6 @@ from moe_train.data.records.answers import judged_conversations, judged_messages
 from moe_train.data.records.normal_form import LabelledAnswer, Message, PreferencePair, reasoning_of, texts_of
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-
-NO_MARGIN = 0.0
-"""The margin of a pair whose record states none."""
 
 
 def pair_examples_batch(
@@ -62,7 +59,7 @@ def _pair(record: PreferencePair, answers: Sequence[list[Example] | ValueError])
         segments.append(examples)
     if [example.tokens for example in segments[0]] == [example.tokens for example in segments[1]]:
         raise Problem("pair", "chosen and rejected are equal, so the pair prefers nothing", "drop the record")
-    return _joined(segments, (NO_MARGIN,))
+    return _joined(segments, (record.margin,))
 
 
 def _labelled(record: LabelledAnswer, examples: list[Example] | ValueError) -> Example:

@@ -19,6 +19,7 @@ from moe_train.data.check.corrected import corrected_copy
 from moe_train.data.check.findings import Question
 from moe_train.data.check.gathered import GatheredFindings
 from moe_train.data.check.held_out import HeldOutRecords
+from moe_train.data.check.personal_data import KINDS
 from moe_train.data.check.processes import examine_chunks, useful_processes
 from moe_train.data.check.results import CheckResult
 from moe_train.data.check.settings import CheckSettings
@@ -77,6 +78,10 @@ def check_data(
             gathered.add_mixed_kinds()
         result = gathered.result(sources, settings, tokens_per_second)
         result["left_out"] = dict(Counter(file.suffix.lower() or file.name for file in left_out).most_common())
+        if settings.personal_data is not None:
+            counts = {kind.rule: gathered.broken[kind.rule] for kind in KINDS}
+            result["personal_data"] = {rule: count for rule, count in counts.items() if count}
+        result["without_licence"] = [index for index, source in enumerate(sources) if source.without_licence]
         if coverage is not None:
             result["sample"] = coverage.result(gathered.num_records)
             # The number of duplicates in a sample says little about the whole corpus.
@@ -104,5 +109,6 @@ def _question(
         repairing=settings.repairing,
         ignore=tuple(dict.fromkeys(ignored)),
         reasoning_effort=settings.reasoning_effort,
+        personal_data=settings.personal_data,
         held_out=held_out.hashes,
     )

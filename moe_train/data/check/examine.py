@@ -16,21 +16,39 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
+from moe_train.data.chat.classified_to_tokens import classified_example
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens
 from moe_train.data.chat.pairs_to_tokens import pair_examples_batch
 from moe_train.data.check import rules
 from moe_train.data.check.duplicates import fingerprints
-from moe_train.data.check.findings import Chunk, CorrectedChunk, Findings, KindCount, Question, ReadRecord
+from moe_train.data.check.findings import (
+    Change,
+    Chunk,
+    CorrectedChunk,
+    Findings,
+    KindCount,
+    Question,
+    ReadRecord,
+)
 from moe_train.data.check.kinds import kind_of
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import compared_text, overlap
+from moe_train.data.check.redacted import search_personal_data
 from moe_train.data.check.repaired import attempts, corrected_chunk
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.conversation import read as read_record
 from moe_train.data.records.conversation import read_columns
 from moe_train.data.records.json_lines import Block, records_in
-from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord, PreferencePair, messages_of, tools_of
+from moe_train.data.records.normal_form import (
+    ClassifiedText,
+    Conversation,
+    LabelledAnswer,
+    NormalRecord,
+    PreferencePair,
+    messages_of,
+    tools_of,
+)
 from moe_train.data.records.problem import Item, Problem, check_usable
 from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
@@ -38,7 +56,7 @@ from moe_train.data.records.unread import count
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _FAULTS_OF_TEMPLATES = {"template", "no-template", "tools"}  # no reason to drop a record: another template may render it
-_STILL_TOKENISED = {"control-token", "empty-user"}  # training accepts records that break these rules
+_STILL_TOKENISED = {"control-token", "empty-user", "reasoning-as-text"}  # training accepts records that break these rules
 
 
 class _ReadChunk(NamedTuple):
@@ -94,8 +112,10 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         form: The form of records that the tokenizer requires (see `requirements_of`).
     """
     records = _read_chunk(chunk, question)
+    searched = search_personal_data(records.read, records.raw, question)
+    records = _ReadChunk(searched.read, records.unreadable + searched.unreadable, records.raw)
     _judge(records.read, question, form)
-    problems = list(records.unreadable)
+    problems = records.unreadable + searched.problems
     counts = _ExampleCounts()
     unread: Counter[str] = Counter()
     for entry in records.read:
@@ -123,7 +143,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         prints=fingerprints([_content(entry.record) for entry in records.read], texts),
         overlapping=numbers[overlapping],
         held_out=held_out,
-        corrected=_corrected(records, question, form) if question.repairing else None,
+        corrected=_corrected(records, question, form, searched.changes) if question.repairing else None,
     )
 
 
@@ -173,7 +193,13 @@ def _judge(read: list[ReadRecord], question: Question, form: Requirements) -> No
         # Encoding a record that breaks a rule would only report the same fault again, less clearly.
         if any(problem.rule not in _STILL_TOKENISED for problem in entry.problems):
             continue
-        if isinstance(entry.record, str):
+        if isinstance(entry.record, ClassifiedText):
+            try:
+                entry.examples = [classified_example(entry.record, question.template, question.tokenizer)]
+            except ValueError as error:
+                refused = error if isinstance(error, Problem) else Problem("refused", str(error), "change or drop it")
+                entry.problems.append(refused)
+        elif isinstance(entry.record, str):
             texts.append(entry)
         elif isinstance(entry.record, Conversation):
             conversations.append((entry, entry.record))
@@ -240,14 +266,17 @@ def _kinds(read: list[ReadRecord]) -> dict[str, KindCount]:
     return counts
 
 
-def _corrected(records: _ReadChunk, question: Question, form: Requirements) -> CorrectedChunk:
-    """Return the corrected chunk."""
+def _corrected(records: _ReadChunk, question: Question, form: Requirements, redactions: list[Change]) -> CorrectedChunk:
+    """Return the corrected chunk, of which `redactions` states the changes that were made before."""
     repaired, reasons = attempts(records.read, form)
     _judge([attempt.entry for attempt in repaired.values()], question, form)
     for attempt in repaired.values():  # what training accepts is no reason to give a repair up
         attempt.entry.problems = [problem for problem in attempt.entry.problems if problem.rule not in _STILL_TOKENISED]
     accepted = [entry.number for entry in records.read if entry.problems and _accepted(entry, question)]
-    return corrected_chunk(records.read, records.unreadable, records.raw, repaired, reasons, accepted)
+    chunk = corrected_chunk(records.read, records.unreadable, records.raw, repaired, reasons, accepted)
+    dropped = {change.number for change in chunk.changes if change.action == "dropped"}
+    made = [change for change in redactions if change.number not in dropped]
+    return chunk._replace(changes=sorted([*chunk.changes, *made], key=operator.attrgetter("number")))
 
 
 def _accepted(entry: ReadRecord, question: Question) -> bool:

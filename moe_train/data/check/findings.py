@@ -18,6 +18,13 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject
 
 
+class PersonalDataSearch(NamedTuple):
+    """How to search for personal data and secrets."""
+
+    phone_region: str | None = None
+    """Country whose phone numbers may stand without +, such as DE; None for international numbers alone."""
+
+
 @dataclass(frozen=True)
 class Question:
     """What to examine; it is sent to each process once."""
@@ -36,6 +43,8 @@ class Question:
     """Keys that are not to be read in records that are recognized by their columns."""
     reasoning_effort: str | None = None
     """The effort of conversations that are recognized by their columns and state none; None if they have none."""
+    personal_data: PersonalDataSearch | None = None
+    """How to search for personal data; None not to search."""
     held_out: np.ndarray | None = None
     """Sorted hashes of the word sequences of the evaluation set; None without one."""
 

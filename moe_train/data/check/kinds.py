@@ -67,5 +67,7 @@ def kind_of(section: config.Record) -> str:
             return f"a completion in columns {prompt} and {completion}"
         case config.PreferenceRecord(chosen=chosen, rejected=rejected):
             return f"a preference pair in columns {chosen} and {rejected}"
+        case config.ClassificationRecord(labels=labels):
+            return f"a text with labels in column {labels}"
         case config.LabelledRecord(label=label):
             return f"an answer labelled by column {label}"

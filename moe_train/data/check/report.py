@@ -19,9 +19,13 @@ def print_report(result: CheckResult, console: Console) -> None:
     """Print the results that `check_data` returned."""
     for rule, count in result["problem_counts"].items():
         problems = [problem for problem in result["problems"] if problem["rule"] == rule]
-        lines = [f"{problem['where']}: {problem['message']}" for problem in problems]
-        # At least one problem of each rule is listed (--show is 1 or more), and its remedy stands for all.
-        _print_group(console, rule, count, problems[0]["remedy"], lines)
+        # At least one problem of each rule is listed (--show is 1 or more), and its remedy stands for all that have the same.
+        remedy = problems[0]["remedy"]
+        lines: list[str] = []
+        for problem in problems:
+            line = f"{problem['where']}: {problem['message']}"
+            lines.append(line if problem["remedy"] == remedy else f"{line}; {runnable(problem['remedy'])}")
+        _print_group(console, rule, count, remedy, lines)
     duplicates = result["duplicates"]
     if duplicates and duplicates["examples"]:
         twins = [f"{twin['where']}: like {twin['like']} ({twin['similarity']:.0%})" for twin in duplicates["examples"]]
@@ -72,6 +76,12 @@ def _record_rows(result: CheckResult) -> Iterator[tuple[str, str]]:
     yield "files", f"{result['files']:,} ({result['bytes'] / 1e6:,.1f} MB)"
     if result.get("left_out"):
         yield "files not read", in_words(result["left_out"], unit="file")
+    if "personal_data" in result:
+        counts = ", ".join(f"{count:,} {rule}" for rule, count in result["personal_data"].items())
+        yield "personal data", counts or "none found"
+    if result.get("without_licence"):
+        sources = ", ".join(f"data.train.{index}" for index in result.get("without_licence", []))
+        yield "no licence", f"{sources}: state licence and origin there, which exports and evidence repeat"
     sample = result.get("sample")
     if sample:
         yield "sample", _sample(sample)

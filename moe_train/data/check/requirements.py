@@ -17,6 +17,8 @@ class Requirements(NamedTuple):
     """A pattern for control tokens, which no text should contain."""
     nine_character_ids: bool
     """Whether the ids of calls must have nine characters."""
+    reasons: bool = False
+    """Whether reasoning is written with the token [THINK]."""
 
 
 def requirements_of(tokenizer: Tokenizer, template: str | None) -> Requirements:
@@ -28,10 +30,11 @@ def requirements_of(tokenizer: Tokenizer, template: str | None) -> Requirements:
         special = {token for token in special if not re.fullmatch(r"\[control_\d+\]|<SPECIAL_\d+>", token)} | {"[INST]", "[/INST]"}
         version = int(re.sub(r"\D.*", "", text.version.value.lstrip("v")) or 0)
         # mistral-common accepts only ids of nine characters from v3 on, and any id from v13 on, which does not encode them.
-        return Requirements(_any_of(special), 3 <= version < 13)
+        return Requirements(_any_of(special), 3 <= version < 13, "[THINK]" in special)
     assert isinstance(tokenizer, HuggingFace)
     # Mistral's chat templates, known by their token for calls, refuse ids of another length.
-    return Requirements(_any_of(set(tokenizer.special_tokens)), "[TOOL_CALLS]" in (template or ""))
+    special = set(tokenizer.special_tokens)
+    return Requirements(_any_of(special), "[TOOL_CALLS]" in (template or ""), "[THINK]" in special)
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:

@@ -146,6 +146,10 @@ class CheckResult(TypedDict):
     files: int
     left_out: NotRequired[dict[str, int]]
     """Ending of a name -> number of files that are in no known format, and not read."""
+    personal_data: NotRequired[dict[str, int]]
+    """Rule -> number of places with personal data or a secret; missing if nothing was searched."""
+    without_licence: NotRequired[list[int]]
+    """Indices of the sources of a config that state no licence."""
     bytes: int
     records: int
     records_with_problems: int

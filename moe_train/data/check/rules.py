@@ -18,7 +18,7 @@ from moe_train.data.check import turn_rules as turns
 from moe_train.data.check.pair_rules import pair_problems
 from moe_train.data.check.requirements import Requirements
 from moe_train.data.records.answers import conversations_of
-from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord, PreferencePair
+from moe_train.data.records.normal_form import ClassifiedText, Conversation, LabelledAnswer, NormalRecord, PreferencePair
 from moe_train.data.records.problem import Problem, brief
 
 
@@ -39,11 +39,17 @@ UNICODE = Rule("unicode", "remove it", texts.unusable_characters, texts.fix_unus
 CONTROL_TOKEN = Rule(
     "control-token", "write it otherwise: a model must not learn that users can type it", texts.typed_control_tokens
 )
+REASONING_AS_TEXT = Rule(
+    "reasoning-as-text",
+    "write it as reasoning_content, or as a part of type thinking; --allow reasoning-as-text trains on the letters",
+    texts.reasoning_as_text,
+)
 
 # In the order of repairs: names first, then the order of messages, then cutting off.
 RULES = (
     UNICODE,
     CONTROL_TOKEN,
+    REASONING_AS_TEXT,
     Rule(
         "role",
         "roles are system, user, assistant, tool; --fix renames usual ones, and roles of record in a config any others",
@@ -70,6 +76,11 @@ def problems(record: NormalRecord, form: Requirements) -> Iterator[Problem]:
             yield from _text_problems(record, form)
         case Conversation():
             yield from _conversation_problems(record, form)
+        case ClassifiedText(content=content):
+            for problem in problems(content, form):
+                # A text with labels need not end with an answer.
+                if problem.rule not in ("last-turn", "no-loss"):
+                    yield problem
         case PreferencePair() | LabelledAnswer():
             yield from pair_problems(record)
             seen: set[tuple[str, str]] = set()  # problems of the prompt, which both conversations have

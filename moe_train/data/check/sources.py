@@ -28,6 +28,8 @@ class CheckedSource:
     """Keys that are not to be read, if records are recognized by their columns."""
     weight: float | None = None
     """The share of the files in a mixture; None if every row is seen once in an epoch."""
+    without_licence: bool = False
+    """Whether it is a source of a config, which has a place for the licence, and states none."""
 
 
 class CheckedFile(NamedTuple):
@@ -66,7 +68,9 @@ def sources_of(chosen: Sequence[config.Source], ignore: Sequence[str] = ()) -> t
                 f"data: {title} is a {source.name} source, and not files of records, which are what is checked; "
                 f"name files ({file_names}): moe-train data check FILES --tokenizer T"
             )
-        sources.append(CheckedSource(source.files, source.format, _ignoring(source.record, ignore), weight=source.weight))
+        record = _ignoring(source.record, ignore)
+        without_licence = source.licence is None
+        sources.append(CheckedSource(source.files, source.format, record, weight=source.weight, without_licence=without_licence))
     return tuple(sources)
 
 

@@ -16,6 +16,7 @@ from moe_train.data.records.normal_form import Conversation, Message
 
 # NUL, the noncharacters that mark spans while a template is rendered, and lone surrogates.
 _NO_TEXT = re.compile("[\x00\ufdd0-\ufdd3\ud800-\udfff]")
+_REASONING_TAG = re.compile(r"\s*(<(?:think|thinking|reasoning|thought)>)", re.IGNORECASE)
 
 
 def unusable_character(text: str) -> str | None:
@@ -94,6 +95,17 @@ def unusable_characters(conversation: Conversation, form: Requirements) -> Itera
     for name, text in _texts(conversation):
         if fault := unusable_character(text):
             yield f"{name} {fault}"
+
+
+def reasoning_as_text(conversation: Conversation, form: Requirements) -> Iterator[str]:
+    """Find answers that begin with reasoning in the tags of other models, where the tokenizer has a token for it."""
+    if not form.reasons:
+        return
+    for i, message in enumerate(conversation.messages):
+        content = _content(message) if message["role"] == "assistant" else []
+        tag = _REASONING_TAG.match(content[0]) if content else None
+        if tag is not None:
+            yield f"message {i} begins with {tag[1]} as text, and this tokenizer writes reasoning with the token [THINK]"
 
 
 def fix_unusable_characters(conversation: Conversation, form: Requirements) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from moe_train.machine.network import require_network
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
@@ -15,10 +17,12 @@ def open_files(url: str) -> tuple[AbstractFileSystem, str]:
     """Return the file system of a URL (or path), and the path in it.
 
     Raises:
-        ValueError: If the URL is malformed, or the package for its store is not installed.
+        ValueError: If the URL is malformed, the package for its store is not installed, or the network is forbidden.
         PermissionError: If access is refused.
         OSError: If the store cannot be reached.
     """
+    if "://" in url and not url.startswith(("file://", "memory://")):
+        require_network(url)
     # Imported here, since most runs read no bucket.
     import fsspec
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from moe_train.data.prepared.bucket import PATIENCE, fault, open_files, reason
 from moe_train.data.records.scan import scan_file
-from moe_train.machine.files import write_text
+from moe_train.machine.checked_file import read_checked, write_checked
 
 log = logging.getLogger(__name__)
 
@@ -135,17 +135,17 @@ class RemoteFolder:
         """
         modified = self.modified(file.name)
         key = json.dumps([self.path, file.name, file.size, modified])
-        remembered = memory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.sha256"
-        if modified is not None and remembered.exists():
-            return remembered.read_text()
+        remembered = memory / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.checked-sha256"
+        known = None if modified is None else read_checked(remembered)
+        if known is not None:
+            return known
         digest = hashlib.sha256()
         keys = self._keys(file, 0, file.size)
         for first in range(0, len(keys), _REQUESTS):  # a few blocks in memory at a time
             for block in self._threads.map(lambda key: self.block(*key), keys[first : first + _REQUESTS]):
                 digest.update(block)
         if modified is not None and time.time() - modified > 2:  # else it can change again within one tick of its time
-            memory.mkdir(parents=True, exist_ok=True)
-            write_text(remembered, digest.hexdigest())
+            write_checked(remembered, digest.hexdigest())
         return digest.hexdigest()
 
     def array(self, file: File) -> RemoteArray:

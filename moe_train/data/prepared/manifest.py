@@ -64,11 +64,32 @@ class Rules(_Entry):
     libraries: dict[str, str]
 
 
+class TeacherEntry(_Entry):
+    """The teacher whose predictions are stored with a set.
+
+    model: path of the teacher, or of the files that hold its predictions, for people. sha256: a hash over its weights, or over
+    those files. top_k: tokens stored of each prediction. seq_len: positions of the rows that the teacher read. too_long: what
+    happened to longer examples. tokens: hash of the set of tokens. kept_mass: mean probability of the stored tokens. agreement:
+    share of trained tokens that are the teacher's most likely token.
+    """
+
+    model: str
+    sha256: str
+    top_k: int
+    temperature: float
+    seq_len: int
+    too_long: Literal["split", "truncate", "drop", "error"]
+    tokens: str
+    kept_mass: float = 0.0
+    agreement: float = 0.0
+
+
 class Manifest(_Entry):
     """The description of a prepared set.
 
     empty: number of records without text, which are left out. loss_tokens: number of ids that are trained on. too_long: the
-    config's setting for records that are too long. unread: number of records in which a key was not read, by its name.
+    config's setting for records that are too long. unread: number of records in which a key was not read, by its name. teacher:
+    None without predictions of a teacher.
     """
 
     layout: Literal[2] = 2
@@ -88,6 +109,7 @@ class Manifest(_Entry):
     unread: dict[str, int] = {}
     files: tuple[SourceFile, ...]
     shards: tuple[ShardEntry, ...]
+    teacher: TeacherEntry | None = None
 
     def sealed(self) -> Self:
         """Return the manifest with its hash, which covers everything except the paths of files, the handling of records that are
@@ -97,9 +119,11 @@ class Manifest(_Entry):
         content = self.model_dump(
             mode="json", exclude={"hash": True, "too_long": True, "unread": True, "files": {"__all__": {"path"}}}
         )
-        # Sets from before there was such a date keep their hash.
+        # Sets from before there was such a date, or a teacher, keep their hash.
         if self.rules.chat_date is None:
             del content["rules"]["chat_date"]
+        if self.teacher is None:
+            del content["teacher"]
         return self.model_copy(update={"hash": _sha256(content)})
 
     def write(self, directory: Path) -> None:

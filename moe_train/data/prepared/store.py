@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +15,12 @@ from moe_train.data.batches.batch import StoredPiece
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.folder import ArrayPart, File, RemoteFolder, StoredArray, open_folder
 from moe_train.data.prepared.manifest import Manifest, ShardEntry
+from moe_train.data.prepared.teacher_reader import TeacherReader
 from moe_train.data.prepared.verify import verify_set
 from moe_train.data.records.source import OpenSource, Origin, numbered
 
 log = logging.getLogger(__name__)
+_SEARCHED_AT_ONCE = 1 << 22  # tokens that are searched together
 
 
 class ExampleSlice(NamedTuple):
@@ -83,6 +85,8 @@ class TokenStore:
             raise FileNotFoundError(message) from None
         self.manifest: Manifest = manifest.read_manifest(text, f"{self.path}/{manifest.MANIFEST}")
         self._source = source
+        teacher = self.manifest.teacher
+        self._teacher = None if teacher is None else TeacherReader(self._folder, self.manifest, teacher)
         counts = [shard.examples for shard in self.manifest.shards]
         self._first = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))  # first example of each shard
         self._open = functools.lru_cache(256)(self._shard)  # bounds the number of open files
@@ -203,7 +207,21 @@ class TokenStore:
             mask = None if piece.shard.mask is None else next(arrays)
             answers = None if piece.shard.answers is None else next(arrays)
             read.append(StoredPiece(tokens, mask, answers, values[slice_.example] if values.shape[1] else None))
-        return read
+        if self._teacher is None:
+            return read
+        places = []
+        counts = []
+        for slice_, content in zip(pieces, read, strict=True):
+            places.append(self._place_in_shards(slice_.example))
+            counts.append(len(content.tokens) - 1 if content.loss_mask is None else int(content.loss_mask[1:].sum()))
+        teacher = self._teacher.read([piece.start for piece in pieces], places, counts)
+        return [content._replace(teacher=values) for content, values in zip(read, teacher, strict=True)]
+
+    def _place_in_shards(self, example: int) -> tuple[int, int]:
+        """Return the shard of an example, and its index there."""
+        # side="right", since an example that is the first of its shard belongs to that shard, and empty shards are skipped.
+        number = int(np.searchsorted(self._first, example, side="right")) - 1
+        return number, example - int(self._first[number])
 
     def _check_ids(self, example: int, tokens: np.ndarray) -> None:
         """Raise ValueError if an id is not in the vocabulary, which a model would read as another token."""
@@ -237,6 +255,17 @@ class TokenStore:
             located.append(_LocatedPiece(shard, start, start + piece.length + int(segments[piece.example])))
         return located
 
+    def first_with(self, token: int) -> int | None:
+        """Return the first example that contains a token; None if there is none. All tokens are read."""
+        for first, shard in zip(self._first[:-1].tolist(), self.manifest.shards, strict=True):
+            tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
+            for start in range(0, shard.tokens, _SEARCHED_AT_ONCE):
+                places = np.flatnonzero(tokens[start : min(start + _SEARCHED_AT_ONCE, shard.tokens)] == token)
+                if len(places):
+                    [offsets] = self._folder.read_whole([_file(shard, "offsets", "int64")])
+                    return int(first + np.searchsorted(offsets, start + places[0], side="right") - 1)
+        return None
+
     def origin(self, example: int) -> Origin:
         """Return the location of an example's record in the source."""
         number = int(np.searchsorted(self._first, example, side="right")) - 1
@@ -246,6 +275,17 @@ class TokenStore:
         index = 2 * (example - int(self._first[number]))
         span, line = (int(x) for x in pairs[index : index + 2])
         return Origin(shard.spans[span][0], line)
+
+    def examples_of(self, records: Collection[Origin]) -> np.ndarray:
+        """Return (n,) the examples that were made from records, in ascending order; a record may have given none or several."""
+        chosen: list[int] = []
+        for first, shard in zip(self._first[:-1].tolist(), self.manifest.shards, strict=True):
+            # (examples, 2): span and line of each example of the shard.
+            (flat,) = self._folder.read_whole([_file(shard, "origins", "int64")])
+            for i, (span, line) in enumerate(flat.reshape(-1, 2).tolist()):
+                if Origin(shard.spans[span][0], line) in records:
+                    chosen.append(first + i)
+        return np.array(chosen, np.int64)
 
     def place(self, origin: Origin) -> str:
         """Return the name of the file, or of another kind of place, that a record is from."""

@@ -26,7 +26,7 @@ from moe_train.data.chat.chat_date import date_of
 from moe_train.data.prepared.manifest import Manifest, Rules, ShardEntry, SourceFile
 from moe_train.data.prepared.shard_pool import PrepareProgress, ProgressReport, tokenize_shards
 from moe_train.data.prepared.shards import Shard, cut
-from moe_train.data.prepared.tokenize_shard import Recipe
+from moe_train.data.prepared.tokenize_shard import Recipe, is_intact
 from moe_train.data.records.scan import Scan
 from moe_train.data.records.source import OpenSource
 from moe_train.data.records.unread import add_counts
@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     directory = cache / f"tokens-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
     if directory.exists():
         return directory
-    with _only_one(directory.with_suffix(".lock")):
+    with only_one(directory.with_suffix(".lock")):
         # Another process may have made the set while this one waited for the lock.
         if directory.exists():
             return directory
@@ -93,7 +93,11 @@ def _tokenize_missing(unfinished: Path, shards: list[Shard], recipe: Recipe, num
     distinct = {shard.key: shard for shard in shards}  # two files may have the same content
     todo = []
     for shard in distinct.values():
-        if not (unfinished / shard.key).exists() and not _linked(shard, unfinished):
+        folder = unfinished / shard.key
+        if folder.exists() and not is_intact(folder):
+            log.warning("%s is damaged; it is tokenized again", folder)
+            shutil.rmtree(folder)
+        if not folder.exists() and not _linked(shard, unfinished):
             todo.append(shard)
     if todo:
         existing = ""
@@ -130,6 +134,8 @@ def _linked(shard: Shard, unfinished: Path) -> bool:
     """Return whether another set has the same shard; if so, link its files into this one."""
     # Sets in progress match as well: the folder of a shard appears only when it is complete.
     for existing in unfinished.parent.glob(f"tokens-*/{shard.key}"):
+        if not is_intact(existing):
+            continue
         # Hidden until all files are there: a folder named by the key counts as a finished shard.
         link_dir = unfinished / f".{shard.key}.unfinished-link"
         with contextlib.suppress(FileNotFoundError):  # the other set was removed meanwhile
@@ -148,7 +154,7 @@ def _link(file: str, target: str) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
+def only_one(lock: Path) -> Iterator[None]:
     """Hold an exclusive lock, so that one process at a time makes a set."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:

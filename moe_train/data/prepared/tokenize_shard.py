@@ -20,7 +20,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,12 +91,7 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
                         reported_tokens = arrays.num_tokens
                 report(num_records - reported_records, arrays.num_tokens - reported_tokens)
                 per_span.append((num_records, arrays.num_tokens - tokens_before))
-        # The hash covers the names of files too, so that a mask cannot be taken for other numbers.
         files = sorted(unfinished.iterdir())
-        digest = hashlib.sha256(dtype.encode())
-        for file in files:
-            with file.open("rb") as stream:
-                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         facts = {
             "dtype": dtype,
             "examples": arrays.num_examples,
@@ -106,10 +101,28 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
             "unread": unread,
             "per_span": per_span,
             "sizes": {file.name: file.stat().st_size for file in files},
-            "sha256": digest.hexdigest(),
+            "sha256": _hash(dtype, files),
         }
         # Written last, and not part of the hash, which it contains.
         (unfinished / "facts.json").write_text(json.dumps(facts) + "\n")
+
+
+def _hash(dtype: str, files: Iterable[Path]) -> str:
+    """Return the hash of a shard; it covers the names of files too, so that a mask cannot be taken for other numbers."""
+    digest = hashlib.sha256(dtype.encode())
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def is_intact(directory: Path) -> bool:
+    """Return whether a finished shard has the files, and they the bytes, that its facts state."""
+    try:
+        facts = json.loads((directory / "facts.json").read_bytes())
+        return facts["sha256"] == _hash(facts["dtype"], [directory / name for name in sorted(facts["sizes"])])
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_train.data.records.normal_form import Conversation, LabelledAnswer, Message, NormalRecord, PreferencePair
+from moe_train.data.records.normal_form import ClassifiedText, Conversation, LabelledAnswer, Message, NormalRecord, PreferencePair
 
 
 def conversations_of(record: PreferencePair | LabelledAnswer) -> list[tuple[str, Conversation]]:
@@ -34,6 +34,10 @@ def judged_conversations(record: NormalRecord) -> list[Conversation]:
             return [record.conversation._replace(messages=judged)]
         case Conversation():
             return [record]
+        case ClassifiedText():
+            # Only a conversation that ends with an answer is rendered as in training by every reader.
+            content = record.content
+            return [content] if isinstance(content, Conversation) and content.messages[-1].get("role") == "assistant" else []
         case str():
             return []
 

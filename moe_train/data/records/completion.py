@@ -8,7 +8,7 @@ from typing import Any
 from moe_train import config
 from moe_train.data.records.messages import MESSAGE_COLUMNS, PLAIN, read_messages
 from moe_train.data.records.normal_form import Conversation, Message
-from moe_train.data.records.problem import Problem, brief
+from moe_train.data.records.problem import NoColumn, Problem, brief
 from moe_train.data.records.settings import take_settings
 from moe_train.data.records.tool_call_text import read_tool_call_text
 from moe_train.data.records.tool_calls import read_calls
@@ -42,11 +42,9 @@ def read_completion(remaining: dict[str, Any], record: config.CompletionRecord, 
 
 
 def take(remaining: dict[str, Any], column: str) -> Any:
-    """Take the value of a column. Raises Problem if there is no such column."""
+    """Take the value of a column. Raises NoColumn if there is none."""
     if column not in remaining:
-        present = ", ".join(map(repr, remaining)) or "none"
-        message = f"no column {column!r}; the record has {present}"
-        raise Problem("columns", message, "name it with --map (in a config: in the record section)")
+        raise NoColumn(column, list(remaining))
     return remaining.pop(column)
 
 

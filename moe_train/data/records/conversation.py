@@ -10,10 +10,11 @@ Supported spellings (`…` stands for a list, which may also be JSON text):
 | `text` or `content` | plain text |
 | `messages: […]`, `tools: […]` | OpenAI's and Mistral's; also `interactions`, `available_tools`, `functions`, `system` |
 | `conversations: [{from, value}]` | ShareGPT's: human, gpt, system, function_call, observation |
-| `conversation: [{human, assistant}]` | ms-swift's |
+| `conversation: [{human, assistant}]`, `[{input, output}]` | ms-swift's, XTuner's |
 | `prompt`, `completion`; `question`, `answer`; `instruction`, `input`, `output`; `query`, `response` | see `completion` |
 | the above with `label` | an answer that is good or bad; see `preference` |
 | `prompt`, `chosen`, `rejected` | a preference pair; see `preference` |
+| `text` or `messages`, `labels` | labels of targets; see `classified` |
 
 The normal form is that of `normal_form`. Keys with the value null are left out, because columnar files fill missing keys with
 null. A key that is not read is named; one that changes the meaning is a Problem, unless the section ignores it by name. Apart
@@ -27,6 +28,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from moe_train import config
+from moe_train.data.records.classified import take_labels
 from moe_train.data.records.completion import (
     MORE_PROMPT,
     SYSTEM_COLUMNS,
@@ -36,10 +38,10 @@ from moe_train.data.records.completion import (
 )
 from moe_train.data.records.meaning import RECORD, lost_meaning
 from moe_train.data.records.messages import MESSAGE_COLUMNS, read_messages
-from moe_train.data.records.normal_form import Conversation, LabelledAnswer, NormalRecord
-from moe_train.data.records.preference import read_pair, take_label
-from moe_train.data.records.problem import Problem, text_field
-from moe_train.data.records.recognise import TEXT_COLUMNS
+from moe_train.data.records.normal_form import ClassifiedText, Conversation, LabelledAnswer, NormalRecord
+from moe_train.data.records.preference import read_pair, take_label, take_margin
+from moe_train.data.records.problem import NoColumn, Problem, brief, text_field
+from moe_train.data.records.recognise import TEXT_COLUMNS, recognise
 from moe_train.data.records.settings import SETTINGS, default_settings, take_settings
 from moe_train.data.records.tool_call_text import read_tool_call_text
 from moe_train.data.records.tools import TOOL_COLUMNS, take_tools
@@ -70,6 +72,31 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
         Problem: If the record has no normal form, or a key that changes its meaning is not read.
     """
     unread = Unread(record.ignore)
+    try:
+        normal = _read(fields, record, unread)
+    except NoColumn as problem:
+        raise _missing_column(problem, fields, record) from None
+    return Reading(normal, tuple(unread.names))
+
+
+def _missing_column(problem: NoColumn, fields: Mapping[str, Any], record: config.Record) -> Problem:
+    """Return what is wrong with a record that lacks a column that its section names."""
+    if problem.column in fields:
+        return Problem("columns", f"column {problem.column!r} is null or empty", "write its value, or drop the record")
+    try:
+        section = recognise(fields, record.ignore)
+    except Problem:
+        return problem
+    if section.name == record.name:
+        return problem
+    columns = brief(", ".join(map(str, fields)))
+    message = f"the record is of the kind {section.name} ({columns}), and its source is read as {record.name}"
+    remedy = "put each kind of records into files of its own, or name the columns with --map (in a config: in the record section)"
+    return Problem("mixed-kinds", message, remedy)
+
+
+def _read(fields: Mapping[str, Any], record: config.Record, unread: Unread) -> NormalRecord:
+    """Convert a record to the normal form."""
     normal: NormalRecord
     match record:
         case config.TextRecord():
@@ -82,11 +109,14 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
             unread.close("the record", RECORD, remaining)
         case config.PreferenceRecord():
             remaining = unread.opened(RECORD, fields)
-            normal = read_pair(remaining, record, unread)
+            margin = take_margin(remaining, record.margin)
+            normal = read_pair(remaining, record, unread)._replace(margin=margin)
             unread.close("the record", RECORD, remaining)
         case config.LabelledRecord():
             normal = _labelled(fields, record, unread)
-    return Reading(normal, tuple(unread.names))
+        case config.ClassificationRecord():
+            normal = _classified(fields, record, unread)
+    return normal
 
 
 def columns_to_load(record: config.Record, present: Iterable[str]) -> list[str]:
@@ -117,10 +147,12 @@ def _may_read(record: config.Record) -> list[str]:
             names = _message_columns(record)
         case config.CompletionRecord(prompt=prompt, completion=completion):
             names = (prompt, completion)
-        case config.PreferenceRecord(prompt=question, chosen=chosen, rejected=rejected):
-            names = (question, chosen, rejected)
+        case config.PreferenceRecord(prompt=question, chosen=chosen, rejected=rejected, margin=margin):
+            names = (question, chosen, rejected, margin)
         case config.LabelledRecord(messages=messages, prompt=prompt, completion=completion, label=label):
             names = (messages, prompt, completion, label)
+        case config.ClassificationRecord(text=text, messages=messages, labels=labels):
+            names = (text, messages, labels)
     every = (*names, *TOOL_COLUMNS, *SYSTEM_COLUMNS, *MORE_PROMPT, *SETTINGS)
     return [name for name in every if name is not None]
 
@@ -186,6 +218,25 @@ def _labelled(fields: Mapping[str, Any], record: config.LabelledRecord, unread: 
         conversation = read_completion(remaining, section, unread)
     unread.close("the record", RECORD, remaining)
     return LabelledAnswer(conversation, good)
+
+
+def _classified(fields: Mapping[str, Any], record: config.ClassificationRecord, unread: Unread) -> ClassifiedText:
+    """Read a text or a conversation with its labels."""
+    remaining = unread.opened(RECORD, fields)
+    labels = take_labels(remaining, record.labels, record.targets)
+    has_text, has_messages = (not is_empty(remaining.get(column)) for column in (record.text, record.messages))
+    if has_text and has_messages:
+        raise Problem("columns", f"the record has both {record.text} and {record.messages}", "keep the one that is meant")
+    content: str | Conversation
+    if has_messages:
+        section = config.ChatRecord(name="chat", column=record.messages, **_settings(record))
+        content = _take_conversation(remaining, section, unread)
+    else:
+        content = text_field(remaining, record.text)
+    for column in (record.text, record.messages):
+        remaining.pop(column, None)  # empty, or read
+    unread.close("the record", RECORD, remaining)
+    return ClassifiedText(content, labels)
 
 
 def _settings(record: config.ConversationRecord) -> dict[str, Any]:

@@ -26,6 +26,8 @@ _MAGIC = {
     b"PK\x03\x04": "a zip archive", b"PAR1": "Parquet", b"ARROW1": "Arrow",
 }  # fmt: skip
 """The first bytes of files that are no text -> their format."""
+_MAGIC_OF_SUFFIX = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ", ".zst": b"\x28\xb5\x2f\xfd"}
+_LONGEST_MAGIC = 5
 BOM = codecs.BOM_UTF8
 _ENCODE = "save it as UTF-8: iconv -f ENCODING -t utf-8"
 CUT_SHORT = "is it cut short? fetch or write it again"
@@ -56,6 +58,12 @@ def open_bytes(file: Path) -> Iterator[Any]:
         # gzip and bz2 report damage as OSError too; a file that is missing or not readable is no damage.
         if not is_compressed(file) or isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
+        with file.open("rb") as stream:
+            start = stream.read(_LONGEST_MAGIC)
+        suffix = file.suffix.lower()
+        # An empty file is one that was cut short.
+        if start and not start.startswith(_MAGIC_OF_SUFFIX[suffix]):
+            raise Problem("unreadable", f"not compressed as {suffix} is", "give the file the ending of its format") from error
         raise Problem("unreadable", f"cannot be unpacked to its end ({error})", CUT_SHORT) from error
 
 
@@ -118,6 +126,11 @@ def utf16() -> Problem:
     return Problem("not-utf-8", "not UTF-8 (it looks like UTF-16)", "save it as UTF-8: iconv -f utf-16 -t utf-8")
 
 
+def _utf32() -> Problem:
+    """Return the problem for a file that begins with the byte order mark of UTF-32."""
+    return Problem("not-utf-8", "not UTF-8 (it looks like UTF-32)", "save it as UTF-8: iconv -f utf-32 -t utf-8")
+
+
 def looks_like_utf16(line: bytes) -> bool:
     """Return whether a line that decodes as UTF-8 looks like UTF-16.
 
@@ -137,6 +150,9 @@ def not_utf8(error: UnicodeDecodeError, before: int = 0) -> Problem:
     for magic, name in _MAGIC.items():
         if not before and start.startswith(magic):
             return Problem("not-utf-8", f"not UTF-8 (it looks like {name})", "give the file the ending of its format")
+    # Before UTF-16, whose little-endian mark that of UTF-32 begins with.
+    if not before and start[:4] in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return _utf32()
     # UTF-16 has a NUL in every second byte of text that is ASCII.
     if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or looks_like_utf16(start):
         return utf16()

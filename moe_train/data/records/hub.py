@@ -12,6 +12,7 @@ from moe_train.data.records.problem import Item, usable
 from moe_train.data.records.scan import Scan
 from moe_train.data.records.source import OpenSource, Place, Span
 from moe_train.data.records.unread import NOT_LOADED
+from moe_train.machine.network import require_network
 
 _ROWS = 1024  # rows converted at a time
 
@@ -33,6 +34,7 @@ class HubDataset(OpenSource):
 
     def examine(self, span: Span) -> Iterator[tuple[int, Item]]:
         """Yield the rows, counted from 1. Raises FileNotFoundError if the data set cannot be loaded."""
+        require_network(self.places[0].name)
         import datasets
 
         from moe_train.data.records import column_values

@@ -149,6 +149,9 @@ def _matching(pattern: str, file_format: str) -> folders.FolderFiles:
             left_out += of_match.left_out
         # A wildcard is not meant for README.md and the like; a name that is written out is.
         elif not match.is_dir() and (folders.is_data(match) or not glob.has_magic(path.name)):
+            # Records are read more than once: to hash them, to find where they can be cut, and to train.
+            if match.exists() and not match.is_file():
+                raise ValueError(f"{match}: a pipe or a device can be read only once; write its records to a file")
             found.append(match)
     check_one_split(found, _fixed_folder(path))
     return folders.FolderFiles(found, left_out)

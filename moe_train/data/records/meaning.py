@@ -17,8 +17,10 @@ CALL = "tool_calls."
 CALLED_FUNCTION = "tool_calls.function."
 TOOL = "tools."
 TOOL_FUNCTION = "tools.function."
+INSIDE = "(inside)."
+"""An object in a message, a part or a call that is not read."""
 
-_EVERYWHERE = (RECORD, MESSAGE, PART, CALL, CALLED_FUNCTION)  # in a tool the same words describe what it can do
+_EVERYWHERE = (RECORD, MESSAGE, PART, CALL, CALLED_FUNCTION, INSIDE)  # in a tool the same words describe what it can do
 
 
 class _Topic(NamedTuple):
@@ -33,13 +35,16 @@ class _Topic(NamedTuple):
     """Levels of a record at which the keys have this meaning."""
 
 
+OTHER_TEXT = "it may be text of the message, which is read from another key"
+"""Why a key is refused that may hold the text of a message."""
 _CHANGES = "it changes the meaning, and is not read here"
 _TOPICS = (
     _Topic(
         "it marks an answer as good or bad, which the record kind labelled reads",
         (
             *("label", "labels", "kto_tag", "desirable", "undesirable", "is_desirable", "preferred", "is_preferred"),
-            *("is_good", "is_bad"),
+            *("is_good", "is_bad", "correct", "incorrect", "is_correct", "is_incorrect", "accepted", "is_accepted"),
+            *("preference", "thumbs", "thumbs_up", "thumbs_down"),
         ),
     ),
     _Topic(
@@ -62,7 +67,10 @@ _TOPICS = (
     ),
     _Topic(
         "it may say that the loss does not cover this, and is not read here; a message of the assistant has weight 0 or 1",
-        ("ignore", "ignored", "skip", "skipped", "exclude", "excluded", "learn", "supervised", "is_target"),
+        (
+            *("ignore", "ignored", "skip", "skipped", "exclude", "excluded", "learn", "supervise", "supervised"),
+            *("target", "is_target"),
+        ),
         (),
         (MESSAGE, PART),
     ),
@@ -88,6 +96,19 @@ _TOPICS = (
         ),
     ),
     _Topic(
+        _CHANGES,
+        (
+            *("system_instructions", "system_text", "sys", "sys_prompt", "sysprompt", "preamble"),
+            *("developer_message", "developer_prompt", "developer_instructions"),
+            *("apis", "available_apis", "api_list", "toolset", "tool_list", "tools_list", "tools_json", "tools_available"),
+            *("tool_schema", "tool_spec", "tool_specs", "tool_definition", "tool_descriptions", "tool_declarations"),
+            *("mcp_tools", "function_schema", "function_schemas", "function_list", "function_definitions"),
+            "function_declarations",
+        ),
+        (),
+        (RECORD, MESSAGE),
+    ),
+    _Topic(
         "it may be what the answer is about, and is not read here",
         (
             *("document", "article", "articles", "paragraph", "paragraphs", "evidence", "background", "knowledge", "retrieved"),
@@ -102,8 +123,15 @@ _TOPICS = (
         (),
         (MESSAGE,),
     ),
+    _Topic(_CHANGES, ("partial", "function_response", "tool_requests"), (), (MESSAGE,)),
     _Topic(
-        "it may be text of the message, which is read from another key",
+        "it may be what the answer is about, and is not read here",
+        ("attachments", "attachment", "experimental_attachments", "files", "file"),
+        (),
+        (MESSAGE,),
+    ),
+    _Topic(
+        OTHER_TEXT,
         ("text", "content", "value", "parts"),
         (),
         (MESSAGE, PART),
@@ -124,7 +152,7 @@ _TOPICS = (
         (TOOL, TOOL_FUNCTION),
     ),
 )
-_HARMLESS = ("tool_choice", "train_split")
+_HARMLESS = ("tool_choice", "train_split", "tools_used")
 """Keys with one of the words that say nothing about the text of a record or its loss."""
 _DESCRIBING = frozenset(
     "id ids num count number tokens size width height length duration title score scores rating ratings model logps".split()

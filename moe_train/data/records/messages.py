@@ -8,7 +8,7 @@ from typing import Any
 from moe_train import config
 from moe_train.data.records.content import Content, normal_content, read_parts, take_reasoning
 from moe_train.data.records.flags import FlaggedPiece, loss_of, take_detail, take_flag
-from moe_train.data.records.meaning import MESSAGE
+from moe_train.data.records.meaning import MESSAGE, OTHER_TEXT, lost_meaning
 from moe_train.data.records.normal_form import Message
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.records.tool_calls import CallIds, read_calls
@@ -24,8 +24,13 @@ _CALL_ROLES = ("function_call", "tool_call")
 """Roles of messages whose content is a call of the assistant."""
 MESSAGE_COLUMNS = ("messages", "interactions", "conversations", "conversation")
 """Columns of a record that may hold messages."""
-_KEYS_BY_ROLE = {"system": "system", "human": "user", "user": "user", "assistant": "assistant"}
-"""Keys of entries such as ms-swift's {human, assistant}, and the roles of their texts, in the order in which they are said."""
+_KEYS_BY_ROLE = {
+    "system": "system", "human": "user", "user": "user", "input": "user", "assistant": "assistant", "output": "assistant",
+}  # fmt: skip
+"""Keys of entries such as ms-swift's {human, assistant} and XTuner's {system, input, output}, and the roles of their texts.
+
+They stand in the order in which they are said.
+"""
 PLAIN = config.ChatRecord(name="chat")
 """The section of messages in the usual spelling."""
 _REMEDY = "write one object with role and content for each turn"
@@ -48,6 +53,8 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
         value = json_value(value, column, _REMEDY)
     if isinstance(value, tuple):
         value = list(value)
+    elif isinstance(value, dict):
+        value = _rows_of_columns(value)
     names_keys = record.role != "role" or record.content != "content"
     if isinstance(value, list) and value and not names_keys and all(map(_is_keyed_by_role, value)):
         value = list(itertools.chain.from_iterable(map(_by_role, value)))
@@ -69,11 +76,45 @@ def read_messages(value: Any, column: str, record: config.ChatRecord, unread: Un
             ids = CallIds()
         remaining = unread.opened(MESSAGE, entry)
         read = _message(remaining, i, record, ids, unread)
+        _check_keys(entry, read[-1], remaining, i, record)
         unread.close(f"message {i}", MESSAGE, remaining)
         messages += read
         if _continues_call(value, i, messages):
             messages[-2]["tool_calls"] += messages.pop()["tool_calls"]
     return messages
+
+
+def _rows_of_columns(value: dict[str, Any]) -> Any:
+    """Return the messages of an object of columns of equal length, which is how `datasets` stores `Sequence({role, content})`."""
+    columns = list(value.values())
+    if not columns or not all(isinstance(column, list | tuple) for column in columns):
+        return value
+    if len({len(column) for column in columns}) > 1:
+        return value
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _check_keys(entry: dict[str, Any], message: Message, remaining: dict[str, Any], i: int, record: config.ChatRecord) -> None:
+    """Raise Problem if a message lacks the key of its role or content, and has others that are not read, which may hold it.
+
+    Args:
+        entry: The message as it is written.
+        message: The message in the normal form.
+        remaining: The keys that were not read.
+        i: The number of the message.
+        record: The section that names the keys of a message.
+    """
+    missing: list[str] = []
+    if record.role not in entry and "role" not in message:
+        missing.append("role")
+    if record.content not in entry and "content" not in message and "tool_calls" not in message:
+        missing.append("content")
+    # If all keys have a meaning of their own, they are refused for that.
+    if missing and any(lost_meaning(MESSAGE, str(key)) in (None, OTHER_TEXT) for key in remaining):
+        absent = " and no ".join(missing)
+        settings = " and ".join(f"{setting}: KEY" for setting in missing)
+        remedy = f"rename the key that holds it, or name it in a config: {settings} in the record section"
+        raise Problem("columns", f"message {i} has no {absent}; it has {brief(', '.join(map(str, remaining)))}", remedy)
 
 
 def _is_keyed_by_role(entry: Any) -> bool:

@@ -42,6 +42,8 @@ class PreferencePair(NamedTuple):
     """Messages that both continuations share, and their tools."""
     chosen: list[Message]
     rejected: list[Message]
+    margin: float = 0.0
+    """By how much the preferred one is better; 0 if the record does not say."""
 
 
 class LabelledAnswer(NamedTuple):
@@ -49,6 +51,14 @@ class LabelledAnswer(NamedTuple):
 
     conversation: Conversation
     good: bool
+
+
+class ClassifiedText(NamedTuple):
+    """A text or a conversation with labels."""
+
+    content: str | Conversation
+    labels: tuple[float, ...]
+    """1 or 0 for each label of each target; NaN for all labels of a target that is not known."""
 
 
 class Piece(NamedTuple):
@@ -97,7 +107,7 @@ def joined_texts(message: Message, joint: str = JOINT) -> str | None:
     return content if isinstance(content, str) else None
 
 
-NormalRecord = str | Conversation | PreferencePair | LabelledAnswer
+NormalRecord = str | Conversation | PreferencePair | LabelledAnswer | ClassifiedText
 """A record in the normal form; a text is plain text."""
 
 
@@ -112,6 +122,8 @@ def messages_of(record: NormalRecord) -> list[Message]:
             return [*record.prompt.messages, *record.chosen, *record.rejected]
         case LabelledAnswer():
             return record.conversation.messages
+        case ClassifiedText():
+            return messages_of(record.content)
 
 
 def tools_of(record: NormalRecord) -> list[dict[str, Any]]:
@@ -125,3 +137,5 @@ def tools_of(record: NormalRecord) -> list[dict[str, Any]]:
             return record.prompt.tools
         case LabelledAnswer():
             return record.conversation.tools
+        case ClassifiedText():
+            return tools_of(record.content)

@@ -107,8 +107,8 @@ def _without_prompt(
         if not chosen[:size].strip():
             raise Problem("pair", "the pair has no prompt, and its texts do not begin alike", "write the prompt as a column")
         messages = [{"role": "user", "content": chosen[:size]}]
-        answers = [[{"role": "assistant", "content": text[size:]}] for text in (chosen, rejected)]
-        return PreferencePair(prompt._replace(messages=messages), *answers)
+        preferred, other = ([{"role": "assistant", "content": text[size:]}] for text in (chosen, rejected))
+        return PreferencePair(prompt._replace(messages=messages), preferred, other)
     answers = [
         read_messages(value, column, PLAIN, unread) if not isinstance(value, dict) else read_answer(value, column, False, unread)
         for column, value in zip((record.chosen, record.rejected), (chosen, rejected), strict=True)
@@ -182,3 +182,14 @@ def take_label(remaining: dict[str, Any], column: str) -> bool:
     if not is_label(value):
         raise Problem("type", f"column {column!r} should be true or false, not {brief(value)}", "write true or false")
     return value if isinstance(value, bool) else _LABELS[value.lower()]
+
+
+def take_margin(remaining: dict[str, Any], column: str | None) -> float:
+    """Take the margin out of a record; 0 without a column. Raises Problem if it is no number."""
+    if column is None:
+        return 0.0
+    value = take(remaining, column)
+    # A margin is a number as a rank is.
+    if not _is_rank(value):
+        raise Problem("type", f"column {column!r} should be a number, not {brief(value)}", "write how much better chosen is, or 0")
+    return float(value)

@@ -27,6 +27,25 @@ class Problem(ValueError):
         return f"{self.message}; {self.remedy}"
 
 
+class NoColumn(Problem):
+    """A record lacks the column that its section names.
+
+    Args:
+        column: The name of the column.
+        present: The names of the columns that the record has.
+    """
+
+    def __init__(self, column: str, present: Sequence[str]) -> None:
+        super().__init__(
+            "columns",
+            f"no column {column!r}; the record has {', '.join(map(repr, present)) or 'none'}",
+            "name it with --map (in a config: in the record section)",
+        )
+        self.column = column
+        # Pickle passes `args` to the constructor again.
+        self.args = (column, tuple(present))
+
+
 Item = dict[str, Any] | Problem
 """The content at the place of a record: its columns, or the problem with it."""
 
@@ -40,13 +59,9 @@ def located(location: str, function: Callable[..., Any], *arguments: Any) -> Any
 
 
 def field(fields: Mapping[str, Any], column: str) -> Any:
-    """Return the value of a column. Raises Problem if there is no such column."""
+    """Return the value of a column. Raises NoColumn if there is none."""
     if column not in fields:
-        raise Problem(
-            "columns",
-            f"no column {column!r}; the record has {', '.join(map(repr, fields)) or 'none'}",
-            "name it with --map (in a config: in the record section)",
-        )
+        raise NoColumn(column, list(fields))
     return fields[column]
 
 

@@ -88,6 +88,7 @@ def _text(fields: Mapping[str, Any], ignored: tuple[str, ...]) -> config.TextRec
         return config.TextRecord(name="text", column=column, ignore=ignored)
     if not fields:
         raise Problem("columns", "the record has no columns", "drop it")
+    _check_filled(fields, ignored)
     supported = (
         "text, messages, conversations, prompt and completion, question and answer, instruction and output, query and response"
     )
@@ -98,6 +99,14 @@ def _text(fields: Mapping[str, Any], ignored: tuple[str, ...]) -> config.TextRec
         "name the columns, as in --map messages=COLUMN, or --map prompt=COLUMN --map completion=COLUMN (in a config: in the record "
         "section)",
     )
+
+
+def _check_filled(fields: Mapping[str, Any], ignored: tuple[str, ...]) -> None:
+    """Raise Problem if a record has the columns of a kind, and a null or an empty cell in one of them."""
+    for columns in (*_PAIRS, *_TURNS, *((name,) for name in (*MESSAGE_COLUMNS, *TEXT_COLUMNS))):
+        if all(name in fields and name not in ignored for name in columns):
+            empty = " and ".join(repr(name) for name in columns if fields[name] is None)
+            raise Problem("columns", f"column {empty} is null or empty", "write its value, or drop the record")
 
 
 def _pair(fields: Mapping[str, Any], present: set[str]) -> tuple[str | None, str, str] | None:

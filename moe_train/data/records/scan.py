@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from moe_train.data.records import zip_archive
 from moe_train.data.records.file_bytes import open_stored
-from moe_train.machine.files import write_text
+from moe_train.machine.checked_file import read_checked, write_checked
 
 _BYTES = 1 << 22, 1 << 28  # smallest and largest size of a part, which is a sixteenth of its file otherwise
 _BLOCK = 1 << 22
+_LAYOUT = 2  # version of the layout of cached results
 
 
 class Scan(NamedTuple):
@@ -44,11 +45,12 @@ def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[in
     # A member has no status of its own; it changes with its archive.
     status = (zip_archive.archive_of(file) or file).stat()
     times = (status.st_mtime_ns, status.st_ctime_ns)
-    cache_key = json.dumps([str(file.absolute()), status.st_size, times, status.st_ino, cuttable, bytes_per_part])
+    cache_key = json.dumps([str(file.absolute()), status.st_size, times, status.st_ino, cuttable, bytes_per_part, _LAYOUT])
     cache_file = memory / f"{hashlib.sha256(cache_key.encode()).hexdigest()[:32]}.json"
     # Everything that decides the result is in the name of the file, so it need not be compared.
-    if cache_file.exists():
-        sha256, size, cuts = json.loads(cache_file.read_text())
+    remembered = read_checked(cache_file)
+    if remembered is not None:
+        sha256, size, cuts = json.loads(remembered)
         # `stop` is the size at the time of the scan, so that lines appended later are not read under the old hash.
         return Scan(sha256, size, tuple((byte, line) for byte, line in cuts), size if cuttable else None)
     smallest, largest = bytes_per_part
@@ -72,6 +74,5 @@ def scan_file(file: Path, cuttable: bool, memory: Path, bytes_per_part: tuple[in
     scan = Scan(digest.hexdigest(), position, tuple(cut for cut in cuts if cut[0] < position), position if cuttable else None)
     # A file written just now can change again within one tick of its modification time.
     if time.time_ns() - status.st_mtime_ns > 2e9:
-        memory.mkdir(parents=True, exist_ok=True)
-        write_text(cache_file, json.dumps(scan[:3]))
+        write_checked(cache_file, json.dumps(scan[:3]))
     return scan

@@ -25,6 +25,7 @@ Choice = Callable[[Sequence[str]], list[str]]
 """A function that returns those of a table's columns that are to be read."""
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what decoding with surrogateescape makes of such bytes
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
+_OTHER_DELIMITER = re.compile(r"[;\t|]")
 
 
 def read_csv(file: Path, kind: str = "csv") -> Iterator[tuple[int, Item]]:
@@ -90,6 +91,14 @@ def _header(names: list[str] | Problem) -> list[str] | Problem:
         return names
     if len(set(names)) < len(names):
         return Problem("unreadable", f"the header names a column twice: {brief(names)}", "give each its own name")
+    if names and names[0].lstrip().startswith(("{", "[")):
+        return Problem(
+            "unreadable", f"the header is no list of names: {brief(','.join(names))}", "state --format json for JSON lines"
+        )
+    if len(names) == 1 and (delimiter := _OTHER_DELIMITER.search(names[0])):
+        message = f"the header is one column, {brief(names[0])}, and seems to be separated by {brief(delimiter[0])}"
+        remedy = "save the table with commas; one with tabs is read with --format tsv (in a config: format)"
+        return Problem("unreadable", message, remedy)
     text = "".join(names)
     return utf16() if text and looks_like_utf16(text.encode()) else names
 

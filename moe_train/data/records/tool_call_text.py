@@ -7,17 +7,31 @@ text that asks for the tags. Otherwise a text stays as it is.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import Any
 
+from moe_train.data.records.json_parser import parse_strictly
 from moe_train.data.records.normal_form import Message, joined_texts
 from moe_train.data.records.problem import Problem
 from moe_train.data.records.tool_calls import CallIds, read_calls
+from moe_train.data.records.tools import TOOL_COLUMNS
 from moe_train.data.records.unread import Unread
 
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 _RESULT = re.compile(r"<tool_response>\n?(.*?)\n?</tool_response>", re.DOTALL)
-# The marks of other models and data sets: glaive's <functioncall>, Llama's <function=…> and <|python_tag|>.
-_OTHER_CALL = re.compile(r"<\|?(?:tool_?calls?|function_?calls?|python_tag)\|?>|<function[=.]", re.IGNORECASE)
+# The marks of other models and data sets: glaive's <functioncall>, Llama's <function=…> and <|python_tag|>, Anthropic's
+# <invoke …>, DeepSeek's <｜tool▁calls▁begin｜>, Kimi's <|tool_calls_section_begin|>, MiniMax's <minimax:tool_call>, InternLM's
+# <|action_start|>.
+_OTHER_CALL = re.compile(
+    r"<[|｜]?(?:\w+:)?(?:start[_▁])?(?:tool|function)[_▁]?(?:calls?|uses?)(?:[_▁]\w+)?[|｜]?>"
+    r"|<[|｜](?:python_tag|action_start)[|｜]>|<function[=.]|<invoke[ >]",
+    re.IGNORECASE,
+)
+_ACTION = re.compile(r"^Action: *(\S+) *$\s*^Action Input:", re.MULTILINE)
+_PYTHON_CALL = re.compile(r"\s*\[?\s*([\w.]+)\(.*\)\s*\]?\s*", re.DOTALL)
+_MAY_BE_JSON = re.compile(r"\s*(?:```(?:json)?\s*)?[\[{]")
+_FENCE = re.compile(r"^\s*```(?:json)?|```\s*$")
+_IGNORE_TOOLS = " or ".join(f"--ignore {column}" for column in TOOL_COLUMNS)
 _REMEDY = "write them as tool_calls, or drop the record"
 
 
@@ -31,12 +45,15 @@ def read_tool_call_text(messages: list[Message], tools: list[dict[str, Any]], un
         return messages
     written = [i for i, message in enumerate(messages) if _has_call_text(message)]
     if not written:
-        _refuse_other_calls(messages)
+        _refuse_other_calls(messages, {tool["function"]["name"] for tool in tools})
         return messages
     # Converted, the calls would be in another form than the one that the system text asks for.
     if any(message.get("role") == "system" and "<tool" in str(message.get("content")) for message in messages):
         what = f"message {written[0]} has a call as text, as its system text asks, and the record has tools beside that"
-        raise Problem("call-text", what, "write tool_calls and a system text without tools, or drop the record")
+        remedy = (
+            f"leave the tools out, which the system text has: {_IGNORE_TOOLS}; or write tool_calls, and a system text without tools"
+        )
+        raise Problem("call-text", what, remedy)
     ids = CallIds()
     converted: list[Message] = []
     for i, message in enumerate(messages):
@@ -53,16 +70,52 @@ def read_tool_call_text(messages: list[Message], tools: list[dict[str, Any]], un
     return converted
 
 
-def _refuse_other_calls(messages: list[Message]) -> None:
-    """Raise Problem if a text of the assistant has a call in a form that is not read, while the record has tools."""
+def _refuse_other_calls(messages: list[Message], names: Collection[str]) -> None:
+    """Raise Problem if a text of the assistant has a call in a form that is not read, while the record has tools.
+
+    Args:
+        messages: The conversation.
+        names: The names of its tools.
+    """
     # Where the user or the system text speaks of the mark, the answer may be about it.
     asked = "".join(str(message.get("content")) for message in messages if message.get("role") in ("system", "user"))
     for i, message in enumerate(messages):
-        mark = _OTHER_CALL.search(joined_texts(message) or "")
-        if message.get("role") == "assistant" and mark is not None and mark[0] not in asked:
-            what = f"message {i} has {mark[0]} in its text, and the record has tools beside that"
-            remedy = "write the calls as tool_calls, or leave the tools out by their column: --ignore tools, or --ignore functions"
-            raise Problem("call-text", what, remedy)
+        if message.get("role") != "assistant":
+            continue
+        text = joined_texts(message) or ""
+        mark = _OTHER_CALL.search(text)
+        what = None
+        if mark is not None and mark[0] not in asked:
+            what = f"message {i} has {mark[0]} in its text"
+        elif (name := _called(text, names)) is not None:
+            what = f"message {i} is a call of {name} as text"
+        if what is not None:
+            remedy = f"write the calls as tool_calls, or leave the tools out: {_IGNORE_TOOLS}"
+            raise Problem("call-text", f"{what}, and the record has tools beside that", remedy)
+
+
+def _called(text: str, names: Collection[str]) -> str | None:
+    """Return the tool that a text calls and does nothing else; None if it does not.
+
+    The forms are Llama's {"name": …, "parameters": {…}} and [name(…)], and ReAct's `Action: name`.
+    """
+    action = _ACTION.search(text)
+    if action is not None and action[1] in names:
+        return action[1]
+    python = _PYTHON_CALL.fullmatch(text)
+    if python is not None and python[1] in names:
+        return python[1]
+    if not _MAY_BE_JSON.match(text):
+        return None
+    try:
+        value = parse_strictly(_FENCE.sub("", text).strip())
+    except ValueError:
+        return None
+    call = value[0] if isinstance(value, list) and value else value
+    if isinstance(call, dict) and not call.keys().isdisjoint(("arguments", "parameters")):
+        name = call.get("name")
+        return name if isinstance(name, str) and name in names else None
+    return None
 
 
 def _has_call_text(message: Message) -> bool:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from moe_train.data.records.meaning import lost_meaning
+from moe_train.data.records.meaning import CALL, INSIDE, MESSAGE, PART, lost_meaning
 from moe_train.data.records.problem import Problem, brief
 
 MAX_NAMES = 1000
@@ -64,13 +64,31 @@ class Unread:
         """
         for key, value in remaining.items():
             reason = lost_meaning(level, str(key))
+            if reason is not None and is_empty(value):
+                continue
+            what = f"{location} has the key {brief(key)}"
+            if reason is None and level in (MESSAGE, PART, CALL):
+                inner, reason = _lost_inside(value)
+                what += f" with {brief(inner)} in it"
             if reason is not None:
-                if is_empty(value):
-                    continue
                 name = _name(level, key)
                 remedy = f"drop the record, or leave the key out by name: --ignore {name} (in a config: ignore: [{name}] of record)"
-                raise Problem("unread-key", f"{location} has the key {brief(key)}: {reason}", remedy)
+                raise Problem("unread-key", f"{what}: {reason}", remedy)
             self.names[_name(level, key)] = None
+
+
+def _lost_inside(value: object) -> tuple[str, str | None]:
+    """Return the key inside of a value that changes the meaning, and what is lost; ("", None) if there is none.
+
+    Libraries put what their own format has no place for into an object, as LangChain does with calls (`additional_kwargs`) and
+    LiteLLM with reasoning (`provider_specific_fields`). Beside a whole record or a tool, such an object only describes it.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            reason = None if is_empty(item) else lost_meaning(INSIDE, str(key))
+            if reason is not None:
+                return str(key), reason
+    return "", None
 
 
 def is_empty(value: object) -> bool:

@@ -63,6 +63,7 @@ class Mistral(Tokenizer):
         vars(self._text)["encode"] = _in_parts(self._text.encode, self._stretches())
         self.vocab_size = self._text.n_words
         self.bos_id = self._text.bos_id
+        self.adds_bos = True
         self.eos_id = self._text.eos_id
         self.end_ids = (self.eos_id,)
 

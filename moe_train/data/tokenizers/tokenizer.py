@@ -26,6 +26,8 @@ class Tokenizer(Protocol):
     """The largest id plus one."""
     bos_id: int | None
     """Id of the token that begins a document; None if none does."""
+    adds_bos: bool
+    """Whether the tokenizer's own library (transformers, mistral-common) begins a plain text with `bos_id`."""
     eos_id: int
     """Id of the token that ends a document."""
     end_ids: tuple[int, ...]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
@@ -26,7 +26,7 @@ from moe_train.evaluate.generation.programs import (
     read_prompts,
 )
 from moe_train.evaluate.generation.sampling import Sampling, sampling_kind, sampling_values
-from moe_train.machine.mesh import BATCH
+from moe_train.machine.mesh import BATCH, put_equal
 from moe_train.model.transformer import Transformer
 
 PROMPT_TOKENS = 64
@@ -210,13 +210,12 @@ class Batch:
         for row, sequence in enumerate(self._sequences):
             if sequence is not None and sequence.schema_state is not None:
                 allowed[row] = sequence.schema_state.allowed(self._vocab_size)
-        return Choice(self._values, jax.device_put(allowed, NamedSharding(self._mesh, P(BATCH))))
+        return Choice(self._values, put_equal(allowed, self._mesh, P(BATCH)))
 
     def _put(self, arrays: Any) -> Any:
         """Return NumPy arrays (B,) and (B, T) on the mesh."""
 
         def put(x: np.ndarray) -> jax.Array:
-            spec = P(BATCH, "context") if x.ndim == 2 else P(BATCH)
-            return jax.device_put(x, NamedSharding(self._mesh, spec))
+            return put_equal(x, self._mesh, P(BATCH, "context") if x.ndim == 2 else P(BATCH))
 
         return jax.tree.map(put, arrays)

@@ -69,10 +69,17 @@ class StopTexts:
         return min(ends, default=None)
 
 
-def decode_after(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int]) -> str:
-    """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text."""
-    prefix = tokenizer.decode(list(before))
-    full_text = tokenizer.decode([*before, *after])
+def decode_after(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int], *, keep_special: bool = False) -> str:
+    """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text.
+
+    Args:
+        tokenizer: the tokenizer.
+        before: tokens of the prompt.
+        after: tokens of the continuation.
+        keep_special: whether control tokens are written by name.
+    """
+    prefix = tokenizer.decode(list(before), keep_special=keep_special)
+    full_text = tokenizer.decode([*before, *after], keep_special=keep_special)
     if full_text.startswith(prefix):
         return full_text[len(prefix) :]
-    return tokenizer.decode(list(after))
+    return tokenizer.decode(list(after), keep_special=keep_special)

@@ -82,6 +82,7 @@ class Generator:
         *,
         release: bool = False,
     ) -> None:
+        config.require_vocabulary(model, "generate")
         self._transformer = separate_layers(transformer, release=release) if platform() == "cpu" else transformer
         self._model = model
         self._mesh = mesh

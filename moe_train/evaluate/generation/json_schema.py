@@ -33,6 +33,9 @@ class JsonSchema:
         try:
             # Without white space between tokens, which a model may otherwise repeat for ever.
             grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_flexible": False})
+            if isinstance(tokenizer, Mistral) and tokenizer.adds_space:
+                # The model has learnt texts that begin with a space.
+                grammar = llguidance.LLMatcher.grammar_from_lark(_AFTER_SPACE % json.dumps(_without_space(schema)))
         except ValueError as error:
             raise ValueError(f"the JSON schema cannot be compiled: {_one_line(str(error))}; correct it") from error
         self._matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
@@ -65,6 +68,19 @@ class SchemaState:
                 raise AssertionError(f"token {token} was not allowed: {self._matcher.get_error()}")
 
 
+_AFTER_SPACE = 'start: " "? answer\nanswer: %%json %s'
+"""Grammar, in the language of llguidance, of an answer that may begin with a space."""
+
+
+def _without_space(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema with llguidance's own option for no white space between tokens."""
+    return {**schema, "x-guidance": {"whitespace_flexible": False}}
+
+
+_BREAK = "\n"
+"""Text that sentencepiece joins with none that follows."""
+
+
 def _one_line(message: str) -> str:
     return " ".join(message.split())
 
@@ -76,12 +92,6 @@ def _for_llguidance(tokenizer: Tokenizer) -> Any:
     if isinstance(tokenizer, HuggingFace):
         return LLTokenizer(tokenizer.to_json(), n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.end_ids))
     assert isinstance(tokenizer, Mistral)
-    if tokenizer.adds_space:
-        # llguidance tokenizes what the schema forces, where sentencepiece would put a space in front.
-        raise ValueError(
-            f"{tokenizer.path.name} is a sentencepiece tokenizer, for which there are no JSON schemas; export the model with "
-            "--format hf and use its tokenizer.json"
-        )
     return LLTokenizer(TokenizerWrapper(_Bytes(tokenizer)), n_vocab=tokenizer.vocab_size, eos_token=list(tokenizer.end_ids))
 
 
@@ -99,4 +109,11 @@ class _Bytes:
             self.tokens[number] = b"\xff<control_%d>" % number
 
     def __call__(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
+        """Return the ids of a text that stands inside another one, so that no space is put before it."""
+        if not self._tokenizer.adds_space:
+            return self._tokenizer.encode(text)
+        # A line break is a token of its own, which the space goes before.
+        before = self._tokenizer.encode(_BREAK)
+        ids = self._tokenizer.encode(_BREAK + text)
+        assert ids[: len(before)] == before, f"{self._tokenizer.path.name} joins a line break with {text!r}"
+        return ids[len(before) :]

@@ -49,6 +49,7 @@ def answer_items(loaded_suite: LoadedSuite, prompter: Prompter, model: LoadedMod
         ValueError: A prompt cannot be written or is too long; no item has been answered then.
         ConnectionError: A judge does not answer.
     """
+    config.require_vocabulary(model.model, "answer a suite")
     suite = loaded_suite.suite
     match suite.grader:
         case config.ChoiceGrader():

@@ -10,7 +10,7 @@ from jax.tree_util import PyTreeDef
 
 from moe_train import config
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.evaluate.generation.completion import StopTexts
+from moe_train.evaluate.generation.completion import StopTexts, decode_after
 from moe_train.evaluate.generation.generator import Generator
 from moe_train.evaluate.generation.sampling import Sampling
 from moe_train.model.parameters import Parameters, combine
@@ -75,16 +75,7 @@ def generate_answers(
     generator = Generator(transformer, loaded.model, loaded.mesh, loaded.cache_dtype, options.batch_size)
     texts = []
     for prompt, completion in zip(prompts, generator.generate(prompts, sampling, stops), strict=True):
-        text = stops.before_stop(decode_after(tokenizer, prompt, completion.tokens, options.keep_special))
+        text = stops.before_stop(decode_after(tokenizer, prompt, completion.tokens, keep_special=options.keep_special))
         texts.append(GeneratedText(tuple(completion.tokens), text, completion.stop != "max_tokens"))
     add_progress(len(texts))
     return texts
-
-
-def decode_after(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int], keep_special: bool) -> str:
-    """Decode `after` in the context of `before`, since some tokenizers drop the first space of a text."""
-    prefix = tokenizer.decode(list(before), keep_special=keep_special)
-    full_text = tokenizer.decode([*before, *after], keep_special=keep_special)
-    if full_text.startswith(prefix):
-        return full_text[len(prefix) :]
-    return tokenizer.decode(list(after), keep_special=keep_special)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import jsonschema
+import referencing
+import referencing.exceptions
 
 from moe_train import config
 from moe_train.data.records.json_parser import parse_strictly
 from moe_train.evaluate.suites import json_values
 from moe_train.evaluate.suites.items import SuiteItem
 from moe_train.evaluate.suites.judge import Endpoint, judge_grade
+from moe_train.evaluate.suites.not_graded import NotGraded
 from moe_train.evaluate.suites.numbers import check_number, number_grade
 from moe_train.evaluate.suites.own_function import function_grade
 from moe_train.evaluate.suites.tool_calls import Call, calls_of, find_calls, same_calls
@@ -96,6 +99,11 @@ def check_item(item: SuiteItem, grader: config.Grader) -> None:
         check_number(item, grader)
 
 
+def _validator(schema: Mapping[str, Any]) -> Any:
+    """Return the validator of a schema, which looks for references in the schema alone and not on the network."""
+    return jsonschema.validators.validator_for(schema)(schema, registry=referencing.Registry())
+
+
 def _check_schema(item: SuiteItem) -> None:
     if item.schema is None:
         raise ValueError(f"{item.location}: the item has no schema, which the grader json_schema needs; add it")
@@ -137,7 +145,15 @@ def _json(item: SuiteItem, answer: str) -> float:
         value = parse_strictly(answer)
     except ValueError:
         return 0.0
-    if not jsonschema.validators.validator_for(item.schema)(item.schema).is_valid(value):
+    try:
+        is_valid = _validator(item.schema).is_valid(value)
+    except referencing.exceptions.Unresolvable as error:
+        raise NotGraded(
+            f"the schema refers to {error.ref}, which is not in it; nothing is fetched, so write it into $defs"
+        ) from error
+    except RecursionError as error:
+        raise NotGraded("the schema refers to itself without end; correct it") from error
+    if not is_valid:
         return 0.0
     return float(not item.answers or any(json_values.equal(value, parse_strictly(expected)) for expected in item.answers))
 

@@ -196,7 +196,10 @@ def _take_question(remaining: dict[str, Any], unread: Unread) -> list[Message]:
         checked_text(value, "text")
         return []
     if names[0] != "messages":
-        return [{"role": "user", "content": checked_text(value, names[0])}]
+        question = checked_text(value, names[0])
+        if not question.strip():
+            raise Problem("columns", f"{names[0]} is empty", "write the question, or drop the record")
+        return [{"role": "user", "content": question}]
     messages = read_messages(value, "messages", PLAIN, unread)
     if messages[-1].get("role") == "assistant":
         raise Problem("roles", "the last message is an assistant's, which the model is to write", "make it the expected answer")

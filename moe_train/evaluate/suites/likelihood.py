@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import PyTreeDef
 
-from moe_train.machine.mesh import BATCH, put_batch
+from moe_train.machine.mesh import BATCH, put_equal
 from moe_train.model.parameters import Parameters, combine
 from moe_train.train.token_logprobs import token_logprobs
 
@@ -54,7 +55,7 @@ def log_likelihoods(
     totals = [0.0] * len(continuations)
     for rows in _rows_by_length(continuations, batch_size):
         batch, is_text = _batch([continuations[i] for i in rows], batch_size, mesh)
-        logprobs = np.asarray(_logprobs(structure, weights, *put_batch(batch, mesh)), np.float64)
+        logprobs = np.asarray(_logprobs(structure, weights, *_put(batch, mesh)), np.float64)
         for row, index in enumerate(rows):
             totals[index] = float(logprobs[row] @ is_text[row])
     return totals
@@ -71,7 +72,7 @@ def scored_continuations(
     scored = [Scored(0.0, False)] * len(continuations)
     for rows in _rows_by_length(continuations, batch_size):
         batch, is_text = _batch([continuations[i] for i in rows], batch_size, mesh)
-        logprobs, is_best = jax.device_get(_logprobs_and_best(structure, weights, *put_batch(batch, mesh)))
+        logprobs, is_best = jax.device_get(_logprobs_and_best(structure, weights, *_put(batch, mesh)))
         for row, index in enumerate(rows):
             total = float(np.asarray(logprobs[row], np.float64) @ is_text[row])
             scored[index] = Scored(total, bool(is_best[row][is_text[row]].all()))
@@ -107,6 +108,11 @@ def _batch(
     return (tokens, positions, segment_ids, targets), is_text
 
 
+def _put(batch: tuple[np.ndarray, ...], mesh: Mesh) -> tuple[jax.Array, ...]:
+    """Return the arrays of a batch, which all processes have, on the mesh."""
+    return put_equal(batch, mesh, P(BATCH, "context"))
+
+
 @partial(jax.jit, static_argnums=0)
 def _logprobs(
     structure: PyTreeDef, weights: Parameters, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, targets: jax.Array
@@ -114,7 +120,8 @@ def _logprobs(
     """Return the log-probability of each target (B, T)."""
     model = combine(structure, weights)
     hidden, _ = model(tokens, positions, segment_ids)
-    return token_logprobs(hidden, model.head_weight(), targets, model.head_lora_factors(hidden)).logprob
+    logprob = token_logprobs(hidden, model.head_weight(), targets, model.head_lora_factors(hidden)).logprob
+    return _replicated(logprob)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -128,4 +135,10 @@ def _logprobs_and_best(
     logits = model.logits(hidden)
     # A comparison and not an index, since the vocabulary may be split over devices.
     is_target = targets[..., None] == jnp.arange(logits.shape[-1])
-    return logprob, jnp.max(jnp.where(is_target, logits, -jnp.inf), axis=-1) >= jnp.max(logits, axis=-1)
+    is_best = jnp.max(jnp.where(is_target, logits, -jnp.inf), axis=-1) >= jnp.max(logits, axis=-1)
+    return _replicated(logprob), _replicated(is_best)
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    """Return an array that every process can read."""
+    return jax.sharding.reshard(x, P())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import numbers
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moe_train import config
 from moe_train.evaluate.suites.items import SuiteItem
@@ -37,7 +40,7 @@ def function_grade(grader: config.FunctionGrader, folder: Path, allowed: Sequenc
     module = importlib.util.module_from_spec(specification)
     try:
         specification.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{_place(error, file)}: the grader's file cannot be imported: {_described(error)}") from error
     function = getattr(module, grader.function, None)
     if not callable(function):
@@ -46,9 +49,10 @@ def function_grade(grader: config.FunctionGrader, folder: Path, allowed: Sequenc
     def grade(item: SuiteItem, answer: str) -> float:
         try:
             score = function(_as_json(item), answer)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a call of sys.exit would end the command as if the gate had passed
             raise NotGraded(f"{_place(error, file)}: the grader raised {_described(error)}") from error
-        is_number = isinstance(score, bool | int | float) and math.isfinite(score)
+        # NumPy's scalars count, too.
+        is_number = isinstance(score, numbers.Real | np.bool_) and math.isfinite(score)
         if not is_number or not 0 <= score <= 1:
             raise NotGraded(f"{file}: the grader returned {score!r:.80}, which is no number from 0 to 1")
         return float(score)
@@ -69,11 +73,11 @@ def _as_json(item: SuiteItem) -> dict[str, Any]:
     }
 
 
-def _described(error: Exception) -> str:
+def _described(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def _place(error: Exception, file: Path) -> str:
+def _place(error: BaseException, file: Path) -> str:
     """Return the file and the line in it where an error was raised."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
     if isinstance(error, SyntaxError) and error.lineno is not None:

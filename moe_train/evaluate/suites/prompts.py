@@ -68,7 +68,9 @@ class Prompter(NamedTuple):
                 raise ValueError(
                     f"{item.location}: nothing comes before a text without a question; leave few_shot, preamble and system out"
                 )
-            tokens = self._encoded(answer)
+            tokens = self.tokenizer.encode(answer)
+            if self.tokenizer.bos_id is not None:
+                tokens = [self.tokenizer.bos_id, *tokens]
             return self._checked(item, answer, tokens[:1], tokens[1:])
         if self.prompt.chat:
             return self._checked(item, answer, self.tokens(item), self.tokenizer.encode(answer))
@@ -113,9 +115,10 @@ class Prompter(NamedTuple):
         return (self.prompt.preamble or "").replace("{category}", item.category or "")
 
     def _encoded(self, text: str) -> list[int]:
-        """Return the tokens of a text from its beginning, BOS included where the tokenizer has one."""
-        start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return start + self.tokenizer.encode(text)
+        """Return the tokens of a text from its beginning, with BOS where transformers or mistral-common would put it."""
+        tokenizer = self.tokenizer
+        start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+        return start + tokenizer.encode(text)
 
     def _system(self, item: SuiteItem) -> list[Message]:
         """Return the suite's system turn. Raises ValueError if the item has one too."""

@@ -77,12 +77,14 @@ def result_of(evaluation: Evaluation) -> JsonObject:
             runs = [_scores(model.answers[place]) for model in evaluation.models]
             groups = _groups(base.answers[place])
             compared.append(compare_pooled(loaded.suite.name, runs, _scores(base.answers[place]), groups, CONFIDENCE))
-        result["comparisons"] += _described(base.name, compared)
+        # The verdicts hold for all suites together.
+        for comparison, verdict in zip(compared, verdicts(compared, CONFIDENCE), strict=True):
+            result["comparisons"].append({**described(base.name, comparison), "verdict": verdict})
         for requirement in evaluation.requirements:
             [comparison] = [comparison for comparison in compared if comparison.suite == requirement.suite]
-            met = requirement.is_met(comparison)
-            result["requirements"].append(_outcome(requirement, base.name, comparison, met))
-            result["passed"] = result["passed"] and met
+            outcome = requirement_outcome(requirement, base.name, comparison)
+            result["requirements"].append(outcome)
+            result["passed"] = result["passed"] and outcome["met"]
     return result
 
 
@@ -192,33 +194,28 @@ def _groups(answers: Sequence[Answer]) -> dict[str, object] | None:
     return {answer.item.id: source_of(answer) for answer in answers}
 
 
-def _described(base: str, comparisons: Sequence[Comparison]) -> list[JsonObject]:
-    """Describe the comparisons with one model, with verdicts that hold for all suites together."""
-    rows: list[JsonObject] = []
-    for comparison, verdict in zip(comparisons, verdicts(comparisons, CONFIDENCE), strict=True):
-        rows.append(
-            {
-                "suite": comparison.suite,
-                "against": base,
-                "old": comparison.old_mean,
-                "new": comparison.new_mean,
-                "difference": comparison.difference,
-                "low": comparison.interval.low,
-                "high": comparison.interval.high,
-                "not_graded": comparison.ungraded,
-                "p_value": comparison.p_value,
-                "verdict": verdict,
-                "method": comparison.method,
-            }
-        )
-    return rows
+def described(base: str, comparison: Comparison) -> JsonObject:
+    """Return a comparison with a model, ready for JSON; its verdict depends on other suites, too."""
+    return {
+        "suite": comparison.suite,
+        "against": base,
+        "old": comparison.old_mean,
+        "new": comparison.new_mean,
+        "difference": comparison.difference,
+        "low": comparison.interval.low,
+        "high": comparison.interval.high,
+        "not_graded": comparison.ungraded,
+        "p_value": comparison.p_value,
+        "method": comparison.method,
+    }
 
 
-def _outcome(requirement: Requirement, base: str, comparison: Comparison, met: bool) -> JsonObject:
+def requirement_outcome(requirement: Requirement, base: str, comparison: Comparison) -> JsonObject:
+    """Return whether a comparison meets a requirement, with the bounds that decide it."""
     return {
         "suite": requirement.suite,
         "against": base,
         "lower_bound": comparison.interval.low,
-        "must_be_at_least": -requirement.margin,
-        "met": met,
+        "must_be_at_least": 0 - requirement.margin,
+        "met": requirement.is_met(comparison),
     }

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -153,8 +154,10 @@ def _from_key_blocks(x_BKjSH: Shaped[Array, "B K j S H"], T: int) -> Shaped[Arra
 class _Places(NamedTuple):
     """Positions and segments of queries and keys by block."""
 
-    positions_iR: Int[Array, "i R"]
-    positions_jS: Int[Array, "j S"]
+    first_i: Int[Array | np.ndarray, " i"]
+    """Position of the first query of a block; a constant of the program if `context` has one device."""
+    last_i: Int[Array | np.ndarray, " i"]
+    """Position of its last query, which padding repeats."""
     segments_BiR: Int[Array, "B i R"]
     segments_BjS: Int[Array, "B j S"]
 
@@ -164,43 +167,55 @@ def _places(segment_ids: SegmentIds, device: Int[Array, ""], causal: CausalWindo
     runs, run_blocks, queries, key_blocks, keys, groups = layout
     B, t = segment_ids.queries_Bt.shape
     run = t // runs
-    starts = jnp.asarray(causal.run_starts, jnp.int32)[device]
-    in_run = jnp.minimum(jnp.arange(run_blocks * queries), run - 1)
-    positions = (starts[:, None] + in_run).reshape(runs * run_blocks, queries)
-    segments = segment_ids.queries_Bt.reshape(B, runs, run)[:, :, in_run].reshape(B, runs * run_blocks, queries)
-    key_positions = jnp.arange(key_blocks * keys)
-    key_segments = segment_ids.keys_BT[:, jnp.minimum(key_positions, segment_ids.keys_BT.shape[1] - 1)]
-    # Every query head of a group has the same queries.
+    starts_cr = np.array(causal.run_starts, np.int32)
+    devices = len(starts_cr)
+    end_cr1 = starts_cr[:, :, None] + run
+    # Rounded up to whole vectors, the last blocks of a run may be padding alone.
+    first_cri = np.minimum(starts_cr[:, :, None] + np.arange(0, run_blocks * queries, queries, dtype=np.int32), end_cr1 - 1)
+    last_cri = np.minimum(first_cri + queries, end_cr1) - 1
+    first_ci, last_ci = (x.reshape(devices, runs * run_blocks) for x in (first_cri, last_cri))
+    segments = _repeat_last(segment_ids.queries_Bt.reshape(B, runs, run), run_blocks * queries)
+    key_segments = _repeat_last(segment_ids.keys_BT, key_blocks * keys)
     return _Places(
-        jnp.tile(positions, (1, groups)),
-        key_positions.reshape(key_blocks, keys),
-        jnp.tile(segments, (1, 1, groups)),
+        first_ci[0] if devices == 1 else jnp.asarray(first_ci)[device],
+        last_ci[0] if devices == 1 else jnp.asarray(last_ci)[device],
+        # Every query head of a group has the same queries.
+        jnp.tile(segments.reshape(B, runs * run_blocks, queries), (1, 1, groups)),
         key_segments.reshape(B, key_blocks, keys),
     )
+
+
+def _repeat_last(x: Int[Array, "*dims n"], length: int) -> Int[Array, "*dims m"]:
+    """Pad the last dim to a length with its last entry."""
+    missing = length - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], mode="edge") if missing else x
 
 
 _Index = Int[Array, ""]
 """Index of a sequence (b), a block of queries (i) or a block of keys (j)."""
 
 
-def _visible(places: _Places, b: _Index, i: _Index, j: _Index, window: int | None) -> Bool[Array, "S R"]:
+def _visible(places: _Places, layout: _Layout, b: _Index, i: _Index, j: _Index, window: int | None) -> Bool[Array, "S R"]:
     """Return the mask of a pair of blocks, true where the query sees the key."""
-    distance = places.positions_iR[i][None, :] - places.positions_jS[j][:, None]
+    queries_R = np.tile(np.arange(layout.queries, dtype=np.int32), layout.groups)
+    positions_R = jnp.minimum(jnp.asarray(places.first_i)[i] + queries_R, jnp.asarray(places.last_i)[i])
+    positions_S = j * layout.keys + np.arange(layout.keys, dtype=np.int32)
+    distance = positions_R[None, :] - positions_S[:, None]
     visible = (distance >= 0) & (places.segments_BiR[b, i][None, :] == places.segments_BjS[b, j][:, None])
     return visible if window is None else visible & (distance < window)
 
 
-def _may_see(places: _Places, window: int | None) -> Bool[Array, "B i j"]:
+def _may_see(places: _Places, layout: _Layout, window: int | None) -> Bool[Array, "B i j"]:
     """Return which pairs of blocks may have a visible key: those whose ranges of positions and of segments allow it."""
-    positions_i = places.positions_iR[:, None]
-    positions_j = places.positions_jS[None]
-    seen = jnp.max(positions_i, axis=-1) >= jnp.min(positions_j, axis=-1)
+    first_j = np.arange(0, layout.key_blocks * layout.keys, layout.keys, dtype=np.int32)
+    in_reach_ij = places.last_i[:, None] >= first_j
     if window is not None:
-        seen &= jnp.min(positions_i, axis=-1) - jnp.max(positions_j, axis=-1) < window
-    segments_i = places.segments_BiR[:, :, None]
+        in_reach_ij &= places.first_i[:, None] - (first_j + layout.keys - 1) < window
+    segments_i = places.segments_BiR[:, :, None, : layout.queries]
     segments_j = places.segments_BjS[:, None]
-    seen &= jnp.min(segments_i, axis=-1) <= jnp.max(segments_j, axis=-1)
-    return seen & (jnp.min(segments_j, axis=-1) <= jnp.max(segments_i, axis=-1))
+    overlaps_Bij = jnp.min(segments_i, axis=-1) <= jnp.max(segments_j, axis=-1)
+    overlaps_Bij &= jnp.min(segments_j, axis=-1) <= jnp.max(segments_i, axis=-1)
+    return jnp.asarray(in_reach_ij) & overlaps_Bij
 
 
 def _bounds(seen: Bool[Array, "B n m"]) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
@@ -227,7 +242,7 @@ def _blocked_forward(
     # With the keys along the last dim, as the product with the weights takes them.
     v = _key_blocks(v_BTKW, layout).swapaxes(-1, -2)
     places = _places(segment_ids, device, causal, layout)
-    first_Bi, end_Bi = _bounds(_may_see(places, causal.window))
+    first_Bi, end_Bi = _bounds(_may_see(places, layout, causal.window))
     blocks, R = q.shape[2:4]
 
     def of_queries(index: Int[Array, ""]) -> tuple[Float[Array, "W R"], Float[Array, " R"]]:
@@ -240,7 +255,7 @@ def _blocked_forward(
         ) -> tuple[Float[Array, " R"], Float[Array, " R"], Float[Array, "W R"]]:
             top_R, total_R, y_WR = carry
             scores = jnp.einsum("SH,RH->SR", k[b, kv, j], q_RH, preferred_element_type=jnp.float32)
-            scores = jnp.where(_visible(places, b, i, j, causal.window), scores, NEG)
+            scores = jnp.where(_visible(places, layout, b, i, j, causal.window), scores, NEG)
             new_top_R = jnp.maximum(top_R, jnp.max(scores, axis=0))
             # While a query has seen no key, its weights are those of masked keys; the first visible key scales them to zero.
             weights = jnp.exp(scores - new_top_R)
@@ -286,7 +301,7 @@ def _blocked_backward(
     common_BtN1 = jnp.sum(dy_BtNW.astype(jnp.float32) * saved.y_BtNW.astype(jnp.float32), axis=-1, keepdims=True)
     common = _query_blocks(common_BtN1, layout)[..., 0]
     places = _places(saved.segment_ids, saved.device, causal, layout)
-    first_Bj, end_Bj = _bounds(_may_see(places, causal.window).swapaxes(1, 2))
+    first_Bj, end_Bj = _bounds(_may_see(places, layout, causal.window).swapaxes(1, 2))
     blocks, R = q.shape[2:4]
 
     def of_head(head: Int[Array, ""]) -> tuple[Float[Array, "i H R"], Float[Array, "j S H"], Float[Array, "j S W"]]:
@@ -302,7 +317,7 @@ def _blocked_backward(
                 dy_RW = dy[b, kv, i]
                 scores = jnp.einsum("SH,RH->SR", k_SH, q_RH, preferred_element_type=jnp.float32)
                 # exp may overflow for a masked pair, whose score the log-sum-exp does not contain; the select discards it.
-                visible = _visible(places, b, i, j, causal.window)
+                visible = _visible(places, layout, b, i, j, causal.window)
                 weights = jnp.where(visible, jnp.exp(scores - saved.lse_BKiR[b, kv, i]), 0)
                 dweights = jnp.einsum("SW,RW->SR", v_SW, dy_RW, preferred_element_type=jnp.float32)
                 # Gradient of the softmax: ds = w * (dw - sum(w * dw)), where the sum is `common`.

@@ -18,16 +18,15 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from moe_train import config
-from moe_train.machine.mesh import BATCH
 from moe_train.model.attention import rope
-from moe_train.model.attention.cache import attend_slots, extend
+from moe_train.model.attention.cache import attend_slots, extend_keys, extend_values, key_spec, value_spec
 from moe_train.model.attention.kernels import attend
 from moe_train.model.attention.query_scaling import query_scale
 from moe_train.model.layers import Linear, RandomSource, keys_of
 from moe_train.model.sharding.specs import split_axes
 
-_CACHE_SPEC = P(BATCH, "context", "tensor", None)
-"""Partition spec of the keys and of the values in a cache."""
+_HEADS = "tensor"
+"""Mesh axis that splits the heads of keys and values in a cache."""
 
 
 class KeyValueCache(NamedTuple):
@@ -36,8 +35,8 @@ class KeyValueCache(NamedTuple):
     Outside the loop over layers the arrays have a leading dim L.
     """
 
-    k_BSKH: Float[Array, "*L B S K H"]
-    v_BSKH: Float[Array, "*L B S K H"]
+    k_BKHS: Float[Array, "*L B K H S"]
+    v_BKSH: Float[Array, "*L B K S H"]
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -88,10 +87,10 @@ class GroupedQueryAttention(nnx.Module):
             max_len: largest number of tokens of a sequence.
             dtype: dtype of keys and values.
         """
-        shape = (num_layers, batch_size, max_len, attention.num_kv_heads, attention.head_dim)
-        spec = P(None, *_CACHE_SPEC)
-        keys = jnp.zeros(shape, dtype, out_sharding=spec)
-        values = jnp.zeros(shape, dtype, out_sharding=spec)
+        K = attention.num_kv_heads
+        H = attention.head_dim
+        keys = jnp.zeros((num_layers, batch_size, K, H, max_len), dtype, out_sharding=P(None, *key_spec(_HEADS)))
+        values = jnp.zeros((num_layers, batch_size, K, max_len, H), dtype, out_sharding=P(None, *value_spec(_HEADS)))
         return KeyValueCache(keys, values)
 
     def __call__(
@@ -125,8 +124,8 @@ class GroupedQueryAttention(nnx.Module):
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, self.window, self.kernel)
         else:
             # Keys enter the cache rotated, so decoding rotates only the new ones.
-            keys = extend(cache.k_BSKH, k_BTKH, positions_BT, _CACHE_SPEC)
-            values = extend(cache.v_BSKH, v_BTKH, positions_BT, _CACHE_SPEC)
-            y_BTNH = attend_slots(q_BTNH, keys, values, positions_BT, self.window, _CACHE_SPEC)
+            keys = extend_keys(cache.k_BKHS, k_BTKH, positions_BT, _HEADS)
+            values = extend_values(cache.v_BKSH, v_BTKH, positions_BT, _HEADS)
+            y_BTNH = attend_slots(q_BTNH, keys, values, positions_BT, self.window, _HEADS)
             cache = KeyValueCache(keys, values)
         return self.o_proj(y_BTNH, o_key), cache

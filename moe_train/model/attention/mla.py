@@ -26,9 +26,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from moe_train import config
-from moe_train.machine.mesh import BATCH, axis_size
+from moe_train.machine.mesh import axis_size
 from moe_train.model.attention import rope
-from moe_train.model.attention.cache import attend_slots, extend
+from moe_train.model.attention.cache import attend_slots, extend_values, value_spec
 from moe_train.model.attention.context_parallel import gather_sequence
 from moe_train.model.attention.kernels import attend
 from moe_train.model.attention.query_scaling import query_scale
@@ -38,8 +38,8 @@ from moe_train.model.sharding.specs import activation_spec, fsdp_axis, split_axe
 
 LATENT_NORM_EPS = 1e-6
 """Epsilon of the norms of both latents, whatever the model's `norm_eps`: transformers has it hard-wired."""
-_CACHE_SPEC = P(BATCH, "context", None, None)
-"""Partition spec of a cache: every head needs all numbers of a latent."""
+_HEADS = None
+"""Mesh axis that splits the heads in a cache: none, since every head needs all numbers of a latent."""
 
 
 class LatentCache(NamedTuple):
@@ -48,7 +48,7 @@ class LatentCache(NamedTuple):
     Outside the loop over layers the array has a leading dim L.
     """
 
-    latents_BSKC: Float[Array, "*L B S 1 C"]
+    latents_BKSC: Float[Array, "*L B 1 S C"]
     """All heads share the entries, like queries that share a single key head."""
 
 
@@ -109,8 +109,8 @@ class MultiHeadLatentAttention(nnx.Module):
             max_len: largest number of tokens of a sequence.
             dtype: dtype of the latents.
         """
-        shape = (num_layers, batch_size, max_len, 1, attention.kv_lora_rank + attention.qk_rope_head_dim)
-        return LatentCache(jnp.zeros(shape, dtype, out_sharding=P(None, *_CACHE_SPEC)))
+        shape = (num_layers, batch_size, 1, max_len, attention.kv_lora_rank + attention.qk_rope_head_dim)
+        return LatentCache(jnp.zeros(shape, dtype, out_sharding=P(None, *value_spec(_HEADS))))
 
     def __call__(
         self,
@@ -144,7 +144,7 @@ class MultiHeadLatentAttention(nnx.Module):
         else:
             # Shared keys enter the cache rotated, so decoding rotates only the new ones.
             new_BT1C = jnp.concatenate([latent_BTR[:, :, None], shared_BT1P], axis=-1)
-            cache = LatentCache(extend(cache.latents_BSKC, new_BT1C, positions_BT, _CACHE_SPEC))
+            cache = LatentCache(extend_values(cache.latents_BKSC, new_BT1C, positions_BT, _HEADS))
             y_BTNW = self._attend_latents(q_BTNH, cache, positions_BT)
         return self.o_proj(y_BTNW, o_key), cache
 
@@ -216,8 +216,10 @@ class MultiHeadLatentAttention(nnx.Module):
         absorbed_BTNC = jnp.concatenate([self._into_latent(q_BTNH[..., :n]), q_BTNH[..., n:]], axis=-1)
         # Scores are divided by the square root of the width that `attend_slots` sees, C, where the layer's own is H.
         absorbed_BTNC *= jnp.asarray(math.sqrt(absorbed_BTNC.shape[-1] / q_BTNH.shape[-1]), q_BTNH.dtype)
-        slots_BSKC = cache.latents_BSKC
-        y_BTNR = attend_slots(absorbed_BTNC, slots_BSKC, slots_BSKC[..., :R], positions_BT, None, _CACHE_SPEC)
+        values_BKSC = cache.latents_BKSC
+        # With all heads as rows, the product reads the latents as they are: the swap is no copy.
+        keys_BKCS = jnp.swapaxes(values_BKSC, 2, 3)
+        y_BTNR = attend_slots(absorbed_BTNC, keys_BKCS, values_BKSC[..., :R], positions_BT, None, _HEADS)
         return self._from_latent(y_BTNR)[..., n:]
 
     def _into_latent(self, q_BTNn: Float[Array, "B T N n"]) -> Float[Array, "B T N R"]:

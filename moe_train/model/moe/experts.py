@@ -22,9 +22,12 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from moe_train.machine.mesh import axis_size, batch_axes, global_axes
 from moe_train.model.moe.capacity import capacity, within_capacity
+from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights, SeparateExperts
 from moe_train.model.moe.grouped_matmul import choose_grouped_matmul_kernel, grouped_matmul
+from moe_train.model.moe.separate_experts import apply_separate_experts
 from moe_train.model.moe.transport.choose import check_transport, choose_transport
 from moe_train.model.moe.transport.transport import (
+    ApplyExperts,
     Assignments,
     DropoutCounters,
     ExchangeSizes,
@@ -35,23 +38,6 @@ from moe_train.model.quantize import Quantized, dequantize
 from moe_train.model.sharding.collectives import gather_axis
 from moe_train.model.sharding.fsdp import vary_with_spec
 from moe_train.model.sharding.specs import replicas, spec_of
-
-
-class ExpertMatrix(NamedTuple):
-    """One linear map of every expert: the weight (E, inputs, outputs) and the LoRA factors, None without an adapter."""
-
-    weight: Float[Array, "E I O"] | Quantized
-    lora_a: Float[Array, "E I J"] | None
-    lora_b: Float[Array, "E J O"] | None
-    """LoRA factor B, already multiplied by the adapter's scale."""
-
-
-class ExpertWeights(NamedTuple):
-    """The three matrices of SwiGLU experts."""
-
-    gate: ExpertMatrix
-    up: ExpertMatrix
-    down: ExpertMatrix
 
 
 class Routing(NamedTuple):
@@ -86,7 +72,7 @@ class ExpertSettings:
 def run_experts(
     x_BTD: Float[Array, "B T D"],
     routing: Routing,
-    experts: ExpertWeights,
+    experts: ExpertWeights | SeparateExperts,
     settings: ExpertSettings,
     dropout: Dropout | None = None,
 ) -> tuple[Float[Array, "B T D"], Int[Array, ""]]:
@@ -95,7 +81,7 @@ def run_experts(
     Args:
         x_BTD: inputs of the experts.
         routing: expert ids and weights (B, T, A), and which tokens are valid.
-        experts: weights of all experts.
+        experts: weights of all experts; separate ones on a mesh that does not split them (`separate_layers`).
         settings: kernel, transport and capacity factor.
         dropout: dropout on the inputs of the adapters; None for no dropout.
 
@@ -112,16 +98,19 @@ def run_experts(
         counter_specs = DropoutCounters(P(), tokens)  # type: ignore[arg-type]  # a spec in the place of each array
         rates = dropout.rates
 
-    def unshard(experts: ExpertWeights) -> ExpertWeights:
-        return jax.tree.map(lambda w, spec: _unshard(w, spec, x_BTD.dtype, axes), experts, specs, is_leaf=_is_quantized)
-
-    apply = partial(_apply_experts, kernel=settings.kernel, dropout_rates=rates)
+    unshard = partial(_unshard_experts, specs=specs, dtype=x_BTD.dtype, axes=axes)
+    apply: ApplyExperts = partial(_apply_experts, kernel=settings.kernel, dropout_rates=rates)
+    if isinstance(experts, SeparateExperts):
+        apply = apply_separate_experts
 
     def local(
-        x_btD: Float[Array, "b t D"], routing: Routing, experts: ExpertWeights, counters: DropoutCounters | None
+        x_btD: Float[Array, "b t D"],
+        routing: Routing,
+        experts: ExpertWeights | SeparateExperts,
+        counters: DropoutCounters | None,
     ) -> tuple[Float[Array, "b t D"], Int[Array, ""]]:
         b, t, D = x_btD.shape
-        e = experts.gate.weight.shape[0]
+        e = experts.num_experts
         assignments, peer_capacity = _local_assignments(x_btD, routing, e, settings.capacity_factor, counters)
         check_transport(settings.transport)
         A = assignments.expert_ids_mA.shape[1]
@@ -138,7 +127,8 @@ def run_experts(
         # A Pallas call does not declare along which axes its result varies.
         check_vma=choose_grouped_matmul_kernel(settings.kernel) != "megablox",
     )
-    experts = _cast(experts, x_BTD.dtype, jnp.max(routing.expert_ids_BTA) >= 0)
+    if isinstance(experts, ExpertWeights):
+        experts = _cast(experts, x_BTD.dtype, jnp.max(routing.expert_ids_BTA) >= 0)
     return run(x_BTD, routing, experts, counters)
 
 
@@ -218,6 +208,15 @@ def _cast(experts: ExpertWeights, dtype: jnp.dtype, true: Bool[Array, ""]) -> Ex
 
 def _is_quantized(w: object) -> bool:
     return isinstance(w, Quantized)
+
+
+def _unshard_experts(
+    experts: ExpertWeights | SeparateExperts, specs: ExpertWeights | SeparateExperts, dtype: jnp.dtype, axes: tuple[str, ...]
+) -> ExpertWeights | SeparateExperts:
+    """Return this device's experts as `_unshard` does; separate ones are whole, and are cast where they are applied."""
+    if isinstance(experts, SeparateExperts):
+        return experts
+    return jax.tree.map(lambda w, spec: _unshard(w, spec, dtype, axes), experts, specs, is_leaf=_is_quantized)
 
 
 def _unshard(

@@ -124,7 +124,7 @@ def _rows(
                 y = jnp.where(is_own, y, jax.lax.dynamic_slice_in_dim(y_Ro, start, rows))
             return jax.lax.dynamic_update_slice_in_dim(y_Ro, y, start, 0)
 
-        return _over_blocks(starts_E[e], group_sizes_E[e], R, row_blocks(R, E), block, y_Ro)
+        return over_blocks(starts_E[e], group_sizes_E[e], R, row_blocks(R, E), block, y_Ro)
 
     def expert(e: Int[Array, ""], y_Ro: Float[Array, "R o"]) -> Float[Array, "R o"]:
         # The slice of a weight is a copy, which is left out for experts without rows: most of them when a token is decoded.
@@ -142,7 +142,7 @@ _Carry = TypeVar("_Carry", bound=Shaped[Array, "..."])
 _Block = Callable[[int, Int[Array, ""], Bool[Array, "rows 1"] | None, _Carry], _Carry]
 
 
-def _over_blocks(
+def over_blocks(
     start: Int[Array, ""], size: Int[Array, ""], R: int, block_sizes: tuple[int, ...], block: _Block, carry: _Carry
 ) -> _Carry:
     """Fold `block(rows, start, is_own, carry)` over the rows of one group; `rows` is static, one of `block_sizes`.
@@ -191,7 +191,7 @@ def _weight_gradient(
     def expert(e: Int[Array, ""], dw_EDF: Float[Array, "E D F"]) -> Float[Array, "E D F"]:
         start, size = starts_E[e], group_sizes_E[e]
         zeros_DF = _zeros_like(x_RD, (D, F), jnp.dtype("float32"))
-        dw_DF = _over_blocks(start, size, R, SUM_BLOCKS, block, zeros_DF)
+        dw_DF = over_blocks(start, size, R, SUM_BLOCKS, block, zeros_DF)
         return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF.astype(dtype), e, 0)
 
     return jax.lax.fori_loop(0, E, expert, _zeros_like(x_RD, (E, D, F), dtype))

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, Key
 from moe_train import config
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Adapted, RandomSource, keys_of, normal
-from moe_train.model.moe.experts import Dropout, ExpertMatrix, ExpertSettings, ExpertWeights, Routing, run_experts
+from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights, SeparateExperts
+from moe_train.model.moe.experts import Dropout, ExpertSettings, Routing, run_experts
 from moe_train.model.moe.router import Router, RouterStats, router_stats, top_k, within_groups
 
 
@@ -51,6 +52,8 @@ class MoE(nnx.Module):
         self.gate_proj = ExpertLinear(rngs, (E, D, F), P("expert", "fsdp", "tensor"), std, dtype)
         self.up_proj = ExpertLinear(rngs, (E, D, F), P("expert", "fsdp", "tensor"), std, dtype)
         self.down_proj = ExpertLinear(rngs, (E, F, D), P("expert", "tensor", "fsdp"), std, dtype)
+        self.separate_experts: SeparateExperts | None = nnx.data(None)
+        """The weights of the experts where they are separate arrays; the three stacks are empty then (`separate_layers`)."""
         self.shared: DenseFfn | None = nnx.data(None)
         if ffn.num_shared_experts:
             # Several shared experts are one SwiGLU of their joint width, as in the files of Mistral and DeepSeek.
@@ -96,18 +99,22 @@ class MoE(nnx.Module):
         # Remat policy `minimal` saves these names, so that the backward pass need not select experts again.
         chosen_BTA, ids_BTA = (checkpoint_name(x, "routing") for x in chosen)
         weights_BTA = self.scale * jax.nn.softmax(chosen_BTA, axis=-1)
-        matrices = self.gate_proj, self.up_proj, self.down_proj
-        experts = ExpertWeights(*(m.matrix() for m in matrices))
-        rates = tuple(m.lora_dropout for m in matrices)
+        rates = tuple(m.lora_dropout for m in (self.gate_proj, self.up_proj, self.down_proj))
         dropout = None
         if experts_key is not None and any(rates):
             dropout = Dropout(experts_key, rates)
         settings = ExpertSettings(self.kernel, self.transport, self.capacity_factor)
-        y_BTD, computed = run_experts(x_BTD, Routing(ids_BTA, weights_BTA, valid_BT), experts, settings, dropout)
+        y_BTD, computed = run_experts(x_BTD, Routing(ids_BTA, weights_BTA, valid_BT), self.experts(), settings, dropout)
         if self.shared is not None:
             y_BTD += self.shared(x_BTD, shared_key)
         stats = router_stats(logits_BTE, log_scores_BTE, ids_BTA, valid_BT, computed, self.balances_rows)
         return y_BTD, stats._replace(expert_ids=ids_BTA) if self.keeps_expert_ids else stats
+
+    def experts(self) -> ExpertWeights | SeparateExperts:
+        """Return the weights of the routed experts."""
+        if self.separate_experts is not None:
+            return self.separate_experts
+        return ExpertWeights(self.gate_proj.matrix(), self.up_proj.matrix(), self.down_proj.matrix())
 
     def _selection_scores(self, log_scores_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"] | None:
         """Selection scores for top-k (probabilities plus router bias, masked by expert group); None to select by router scores."""

@@ -10,6 +10,7 @@ What llama.cpp (v0.5.0) accepts, according to tests and its source, decides what
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -135,7 +136,9 @@ def unpack_tokenizer(file: Path) -> Path:
                 gguf_tokenizer.extract_tokenizer(tokenizer_keys, directory, file)
         except FileExistsError:
             log.info("another process has just unpacked %s", folder)
-        except PermissionError as error:
+        except OSError as error:
+            if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
+                raise
             raise ValueError(
                 f"{folder} cannot be written, and {file} has its tokenizer inside; name a tokenizer in data.tokenizer"
             ) from error

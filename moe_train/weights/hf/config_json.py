@@ -14,11 +14,11 @@ from pydantic import ValidationError
 from moe_train import config
 from moe_train.machine.files import JsonObject, read_object
 from moe_train.weights import safetensors_files
-from moe_train.weights.hf import latent
-from moe_train.weights.hf.config_keys import CONFIG_FILE, text_fields
+from moe_train.weights.hf import latent, score_fields
+from moe_train.weights.hf.config_keys import CONFIG_FILE, stated_tie, text_fields
+from moe_train.weights.hf.config_problem import first_problem
+from moe_train.weights.hf.rope_section import read_rope, rope_section
 from moe_train.weights.on_disk import FloatDtype
-
-_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def read_model_config(directory: str | Path) -> config.Model:
@@ -38,10 +38,7 @@ def read_model_config(directory: str | Path) -> config.Model:
     try:
         model = _model(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        location = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].replace("Value error, ", "")
-        raise ValueError(": ".join(part for part in (str(file), location, message) if part)) from error
+        raise ValueError(f"{file}: {first_problem(error)}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
     is_corrected = isinstance(model.attention, config.MultiHeadLatentAttention) and model.attention.scale_correction != "none"
@@ -57,19 +54,19 @@ def _model(fields: JsonObject) -> config.Model:
     family = config.FAMILIES[family_name]
     # Only defaults that every version of transformers agrees on are filled in.
     fields = {**family.hugging_face.defaults, **fields}
-    # transformers 5 writes rope_parameters and rope_type, earlier versions rope_scaling and type; a file may have both.
-    rope_fields = {**(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
+    rope_fields = rope_section(fields)
     if "mla" in family.required:
         correction, rope_fields = latent.read_scale(fields, rope_fields)
-        rope, query_scaling = _rope(fields, rope_fields)
+        rope, query_scaling = read_rope(fields, rope_fields)
         # The two may differ from those of other families: mscale_all_dim alone corrects the scale of scores.
         rope |= {key: rope_fields[key] for key in ("mscale", "mscale_all_dim") if rope["name"] == "yarn"}
         attention = latent.read_attention(fields, query_scaling, correction)
         ffn = latent.read_ffn(family_name, fields)
     else:
-        rope, query_scaling = _rope(fields, rope_fields)
+        rope, query_scaling = read_rope(fields, rope_fields)
         attention = _grouped_query(family, fields, num_layers, query_scaling)
         ffn = _ffn(family, fields)
+    scores = score_fields.read_scores(fields)
     return config.Model.model_validate(
         {
             "family": family_name,
@@ -80,7 +77,9 @@ def _model(fields: JsonObject) -> config.Model:
             "ffn": ffn,
             "rope": rope,
             "norm_eps": _stated(fields, "rms_norm_eps"),
-            "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
+            # A head for scores is no part of the vocabulary's.
+            "tie_embeddings": scores is None and stated_tie(fields),
+            "scores": scores,
             "max_seq_len": _stated(fields, "max_position_embeddings"),
             "init_stddev": fields.get("initializer_range") or 0.02,
         }
@@ -105,7 +104,7 @@ def _grouped_query(family: config.Family, fields: JsonObject, num_layers: int, q
         "num_heads": num_heads,
         "num_kv_heads": _num_kv_heads(family, fields, num_heads),
         # Older files state none and have the quotient; Mistral Nemo, for one, has another size and states it.
-        "head_dim": fields.get("head_dim") or _stated(fields, "hidden_size") // num_heads,
+        "head_dim": _stated(fields, "hidden_size") // num_heads if fields.get("head_dim") is None else fields["head_dim"],
         "windows": _windows(family, fields, num_layers),
         "query_scaling": query_scaling,
     }
@@ -134,7 +133,7 @@ def _not_stated(key: str) -> str:
 
 def _num_kv_heads(family: config.Family, fields: JsonObject, num_heads: int) -> int:
     """Return the number of key and value heads, which equals that of query heads where the family defaults to it."""
-    if fields.get("num_key_value_heads"):
+    if fields.get("num_key_value_heads") is not None:
         return fields["num_key_value_heads"]
     if "num_key_value_heads" in family.hugging_face.defaults:
         return num_heads
@@ -157,46 +156,16 @@ def _windows(family: config.Family, fields: JsonObject, num_layers: int) -> tupl
         raise ValueError(f"layer_types has {len(kinds)} entries for num_hidden_layers {num_layers}; state one for each layer")
     if "sliding_attention" in kinds and window is None:
         raise ValueError("layer_types has sliding_attention, but sliding_window is null; state the size of the window")
+    if window is not None and set(kinds) == {"full_attention"} and "interleaved_windows" not in family.features:
+        raise ValueError(
+            f"layer_types has full_attention, but sliding_window is {window}, which transformers applies to every layer of "
+            f"{family.hugging_face.architecture}; set it to null, or state MinistralForCausalLM"
+        )
     windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
     for period in range(1, num_layers):
         if num_layers % period == 0 and windows[:period] * (num_layers // period) == windows:
             return windows[:period]
     return windows
-
-
-def _rope(fields: JsonObject, rope_fields: JsonObject) -> tuple[JsonObject, JsonObject | None]:
-    """Read rotary positions and query scaling from `rope_parameters`, or the older `rope_scaling`, and `rope_theta`."""
-    kind = rope_fields.get("rope_type", rope_fields.get("type", "default"))
-    if kind not in ("default", "yarn"):
-        raise ValueError(f"rope_type is {kind!r}; supported: default, yarn")
-    theta = rope_fields.get("rope_theta", fields.get("rope_theta"))
-    if theta is None:
-        raise ValueError("rope_theta is stated neither on its own nor in rope_parameters; add it")
-    known_keys = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "llama_4_scaling_beta", "max_position_embeddings"}
-    known_keys.add("original_max_position_embeddings")
-    if kind == "yarn":
-        known_keys.update(_YARN)
-    if unknown := sorted(set(rope_fields) - known_keys):
-        raise ValueError(f"rope_parameters.{unknown[0]} is not implemented; supported: {', '.join(sorted(known_keys))}")
-    if rope_fields.get("partial_rotary_factor", 1) != 1:
-        factor = rope_fields["partial_rotary_factor"]
-        raise ValueError(f"rope_parameters.partial_rotary_factor is {factor}, which is not implemented; it has to be 1")
-    original = rope_fields.get("original_max_position_embeddings")
-    scaling = None
-    if beta := rope_fields.get("llama_4_scaling_beta"):
-        scaling = {"beta": float(beta), "original_max_seq_len": original}
-    if kind == "default":
-        return {"name": "default", "theta": float(theta)}, scaling
-    if missing := [key for key in _YARN[:2] if key not in rope_fields]:
-        raise ValueError(f"rope_parameters.{missing[0]} is missing, which yarn requires; add it")
-    yarn: JsonObject = {}
-    for key in _YARN:
-        if key in rope_fields and key != "original_max_position_embeddings":
-            yarn[key] = float(rope_fields[key])
-    # Unless both are stated, transformers uses 0.1 * log(factor) + 1, which mscale 1 over mscale_all_dim 0 gives too.
-    if not (rope_fields.get("mscale") and rope_fields.get("mscale_all_dim")):
-        yarn |= {"mscale": 0.0, "mscale_all_dim": 0.0}
-    return {"name": "yarn", "theta": float(theta), **yarn, "original_max_seq_len": original}, scaling
 
 
 def write_model_config(
@@ -211,7 +180,7 @@ def write_model_config(
     """Return the `config.json` of an export, with old and new spellings side by side and every default stated."""
     check_expressible(model)
     fields: JsonObject = {
-        "architectures": [config.FAMILIES[model.family].hugging_face.architecture],
+        "architectures": [score_fields.class_name(model)],
         "model_type": model.family,
         "vocab_size": model.vocab_size,
         "hidden_size": model.model_dim,
@@ -234,6 +203,8 @@ def write_model_config(
     }
     family = config.FAMILIES[model.family]
     fields |= family.hugging_face.fixed
+    if model.scores is not None:
+        fields |= score_fields.write_scores(model.scores)
     a = model.attention
     if "window" in family.features:
         fields["sliding_window"] = next((window for window in a.windows if window is not None), None)

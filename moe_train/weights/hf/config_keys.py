@@ -19,6 +19,13 @@ CONFIG_FILE = "config.json"
 
 ARCHITECTURES = {family.hugging_face.architecture: name for name, family in config.FAMILIES.items() if "hf" in family.formats}
 """Families by the class of their text model."""
+SCORING_ARCHITECTURES = {
+    family.hugging_face.scoring_architecture: name
+    for name, family in config.FAMILIES.items()
+    if "score_head" in family.features & family.formats.get("hf", frozenset())
+}
+"""Families by the class of their text model with a head for classification or rewards."""
+_CLASSES = ARCHITECTURES | SCORING_ARCHITECTURES
 
 # The only values whose meaning is implemented here.
 _REQUIRED: JsonObject = {
@@ -29,6 +36,11 @@ _REQUIRED: JsonObject = {
     "router_jitter_noise": 0,
     "partial_rotary_factor": 1,
     "rope_interleaved": False,
+    # False is what switches something on here, so these are not among the keys that may be false.
+    "is_causal": True,
+    "causal": True,
+    "use_rope": True,
+    "norm_topk_prob": True,
 }
 _READ = (
     *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
@@ -43,7 +55,6 @@ _READ_OF_LATENT = (
 """Keys of models with multi-head latent attention alone."""
 _REQUIRED_OF_LATENT: JsonObject = {
     "rope_interleave": True,
-    "norm_topk_prob": True,
     "moe_layer_freq": 1,
     "num_nextn_predict_layers": 0,
     "num_mtp_layers": 0,
@@ -117,17 +128,29 @@ def text_fields(fields: JsonObject) -> tuple[config.FamilyName, JsonObject]:
                 f"architectures is not stated, and model_type is {fields.get('model_type')!r}; supported model types: {supported}"
                 + _advice_for_wrapper(fields)
             )
-    elif not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in ARCHITECTURES:
-        supported = ", ".join((*ARCHITECTURES, *WRAPPERS))
+    elif not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in _CLASSES:
+        supported = ", ".join((*_CLASSES, *WRAPPERS))
         raise ValueError(f"architectures is {architectures}; supported: {supported}{_advice_for_wrapper(fields)}")
     else:
-        family = ARCHITECTURES[architectures[0]]
+        family = _CLASSES[architectures[0]]
+    _check_model_type(fields, family)
     _check_keys(fields, family)
     return family, fields
 
 
+def _check_model_type(fields: JsonObject, model_type: str) -> None:
+    """Raise ValueError if `model_type`, by which transformers decides, is not that of `architectures`, by which vLLM does."""
+    stated = fields.get("model_type")
+    if stated not in (None, model_type):
+        raise ValueError(
+            f"architectures is {fields.get('architectures')}, but model_type is {stated!r} and not {model_type!r}; correct the one "
+            "that is wrong"
+        )
+
+
 def _text_fields_of_wrapper(wrapper: WrapperClass, fields: JsonObject) -> tuple[config.FamilyName, JsonObject]:
     """Return the family and the fields of the text model inside a multimodal model."""
+    _check_model_type(fields, wrapper.model_type)
     _check_keys({key: value for key, value in fields.items() if key not in wrapper.keys})
     text = fields.get("text_config")
     if not isinstance(text, dict):
@@ -146,15 +169,23 @@ def _text_fields_of_wrapper(wrapper: WrapperClass, fields: JsonObject) -> tuple[
 
 def _is_tied(wrapper: WrapperClass, fields: JsonObject, text: JsonObject) -> bool:
     """Return whether the embeddings of the text model are tied, as transformers decides it for this class."""
-    of_whole = fields.get("tie_word_embeddings")
-    of_text = bool(text.get("tie_word_embeddings"))
+    of_whole = None if fields.get("tie_word_embeddings") is None else stated_tie(fields)
+    of_text = stated_tie(text)
     match wrapper.ties:
         case "whole":
-            return of_text if of_whole is None else bool(of_whole)
+            return of_text if of_whole is None else of_whole
         case "either":
             return bool(of_whole) or of_text
         case "never":
             return False
+
+
+def stated_tie(fields: JsonObject) -> bool:
+    """Return `tie_word_embeddings`, false where it is not stated. Raises ValueError if it is neither true nor false."""
+    tied = fields.get("tie_word_embeddings")
+    if tied is not None and type(tied) is not bool:
+        raise ValueError(f"tie_word_embeddings is {tied!r}; it has to be true or false")
+    return bool(tied)
 
 
 def _advice_for_wrapper(fields: JsonObject) -> str:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_train import config
+from moe_train.data.tokenizers.padding import padding_id
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject, read_object
 from moe_train.weights import fp8, names, on_disk, safetensors_files
@@ -124,8 +125,15 @@ def write(
         wrapping: the other parts of a multimodal model; None for a text model.
     """
     bos_id, eos_id = (tokenizer.bos_id, tokenizer.eos_id) if tokenizer else (None, None)
-    # Tensors that FP8 leaves out are bfloat16.
-    settings = write_model_config(model, dtype="bfloat16" if dtype == "fp8" else dtype, bos_token_id=bos_id, eos_token_id=eos_id)
+    settings = write_model_config(
+        model,
+        # Tensors that FP8 leaves out are bfloat16.
+        dtype="bfloat16" if dtype == "fp8" else dtype,
+        bos_token_id=bos_id,
+        eos_token_id=eos_id,
+        # transformers reads the score at the last token that is not this one.
+        pad_token_id=padding_id(tokenizer) if tokenizer is not None and model.scores is not None else None,
+    )
     generation = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     layout = names.hugging_face_of(model) if wrapping is None else wrapping.text_layout
     pieces = names.weight_pieces(model, layout)
@@ -146,6 +154,8 @@ def write(
     if share.first != 0:
         return
     write_json(directory / CONFIG_FILE, settings if wrapping is None else wrapping.around(settings))
+    if model.scores is not None:
+        return
     # A chat may end its turns with another token than EOS; config.json keeps the single one.
     if tokenizer is not None and len(tokenizer.end_ids) > 1:
         generation["eos_token_id"] = list(tokenizer.end_ids)

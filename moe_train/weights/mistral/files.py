@@ -41,6 +41,7 @@ def open_weights(directory: str | Path) -> WeightFiles:
     outside_text: dict[str, safetensors_files.SafetensorsTensor] = {}
     for name, tensor in safetensors_files.open_model_tensors(directory, STEM, _is_outside_text).items():
         (outside_text if _is_outside_text(name) else text)[name] = tensor
+    carried = _carried(directory, model, outside_text)
     tensors = fp8.dequantize_tensors(text, fp8.section_of_folder(Path(directory) / PARAMS_FILE))
     layout = names.mistral_of(model, with_audio=names.MISTRAL_AUDIO_EMBED in tensors)
     head = layout.head.name
@@ -54,7 +55,6 @@ def open_weights(directory: str | Path) -> WeightFiles:
             )
         del tensors[head]
     names.check_counts(directory, model, tensors)
-    carried = _carried(directory, model, outside_text)
     return WeightFiles(Path(directory), model, names.weight_pieces(model, layout), tensors, carried)
 
 

@@ -72,7 +72,10 @@ def check_file_tensors(
     if wrong_shapes:
         faults.append(f"has {_first_few(wrong_shapes)}")
     if faults:
-        raise ValueError(f"{source} does not hold the model that its config describes: it {'; it '.join(faults)}")
+        raise ValueError(
+            f"{source} does not hold the model that its config describes: it {'; it '.join(faults)}; correct the config, or "
+            "download the folder again"
+        )
     filled: dict[str, set[tuple[int, ...]]] = {}
     for piece in table:
         leads = filled.setdefault(piece.path, set())

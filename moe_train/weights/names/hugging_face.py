@@ -80,6 +80,7 @@ def hugging_face(body: str = "model.", head: str = "", experts: config.HuggingFa
         ),
         experts=routed,
         adapters=("base_model.model.{stem}.lora_A.weight", "base_model.model.{stem}.lora_B.weight"),
+        scores=Row("score.weight", "Y D", "head.weight", "Y D"),
         adapters_of_embed=("base_model.model.{stem}.lora_embedding_A", "base_model.model.{stem}.lora_embedding_B"),
     )
 

@@ -121,7 +121,10 @@ def weight_pieces(model: config.Model, layout: TensorLayout | None = None) -> li
     for position in config.layers(model):
         table += _pieces_of_layer(model, layout, position)
     table.append(piece_of(sizes, layout.norm))
-    if not model.tie_embeddings:
+    if model.scores is not None:
+        assert layout.scores is not None  # `without_format` has refused other formats
+        table.append(piece_of(sizes, layout.scores))
+    elif not model.tie_embeddings:
         table.append(piece_of(sizes, layout.head))
     return table
 
@@ -148,6 +151,8 @@ def sizes_of(model: config.Model, ffn: config.Ffn | None = None) -> dict[str, in
     """Return the sizes of dims by letter; `ffn` is the layer's feed-forward part, for a tensor of a layer."""
     a = model.attention
     sizes = {"V": model.vocab_size, "D": model.model_dim}
+    if model.scores is not None:
+        sizes["Y"] = model.scores.num_outputs
     match a:
         case config.GroupedQueryAttention():
             sizes |= {"N": a.num_heads, "K": a.num_kv_heads, "H": a.head_dim, "Z": 2, "P": a.head_dim // 2}

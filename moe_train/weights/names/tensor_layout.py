@@ -12,9 +12,9 @@ class Row(NamedTuple):
     """A tensor of a file and our parameter.
 
     Letters of dims: V vocabulary, D model_dim, N heads, K kv heads, H dims of a query, F ffn_dim, E experts, S width of the shared
-    experts, J rank of an adapter; H may be written as its halves, Z = 2 and P = H / 2. Of latent attention: Q and R ranks of the
-    two latents, C = R and the rotary dims, W dims of a value, U = dims of a key without the rotary ones and of a value. Adjacent
-    letters form one dim.
+    experts, Y scores of a classifier, J rank of an adapter; H may be written as its halves, Z = 2 and P = H / 2. Of latent
+    attention: Q and R ranks of the two latents, C = R and the rotary dims, W dims of a value, U = dims of a key without the rotary
+    ones and of a value. Adjacent letters form one dim.
     """
 
     name: str
@@ -55,6 +55,8 @@ class TensorLayout:
     """Names of A (rank, in) and B (out, rank) for `{stem}`, a weight's name without `.weight`."""
     adapters_of_embed: tuple[str, str] | None = None
     """The same for the embedding, A (rank, V) and B (D, rank); None if routers, embedding and head cannot have adapters."""
+    scores: Row | None = None
+    """A head for classification or rewards, in place of `head`; None if files of this kind cannot have one."""
 
     def attention_rows(self, attention: config.Attention) -> tuple[Row, ...]:
         """Return the rows of a layer's attention."""

@@ -29,7 +29,7 @@ from moe_train.weights.peft.pieces import (
     saved_pieces,
     tied_head,
 )
-from moe_train.weights.peft.selected import unselected_modules
+from moe_train.weights.peft.selected import check_ranks, unselected_modules
 from moe_train.weights.peft.settings import MERGE_FIRST, read_settings
 from moe_train.weights.peft.stacks import Stacks, stacks_of
 
@@ -115,6 +115,7 @@ def _open(directory: Path, model: config.Model) -> _Opened:
     stored = safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS)
     if modules := unselected_modules(stored, settings):
         _warn_of_unselected(str(directory), modules[0], len(modules))
+    check_ranks(directory / ADAPTER_WEIGHTS, stored, settings)
     layout = matrix_for_each_expert(names.detect_adapted(stored, model), model)
     tensors = _tensors_in_layers(directory, settings, stored, model, layout)
     # Files with fused adapters state alphas under the fused names, which are split here like the tensors.

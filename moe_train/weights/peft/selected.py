@@ -1,16 +1,23 @@
-"""Whether the settings of a PEFT adapter select the modules that its tensors belong to, as PEFT decides it.
+"""Whether the settings of a PEFT adapter describe the modules that its tensors belong to, as PEFT decides it.
 
 PEFT builds the modules that the settings select, and then leaves out every tensor that belongs to none of them, with a warning.
-The tensors are read here whatever the settings say, so a file whose two halves disagree is named.
+The tensors are read here whatever the settings say, so a file whose two halves disagree is named. Another rank than the settings
+state is refused, as PEFT does: vLLM would divide alpha by the rank of the settings.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
-_STEM = re.compile(r"(base_model\.model\.)?(?P<module>.*?)(\.base_layer)*\.lora_(embedding_)?[AB](\.weight)?")
+from moe_train.machine.files import JsonObject
+from moe_train.weights.on_disk import FileTensor
+from moe_train.weights.peft.pieces import ADAPTER_CONFIG
+from moe_train.weights.peft.settings import rank_of
+
+_STEM = re.compile(r"(base_model\.model\.)?(?P<module>.*?)(\.base_layer)*\.lora_(embedding_)?(?P<matrix>[AB])(\.weight)?")
 _LAYER = re.compile(r"\.(?P<pattern>[^.]*)\.(?P<layer>\d+)\.")
 _CONVERTED = (".experts", "block_sparse_moe", ".mlp.gate")
 """Parts of the names of experts and routers, whose targets PEFT converts between the names of two versions of transformers."""
@@ -30,6 +37,27 @@ def unselected_modules(tensors: Collection[str], settings: Mapping[str, Any]) ->
         if match and not any(part in match["module"] for part in _CONVERTED):
             modules.add(match["module"])
     return sorted(module for module in modules if not _is_selected(module, settings))
+
+
+def check_ranks(file: Path, tensors: Mapping[str, FileTensor], settings: JsonObject) -> None:
+    """Raise ValueError if an adapter has another rank than the settings state; experts and routers are not looked at.
+
+    Args:
+        file: the tensors' file, for messages.
+        tensors: the tensors by name.
+        settings: adapter_config.json.
+    """
+    for name, tensor in tensors.items():
+        match = _STEM.fullmatch(name)
+        if match is None or any(part in match["module"] for part in _CONVERTED) or len(tensor.shape) != 2:
+            continue
+        rank = tensor.shape[0 if match["matrix"] == "A" else 1]
+        stated = rank_of(settings, match["module"])
+        if rank != stated:
+            raise ValueError(
+                f"{file}: {name} has rank {rank}, but r and rank_pattern of {ADAPTER_CONFIG} state {stated} for it, with which "
+                "PEFT cannot load it; correct them"
+            )
 
 
 def _is_selected(module: str, settings: Mapping[str, Any]) -> bool:

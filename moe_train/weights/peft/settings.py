@@ -37,12 +37,12 @@ _REQUIRED: JsonObject = {
 """Keys for which only one value is implemented."""
 _READ = (
     *("peft_type", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "modules_to_save", "target_parameters"),
-    *("init_lora_weights", "bias", "peft_version"),
+    *("init_lora_weights", "bias", "peft_version", "r", "rank_pattern"),
 )
 # Keys that do not change what a trained adapter computes: what the tensors state themselves, bookkeeping, and options of training
 # or of a method that another key switches on.
 _IGNORED = (
-    *("r", "rank_pattern", "target_modules", "exclude_modules", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("target_modules", "exclude_modules", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *(
         "inference_mode",
         "ensure_weight_tying",
@@ -58,6 +58,8 @@ _IGNORED = (
 )
 _INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights with which PEFT leaves the base as it is when it loads an adapter."""
+_DEFAULT_RANK = 8
+"""PEFT's value of r where none is stated."""
 _WITHOUT_WEIGHTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT")
 """Values of peft_type that cannot be merged into the weights of a model."""
 _FUSED_PARAMETERS = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -81,6 +83,7 @@ def read_settings(directory: Path) -> JsonObject:
             raise ValueError(f"{file}: {key} is {entries!r}; it has to be a list of names")
     _check_method(file, settings)
     _check_alphas(file, settings)
+    _check_ranks(file, settings)
     _check_types(file, settings)
     for key, value in settings.items():
         if key not in (*_READ, *_IGNORED) and not _is_off(key, value):
@@ -104,7 +107,9 @@ def _in_first_layer(name: str) -> str:
 
 def _check_method(file: Path, settings: JsonObject) -> None:
     """Raise ValueError unless the adapter is a LoRA, and one that PEFT adds to an unchanged base."""
-    method = settings.get("peft_type", "LORA")
+    method = settings.get("peft_type")
+    if method is None:
+        raise ValueError(f'{file}: peft_type is not stated, which PEFT needs; add "peft_type": "LORA" if it is a LoRA')
     if method in _WITHOUT_WEIGHTS:
         raise ValueError(f"{file}: peft_type is {method!r}, which adds no weights that could be merged; only 'LORA' is supported")
     if method != "LORA":
@@ -141,6 +146,21 @@ def _check_types(file: Path, settings: JsonObject) -> None:
             re.compile(targets if isinstance(targets, str) else "")
         except re.error as error:
             raise ValueError(f"{file}: {key} is {targets!r}, which is not a regular expression: {error}") from error
+    if settings.get("layers_pattern") and settings.get("layers_to_transform") is None:
+        raise ValueError(
+            f"{file}: layers_pattern is {settings['layers_pattern']!r} without layers_to_transform, which PEFT refuses; remove it"
+        )
+
+
+def _check_ranks(file: Path, settings: JsonObject) -> None:
+    """Raise ValueError unless every rank is a positive whole number, and every key of the pattern a regular expression."""
+    patterns = settings.get("rank_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{file}: rank_pattern is {patterns!r}; it has to be an object")
+    for key, rank in {"r": settings.get("r", _DEFAULT_RANK), **patterns}.items():
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{file}: {key} is {rank!r}; a rank has to be a positive whole number")
+        _check_pattern(file, "rank_pattern", key)
 
 
 def _check_alphas(file: Path, settings: JsonObject) -> None:
@@ -151,19 +171,34 @@ def _check_alphas(file: Path, settings: JsonObject) -> None:
     for key, alpha in {"lora_alpha": settings.get("lora_alpha"), **patterns}.items():
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
             raise ValueError(f"{file}: {key} is {alpha!r}; an alpha has to be a positive number")
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise ValueError(f"{file}: alpha_pattern has {key!r}, which is not a regular expression: {error}") from error
+        _check_pattern(file, "alpha_pattern", key)
+
+
+def _check_pattern(file: Path, name: str, key: str) -> None:
+    """Raise ValueError unless a key of a pattern is a regular expression."""
+    try:
+        re.compile(key)
+    except re.error as error:
+        raise ValueError(f"{file}: {name} has {key!r}, which is not a regular expression: {error}") from error
 
 
 def alpha_of(settings: JsonObject, module: str) -> float:
     """Return the alpha of a module by its name in the model: that of the first matching pattern, else lora_alpha."""
+    return float(_value_of(settings, module, "alpha_pattern", settings["lora_alpha"]))
+
+
+def rank_of(settings: JsonObject, module: str) -> int:
+    """Return the rank that PEFT gives the adapter of a module by its name in the model."""
+    return int(_value_of(settings, module, "rank_pattern", settings.get("r", _DEFAULT_RANK)))
+
+
+def _value_of(settings: JsonObject, module: str, patterns: str, default: float) -> float:
+    """Return the value of the first pattern that matches a module by its name in the model, else the default."""
     parameters = settings.get("target_parameters") or ()
     if any(f".{module}.weight".endswith(f".{name}") for name in parameters):
         module = f"{module}.weight"  # PEFT looks up the name of what it adapts, which is a parameter here
-    for key, alpha in (settings.get("alpha_pattern") or {}).items():
+    for key, value in (settings.get(patterns) or {}).items():
         # PEFT matches a pattern against the end of a module's name, from a dot on.
         if re.match(rf"(.*\.)?({key})$", module):
-            return float(alpha)
-    return float(settings["lora_alpha"])
+            return value
+    return default

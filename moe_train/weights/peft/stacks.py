@@ -73,8 +73,8 @@ def stacks_of(
     adapted = {module: entries for module, entries in matrices.items() if any(entry.shape for entry in entries)}
     if not adapted:
         raise ValueError(
-            f"{directory / ADAPTER_WEIGHTS} has no adapter under a name that is supported; it has "
-            f"{next(iter(tensors), 'no tensors')}"
+            f"{directory / ADAPTER_WEIGHTS} has no adapter under a name that PEFT reads; it has "
+            f"{next(iter(tensors), 'no tensors')}: save it with save_pretrained of the PeftModel"
         )
     return _combine(adapted, bool(settings.get("use_rslora")))
 

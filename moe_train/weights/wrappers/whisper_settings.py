@@ -130,6 +130,17 @@ def to_hugging_face(
             f"feed-forward layers of the tower are wide, {settings.intermediate_size}"
         )
     encoder = whisper.native_section(params, "encoder_args")
+    mel = whisper.native_section(params, "encoder_args", "audio_encoding_args")
+    required = {
+        "encoder_args.pos_embed": (encoder.get("pos_embed"), "sinusoidal"),
+        "encoder_args.sliding_window": (encoder.get("sliding_window"), None),
+        "encoder_args.audio_encoding_args.global_log_mel_max": (mel.get("global_log_mel_max"), None),
+    }
+    for key, (value, only) in required.items():
+        if value not in (None, only):
+            raise ValueError(
+                f"{whisper.SECTION}.{key} is {value!r} in its params.json, and {wrapper.architecture} only has {only!r}"
+            )
     head_dim = encoder.get("head_dim", D // settings.num_attention_heads)
     if head_dim * settings.num_attention_heads != D:
         raise ValueError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_train.config.conversion import arguments
 from moe_train.config.conversion.draft import Draft
+from tests.config.conversion.theirs import converted
 
 
 def read(**theirs: Any) -> Draft:
@@ -75,3 +77,21 @@ def test_half_precision() -> None:
         "remat": "full",
     }
     assert "compute" not in read().tree and any("float16" in line for line in read(fp16=True).remarks)
+
+
+@pytest.mark.parametrize(
+    ("text", "trackers"),
+    [
+        ("report_to: wandb\n", [("wandb", "moe_train")]),
+        ("report_to: [tensorboard, mlflow]\nmlflow_experiment_name: faq\n", [("mlflow", "faq")]),
+        ("wandb_project: faq\nwandb_entity: bank\n", [("wandb", "faq")]),
+        ("report_to: none\n", []),
+        ("report_to: comet_ml\n", []),
+    ],
+)
+def test_trackers(tmp_path: Path, text: str, trackers: list[tuple[str, str]]) -> None:
+    ours, conversion = converted(
+        tmp_path, f"base_model: m\nsequence_len: 8\ndatasets: [{{path: a.jsonl, type: completion}}]\n{text}"
+    )
+    assert [(section.name, section.project) for section in ours.metrics.trackers] == trackers
+    assert any("comet_ml is not supported" in line for line in conversion.remarks) == ("comet_ml" in text)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
+import yaml
+
 from moe_train import config
+from moe_train.commands.convert import convert_config
 from tests.config.conversion.theirs import converted
 
 LORA = """
@@ -43,7 +48,7 @@ def test_lora(tmp_path: Path) -> None:
     ]
     assert (ours.train.batch_size, ours.train.epochs, ours.evaluation.every_steps) == (8, 3, 500)
     named = {line.partition(":")[0] for line in conversion.remarks}
-    assert {"template", "dataset", "val_size", "max_samples"} <= named
+    assert {"template", "dataset faq", "dataset_dir", "val_size", "max_samples"} <= named
 
 
 def test_pretraining_reads_texts_and_trains_everything(tmp_path: Path) -> None:
@@ -53,3 +58,38 @@ def test_pretraining_reads_texts_and_trains_everything(tmp_path: Path) -> None:
     (source,) = ours.data.train
     assert isinstance(source, config.FileSource) and source.files == ("d/books.json",)
     assert source.record == config.TextRecord(name="text")
+
+
+def test_dataset_info_states_files_columns_and_roles(tmp_path: Path) -> None:
+    info = {
+        "faq": {"file_name": "faq_en.json", "columns": {"prompt": "question", "response": "reply", "history": "before"}},
+        "calls": {
+            "file_name": "calls.jsonl",
+            "formatting": "sharegpt",
+            "columns": {"messages": "turns"},
+            "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "customer", "assistant_tag": "assistant"},
+        },
+        "chats": {"hf_hub_url": "a/chats", "formatting": "sharegpt", "split": "test"},
+    }
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "theirs.yaml").write_text(LORA.replace("identity,faq", "faq,calls,chats,other"))
+    conversion = convert_config(tmp_path / "theirs.yaml", tmp_path / "ours.yaml")
+    faq, calls, chats, other = yaml.safe_load((tmp_path / "ours.yaml").read_text())["data"]["train"]
+    assert faq == {
+        "name": "files",
+        "files": ["data/faq_en.json"],
+        "record": {"name": "completion", "prompt": "question", "completion": "reply"},
+    }
+    assert calls["files"] == ["data/calls.jsonl"]
+    expected = {"name": "chat", "column": "turns", "role": "role", "content": "content", "roles": {"customer": "user"}}
+    assert calls["record"] == expected
+    assert (chats["dataset"], chats["split"], chats["revision"]) == ("a/chats", "test", "STATE-THE-COMMIT")
+    assert chats["record"] == {"name": "chat", "column": "conversations", "role": "from", "content": "value"}
+    assert other["files"] == ["data/other.json"]
+    text = "\n".join(conversion.remarks)
+    assert "dataset faq: the column before (history) is not read" in text
+    assert "dataset other: is not in dataset_info.json" in text and "a/chats is a data set of the hub" in text
+    (tmp_path / "data/dataset_info.json").write_text("{")
+    with pytest.raises(ValueError, match=r"dataset_info\.json is not JSON"):
+        convert_config(tmp_path / "theirs.yaml", tmp_path / "other.yaml")

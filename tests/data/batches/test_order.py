@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +38,38 @@ def test_a_large_plan_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for other in (make(tmp_path, (1, 1)), make(tmp_path, digest="b")):
         with pytest.raises(pytest.fail.Exception):
             other.plan()
+
+
+@pytest.mark.parametrize("name", ["plan.npy", "sha256"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "missing"])
+def test_a_damaged_plan_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    monkeypatch.setattr(order, "_KEPT", 100)
+    expected = make(tmp_path).plan().digest
+    [file] = (tmp_path / "plans").glob(f"*/{name}")
+    content = file.read_bytes()
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    file.write_bytes({"empty": b"", "cut": content[:-3], "flipped": flipped, "missing": b""}[damage])
+    if damage == "missing":
+        file.unlink()
+    for _ in range(2):
+        assert make(tmp_path).plan().digest == expected
+    assert caplog.messages == [f"{file.with_name('plan.npy')} is damaged; the rows are planned again"]
+
+
+def test_a_plan_that_cannot_be_kept_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = make(tmp_path).plan().digest
+    monkeypatch.setattr(order, "_KEPT", 100)
+
+    def full(path: Path) -> Any:
+        raise OSError(errno.ENOSPC, f"No space left on device; {path} was not written")
+
+    monkeypatch.setattr(order, "new_directory", full)
+    assert make(tmp_path).plan().digest == expected
+    assert "cannot be written" in caplog.text and "each process plans its rows anew" in caplog.text
 
 
 def test_rows_count_on_over_epochs(tmp_path: Path) -> None:

@@ -101,3 +101,23 @@ def test_what_a_template_omits_is_not_looked_for_in_other_words() -> None:
     for template, left in (("", "message 1"), ("[TOOL_RESULTS]", "message 0")):
         with pytest.raises(Problem, match=left):
             check_complete(conversation, [rendering._replace(text=text.replace("] f[", "] q["))], template)
+
+
+def test_a_question_that_a_later_turn_no_longer_sees() -> None:
+    conversation = Conversation([QUESTION, ANSWER, *LATER], [])
+    first = Rendering("[INST]a[/INST]b c</s>", [(14, 21)], 2)
+    second = "[INST]d[/INST]e f</s>"
+    whole = first.text + second
+    check_complete(conversation, [first, Rendering(whole, [(len(whole) - 7, len(whole))], 4)], "")
+    with pytest.raises(Problem, match="leaves out the text of message 0"):
+        check_complete(conversation, [first, Rendering(second, [(14, 21)], 4)], "")
+
+
+def test_arguments_as_python_writes_them(tokenizer: HuggingFace) -> None:
+    conversation = Conversation([QUESTION, CALLING | {"content": ""}, RESULT, ANSWER], [TOOL])
+    template = CALLS.replace("c.function.arguments|tojson", "c.function.arguments|string")
+    with pytest.raises(Problem, match=r"arguments of a call of message 1 as Python does, and not as JSON: .*filter tojson"):
+        conversation_to_tokens.examples(conversation, template, tokenizer)
+    conversation_to_tokens.examples(conversation, CALLS, tokenizer)
+    asked = QUESTION | {"content": "Call it with {'word': 'quokka', 'n': 7}."}
+    conversation_to_tokens.examples(conversation._replace(messages=[asked, *conversation.messages[1:]]), CALLS, tokenizer)

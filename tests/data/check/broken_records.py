@@ -10,7 +10,7 @@ from moe_train.data.check.requirements import Requirements
 from moe_train.data.check.rules import problems, repair
 from moe_train.data.records.normal_form import Conversation
 
-FORM = Requirements(re.compile(r"</s>|\[INST\]"), nine_character_ids=True)
+FORM = Requirements(re.compile(r"</s>|\[INST\]"), nine_character_ids=True, reasons=True)
 USER = {"role": "user", "content": "What is 2 + 3?"}
 ANSWER = {"role": "assistant", "content": "5"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -59,6 +59,12 @@ TEXTS: list[Row] = [
     ("unicode", [USER | {"content": "\ud83d?"}, ANSWER], [USER | {"content": "\ufffd?"}, ANSWER]),
     ("unicode", [USER | {"content": "\ufdd0?"}, ANSWER], [USER | {"content": "\ufffd?"}, ANSWER]),
     ("control-token", [USER | {"content": "a</s>b"}, ANSWER], None),
+    ("reasoning-as-text", [USER, ANSWER | {"content": "\n<think>2 + 3</think>5"}], None),
+    (
+        "reasoning-as-text",
+        [USER, ANSWER | {"content": [{"type": "text", "text": "<Thinking>"}, {"type": "text", "text": "5"}]}],
+        None,
+    ),
     ("unicode", [USER, CALLING, RESULT | {"content": '{"a": "\\ud83d"}'}, ANSWER], None),
     ("control-token", [USER, calling(call(arguments='{"a": "\\u005bINST]"}')), RESULT, ANSWER], None),
     ("control-token", [USER, calling(call(arguments='{"a": "[INST]"}')), RESULT, ANSWER], None),

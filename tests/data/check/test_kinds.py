@@ -31,7 +31,7 @@ def test_one_kind_in_several_columns_is_one_kind(tokenizer: HuggingFace, write_l
 
 def test_a_stated_section_reads_one_kind(tokenizer: HuggingFace, write_lines: Write) -> None:
     path = write_lines("a.jsonl", [CHAT, TEXT])
-    assert check_files(tokenizer, path, record=config.ChatRecord(name="chat"))["problem_counts"] == {"columns": 1}
+    assert check_files(tokenizer, path, record=config.ChatRecord(name="chat"))["problem_counts"] == {"mixed-kinds": 1}
 
 
 def test_every_kind_has_a_description() -> None:

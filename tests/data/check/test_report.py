@@ -88,6 +88,15 @@ def test_what_merging_turns_with_tools_saves_is_said(v3: Mistral, write_lines: W
     assert "too_long: drop keeps the turns that fit of 2 with tools" in text
 
 
+def test_a_remedy_that_differs_from_that_of_its_rule_is_said(tokenizer: HuggingFace, write_lines: Write) -> None:
+    path = write_lines("a.jsonl", [{"text": "a", key: "b"} for key in ("label", "images", "label")])
+    lines = shown(check_data([CheckedSource((str(path),))], tokenizer, CheckSettings())).splitlines()
+    (heading,) = [line for line in lines if line.startswith("unread-key: 3 × ")]
+    assert "--ignore label" in heading
+    said = [("--ignore" in line, "--ignore images" in line) for line in lines if line.startswith("  ") and "a.jsonl:" in line]
+    assert said == [(False, False), (True, True), (False, False)]
+
+
 def test_nothing_that_can_be_read(tokenizer: HuggingFace, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("")
     text = shown(check_data([CheckedSource((str(tmp_path / "a.jsonl"),))], tokenizer, CheckSettings(seq_len=8, batch_size=1)))

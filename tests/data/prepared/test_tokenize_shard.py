@@ -56,7 +56,7 @@ def test_conversations_and_completions_are_rendered(
         (TEXT, {"text": "a\ud800"}, r"a\.jsonl:2: column 'text' has half a surrogate pair at character 1"),
         (CHAT, {"messages": MESSAGES, "tools": [{"name": "f"}]}, r"a\.jsonl:2: .*tool"),
         (CHAT, {"messages": MESSAGES[:1]}, r"a\.jsonl:2: the last message is user, so nothing answers it"),
-        (CHAT, {"text": "a"}, r"a\.jsonl:2: no column 'messages'"),
+        (CHAT, {"text": "a"}, r"a\.jsonl:2: the record is of the kind text .* and its source is read as chat"),
         (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, r"a\.jsonl:2: .*surrogate"),
         (COMPLETION, {"prompt": "a"}, r"a\.jsonl:2: no column 'completion'"),
         (COMPLETION, {"prompt": "a", "completion": 3}, r"a\.jsonl:2: column 'completion' should be text or messages, not 3"),

@@ -96,7 +96,7 @@ def test_settings() -> None:
         ({"system": "a", "system_prompt": "b"}, "which differ"),
         ({"completion": 3}, "should be text"),
         ({"prompt": 3}, "should be text"),
-        ({"completion": None, "answer": "b"}, "no column"),
+        ({"completion": None, "answer": "b"}, "'completion' is null or empty"),
         ({"prompt": [USER], "context": "c"}, "has the key 'context'"),
         ({"documents": [{"text": "a"}]}, "has the key 'documents'"),
         ({"reasoning": "So."}, "has the key 'reasoning'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -96,6 +97,17 @@ def test_other_columns_by_a_mapping() -> None:
 def test_a_conversation_as_prompt_bears_no_loss() -> None:
     fields = {"prompt": [USER, ASSISTANT, USER], "completion": [ASSISTANT]}
     assert read(fields) == Conversation([USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT], [])
+
+
+def test_a_record_of_another_kind_than_its_source_is_called_so() -> None:
+    with pytest.raises(
+        Problem, match=r"^the record is of the kind text \('text'\), and its source is read as chat; put each kind"
+    ) as caught:
+        normalise({"text": "a"}, CHAT)
+    assert caught.value.rule == "mixed-kinds"
+    with pytest.raises(Problem, match="no column 'messages'; the record has 'body'; name it with --map") as caught:
+        normalise({"body": "a"}, CHAT)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 @pytest.mark.parametrize(

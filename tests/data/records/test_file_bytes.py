@@ -26,7 +26,8 @@ from tests.data.records.sources import PACKED, opened, texts, zstd
         ("a.jsonl.bz2", bz2.compress(b'{"text": "a"}\n' * 1000)[:-20], r"a\.jsonl\.bz2:\d+: cannot be unpacked to its end"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 1000)[:-20], r"a\.jsonl\.xz:\d+: cannot be unpacked to its end"),
         ("a.jsonl.zst", zstd(b'{"text": "a"}\n' * 1000)[:-2], r"a\.jsonl\.zst:\d+: cannot be unpacked to its end"),
-        ("a.txt.gz", b"plain", r"a\.txt\.gz:1: cannot be unpacked to its end"),
+        ("a.txt.gz", b"plain", r"a\.txt\.gz:1: not compressed as \.gz is; give the file the ending"),
+        ("a.jsonl", '{"text": "a"}'.encode("utf-32"), r"not UTF-8 \(it looks like UTF-32\)"),
     ],
 )
 def test_what_is_malformed_is_named_by_file_and_line(tmp_path: Path, name: str, content: bytes, error: str) -> None:
@@ -58,7 +59,9 @@ def test_a_byte_is_counted_from_the_start_of_the_file() -> None:
 NO_TEXT = [(compress(b"a"), suffix[1:2]) for suffix, compress in PACKED.items()]
 
 
-@pytest.mark.parametrize(("data", "name"), [*NO_TEXT, (b"PAR1", "Parquet"), (b"\xff\xfea\0", "UTF-16")])
+@pytest.mark.parametrize(
+    ("data", "name"), [*NO_TEXT, (b"PAR1", "Parquet"), (b"\xff\xfea\0", "UTF-16"), (b"\xff\xfe\0\0a", "UTF-32")]
+)
 def test_a_file_of_another_format_is_known_by_its_first_bytes(data: bytes, name: str) -> None:
     with pytest.raises(UnicodeDecodeError) as caught:
         (data + b"\xff").decode()

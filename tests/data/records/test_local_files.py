@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,9 @@ def test_files_that_are_not_there_or_not_known(tmp_path: Path) -> None:
         opened(tmp_path / "a.parquet.gz")
     with pytest.raises(ValueError, match="named twice"):
         opened(tmp_path / "a.txt", tmp_path / "*.txt")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match=r"pipe\.jsonl: a pipe or a device can be read only once"):
+        opened(tmp_path / "pipe.jsonl")
     with pytest.raises(ValueError, match="plain text, which has no chat records"):
         opened(tmp_path / "a.txt", record=config.ChatRecord(name="chat"))
 

@@ -17,6 +17,7 @@ from tests.data.records.reading import TOOL as A_TOOL
         *("trained", "no_loss", "do_train", "trainOnTurn", "role-loss", "lossMultiplier", "training_details", "isMasked"),
         *("image_path", "imageURL", "audio-file", "video2", "chat_history", "conversationHistory", "chain_of_thought", "CoT"),
         *("thoughts", "enable_thinking", "system_message", "SystemPrompt", "LABEL", "kto-tag"),
+        *("system_instructions", "sys_prompt", "tool_list", "function_schemas", "is_correct", "accepted"),
         *("rejected_completion", "is_desirable", "answer-chosen", "instructions", "tool_use", "assistant_masks"),
     ],
 )
@@ -38,7 +39,7 @@ def test_choices_belong_to_a_question(key: str) -> None:
     assert lost_meaning(TOOL, key) is None
 
 
-@pytest.mark.parametrize("key", ["skip", "supervised", "channel", "evidence"])
+@pytest.mark.parametrize("key", ["skip", "supervise", "target", "channel", "evidence", "partial", "attachments"])
 def test_what_a_message_is_for(key: str) -> None:
     assert lost_meaning(MESSAGE, key)
     assert lost_meaning(CALL, key) is None

@@ -116,6 +116,11 @@ def test_no_calls_in_every_spelling(none: object) -> None:
         ([USER, ANSWER | {"prefix": True}], "has the key 'prefix'"),
         ([USER, {"role": "assistant", "content": "a", "refusal": "No."}], "has the key 'refusal'"),
         ([USER, None], "message 1 should be an object"),
+        ([USER, {"role": "assistant", "text": "a"}], "message 1 has no content; it has 'text'"),
+        ([USER, {"role": "assistant", "content": None, "refusal": "No."}], "has the key 'refusal'"),
+        ([USER, {"speaker": "bot", "body": "a"}], "message 1 has no role and no content; it has"),
+        ({"role": ["user"], "content": []}, "should be a list"),
+        ({"role": "user", "content": "a"}, "should be a list"),
         ([{"role": "assistant", "tool_calls": 3}], "should be a list"),
         ([{"role": "assistant", "tool_calls": {"id": "a"}}], "has no name"),
         ([{"role": "tool_call", "content": "get_tide()"}], "not JSON"),
@@ -125,12 +130,28 @@ def test_what_is_no_list_of_messages(messages: object, said: str) -> None:
     assert said in problem({"messages": messages}, PLAIN).message
 
 
+def test_the_remedy_for_another_key_of_the_text_works() -> None:
+    fields = {"messages": [{"who": "user", "said": "a"}, {"who": "assistant", "said": "b"}]}
+    assert "role: KEY and content: KEY" in problem(fields).remedy
+    normal = reading(fields, config.ChatRecord(name="chat", role="who", content="said")).record
+    assert [message["content"] for message in normal.messages] == ["a", "b"]  # type: ignore[union-attr]
+
+
+def test_columns_of_messages_as_datasets_stores_a_sequence() -> None:
+    columns = {key: [USER[key], ANSWER[key]] for key in USER}
+    assert conversation({"messages": columns}).messages == [USER, ANSWER]
+    shared = {"from": ["human", "gpt"], "value": [USER["content"], ANSWER["content"]]}
+    assert conversation({"conversations": shared}).messages == [USER, ANSWER]
+
+
 def test_texts_under_the_names_of_those_who_say_them() -> None:
     expected = [{"role": "system", "content": "S"}, USER, ANSWER]
     pair = {"human": USER["content"], "assistant": ANSWER["content"]}
     assert conversation({"system": "S", "conversation": [pair]}).messages == expected
     swapped = {"assistant": pair["assistant"], "human": pair["human"], "system": "S"}
     assert conversation({"conversation": [swapped]}).messages == expected
+    xtuner = {"system": "S", "input": pair["human"], "output": pair["assistant"]}
+    assert conversation({"conversation": [xtuner]}).messages == expected
     assert conversation({"messages": [{"user": pair["human"]}, {"assistant": pair["assistant"]}]}).messages == expected[1:]
     # With one entry of another kind nothing is guessed.
-    assert reading({"messages": [{"user": "a"}, ANSWER]}).unread == ("messages.user",)
+    assert "message 0 has no role and no content; it has 'user'" in problem({"messages": [{"user": "a"}, ANSWER]}).message

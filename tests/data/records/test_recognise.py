@@ -65,6 +65,21 @@ def test_a_message_is_no_record(fields: dict[str, Any]) -> None:
     assert "not a conversation" in problem(fields).message
 
 
+@pytest.mark.parametrize(
+    ("fields", "empty"),
+    [
+        ({"text": None}, "'text'"),
+        ({"messages": None, "id": 1}, "'messages'"),
+        ({"prompt": None, "completion": "b"}, "'prompt'"),
+        ({"prompt": None, "completion": None}, "'prompt' and 'completion'"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "'rejected'"),
+    ],
+)
+def test_an_empty_column_is_named(fields: dict[str, Any], empty: str) -> None:
+    refused = problem(fields)
+    assert refused.message == f"column {empty} is null or empty" and "--map" not in refused.remedy
+
+
 def test_a_record_of_no_kind_names_its_columns() -> None:
     refused = problem({"prompt": "a", "chosen": "b"})
     assert refused.rule == "columns" and "prompt, chosen" in refused.message and "--map" in refused.remedy

@@ -25,6 +25,19 @@ def test_a_file_is_read_again_only_when_it_changed(tmp_path: Path, monkeypatch: 
     assert scan_file(file, True, memory) != first and forgetful.files == 1
 
 
+def test_a_damaged_result_is_computed_again(tmp_path: Path) -> None:
+    file, memory = tmp_path / "a.jsonl", tmp_path / "scans"
+    file.write_text('{"text": "a"}\n')
+    os.utime(file, ns=(10**18, 10**18))
+    first = scan_file(file, True, memory)
+    [remembered] = memory.iterdir()
+    content = remembered.read_bytes()
+    for damaged in (b"", content[:-2], content.replace(b", 14,", b", 15,")):
+        assert damaged != content
+        remembered.write_bytes(damaged)
+        assert scan_file(file, True, memory) == first and remembered.read_bytes() == content
+
+
 class _Counting:
     """hashlib.sha256, counting how often it starts empty, as for the content of a file."""
 

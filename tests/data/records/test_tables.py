@@ -31,6 +31,13 @@ def test_conversations_from_parquet(tmp_path: Path) -> None:
     [
         ("a.csv", b"text,n\na,1\nb\n", r"a\.csv: row 2: line 3 has 1 values for 2 columns"),
         ("a.csv", b"text,text\na,1\n", r"a\.csv: row 0: the header names a column twice"),
+        (
+            "a.csv",
+            b"prompt;completion\na;b\n",
+            r"a\.csv: row 0: the header is one column, 'prompt;completion', .* separated by ';'",
+        ),
+        ("a.csv", b"prompt\tcompletion\na\tb\n", r"separated by '\\t'; save .*--format tsv"),
+        ("a.csv", b'{"text": "a"}\n', r"a\.csv: row 0: the header is no list of names: .*; state --format json"),
         ("a.csv", b'text\na\n"b"c\n', r"a\.csv: row 2: line 3 is no CSV"),
         ("a.csv", b"text\na\n\xff\n", r"a\.csv: row 2: not UTF-8 \(byte 0xff before the end of line 3\)"),
         ("a.csv", "text\na\n".encode("utf-16"), r"a\.csv: row 0: not UTF-8 \(it looks like UTF-16\)"),

@@ -35,7 +35,25 @@ def test_without_tools_it_stays_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "mark", ["<functioncall>", "<function_call>", "<|tool_call|>", "<TOOL_CALLS>", "<function=f>", "<|python_tag|>"]
+    "mark",
+    [
+        *(
+            "<functioncall>",
+            "<function_call>",
+            "<|tool_call|>",
+            "<TOOL_CALLS>",
+            "<function=f>",
+            "<|python_tag|>",
+            "<function_calls>",
+        ),
+        *(
+            "<｜tool▁calls▁begin｜>",
+            "<|tool_calls_section_begin|>",
+            "<minimax:tool_call>",
+            "<start_function_call>",
+            '<invoke name="f">',
+        ),
+    ],
 )
 def test_a_call_in_the_form_of_another_model_is_refused_beside_tools(mark: str) -> None:
     called = {"role": "assistant", "content": f'{mark} {{"name": "f"}}'}
@@ -45,6 +63,32 @@ def test_a_call_in_the_form_of_another_model_is_refused_beside_tools(mark: str) 
     assert reading(fields, ignore=("tools",)).record.messages == [USER, called]  # type: ignore[union-attr]
     asked = USER | {"content": f"What does {called['content']} mean?"}
     assert conversation({"messages": [asked, called], "tools": [TOOL]}).messages == [asked, called]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "get_tide", "parameters": {"port": "Brest"}}',
+        '```json\n[{"name": "get_tide", "arguments": {}}]\n```',
+        '[get_tide(port="Brest")]',
+        "get_tide(port='Brest')\n",
+        'Thought: I look.\nAction: get_tide\nAction Input: {"port": "Brest"}',
+    ],
+)
+def test_a_text_that_is_nothing_but_a_call_of_a_tool(text: str) -> None:
+    called = {"role": "assistant", "content": text}
+    assert "is a call of get_tide as text" in problem({"messages": [USER, called], "tools": [TOOL]}).message
+    assert conversation({"messages": [USER, called]}).messages == [USER, called]
+    other = {"role": "assistant", "content": text.replace("get_tide", "get_wind")}
+    assert conversation({"messages": [USER, other], "tools": [TOOL]}).messages == [USER, other]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "get_tide"}', "{not JSON", "[]", "[1]", "I would call get_tide(port='Brest') here.", "Action: get_tide"]
+)
+def test_an_answer_about_a_tool_is_no_call(text: str) -> None:
+    answer = {"role": "assistant", "content": text}
+    assert conversation({"messages": [USER, answer], "tools": [TOOL]}).messages == [USER, answer]
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,29 @@ def test_the_remedy_works() -> None:
         assert refused.rule == "unread-key" and reading(fields, ignore=(name,)).unread == (name,)
 
 
+@pytest.mark.parametrize(
+    ("extra", "inner"),
+    [
+        ({"additional_kwargs": {"tool_calls": [{"name": "f"}]}}, "tool_calls"),
+        ({"provider_specific_fields": {"id": 1, "reasoning_content": "So."}}, "reasoning_content"),
+        ({"meta": {"weight": 0}}, "weight"),
+    ],
+)
+def test_a_key_inside_of_an_unread_object_of_a_message_is_refused_too(extra: dict[str, Any], inner: str) -> None:
+    fields = {"messages": [USER, ANSWER | extra]}
+    refused = problem(fields)
+    assert refused.rule == "unread-key" and f"with {inner!r} in it" in refused.message
+    (name,) = [f"messages.{key}" for key in extra]
+    assert f"--ignore {name} " in refused.remedy and reading(fields, ignore=(name,)).unread == (name,)
+
+
+def test_an_object_that_only_describes_is_named() -> None:
+    message = ANSWER | {"additional_kwargs": {"refusal": None}, "usage": {"reasoning_tokens": 3}}
+    tool = TOOL | {"outputSchema": {"properties": {}}}
+    record = {"messages": [USER, message], "tools": [tool], "metadata": {"label": 1, "reasoning": "So."}}
+    assert reading(record).unread == ("messages.additional_kwargs", "messages.usage", "tools.outputSchema", "metadata")
+
+
 def test_a_column_that_is_not_loaded_is_named() -> None:
     assert reading(CHAT | {"embedding": NOT_LOADED}).unread == ("embedding",)
 

@@ -9,6 +9,7 @@ import pytest
 from moe_train import config
 from moe_train.evaluate.suites.grade import check_item, reads_control_tokens, text_grader
 from moe_train.evaluate.suites.items import SuiteItem
+from moe_train.evaluate.suites.not_graded import NotGraded
 from moe_train.evaluate.suites.tool_calls import Call
 
 
@@ -128,3 +129,16 @@ def test_graders_without_a_text() -> None:
     assert text_grader(config.PerplexityGrader(name="perplexity")) is None
     with pytest.raises(ValueError, match="name its endpoint with --judge URL"):
         text_grader(config.JudgeGrader(name="judge", model="m"))
+
+
+def test_a_schema_fetches_nothing_and_ends() -> None:
+    grade = text_grader(config.JsonSchemaGrader(name="json_schema"))
+    assert grade is not None
+    inside = {"$ref": "#/$defs/count", "$defs": {"count": {"type": "integer"}}}
+    assert grade(item(schema=inside), "3") == 1 and grade(item(schema=inside), '"3"') == 0
+    for schema, reason in (
+        ({"$ref": "http://127.0.0.1:9/schema.json"}, "refers to http://127.0.0.1:9/schema.json, which is not in it"),
+        ({"$ref": "#"}, "refers to itself without end"),
+    ):
+        with pytest.raises(NotGraded, match=reason):
+            grade(item(schema=schema), "3")

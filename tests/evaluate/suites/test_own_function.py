@@ -23,6 +23,7 @@ def grade(folder: Path, source: str, answer: str = "blue") -> float:
 def test_score(tmp_path: Path) -> None:
     source = 'def grade(item, answer):\n    return item["category"] == "colours" and answer in item["answers"]\n'
     assert grade(tmp_path, source) == 1 and grade(tmp_path, source, "red") == 0
+    assert grade(tmp_path, "import numpy as np\ndef grade(item, answer):\n    return np.mean([0, 1]) == 0.5\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ def test_score(tmp_path: Path) -> None:
         ("return 3", "returned 3, which is no number from 0 to 1"),
         ("return None", "returned None"),
         ('return float("nan")', "returned nan"),
+        ("import sys; sys.exit(0)", r"mine.py:2: the grader raised SystemExit: 0"),
     ],
 )
 def test_without_a_grade(tmp_path: Path, body: str, reason: str) -> None:
@@ -50,6 +52,7 @@ def test_code_that_was_not_named_is_not_run(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ("x = (\n", r"mine.py:1: the grader's file cannot be imported: SyntaxError"),
+        ("raise SystemExit(0)\n", r"mine.py:1: .*SystemExit: 0"),
         ("import no_such_module\n", r"mine.py:1: .*ModuleNotFoundError"),
         ("grade = 3\n", "has no function grade"),
     ],

@@ -31,6 +31,17 @@ def test_text(tokenizer: HuggingFace) -> None:
     assert prompter.tokens(ITEM) == [tokenizer.bos_id, *tokenizer.encode(text)]
 
 
+def test_no_token_begins_a_text_where_transformers_adds_none(tokenizer: HuggingFace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for SmolLM2, whose bos_token is the one that begins a turn."""
+    monkeypatch.setattr(tokenizer, "adds_bos", False)
+    prompter = Prompter(config.Prompt(chat=False), [], tokenizer, None)
+    assert prompter.tokens(ITEM) == tokenizer.encode("Question: What does it do?\nAnswer: ")
+    prompt, choice = prompter.continuation(ITEM, "adds")
+    assert [*prompt, *choice] == tokenizer.encode("Question: What does it do?\nAnswer: adds")
+    text, _ = prompter.continuation(ITEM._replace(messages=[]), "adds it")
+    assert text == [tokenizer.bos_id]
+
+
 def test_a_choice_takes_the_space_before_it(tokenizer: HuggingFace) -> None:
     prompter = Prompter(config.Prompt(chat=False), [], tokenizer, None)
     prompt, choice = prompter.continuation(ITEM, "adds")

@@ -20,9 +20,13 @@ def test_blocked_equals_the_reference(T: int, window: int | None) -> None:
     check("blocked", window, operands(T), 1e-5)
 
 
-@pytest.mark.parametrize("heads", [(4, 4, 6), (4, 1, 10)], ids=["a key for each head", "one key for all heads"])
-def test_blocked_with_other_heads(heads: tuple[int, int, int]) -> None:
-    check("blocked", 50, operands(200, heads=heads), 1e-5)
+@pytest.mark.parametrize(
+    ("T", "heads"),
+    [(200, (4, 4, 6)), (200, (4, 1, 10)), (565, (3, 1, 6))],
+    ids=["a key for each head", "one key for all heads", "a block of padding alone"],
+)
+def test_blocked_with_other_heads(T: int, heads: tuple[int, int, int]) -> None:
+    check("blocked", 50, operands(T, heads=heads), 1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 150])
@@ -38,11 +42,11 @@ def test_no_pair_of_blocks_with_a_visible_key_is_skipped(starts: tuple[int, ...]
     layout = blocked._layout(t, T, len(starts), G)
     causal = CausalWindow((starts,), window)
     places = blocked._places(SegmentIds(queries, keys), jnp.int32(0), causal, layout)
-    may_see = np.asarray(blocked._may_see(places, window))[0]
+    may_see = np.asarray(blocked._may_see(places, layout, window))[0]
     assert may_see.shape[0] > 2 and not may_see.all()
     first, end = (np.asarray(x)[0] for x in blocked._bounds(jnp.asarray(may_see)[None]))
     for i, j in np.ndindex(may_see.shape):
-        visible = bool(blocked._visible(places, jnp.int32(0), jnp.int32(i), jnp.int32(j), window).any())
+        visible = bool(blocked._visible(places, layout, jnp.int32(0), jnp.int32(i), jnp.int32(j), window).any())
         assert may_see[i, j] or not visible
         assert first[i] <= j < end[i] or not may_see[i, j]
 

@@ -25,5 +25,6 @@ def test_a_cache_has_the_key_heads_or_the_latents_of_each_repeat() -> None:
     with jax.set_mesh(ONE):
         keys, latents = (empty_cache(section, 3, 1, 5, jnp.dtype("float32")) for section in (ATTENTION, LATENT))
     assert isinstance(keys, KeyValueCache) and isinstance(latents, LatentCache)
-    assert keys.k_BSKH.shape == keys.v_BSKH.shape == (3, 1, 5, 2, 6)
-    assert latents.latents_BSKC.shape == (3, 1, 5, 1, 14 + 8)
+    assert keys.k_BKHS.shape == (3, 1, 2, 6, 5)
+    assert keys.v_BKSH.shape == (3, 1, 2, 5, 6)
+    assert latents.latents_BKSC.shape == (3, 1, 1, 5, 14 + 8)

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.machine.mesh import BATCH, make_mesh
-from moe_train.model.moe.experts import ExpertMatrix, ExpertSettings, ExpertWeights, Routing, run_experts
+from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights
+from moe_train.model.moe.experts import ExpertSettings, Routing, run_experts
 from moe_train.model.moe.transport import choose as transport
 from tests.compiled_programs import quick_jit, ragged_all_to_all
 

@@ -114,7 +114,7 @@ def test_any_group_sizes(kernel: str, sizes: tuple[int, ...], seed: int) -> None
 def test_the_cost_follows_the_rows_that_exist(size: int) -> None:
     """Rows that `blocked` multiplies for a group, whatever the number of rows there are."""
     count = lambda rows, start, mine, total: total + rows  # noqa: E731
-    done = gm._over_blocks(jnp.int32(0), jnp.int32(size), 4096, gm.ROW_BLOCKS, count, jnp.int32(0))
+    done = gm.over_blocks(jnp.int32(0), jnp.int32(size), 4096, gm.ROW_BLOCKS, count, jnp.int32(0))
     assert size <= done < size + min(gm.ROW_BLOCKS)
 
 

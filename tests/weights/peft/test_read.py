@@ -87,7 +87,10 @@ def test_layers_may_have_other_ranks_scales_or_no_adapter(tmp_path: Path) -> Non
             elif "layers.1." in name:
                 files[name] = np.ascontiguousarray(files[name][:3] if "lora_A" in name else files[name][:, :3])
         safetensors.numpy.save_file(files, weights)
-        patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}
+        patterns = {
+            "rank_pattern": {"layers.1.self_attn.q_proj": 3, "q_proj": 4},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+        }
         settings = settings_in(tmp_path / "out") | patterns | {"layers_to_transform": [0], "lora_alpha": 4}
         settings["alpha_pattern"]["q_proj"] = 8
         (tmp_path / "out/adapter_config.json").write_text(json.dumps(settings))

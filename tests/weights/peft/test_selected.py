@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from moe_train.weights.peft.selected import unselected_modules
+from moe_train.weights.peft.selected import check_ranks, unselected_modules
 
 Q, OUT = (f"model.layers.{layer}.self_attn.{leaf}" for layer, leaf in ((0, "q_proj"), (1, "o_proj")))
 EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1"
@@ -43,3 +45,37 @@ def test_both_ends_of_a_tied_table_are_selected_by_one() -> None:
     settings = {"target_modules": ["embed_tokens"]}
     assert unselected_modules(tensors, settings) == ["lm_head"]
     assert unselected_modules(tensors, settings | {"ensure_weight_tying": True}) == []
+
+
+class Tensor:
+    """A tensor of some shape."""
+
+    name, dtype = "", np.dtype(np.float32)
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def read(self, index: Any = ()) -> np.ndarray:
+        raise AssertionError("ranks are in the headers")
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"r": 2, "rank_pattern": {"o_proj": 3}}, None),
+        ({"r": 3, "rank_pattern": {r"model\.layers\.0\..*": 2}}, None),
+        ({"r": 2}, "o_proj.lora_A.weight has rank 3, but .* state 2"),
+        ({"r": 64, "rank_pattern": {"o_proj": 3}}, "q_proj.lora_A.weight has rank 2, but .* state 64"),
+        ({}, "has rank 2, but .* state 8"),  # PEFT's default
+    ],
+)
+def test_other_ranks_than_the_settings_state_are_refused(settings: dict[str, Any], refused: str | None) -> None:
+    # An expert's is not looked at.
+    shapes = {Q: 2, OUT: 3, EXPERT: 9}
+    tensors = {f"base_model.model.{module}.lora_A.weight": Tensor(rank, 8) for module, rank in shapes.items()}
+    tensors |= {f"base_model.model.{module}.lora_B.weight": Tensor(8, rank) for module, rank in shapes.items()}
+    if refused is None:
+        check_ranks(Path("file"), tensors, settings)
+        return
+    with pytest.raises(ValueError, match=refused):
+        check_ranks(Path("file"), tensors, settings)

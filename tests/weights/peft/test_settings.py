@@ -17,6 +17,12 @@ SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"q_p
     ("change", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"peft_type": None}, 'peft_type is not stated, .*add "peft_type": "LORA"'),
+        ({"r": 2.0}, r"r is 2\.0; a rank has to be a positive whole number"),
+        ({"rank_pattern": [1]}, r"rank_pattern is \[1\]; it has to be an object"),
+        ({"rank_pattern": {"q_proj": True}}, "q_proj is True; a rank has"),
+        ({"rank_pattern": {"(": 1}}, r"rank_pattern has '\('"),
+        ({"layers_pattern": ["h"]}, r"layers_pattern is \['h'\] without layers_to_transform"),
         ({"use_dora": True}, "use_dora is True"),
         ({"peft_type": "PROMPT_TUNING"}, "peft_type is 'PROMPT_TUNING', which adds no weights"),
         ({"bias": "some"}, "bias is 'some'"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_train.weights.wrappers import whisper
-from tests.commands.test_multimodal_base import WHISPER_ARGS
+from tests.commands.wrapper import WHISPER_ARGS
 
 
 def test_the_tensors_of_a_real_voxtral() -> None:

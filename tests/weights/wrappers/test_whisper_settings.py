@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from moe_train.weights.wrappers import whisper, whisper_settings
-from tests.commands.test_multimodal_base import WHISPER_ARGS
-from tests.commands.wrapper import TEXT
+from tests.commands.wrapper import TEXT, WHISPER_ARGS
 
 PARAMS = {"multimodal": {"whisper_model_args": WHISPER_ARGS}}
 SIZES = whisper.native_settings(PARAMS, TEXT.model_dim)
@@ -27,7 +26,7 @@ def test_settings_go_into_the_other_layout_and_back(tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps({**extractor, "n_fft": 512}))
     section = whisper_settings.to_native(fields, SIZES, tmp_path, {"[AUDIO]": 9}.get)
     mel = section["whisper_model_args"]["encoder_args"].pop("audio_encoding_args")
-    assert mel == {**WHISPER_ARGS["encoder_args"]["audio_encoding_args"], "window_size": 512}  # type: ignore[dict-item]
+    assert mel == {**WHISPER_ARGS["encoder_args"]["audio_encoding_args"], "window_size": 512}
     with pytest.raises(ValueError, match=r"audio_token_id is 9 in its config\.json.*24"):
         whisper_settings.to_native(fields, SIZES, tmp_path, no_token)
 
@@ -37,6 +36,11 @@ def test_settings_go_into_the_other_layout_and_back(tmp_path: Path) -> None:
     [
         ({"downsample_args": {"downsample_factor": 2}}, TEXT, "its projector takes 16 numbers.*, 32"),
         ({"encoder_args": {**WHISPER_ARGS["encoder_args"], "head_dim": 2}}, TEXT, "2 heads of 2 dims"),
+        (
+            {"encoder_args": {**WHISPER_ARGS["encoder_args"], "pos_embed": "rope"}},
+            TEXT,
+            "pos_embed is 'rope' .* only has 'sinusoidal'",
+        ),
         ({}, TEXT.model_copy(update={"family": "ministral"}), "has no text model of family ministral"),
     ],
 )

@@ -1,0 +1,69 @@
+"""Checks that a prepared set holds what the objective's batches need."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+
+from moe_train.data.batches.batch import PackedBatch
+from moe_train.data.batches.classification_batch import ClassificationBatch
+from moe_train.data.batches.distillation_batch import DistillationBatch
+from moe_train.data.batches.packing import TooLong
+from moe_train.data.prepared.store import TokenStore
+
+
+def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_len: int, too_long: TooLong) -> None:
+    """Check the labels or the predictions of a teacher, if batches have them.
+
+    Args:
+        batch_type: the batch type of the objective.
+        name: the name of the source, for messages.
+        store: its set.
+        seq_len: positions in a row.
+        too_long: what happens to longer examples.
+
+    Raises:
+        ValueError: the labels are others, or there are no predictions that belong to these rows.
+    """
+    if issubclass(batch_type, ClassificationBatch):
+        _check_labels(cast(type[ClassificationBatch], batch_type), name, store)
+    if issubclass(batch_type, DistillationBatch):
+        _check_teacher(cast(type[DistillationBatch], batch_type), name, store, seq_len, too_long)
+
+
+def _check_labels(batch_type: type[ClassificationBatch], name: str, store: TokenStore) -> None:
+    stated = store.manifest.rules.record.get("targets")
+    if stated != [target.model_dump(mode="json") for target in batch_type.targets]:
+        raise ValueError(f"{name} was prepared with other labels than objective.labels; state the same, or prepare it again")
+
+
+def _check_teacher(batch_type: type[DistillationBatch], name: str, store: TokenStore, seq_len: int, too_long: TooLong) -> None:
+    teacher = store.manifest.teacher
+    if teacher is None:
+        raise ValueError(
+            f"{name} has no predictions of a teacher; run moe-train data prepare CONFIG --teacher MODEL, and name the set that it "
+            "prints in the config: {name: prepared, path: …}"
+        )
+    if teacher.top_k < batch_type.top_k:
+        raise ValueError(
+            f"{name} holds {teacher.top_k} tokens of the teacher at each position, fewer than objective.top_k {batch_type.top_k}; "
+            "lower it, or prepare the set again with --top-k"
+        )
+    if teacher.temperature != batch_type.temperature:
+        raise ValueError(
+            f"{name} holds predictions at temperature {teacher.temperature:g}, not objective.temperature "
+            f"{batch_type.temperature:g}; set it to that, or prepare the set again"
+        )
+    longest = int(np.max(store.lengths(), initial=0))
+    is_cut = longest > min(teacher.seq_len, seq_len)
+    if is_cut and (seq_len > teacher.seq_len or (seq_len != teacher.seq_len and "split" in (too_long, teacher.too_long))):
+        raise ValueError(
+            f"{name} has examples of up to {longest} positions, which the teacher read in rows of {teacher.seq_len}, not of "
+            f"train.seq_len {seq_len}; set it to {teacher.seq_len}, or prepare the set again"
+        )
+    if is_cut and too_long != teacher.too_long:
+        raise ValueError(
+            f"{name}: longer examples are handled with too_long {too_long}, and the teacher read them with {teacher.too_long}; "
+            "state that"
+        )

@@ -14,6 +14,9 @@ PACKAGE = TESTS.parent / "moe_train"
 
 # file of the package -> where it is tested instead, and why
 TESTED_ELSEWHERE: dict[str, str] = {
+    "config/trackers.py": "run/trackers/test_trackers.py uses its sections; the file only declares them",
+    "config/profile.py": "run/test_profiling.py traces the steps that it states",
+    "run/trackers/tracker.py": "run/trackers/test_worker.py opens a tracker; the file only declares it",
     "__main__.py": "cli/test_main.py runs the command as a process",
     "cli/arguments.py": "cli/test_main.py gives commands these arguments; the file only declares them",
     "data/check/findings.py": "data/check/test_examine.py looks at what examine finds; the file only declares it",
@@ -38,8 +41,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "evaluate/generation/programs.py": "evaluate/generation/test_generator.py runs both programs, on two meshes",
     "commands/verify_answers.py": "commands/test_evaluate_suite.py verifies the answers that it has recorded",
     "model/moe/expert_weights.py": "model/moe/test_experts.py runs experts with these weights; the file only declares them",
-    "config/profile.py": "run/test_profiling.py traces steps by it; the file only declares them",
-    "config/trackers.py": "config/conversion/test_arguments.py reads them; the file only declares them",
     "config/average.py": "run/test_averaging.py trains with both kinds; the file only declares them",
     "commands/evaluate_harness.py": "judges/test_lm_eval.py runs tasks through it; it needs the extra eval",
     "evaluate/lm_harness.py": "judges/test_lm_eval.py compares it with the harness's own model; it needs the extra eval",

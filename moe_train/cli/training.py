@@ -1,4 +1,4 @@
-"""The commands around a training run: train, inspect, plan, bench and plot."""
+"""The commands around a training run: train, inspect, plan, bench, plot, report, runs and sweep."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def train_command(config_path: ConfigPath, overrides: Overrides = None) -> None:
     config = read_config(config_path, overrides)
     from moe_train.commands.train import train
     from moe_train.machine.compile_cache import use_compile_cache
+    from moe_train.run.bucket import working_folder
 
-    use_compile_cache(config.run_dir)
+    use_compile_cache(working_folder(config.run_dir))
     raise typer.Exit(train(config))
 
 
@@ -146,9 +147,21 @@ def _check_plan_options(no_compile: bool, compile_only: bool, hlo: Path | None, 
 
 
 @training_commands.command(
-    "bench", rich_help_panel=TRAINING, epilog=help_examples("moe-train bench configs/quickstart_pretrain.yaml train.batch_size=8")
+    "bench",
+    rich_help_panel=TRAINING,
+    epilog=help_examples(
+        "moe-train bench configs/quickstart_pretrain.yaml train.batch_size=8",
+        "moe-train bench configs/quickstart_pretrain.yaml --profile trace",
+    ),
 )
-def bench_command(config_path: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def bench_command(
+    config_path: ConfigPath,
+    overrides: Overrides = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Trace three further steps with JAX's profiler into a folder, for xprof.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Measure the speed of CONFIG's training step on these devices, with random weights and tokens."""
     config = read_config(config_path, overrides)
     from moe_train.commands.bench import bench
@@ -157,8 +170,10 @@ def bench_command(config_path: ConfigPath, overrides: Overrides = None, as_json:
 
     use_compile_cache()
     with progress_line("timing the training step"):
-        answer = bench(config, process_started())
+        answer = bench(config, process_started(), profile)
     print_mapping(answer, as_json)
+    if profile is not None:
+        print(f"open the trace with: xprof {profile}", file=sys.stderr)
 
 
 @training_commands.command(
@@ -177,6 +192,34 @@ def plot_command(
     from moe_train.commands.plot import plot
 
     plot(run_dirs, out)
+    print(out)
+
+
+@training_commands.command(
+    "report",
+    rich_help_panel=TRAINING,
+    epilog=help_examples(
+        "moe-train report runs/quickstart/pretrain --html report.html",
+        "moe-train report runs/quickstart/lora --html report.html --export runs/quickstart/hf --evaluation results",
+    ),
+)
+def report_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run, finished or not.")],
+    out: Annotated[Path, typer.Option("--html", metavar="FILE", help="An .html file; an existing file is replaced.")],
+    export: Annotated[
+        list[Path] | None, typer.Option("--export", help="Directory of an export, for its proof and documents; may be repeated.")
+    ] = None,
+    evaluation: Annotated[
+        list[Path] | None, typer.Option("--evaluation", help="Directory of evaluate --suite --out; may be repeated.")
+    ] = None,
+) -> None:
+    """Write one page about a run that opens without a network: curves, load of experts, goodput, data, evaluation and proof.
+
+    What is missing is said. Exports and evaluations inside RUN_DIR are shown without being named.
+    """
+    from moe_train.commands.report import write_report
+
+    write_report(run_dir, out, export or (), evaluation or ())
     print(out)
 
 

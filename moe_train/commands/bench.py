@@ -6,7 +6,9 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,12 +35,17 @@ TIMED_STEPS = 7
 """Number of steps that are timed."""
 
 
-def bench(written: config.Config, begun: float | None = None) -> JsonObject:
+PROFILED_STEPS = 3
+"""Number of further steps that are traced by the profiler, which makes them slower."""
+
+
+def bench(written: config.Config, begun: float | None = None, profile: Path | None = None) -> JsonObject:
     """Time the training step of a run with random weights, full sequences and uniformly drawn tokens.
 
     Args:
         written: the config of the run.
         begun: `time.time()` when the command was started; None for now.
+        profile: folder for a trace of `PROFILED_STEPS` further steps, as `jax.profiler` writes it; None for no trace.
 
     Returns:
         `first_step_seconds` is the time from the command to the end of the first step, as of `train`: imports, weights,
@@ -78,6 +85,8 @@ def bench(written: config.Config, begun: float | None = None) -> JsonObject:
                 first_step_seconds = time.time() - begun
                 first_step_cpu_seconds = time.process_time()
 
+        if profile is not None:
+            _trace_steps(profile, lambda at: step(at, batch, base_weights), state)
         median = statistics.median(seconds[-TIMED_STEPS:])
         tokens = run.train.batch_size * run.train.seq_len
         # With frozen base weights the step computes no gradients of them, so it takes fewer FLOPs.
@@ -99,6 +108,14 @@ def bench(written: config.Config, begun: float | None = None) -> JsonObject:
             "first_loss": losses[0],
             "last_loss": losses[-1],
         }
+
+
+def _trace_steps(folder: Path, step: Callable[..., Any], state: Any) -> None:
+    """Take further steps, and write what the devices and the host do meanwhile into a folder."""
+    with jax.profiler.trace(str(folder)):
+        for _ in range(PROFILED_STEPS):
+            state, metrics = step(state)
+        jax.block_until_ready(metrics)
 
 
 def _random_state(run: config.Run) -> tuple[Any, Any, Any]:

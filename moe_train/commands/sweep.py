@@ -55,6 +55,8 @@ def sweep_runs(path: Path, stated: Sequence[str]) -> list[SweptRun]:
         folder = f"{base.run_dir.rstrip('/')}/{label}"
         overrides = [*fixed, *chosen, f"run_dir={folder}"]
         runs.append(SweptRun(overrides, yaml_file.load_config(path, overrides)))
+    if "://" in base.run_dir:
+        raise ConfigError(f"run_dir {base.run_dir} is in a bucket, but a sweep compares runs in folders; state run_dir=FOLDER")
     folders = [run.config.run_dir for run in runs]
     if len(set(folders)) < len(folders):
         raise ConfigError("two runs of the sweep would have the same run_dir; sweep keys whose last parts differ")

@@ -15,7 +15,7 @@ from moe_train.config.data import Data
 from moe_train.config.objective import NextToken, Objective, check_records
 from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.profile import Profile
-from moe_train.config.section import LocalPath, Section, Seed
+from moe_train.config.section import LocalPath, RunDirectory, Section, Seed
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -31,8 +31,10 @@ class Config(Section):
 
     name: RunName
     """Name of the run, in logs and records."""
-    run_dir: LocalPath
-    """Folder for checkpoints, metrics and records. All hosts must see it. A second start with the same folder continues the run."""
+    run_dir: RunDirectory
+    """Folder for checkpoints, metrics and records. All hosts must see it. A second start with the same folder continues the run.
+    A job of a single process may state a bucket (gs://BUCKET/runs/NAME, s3://…).
+    """
     seed: Seed = 0
     """Seed of the initial weights, the order of data and dropout."""
     init_from: LocalPath | None = None
@@ -91,6 +93,10 @@ class Config(Section):
                 f"{self.checkpoint.keep_last}, since the mean is taken over checkpoints that are kept; raise it, or lower the count"
             )
         check_rounding(self)
+        if "://" in self.run_dir and not isinstance(self.average, NoAverage):
+            raise ValueError(
+                f"average is not kept in a bucket, and run_dir is {self.run_dir}; leave average out, or state a folder"
+            )
         if self.profile.steps is not None and self.train.steps is not None and self.profile.steps[1] > self.train.steps:
             raise ValueError(
                 f"profile.steps ends with {self.profile.steps[1]}, but train.steps is {self.train.steps}; trace steps of the run"

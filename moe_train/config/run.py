@@ -18,7 +18,7 @@ from moe_train.config.data import Data, Tokenizer
 from moe_train.config.objective import Objective
 from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.profile import Profile
-from moe_train.config.section import LocalPath, Section, Seed
+from moe_train.config.section import LocalPath, RunDirectory, Section, Seed
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 
 
@@ -67,7 +67,7 @@ class Run(Section):
     """
 
     name: RunName
-    run_dir: LocalPath
+    run_dir: RunDirectory
     seed: Seed
     initial_weights: InitialWeights
     model: Model

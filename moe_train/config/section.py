@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -24,6 +25,19 @@ def _path(value: str) -> str:
 
 LocalPath = Annotated[str, AfterValidator(_path)]
 """A path in the local file system, or in one that all hosts share; not a URL."""
+
+
+def _run_dir(value: str) -> str:
+    """Reject a URL without a bucket or without a folder in it."""
+    if "://" in value and not re.fullmatch(r"[a-z0-9]+://[^/\s]+/\S+|(file|local):///\S+", value):
+        raise ValueError(
+            "this URL does not name a folder in a bucket; state one such as gs://BUCKET/runs/NAME or s3://BUCKET/runs/NAME"
+        )
+    return value
+
+
+RunDirectory = Annotated[str, AfterValidator(_run_dir)]
+"""A path, or the URL of a folder in a bucket, in which a run keeps its checkpoints and records."""
 
 
 Positive = Annotated[int, Field(ge=1), BeforeValidator(_integral)]

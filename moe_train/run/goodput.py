@@ -196,7 +196,7 @@ class Goodput:
         return summarize_sessions([*self._earlier, self._session()])
 
     def write(self, end: str | None = None) -> None:
-        """Replace the file, unless that was done a moment ago.
+        """Replace the file, unless that was done a moment ago. A disk that is full is a warning, and the run goes on.
 
         Args:
             end: why the process stops; then the file is always written.
@@ -205,7 +205,10 @@ class Goodput:
             return
         self._written = self._clock()
         sessions = [*self._earlier, self._session(end)]
-        write_text(self._path, json.dumps({"sessions": [session.to_json() for session in sessions]}, indent=1) + "\n")
+        try:
+            write_text(self._path, json.dumps({"sessions": [session.to_json() for session in sessions]}, indent=1) + "\n")
+        except OSError as error:
+            log.warning("%s could not be written: %s", self._path, error.strerror)
 
     def _session(self, end: str | None = None) -> Session:
         self.switch(self._activity)

@@ -15,8 +15,10 @@ from moe_train.model.moe.transport.choose import check_transport
 from moe_train.plan.fits import check_fits
 from moe_train.run import introduction
 from moe_train.run.attempt import Attempt, UnreadStep, open_attempt
+from moe_train.run.bucket import in_working_folder
 from moe_train.run.saving import RolledBack, UnusableCheckpoint
 from moe_train.run.stopping import StopRequest, StopRequested, Votes, signals, vote
+from moe_train.run.trackers.trackers import check_trackers
 from moe_train.run.writer import MetricsRecord
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
@@ -73,6 +75,12 @@ def steps(run: config.Run, objective: Objective | None = None) -> Generator[Metr
         FileNotFoundError: a file that the run needs does not exist. Existing checkpoints are kept.
         RuntimeError: a fault while running. Existing checkpoints are kept.
     """
+    with in_working_folder(run) as local_run:
+        return (yield from _attempts(local_run, objective))
+
+
+def _attempts(run: config.Run, objective: Objective | None) -> Generator[MetricsRecord, None, int]:
+    """Attempt a run until it is finished or stopped, each time from its newest checkpoint. Yields and returns as `steps`."""
     rolled_back: RolledBack | None = None
     # One for all attempts, so that a signal during a roll-back is not forgotten.
     stop_request = StopRequest()
@@ -106,7 +114,8 @@ def _steps_from_newest(
         RolledBack: a step was a spike, and an older checkpoint is the newest now.
     """
     mesh = make_mesh(run.mesh)
-    # Before any data is opened or any array allocated, since it needs neither.
+    # Before any data is opened or any array allocated, since they need neither.
+    check_trackers(run.metrics.trackers)
     check_fits(run, mesh.local_devices[0])
     # Under `signals`, since tokenizing may take long and must be interruptible.
     with jax.set_mesh(mesh), signals(stop_request), contextlib.ExitStack() as exit_stack:
@@ -127,8 +136,9 @@ def _take_steps(attempt: Attempt) -> Generator[MetricsRecord, None, int]:
     state = attempt.begin.state
     unread: UnreadStep | None = None
     for step in range(attempt.start + 1, total_steps + 1):
+        batch = attempt.batch
         attempt.profiler.before_step(step, state)
-        state, step_metrics = attempt.run_step(state, attempt.batch, attempt.begin.base_weights)
+        state, step_metrics = attempt.run_step(state, batch, attempt.begin.base_weights)
         attempt.profiler.after_step(step, step_metrics)
         if attempt.average is not None:
             attempt.average.after_step(state)
@@ -140,10 +150,10 @@ def _take_steps(attempt: Attempt) -> Generator[MetricsRecord, None, int]:
         # Metrics and votes are read one step late, so that the device never waits for the host.
         votes = Votes()
         if unread is not None:
-            votes = attempt.read(unread, step_metrics)
+            votes = attempt.read(unread, step_metrics, state)
             yield from writer.new_records()
             attempt.roll_back_after_spike()
-        unread = UnreadStep(step, step_metrics, voted)
+        unread = UnreadStep(step, step_metrics, voted, batch)
         attempt.stopped.step = step
 
         evaluates = held_out.is_due(step)
@@ -154,7 +164,7 @@ def _take_steps(attempt: Attempt) -> Generator[MetricsRecord, None, int]:
             saving.check()
             continue
         # The loop pauses here anyway, so this step's metrics and vote are read at once.
-        votes = attempt.read(unread, step_metrics).combined_with(votes)
+        votes = attempt.read(unread, step_metrics, state).combined_with(votes)
         unread = None
         yield from writer.new_records()
         attempt.roll_back_after_spike()
@@ -180,5 +190,6 @@ def _take_steps(attempt: Attempt) -> Generator[MetricsRecord, None, int]:
 
     attempt.finish_saving()
     writer.say(attempt.goodput.summary().in_words())
+    writer.is_finished = True
     introduction.conclude(run, writer.say, total_steps)
     return FINISHED

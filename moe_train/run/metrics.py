@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,10 +67,20 @@ class MetricsReader:
         self.waited = 0.0
         """Seconds that the loop has waited for batches since the timer was restarted."""
         self._has_warned = False
+        self._is_explained = False
+        self._first_explanation = ""
         self._chosen_answers = ChosenAnswers(run.objective)
         self.restart_timer(start)
 
-    def read(self, step: int, now: StepMetrics, voted: jax.Array, newest: StepMetrics, writer: Writer) -> Votes:
+    def read(
+        self,
+        step: int,
+        now: StepMetrics,
+        voted: jax.Array,
+        newest: StepMetrics,
+        writer: Writer,
+        explain: Callable[[], list[str]] | None = None,
+    ) -> Votes:
         """Wait for the metrics of a step, write them, and return what the processes voted at that step.
 
         Args:
@@ -79,6 +89,8 @@ class MetricsReader:
             voted: (2,) int32 on the device, from `stopping.vote`.
             newest: metrics of the most recently started step: either this step or the one after it.
             writer: receives the metrics.
+            explain: finds out why the step is not finite, in lines; it is called for the first such step only, since it repeats
+                the step. None to leave that out.
 
         Raises:
             RuntimeError: more than `train.max_skipped_steps` steps were not finite, or a layer dropped too many assignments.
@@ -108,6 +120,7 @@ class MetricsReader:
             self._not_finite += 1
             problem = f"loss {now.loss} or gradient norm {now.grad_norm} is not finite"
             writer.say(f"step {step} skipped, {self._not_finite} so far: {problem}")
+            self._explain_once(step, writer, explain)
         self._read_spike(step, now, writer)
         self._warn_of_vanished(step, now, writer)
         if not self.usable or step % self._run.metrics.every_steps == 0:
@@ -122,6 +135,7 @@ class MetricsReader:
             raise RuntimeError(
                 f"{self._not_finite} steps had a loss or gradient that is not finite, the last one step {step}, and "
                 f"train.max_skipped_steps is {limit}; check the data, or lower optimizer.learning_rate (checkpoints are kept)"
+                f"{self._first_explanation}"
             )
         guard = self._run.train.spike_guard
         if self.spike is not None and guard is not None and self.spike.spikes > guard.max_events:
@@ -131,6 +145,18 @@ class MetricsReader:
                 "(checkpoints are kept)"
             )
         return Votes(*(bool(vote) for vote in voted))
+
+    def _explain_once(self, step: int, writer: Writer, explain: Callable[[], list[str]] | None) -> None:
+        """Say why a step is not finite, if it is the first one of this process."""
+        if self._is_explained or explain is None:
+            return
+        self._is_explained = True
+        lines = explain()
+        self._first_explanation = f"; step {step}: {lines[0]}"
+        for line in lines:
+            writer.say(f"step {step}: {line}")
+        # Repeating the step is no part of the time of the next one.
+        self.restart_timer(step)
 
     @property
     def usable(self) -> bool:

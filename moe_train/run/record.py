@@ -42,10 +42,10 @@ def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: RunInputs) -> 
         A namespace that the caller keeps up to date: `step`, the last step done, and `reason`, why the run stops.
     """
     start = int(begin.state.step)
-    digest = hashlib.sha256(yaml_file.dump(run.to_config()).encode()).hexdigest()
     entry = {
         **describe_process(),
-        "config_sha256": digest,
+        "config_sha256": config_sha256(run),
+        "data_sha256": inputs.train.manifest_hash,
         "epochs": inputs.train.epochs(inputs.total_steps),
         "changed": begin.changed,
         "damaged": begin.damaged,
@@ -66,6 +66,11 @@ def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: RunInputs) -> 
             write_event(run_dir, "stop", stopped.step, reason=f"{type(error).__name__}: {error}")
         raise
     write_event(run_dir, "stop", stopped.step, reason=stopped.reason)
+
+
+def config_sha256(run: config.Run) -> str:
+    """Return the sha256 of the config that a run keeps in its folder."""
+    return hashlib.sha256(yaml_file.dump(run.to_config()).encode()).hexdigest()
 
 
 def write_event(run_dir: Path, event: str, step: int, **more: Any) -> None:

@@ -1,16 +1,14 @@
-"""Write the metrics of a run to the terminal, to `metrics.jsonl` and as TensorBoard events."""
+"""Write the metrics of a run to the terminal, to `metrics.jsonl`, as TensorBoard events and to trackers."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
 import os
-import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,15 +19,13 @@ from moe_train import config
 from moe_train.machine.files import write_bytes
 from moe_train.machine.progress import Progress
 from moe_train.machine.progress_bar import ProgressBar
+from moe_train.run.tensorboard import EventWriter
+from moe_train.run.trackers.trackers import Trackers
 
 log = logging.getLogger(__name__)
 
 LINE_SECONDS = 5.0
 """Seconds between two lines of metrics if stderr is not a terminal."""
-MOST_EXPERT_CURVES = 16
-"""Largest number of experts of a layer for which TensorBoard gets a number each."""
-
-
 KINDS = ("train", "eval", "suite")
 """Kinds of lines of metrics.jsonl: a training step, the held-out loss, and scores on suites."""
 MetricsRecord = dict[str, Any]
@@ -50,7 +46,7 @@ class Writer:
         start_step: the step that the run continues after; 0 for a new run.
         total_steps: optimizer steps of the whole run.
         write: whether this process writes.
-        sparse_layers: layer index of each router; TensorBoard names entry i of a per-router metric by `sparse_layers[i]`.
+        trackers: receive the metrics too; None without any.
     """
 
     def __init__(
@@ -61,23 +57,18 @@ class Writer:
         start_step: int,
         total_steps: int,
         write: bool = True,
-        sparse_layers: Sequence[int] = (),
+        trackers: Trackers | None = None,
     ):
         self._write = write
         self._new_records: list[MetricsRecord] = []
-        self._sparse_layers = sparse_layers
+        self.is_finished = False
+        """Whether all steps of the run are done, for trackers."""
+        self._trackers = trackers
         if not write:
             return
         self._path = run_dir / "metrics.jsonl"
         self._file = _open_lines(self._path, start_step)
-        self._events: Any = None
-        if settings.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)  # the loop already reports non-finite values
-            # Events past the checkpoint are dropped, like the lines of metrics.jsonl.
-            _report_failed_events()
-            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
+        self._events = EventWriter(run_dir, start_step, total_steps) if settings.tensorboard else None
         self._console = Console(stderr=True, highlight=False)
         self._total = total_steps
         self._first: tuple[float, int] | None = None  # (time, step) of the first metrics
@@ -155,9 +146,10 @@ class Writer:
         except OSError as error:
             # Python names no file in errors of an open one.
             raise OSError(error.errno, error.strerror, str(self._path)) from error
-        if self._events is not None and not _events_failed.is_set():
-            for name, value in _scalars(metrics, self._sparse_layers):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        if self._events is not None:
+            self._events.write(kind, step, metrics)
+        if self._trackers is not None:
+            self._trackers.write(kind, step, metrics)
 
     def __enter__(self) -> Writer:
         return self
@@ -173,34 +165,13 @@ class Writer:
             return
         if self._bar is not None:
             self._bar.stop()
-        if self._events is not None and not _events_failed.is_set():
-            try:
-                self._events.close()
-            except OSError as error:  # the training itself has succeeded
-                log.warning("the last TensorBoard events could not be written: %s", error)
+        if self._events is not None:
+            self._events.close()
+        if self._trackers is not None:
+            self._trackers.close(self.is_finished)
         # So that the last lines survive a machine that is shut down right after the run.
         os.fsync(self._file.fileno())
         self._file.close()
-
-
-_events_failed = threading.Event()
-"""Set when TensorBoard's thread could not write."""
-
-
-@functools.cache
-def _report_failed_events() -> None:
-    """Print one line instead of a traceback if TensorBoard's thread cannot write, as on a full disk; training continues."""
-    usual_hook = threading.excepthook
-
-    def hook(failure: threading.ExceptHookArgs) -> None:
-        """Report an exception that ended a thread."""
-        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboardX.")):
-            usual_hook(failure)
-        elif not _events_failed.is_set():
-            _events_failed.set()
-            log.warning("TensorBoard events are no longer written: %s", failure.exc_value)
-
-    threading.excepthook = hook
 
 
 def _replace_non_finite(metrics: Any) -> Any:
@@ -248,32 +219,6 @@ def parse_line(line: bytes) -> MetricsRecord:
     if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record.get("kind") not in KINDS:
         raise ValueError("not the metrics of a step (an object with kind and step)")
     return record
-
-
-def _scalars(metrics: Mapping[str, Any], layers: Sequence[int]) -> Iterable[tuple[str, float]]:
-    """Yield (name, number) pairs with lists expanded, such as `load/layer_3/expert_0`.
-
-    A layer with more than MOST_EXPERT_CURVES experts yields its smallest and largest number instead, since TensorBoard draws a
-    curve for each name; `metrics.jsonl` keeps all numbers.
-
-    Args:
-        metrics: metrics by name; a list has one entry per router, each a number or a list over experts.
-        layers: layer index of each entry of a list; empty to number the entries from 0.
-    """
-    for name, value in metrics.items():
-        if isinstance(value, int | float):
-            yield name, value
-        elif isinstance(value, list):
-            for i, entry in enumerate(value):
-                layer = layers[i] if layers else i
-                if not isinstance(entry, list):
-                    yield f"{name}/layer_{layer}", entry
-                elif len(entry) > MOST_EXPERT_CURVES:
-                    yield f"{name}/layer_{layer}/smallest", min(entry)
-                    yield f"{name}/layer_{layer}/largest", max(entry)
-                else:
-                    for e, x in enumerate(entry):
-                        yield f"{name}/layer_{layer}/expert_{e}", x
 
 
 def _line(metrics: Mapping[str, Any]) -> str:

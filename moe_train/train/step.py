@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
@@ -64,7 +65,7 @@ def train_step(
     Returns:
         The new state, and the metrics of the step.
     """
-    key = _step_key(definition.dropout_seed, state)
+    key = step_key(definition.dropout_seed, state.step)
     fixed = ModelWeights(state.buffers, state.frozen, base_weights or {})
     loss, weight, terms, gradients = step_gradients(definition, state.trainable, fixed, batch, key)
     grad_norm = optax.tree.norm(gradients)
@@ -79,7 +80,7 @@ def train_step(
         applies = finite & ~spike.is_spike
     optimizer = optax.with_extra_args_support(definition.optimizer)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable, learning_rates=state.learning_rates)
-    rounding_key = _step_key(definition.rounding_seed, state, ROUNDING_STREAM)
+    rounding_key = step_key(definition.rounding_seed, state.step, ROUNDING_STREAM)
     trainable, vanished = apply_updates(definition.rounding, state.trainable, updates, opt_state, rounding_key)
     buffers = _updated_biases(state.buffers, terms.routers, definition.router_loss.bias_update_rate)
 
@@ -104,13 +105,13 @@ def train_step(
     return state, StepMetrics(loss, metrics, grad_norm, finite, count_tokens(batch), terms.routers, spike, vanished)
 
 
-def _step_key(seed: int | None, state: TrainState, stream: int = 0) -> Key[Array, ""] | None:
-    """Return the PRNG key of this step; None without a seed."""
+def step_key(seed: int | None, step: Int[Array | np.ndarray | np.integer, ""], stream: int = 0) -> Key[Array, ""] | None:
+    """Return the PRNG key of the step after `step` steps; None without a seed."""
     if seed is None:
         return None
     # One fixed generator implementation, so that random bits do not depend on the platform.
     key = jax.random.key(seed, impl="threefry2x32")
-    return jax.random.fold_in(jax.random.fold_in(key, stream) if stream else key, state.step)
+    return jax.random.fold_in(jax.random.fold_in(key, stream) if stream else key, step)
 
 
 def _updated_biases(buffers: Parameters, routers: RouterStats | None, rate: float | None) -> Parameters:

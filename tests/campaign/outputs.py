@@ -51,7 +51,7 @@ def _tensorboard(workplace: Workplace, rng: random.Random) -> str:
     run_dir = workplace.new_folder("tensorboard")
     kill_once(workplace.start(run_dir), run_dir, rng, STEPS)
     finish(workplace, run_dir, workplace.reference())
-    steps = [step for name, step in scalars(run_dir / "tensorboard") if name == "train/loss"]
+    steps = [step for name, step in scalars(run_dir / "tensorboard") if name == "loss/train"]
     if sorted(set(steps)) != list(range(1, STEPS + 1)):
         raise Lost(f"TensorBoard has the losses of steps {sorted(set(steps))}")
     picture = run_dir / "plot.png"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -19,9 +21,11 @@ RUN = config.Config.model_validate_json(
 )
 
 
-def test_a_run_given_in_tokens_is_timed_and_learns() -> None:
+def test_a_run_given_in_tokens_is_timed_and_learns(tmp_path: Path) -> None:
     """Its warm-up is longer than the few steps that are timed."""
-    found = bench(RUN)
+    found = bench(RUN, profile=tmp_path / "trace")
+    [trace] = (tmp_path / "trace").rglob("*.xplane.pb")
+    assert [plane.name for plane in jax.profiler.ProfileData.from_file(str(trace)).planes]
     assert 0 < found["median_step_seconds"] < found["first_step_seconds"]
     assert found["compile_seconds"] < found["first_step_seconds"]
     assert found["tokens_per_second"] * found["median_step_seconds"] == pytest.approx(16 * 32)

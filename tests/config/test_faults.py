@@ -48,8 +48,8 @@ def test_a_check_across_keys_blames_a_stated_key(run: Path) -> None:
 
 
 def test_words_of_a_message_are_not_taken_for_keys(run: Path) -> None:
-    (line,) = faults(run, "run_dir=gs://bucket/run")  # its message mentions a `name`
-    assert "run_dir: this is a URL" in line
+    (line,) = faults(run, "run_dir=gs://bucket")  # its message mentions a NAME
+    assert "run_dir: this URL does not name a folder in a bucket" in line
     (line,) = faults(run, "model.ffn.router={name: sigmoid}")  # its message ends in "to train it anyway"
     assert "model: model has a sigmoid router" in line
 

@@ -25,7 +25,17 @@ def test_a_whole_number_may_be_written_as_a_float(steps: float) -> None:
     assert config_with(**{"train.steps": steps}).train.steps == 10
 
 
-@pytest.mark.parametrize("key", ["run_dir", "init_from"])
-def test_a_url_is_not_a_local_path(key: str) -> None:
+def test_a_url_is_not_a_local_path() -> None:
     message = "this is a URL, but a path is needed; state a path on this machine, or on a file system"
-    assert message in refusal(**{key: "gs://bucket/run"})
+    assert message in refusal(init_from="gs://bucket/run")
+
+
+@pytest.mark.parametrize("value", ["gs://bucket", "gs://", "s3:///run", "s3://bucket/"])
+def test_a_run_in_a_bucket_has_a_folder_there(value: str) -> None:
+    assert "this URL does not name a folder in a bucket" in refusal(run_dir=value)
+
+
+def test_runs_in_buckets() -> None:
+    for url in ("gs://bucket/runs/a", "s3://bucket/a", "file:///tmp/a"):
+        assert config_with(run_dir=url).run_dir == url
+    assert "average is not kept in a bucket" in refusal(run_dir="gs://bucket/a", average={"name": "ema"})

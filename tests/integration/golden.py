@@ -31,7 +31,9 @@ MODEL = {
     "max_seq_len": 128,
 }
 EIGHT = {"data": 2, "fsdp": 2, "expert": 2}
-UNSTABLE_KEYS = {"seconds", "tokens_per_second", "input_wait", "mfu", "time", "path", "command", "versions", "hardware", "files"}
+UNSTABLE_KEYS = {
+    *("seconds", "tokens_per_second", "input_wait", "mfu", "goodput", "time", "path", "command", "versions", "hardware", "files"),
+}
 WHOLE_MODELS = ("hf", "mistral", "gguf")
 ADAPTERS = ("peft", "mistral-lora", "gguf-lora")
 # Files that name versions, hardware or folders; their checks are compared instead.

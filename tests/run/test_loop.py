@@ -18,6 +18,7 @@ from moe_train.checkpoint import model_dir
 from moe_train.checkpoint.metadata import read_saved
 from moe_train.commands import evaluate
 from moe_train.commands.export import export
+from moe_train.commands.prepare import trace
 from moe_train.commands.train import train
 from moe_train.config import yaml_file
 from moe_train.data.batches.batch import BatchRows
@@ -27,6 +28,7 @@ from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import abstract_model
 from moe_train.run import loop
+from moe_train.run.goodput import read_sessions
 from moe_train.run.resolve import resolve
 from moe_train.train.objectives import next_token
 from tests.run.tiny_config import LORA
@@ -42,6 +44,7 @@ def test_what_a_run_leaves(finished, small_run):
     assert last["tokens_per_second"] == pytest.approx(8 * 32 / last["seconds"]) and 0 < last["mfu"] < 1
     assert steps_in(finished) == [2, 3, 4, 6]  # 3 because it was the best so far
     assert yaml_file.load_config(finished / "config.yaml") == run
+    assert 0 < last["goodput"] < 1 and read_sessions(finished)[0].end == "finished"
     start, stop = events(finished)
     assert (start["event"], stop["event"], stop["step"], stop["reason"]) == ("start", "stop", 6, "finished")
     assert start["versions"]["jax"] == jax.__version__ and start["hardware"]["devices"] == 8 and len(start["config_sha256"]) == 64
@@ -96,7 +99,12 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, small_run, poison, 
     assert [loss is None for loss in losses(tmp_path)] == [False, True, False, False, False, True]
     assert [line["skipped"] for line in lines(tmp_path)] == [0, 1, 1, 1, 1, 2]
     assert steps_in(tmp_path) == [1, 3, 4, 5, 6]  # a skipped step rotates no good checkpoint away; the last is always saved
-    assert "step 2 skipped, 1 so far: loss nan" in capsys.readouterr().err
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("step 2 skipped", "step 2:", "step 6:"))]
+    assert said[0].startswith("step 2 skipped, 1 so far: loss nan")
+    assert said[1] == "step 2: first that is not finite: the loss, although the output of every layer is finite"
+    traced = trace(run, 2)
+    assert said[2].startswith(f"step 2: the {len(traced)} records of the step: {traced[0]['file']}:{traced[0]['number']}, ")
+    assert said[3].startswith("step 2: to try: lower optimizer.learning_rate (0.01)") and len(said) == 4  # the first one only
     with jax.set_mesh(make_mesh(run.mesh)):
         shapes = parameters(abstract_model(run.model, run.compute))[1]
         at = {s: model_dir.load_parameters(tmp_path, shapes, s) for s in (4, 5, 6)}
@@ -112,6 +120,7 @@ def test_too_many_of_them_stop_the_run(tmp_path, small_run, poison):
         match=r"2 steps had a loss or gradient that is not finite, the last one step 4, and train.max_skipped_steps is 1",
     ):
         train(run)
+    assert "; step 2: first that is not finite: the loss" in events(tmp_path)[-1]["reason"]
     assert steps_in(tmp_path) == [3]
     assert events(tmp_path)[-1]["reason"].startswith("RuntimeError: 2 steps")
     with pytest.raises(RuntimeError, match="2 steps had"):  # the count is in the checkpoint

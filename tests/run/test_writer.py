@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import struct
-import threading
 
-import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from moe_train import config
 from moe_train.run import writer as writers
@@ -22,7 +18,7 @@ def lines(run_dir):
 
 def test_lines_files_and_events(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(writers, "LINE_SECONDS", 0)
-    writer = writers.Writer(tmp_path, config.Metrics(), start_step=0, total_steps=4, sparse_layers=[2])
+    writer = writers.Writer(tmp_path, config.Metrics(tensorboard=False), start_step=0, total_steps=4)
     for step in (1, 2):
         writer.train(step, FIGURES)
     writer.evaluation(2, {"loss": 2.25, "loss_tokens": 1000})
@@ -36,21 +32,6 @@ def test_lines_files_and_events(tmp_path, capsys, monkeypatch):
     assert said[0] == "step 1/4  loss 2.5000  1,234 tokens/s  MFU 25.0%  balance 1.50"
     assert said[1].startswith(said[0].replace("1/4", "2/4")) and said[1].endswith(" left")
     assert said[2] == "step 2/4  held-out loss 2.2500 over 1,000 tokens"
-    values = {(tag, step): value for tag, step, value in tensorboard_values(tmp_path)}
-    assert values["train/loss", 1] == values["train/loss", 2] == 2.5
-    assert values["train/load/layer_2/expert_1", 2] == 0.25
-    assert values["eval/loss", 2] == 2.25
-
-
-def tensorboard_values(run_dir):
-    """Records of an event file: length (8 bytes), its checksum (4), the message, its checksum (4)."""
-    for file in sorted((run_dir / "tensorboard").iterdir()):
-        content = file.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            event = Event.FromString(content[12 : 12 + length])
-            yield from ((value.tag, event.step, value.simple_value) for value in event.summary.value)
-            content = content[16 + length :]
 
 
 def test_steps_that_are_done_again_are_written_once(tmp_path):
@@ -114,16 +95,6 @@ def test_a_damaged_line_is_dropped_and_named(tmp_path, caplog, line):
     assert f"{tmp_path / 'metrics.jsonl'}:2 is dropped: not " in caplog.text
 
 
-def test_many_experts_are_two_curves_a_layer() -> None:
-    load = np.arange(2 * 128).reshape(2, 128) / 128
-    names = dict(writers._scalars({"loss": 1.0, "load": load.tolist(), "entropy": [1.0, 2.0]}, [3, 4]))
-    assert names == {
-        **{"loss": 1.0, "entropy/layer_3": 1.0, "entropy/layer_4": 2.0},
-        **{"load/layer_3/smallest": 0.0, "load/layer_3/largest": 127 / 128},
-        **{"load/layer_4/smallest": 1.0, "load/layer_4/largest": 255 / 128},
-    }
-
-
 def test_a_full_disk_is_named_with_its_file(tmp_path):
     writer = writers.Writer(tmp_path, config.Metrics(tensorboard=False), start_step=0, total_steps=4)
     writer._file.close()
@@ -131,20 +102,3 @@ def test_a_full_disk_is_named_with_its_file(tmp_path):
     with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
         writer.train(1, FIGURES)
     writer._file = open("/dev/null", "w", encoding="utf-8")  # noqa: SIM115
-
-
-def test_events_that_cannot_be_written_are_one_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(writers, "_events_failed", threading.Event())
-    writer = writers.Writer(tmp_path, config.Metrics(), start_step=0, total_steps=4)
-    event_writer = writer._events.file_writer.event_writer
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(event_writer._ev_writer, "write_event", fail)
-    for step in (1, 2):
-        writer.train(step, FIGURES)
-        event_writer._worker.join(5)
-    writer.close()
-    assert caplog.text.count("TensorBoard events are no longer written: [Errno 28] No space left on device") == 1
-    assert [line["step"] for line in lines(tmp_path)] == [1, 2]

@@ -71,9 +71,9 @@ def _first(model: config.Model, flags: dict[str, Any], reverse: bool) -> Iterabl
             if not array.all():
                 bad.append((_rank(model, path, None), path, None))
             continue
-        for repeat in range(len(array)):
-            if not array[repeat].all():
-                bad.append((_rank(model, path, repeat), path, repeat))
+        for k in range(len(array)):
+            if not array[k].all():
+                bad.append((_rank(model, path, k), path, k))
     for _, path, repeat in sorted(bad, key=lambda entry: entry[0], reverse=reverse):
         yield path, repeat
 

@@ -83,7 +83,7 @@ def tracked_runs(
             ids = {tracker: str(identity) for tracker, identity in read_object(path).items()}
         except ValueError as error:
             log.warning("%s, so trackers begin new runs", error)
-    tracked = {}
+    tracked: dict[str, TrackedRun] = {}
     for section in sections:
         identity = ids.setdefault(section.name, secrets.token_hex(8))
         folder = run_dir / TRACKERS_FOLDER / section.name

@@ -59,7 +59,8 @@ def classifier(small_run: Callable[..., config.Config], tmp_path: Path) -> Calla
             "checkpoint": {"every_steps": 40},
             "evaluation": {"every_steps": 40},
         }
-        return small_run(tmp_path / "run", **{"objective": objective, **data, **changes})
+        run_dir = changes.pop("run_dir", tmp_path / "run")
+        return small_run(run_dir, **{"objective": objective, **data, **changes})
 
     return make
 
@@ -101,9 +102,7 @@ def test_heads_on_a_frozen_base_and_with_adapters(classifier: Any, small_run: An
     metrics = lines(tmp_path / "run")[-1]
     assert {"accuracy/animal", "accuracy/speed"} <= metrics.keys()
     targets = [{"modules": ["attention.*", "ffn.*"], "rank": 2, "alpha": 4.0}]
-    adapted = classifier(
-        ["animal"], **common, lora={"targets": targets}, run_dir=str(tmp_path / "lora"), train={**TRAIN, "steps": 2}
-    )
+    adapted = classifier(["animal"], **common, lora={"targets": targets}, run_dir=tmp_path / "lora", train={**TRAIN, "steps": 2})
     assert train(adapted) == loop.FINISHED
     assert export(tmp_path / "lora", tmp_path / "merged", merge=True)["checks"]
     with pytest.raises(ValueError, match="which --format gguf cannot hold"):

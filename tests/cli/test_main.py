@@ -75,6 +75,7 @@ WITHOUT_PROGRAMS = {
     "tokenizer train",
     "inspect",
     "plot",
+    "report",
     "doctor",
     "adapters scale",
     "branch",

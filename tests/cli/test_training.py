@@ -46,7 +46,10 @@ def test_inspect(tmp_path: Path, capsys) -> None:
 def test_bench(stand_in, config_path: str, capsys) -> None:
     stand_in(
         "moe_train.commands.bench",
-        bench=lambda resolved, started: {"median_step_seconds": 0.5, "batch_size": resolved.train.batch_size},
+        bench=lambda resolved, started, profile: {"batch_size": resolved.train.batch_size, "profile": profile and str(profile)},
     )
     assert run("bench", config_path, "train.batch_size=4", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"median_step_seconds": 0.5, "batch_size": 4}
+    assert json.loads(capsys.readouterr().out) == {"batch_size": 4, "profile": None}
+    assert run("bench", config_path, "train.batch_size=4", "--profile", "trace", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"batch_size": 4, "profile": "trace"} and "xprof trace" in printed.err

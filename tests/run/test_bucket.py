@@ -184,6 +184,8 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv(name, value)
     import s3fs
 
+    # fsspec hands out one instance for equal arguments, and the address of an earlier server is none of them.
+    s3fs.S3FileSystem.clear_instance_cache()
     # The emulator keeps its buckets for the life of the process.
     name = f"bucket-{uuid.uuid4().hex[:8]}"
     s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)

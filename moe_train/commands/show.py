@@ -136,13 +136,19 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
         step: the training step, counted from 1.
 
     Raises:
-        ValueError: the data of the run cannot be used.
+        ValueError: the data of the run cannot be used, or its objective scores whole texts.
     """
     if run.data is None:
         raise ValueError("the config has no data section; state data.train")
+    if isinstance(run.objective, config.HeadObjective):
+        # Their rows hold the last token of a text too, where the score is read, so those of `Batch` would be others.
+        raise ValueError(
+            f"rows of objective {run.objective.name} cannot be shown, since they hold scores of texts and no targets; "
+            f"moe-train data trace CONFIG --step {step} names the records of a step"
+        )
     from moe_train.data.batches.loader import Loader  # imported here, since it takes a second that other uses do not need
 
-    # Every other objective has the rows of `Batch`, whatever else its batches hold.
+    # Every other objective that trains tokens has the rows of `Batch`, whatever else its batches hold.
     is_unpaired = isinstance(run.objective, config.UnpairedPreference)
     batch_type: type[PackedBatch] = UnpairedBatch if is_unpaired else Batch
     batch_rows = BatchRows(run.train.batch_size, run.train.seq_len)

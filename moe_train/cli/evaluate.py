@@ -97,6 +97,7 @@ def evaluate_command(
 ) -> None:
     """Measure the loss of a run or a model on files (--data), or grade its answers to questions (--suite, --lm-eval)."""
     from moe_train.commands.at_step import at_step
+    from moe_train.commands.evaluate_harness import HarnessOptions, evaluate_harness
     from moe_train.commands.evaluate_suite import Comparisons, Outputs, SuiteOptions, evaluate_suites, judge_at
     from moe_train.machine.compile_cache import use_compile_cache
 
@@ -119,49 +120,56 @@ def evaluate_command(
     directory = at_step(directory, step)
     use_compile_cache()
     if data:
-        from moe_train.commands.evaluate import evaluate_model
-
-        with progress_line("evaluating"):
-            answer = evaluate_model(directory, data, chat_template)
-        # Of a classifier: a row for each target and label.
-        rows = [] if as_json else answer.pop("labels", [])
-        print_mapping(answer, as_json)
-        if rows:
-            print_table(rows)
+        _show_loss(directory, data, chat_template, as_json)
         return
+    comparisons = Comparisons(against or (), require or (), seed_run or ())
     if lm_eval:
         if include_path is None:
             raise typer.BadParameter("--lm-eval needs --include-path DIR, the folder of the tasks' YAML files")
-        from moe_train.commands.evaluate_harness import HarnessOptions, evaluate_harness
-
         options = HarnessOptions(lm_eval.split(","), include_path, num_fewshot, limit, apply_chat_template)
-        compared = Comparisons(against or (), require or ())
         with progress_line("evaluating"):
-            answer = evaluate_harness(directory, options, chat_template, out, compared)
-        if as_json:
-            print_json(answer)
-        else:
-            for one in (answer, *answer["against"]):
-                rows = [{"model": one["model"], "task": task, **metrics} for task, metrics in one["results"].items()]
-                print_table(_without(rows, ()))
-            print_table(answer["comparisons"])
-            print_table(answer["requirements"])
-        if not answer["passed"]:
-            raise typer.Exit(3)
-        return
-    endpoint = None if judge is None else judge_at(judge, judge_cache)
-    suite_options = SuiteOptions(overrides or (), suite_data, grader or (), endpoint)
-    comparisons = Comparisons(against or (), require or (), seed_run or ())
-    with progress_line("evaluating"):
-        result = evaluate_suites(directory, suite or [], comparisons, chat_template, suite_options, Outputs(out, items))
+            result = evaluate_harness(directory, options, chat_template, out, comparisons)
+    else:
+        endpoint = None if judge is None else judge_at(judge, judge_cache)
+        suite_options = SuiteOptions(overrides or (), suite_data, grader or (), endpoint)
+        with progress_line("evaluating"):
+            result = evaluate_suites(directory, suite or [], comparisons, chat_template, suite_options, Outputs(out, items))
     if as_json:
         print_json(result)
+    elif lm_eval:
+        _print_tasks(result)
     else:
-        for part in ("weights", "suites", "comparisons", "requirements"):
-            print_table(_without(result[part], ("digest", "categories")))
-        print_table(_categories(result["suites"]))
+        _print_suites(result)
     if not result["passed"]:
         raise typer.Exit(3)
+
+
+def _show_loss(directory: Path, data: list[Path], chat_template: str | None, as_json: bool) -> None:
+    """Measure the loss on files, and print it; of a classifier also a row for each target and label."""
+    from moe_train.commands.evaluate import evaluate_model
+
+    with progress_line("evaluating"):
+        answer = evaluate_model(directory, data, chat_template)
+    rows = [] if as_json else answer.pop("labels", [])
+    print_mapping(answer, as_json)
+    if rows:
+        print_table(rows)
+
+
+def _print_tasks(result: dict[str, Any]) -> None:
+    """Print the metrics of the harness's tasks for each model, and the comparisons."""
+    for evaluated in (result, *result["against"]):
+        rows = [{"model": evaluated["model"], "task": task, **metrics} for task, metrics in evaluated["results"].items()]
+        print_table(_without(rows, ()))
+    print_table(result["comparisons"])
+    print_table(result["requirements"])
+
+
+def _print_suites(result: dict[str, Any]) -> None:
+    """Print the scores of suites, the comparisons, and the scores of categories."""
+    for part in ("weights", "suites", "comparisons", "requirements"):
+        print_table(_without(result[part], ("digest", "categories")))
+    print_table(_categories(result["suites"]))
 
 
 def _without(rows: list[dict[str, Any]], left_out: tuple[str, ...]) -> list[dict[str, Any]]:

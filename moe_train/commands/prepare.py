@@ -12,7 +12,7 @@ from moe_train.checkpoint.model_dir import find_tokenizer_config
 from moe_train.commands.prepare_teacher import TeacherOptions, TeacherWriter, check_files
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
-from moe_train.data.batches.sources import open_store
+from moe_train.data.batches.sources import open_store, too_long_of
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared.shard_pool import PrepareProgress, ProgressReport
 from moe_train.data.prepared.store import TokenStore
@@ -53,6 +53,7 @@ def prepare(
         writer = TeacherWriter(run, tokenizer, teacher)
     template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
     sets: list[JsonObject] = []
+    with_teacher: dict[str, list[config.Source]] = {"train": [], "eval": []}
     kinds: tuple[tuple[Literal["train", "eval"], tuple[config.Source, ...]], ...] = (("train", data.train), ("eval", data.eval))
     for kind, sources in kinds:
         for i, source in enumerate(sources):
@@ -60,6 +61,7 @@ def prepare(
             store = open_store(source, data, tokenizer, template, _reporter(f"data.{kind}.{i}"))
             if writer is not None:
                 store = writer.write(store, source, i if kind == "train" else len(data.train) + i)
+                with_teacher[kind].append(_as_prepared(source, store))
             manifest = store.manifest
             sets.append(
                 {
@@ -80,10 +82,18 @@ def prepare(
         # Last, so that a copy has the log-probabilities too.
         for prepared in sets:
             prepared["path"] = upload(str(prepared["path"]), to)
+    if writer is not None:
+        # Counted over the new sets: the sources of the config have no predictions, which the batches of distillation need.
+        data = data.model_copy(update={kind: tuple(on_sets) for kind, on_sets in with_teacher.items()})
+        run = run.model_copy(update={"data": data})
+    return {"sets": sets, **_first_epoch(run, tokenizer)}
+
+
+def _first_epoch(run: config.Run, tokenizer: Tokenizer) -> JsonObject:
+    """Plan the rows of the first epoch of training, and return their counts."""
     loader = _train_loader(run, tokenizer)
     steps = loader.total_steps(run.train)
     return {
-        "sets": sets,
         "rows_of_an_epoch": loader.num_rows,
         "rows_full": loader.num_tokens / (loader.num_rows * run.train.seq_len),
         "records_dropped": loader.num_dropped,
@@ -93,6 +103,11 @@ def prepare(
         "epochs": loader.epochs(steps),
         "manifest": loader.manifest_hash,
     }
+
+
+def _as_prepared(source: config.Source, store: TokenStore) -> config.PreparedSource:
+    """Return the section with which training reads the prepared set of a source in its place."""
+    return config.PreparedSource(name="prepared", path=store.path, too_long=too_long_of(source, store), weight=source.weight)
 
 
 def _teacher_counts(store: TokenStore) -> JsonObject:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from moe_train.config.section import Positive, PositiveFloat, Section
+from moe_train.config.section import Positive, PositiveFloat, Section, as_tuple
 
 
 class QueryScaling(Section):
@@ -16,11 +16,6 @@ class QueryScaling(Section):
     """Strength of the scaling (`llama_4_scaling_beta`)."""
     original_max_seq_len: Positive
     """Number of tokens below which queries are not scaled."""
-
-
-def _list_as_tuple(value: object) -> object:
-    """Convert a list to a tuple, which is what the list of a file becomes."""
-    return tuple(value) if isinstance(value, list) else value
 
 
 class GroupedQueryAttention(Section):
@@ -33,7 +28,7 @@ class GroupedQueryAttention(Section):
     """Number K of key and value heads, a divisor of `num_heads`; each serves num_heads / num_kv_heads query heads."""
     head_dim: Positive
     """Width H of a head; even."""
-    windows: Annotated[tuple[Positive | None, ...], Field(min_length=1), BeforeValidator(_list_as_tuple)] = (None,)
+    windows: Annotated[tuple[Positive | None, ...], Field(min_length=1), BeforeValidator(as_tuple)] = (None,)
     """One period of layers: layer i uses entry i modulo the period. Null attends to all previous positions, a number W to the last
     W positions, including the current one. All numbers must be equal.
     """

@@ -7,18 +7,13 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from moe_train.config.score_head import Label, ScoreHead, ScoreTarget
-from moe_train.config.section import Section
-
-
-def _as_tuple(value: object) -> object:
-    """Convert a list to a tuple, since strict types accept no list."""
-    return tuple(value) if isinstance(value, list) else value
+from moe_train.config.section import Section, as_tuple
 
 
 class LabelSet(Section):
     """The labels of one target."""
 
-    names: Annotated[tuple[Label, ...], BeforeValidator(_as_tuple), Field(min_length=2)]
+    names: Annotated[tuple[Label, ...], BeforeValidator(as_tuple), Field(min_length=2)]
     """Names of the labels."""
     several: bool = False
     """Whether a text may have several of them, or none; otherwise it has exactly one."""

@@ -7,15 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from moe_train.config.score_head import ScoreTarget
-from moe_train.config.section import Section
+from moe_train.config.section import Section, as_tuple
 
-
-def _as_tuple(value: object) -> object:
-    """Convert a list to a tuple, since strict types accept no list."""
-    return tuple(value) if isinstance(value, list) else value
-
-
-Keys = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Keys = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
 """Names of keys of a record."""
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from moe_train.config.section import Section
+from moe_train.config.section import Section, as_tuple
 
 Label = Annotated[str, Field(min_length=1)]
 """Name of a label, or of a target."""
@@ -17,7 +17,7 @@ class ScoreTarget(Section):
 
     name: Label
     """Name of the target: the key of `labels` in a record."""
-    labels: Annotated[tuple[Label, ...], Field(min_length=2)]
+    labels: Annotated[tuple[Label, ...], BeforeValidator(as_tuple), Field(min_length=2)]
     """Names of the labels, in the order of the head's outputs."""
     several: bool = False
     """Whether a text may have several labels, or none, each judged on its own; otherwise it has exactly one."""
@@ -32,7 +32,7 @@ class ScoreTarget(Section):
 class ScoreHead(Section):
     """A linear map from the last token's final hidden state to scores; the objectives `classification` and `reward` add it."""
 
-    targets: tuple[ScoreTarget, ...] = ()
+    targets: Annotated[tuple[ScoreTarget, ...], BeforeValidator(as_tuple)] = ()
     """The targets of a classifier, whose labels are the outputs, one target after the other; () for a single reward."""
 
     @property

@@ -13,6 +13,11 @@ def _integral(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def as_tuple(value: object) -> object:
+    """Convert a list to a tuple: strict types accept a list only in JSON, and not after a validator of the whole section."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _path(value: str) -> str:
     """Reject a URL, which would otherwise become a local folder of that name."""
     if "://" in value:

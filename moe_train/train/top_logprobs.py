@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from moe_train.machine.mesh import axis_size, batch_axes
 from moe_train.model.sharding.specs import plain_on_one_device
@@ -69,7 +69,9 @@ def top_logprobs(
     per_token = P(batch_axes(), "context")
     per_candidate = P(batch_axes(), "context", None)
 
-    def local(xs: TokenFactors, heads: HeadFactors, shape_bt: Int[Array, "b t"]) -> tuple[jax.Array, ...]:
+    def local(
+        xs: TokenFactors, heads: HeadFactors, shape_bt: Int[Array, "b t"]
+    ) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"], Float[Array, "b t"]]:
         m = xs[0].shape[0]
         rows = chunk_rows(m, heads[0].shape[0])
         chunks = jax.tree.map(lambda x: split_chunks(x, rows), xs)
@@ -110,7 +112,7 @@ def _top_of_chunk(
     return ids_rk, values_rk - log_sum_r[:, None], jnp.log(rest_r) - log_sum_r
 
 
-def _from_all_parts(x_rk: jax.Array) -> jax.Array:
+def _from_all_parts(x_rk: Num[Array, "r k"]) -> Num[Array, "r n"]:
     """Concatenate the columns of all devices along `tensor`; the result is known to be equal on all of them."""
     parts = axis_size("tensor")
     mine = jnp.arange(parts) == jax.lax.axis_index("tensor")

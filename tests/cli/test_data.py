@@ -176,17 +176,34 @@ def test_prepare_and_trace_hand_on_the_run(
     stand_in(
         "moe_train.commands.prepare",
         TeacherOptions=TeacherOptions,
-        prepare=lambda run, to, teacher: {
+        prepare=lambda run, to, teacher, reference: {
             "teacher": teacher and str(teacher),
+            "reference": reference,
             "sets": [{"source": run.name, "path": to}],
             "steps": run.train.steps,
         },
         trace=lambda run, step, row: [{"file": run.name, "step": step, "row": row}],
     )
     assert run("data", "prepare", config_path, "train.steps=3", "--to", "gs://sets", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"sets": [{"source": "tiny", "path": "gs://sets"}], "steps": 3, "teacher": None}
+    assert json.loads(capsys.readouterr().out) == {
+        "sets": [{"source": "tiny", "path": "gs://sets"}],
+        "steps": 3,
+        "teacher": None,
+        "reference": False,
+    }
     assert run("data", "prepare", config_path) == 0
-    assert capsys.readouterr().out.split() == ["source", "path", "tiny", "null", "teacher", "null", "steps", "10"]
+    assert capsys.readouterr().out.split() == [
+        "source",
+        "path",
+        "tiny",
+        "null",
+        "teacher",
+        "null",
+        "reference",
+        "false",
+        "steps",
+        "10",
+    ]
     assert run("data", "prepare", config_path, "--teacher", "big", "--top-k", "8", "--json") == 0
     assert json.loads(capsys.readouterr().out)["teacher"] == str(TeacherOptions(Path("big"), (), None, 8))
     assert run("data", "trace", config_path, "--step", "2", "--json") == 0

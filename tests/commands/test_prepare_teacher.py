@@ -54,7 +54,8 @@ def student(small_run: Callable[..., config.Config], tmp_path: Path) -> Callable
 
     def make(**changes: Any) -> config.Config:
         data = {"data__train": [source], "data__eval": [], "data__chat_template": TEMPLATE, "data__cache_dir": str(tmp_path / "c")}
-        return small_run(tmp_path / "run", **{"objective": DISTILLATION, **data, **changes})
+        run_dir = changes.pop("run_dir", tmp_path / "run")
+        return small_run(run_dir, **{"objective": DISTILLATION, **data, **changes})
 
     return make
 
@@ -137,12 +138,12 @@ def test_a_student_learns_from_it(student: Any, teacher: Path, tmp_path: Path) -
     assert metrics[-1]["divergence"] < metrics[0]["divergence"] and metrics[0]["teacher_mass"] > 0.1
     assert lines(tmp_path / "run", "eval")[-1]["loss"] > 0
     with pytest.raises(ValueError, match=r"at temperature 1, not objective.temperature 2"):
-        train(student(**changes, run_dir=str(tmp_path / "b"), objective={**DISTILLATION, "temperature": 2.0}))
+        train(student(**changes, run_dir=tmp_path / "b", objective={**DISTILLATION, "temperature": 2.0}))
     with pytest.raises(ValueError, match=r"holds 9 tokens of the teacher at each position, fewer than objective.top_k 10"):
-        train(student(**changes, run_dir=str(tmp_path / "b"), objective={"name": "distillation", "top_k": 10}))
+        train(student(**changes, run_dir=tmp_path / "b", objective={"name": "distillation", "top_k": 10}))
     changes["train"]["seq_len"] = 64
     with pytest.raises(ValueError, match=r"in rows of 32, not of train.seq_len 64"):
-        train(student(**changes, run_dir=str(tmp_path / "b")))
+        train(student(**changes, run_dir=tmp_path / "b"))
 
 
 def test_what_is_refused(student: Any, teacher: Path, tmp_path: Path, text: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_train import config
+from tests.tiny import MIXTRAL
 
 
 def test_outputs_follow_the_targets() -> None:
@@ -15,6 +16,12 @@ def test_outputs_follow_the_targets() -> None:
     both = config.ScoreHead(targets=(mood, topics))
     assert both.num_outputs == 5 and both.output_names == ("mood/good", "mood/bad", "topics/a", "topics/b", "topics/c")
     assert both.has_several_choices and not config.ScoreHead(targets=(topics, topics)).has_several_choices
+
+
+def test_a_saved_model_is_read_again() -> None:
+    head = config.ScoreHead(targets=(config.ScoreTarget(name="mood", labels=("good", "bad")),))
+    model = MIXTRAL.model_copy(update={"scores": head})
+    assert config.Model.model_validate_json(model.model_dump_json()) == model
 
 
 def test_a_label_has_one_place() -> None:

@@ -59,7 +59,8 @@ def classifier(small_run: Callable[..., config.Config], tmp_path: Path) -> Calla
             "checkpoint": {"every_steps": 40},
             "evaluation": {"every_steps": 40},
         }
-        return small_run(tmp_path / "run", **{"objective": objective, **data, **changes})
+        run_dir = changes.pop("run_dir", tmp_path / "run")
+        return small_run(run_dir, **{"objective": objective, **data, **changes})
 
     return make
 
@@ -68,7 +69,8 @@ def test_a_classifier_from_records_to_files(classifier: Any, tmp_path: Path) -> 
     run_dir = tmp_path / "run"
     assert train(classifier(["speed"])) == loop.FINISHED
     first, last = lines(run_dir)[0], lines(run_dir)[-1]
-    assert first["classification_loss"] > last["classification_loss"] and last["texts"] > 20
+    assert first["classification_loss"] > last["classification_loss"]
+    assert last["texts"] > TRAIN["batch_size"]  # several texts in a row
     assert lines(run_dir, "eval")[-1]["accuracy"] == 1
     record = export(run_dir, tmp_path / "hf")
     assert all(check["passed"] is not False for check in record["checks"])
@@ -101,9 +103,7 @@ def test_heads_on_a_frozen_base_and_with_adapters(classifier: Any, small_run: An
     metrics = lines(tmp_path / "run")[-1]
     assert {"accuracy/animal", "accuracy/speed"} <= metrics.keys()
     targets = [{"modules": ["attention.*", "ffn.*"], "rank": 2, "alpha": 4.0}]
-    adapted = classifier(
-        ["animal"], **common, lora={"targets": targets}, run_dir=str(tmp_path / "lora"), train={**TRAIN, "steps": 2}
-    )
+    adapted = classifier(["animal"], **common, lora={"targets": targets}, run_dir=tmp_path / "lora", train={**TRAIN, "steps": 2})
     assert train(adapted) == loop.FINISHED
     assert export(tmp_path / "lora", tmp_path / "merged", merge=True)["checks"]
     with pytest.raises(ValueError, match="which --format gguf cannot hold"):
@@ -111,7 +111,7 @@ def test_heads_on_a_frozen_base_and_with_adapters(classifier: Any, small_run: An
 
 
 def test_a_reward_model(small_run: Any, tmp_path: Path) -> None:
-    pairs = [{"prompt": f"say {n}", "chosen": "quick fox " * n, "rejected": "lazy dog"} for n in range(1, 4)] * 4
+    pairs = [{"prompt": "say 1", "chosen": text, "rejected": "lazy dog"} for text in ("quick fox", "fox", "quick")] * 4
     file = write(tmp_path / "pairs.jsonl", pairs)
     source = {"name": "files", "files": [file], "record": {"name": "preference"}}
     changes = {"data__train": [source], "data__eval": [source], "data__chat_template": TEMPLATE, "objective": {"name": "reward"}}

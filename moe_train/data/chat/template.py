@@ -62,16 +62,19 @@ def _encoded_alone(texts: list[Text], tokenizer: HuggingFace) -> list[Example] |
 def prompt(conversation: Conversation, template: str, tokenizer: HuggingFace) -> list[int]:
     """Return the tokens up to where the assistant's next turn begins."""
     conversation = spelled(conversation, template, tokenizer)
-    text = Text(without_marks(_text(conversation, True, template, tokenizer)), [], [])
-    _check_system(conversation, text.text)
-    return encode_texts([text], tokenizer)[0][0].tokens
+    text = without_marks(_text(conversation, True, template, tokenizer))
+    _check_system(conversation, _as_typed(text))
+    return encode_texts([Text(text, [], [])], tokenizer)[0][0].tokens
 
 
 def prompt_text(conversation: Conversation, template: str, tokenizer: HuggingFace) -> str:
     """Return the text up to where the assistant's next turn begins, in which control tokens stand by name."""
     conversation = spelled(conversation, template, tokenizer)
-    text = without_marks(_text(conversation, True, template, tokenizer))
-    # What a user has typed is marked in a rendering where it looks like a control token.
+    return _as_typed(without_marks(_text(conversation, True, template, tokenizer)))
+
+
+def _as_typed(text: str) -> str:
+    """Return a rendering without the marks of what somebody has typed that looks like a control token."""
     return text.replace(PLAIN_TEXT_MARKS[0], "").replace(PLAIN_TEXT_MARKS[1], "")
 
 

@@ -80,7 +80,7 @@ def _in_one_block(
     def without_rows(y_RD: Float[Array, "R D"]) -> Float[Array, "R D"]:
         return y_RD
 
-    branches: list[Callable[..., Array]] = [without_rows]
+    branches: list[Callable[..., Float[Array, "R D"]]] = [without_rows]
     for count in counts:
         branches.append(partial(rows, count))
     larger = sum((size > count).astype(jnp.int32) for count in counts[:-1])

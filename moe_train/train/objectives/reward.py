@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from moe_train import config
 from moe_train.data.batches.reward_batch import RewardBatch
@@ -38,7 +38,7 @@ def loss(section: config.Reward, inputs: ObjectiveInputs, first_pass_result: Any
     losses_BP = jax.nn.softplus(margins_BP - difference_BP) + section.center_weight * jnp.square(chosen_BP + rejected_BP)
     pairs = jnp.sum(is_pair_BP, dtype=jnp.int32)
 
-    def mean(values_BP: jax.Array) -> Mean:
+    def mean(values_BP: Float[Array, "B P"]) -> Mean:
         return Mean(jnp.sum(jnp.where(is_pair_BP, values_BP, 0)), pairs)
 
     metrics = {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
 from moe_train.data.batches.answer_batches import UnpairedBatch
@@ -104,7 +104,7 @@ def _loss(section: config.UnpairedPreference, inputs: ObjectiveInputs, step: Ste
     return Terms(total, metrics, routers)
 
 
-def _own(batch: Any) -> Array:
+def _own(batch: Any) -> Bool[Array, "B T"]:
     """Return the targets that belong to labelled answers."""
     return batch.loss_mask & (batch.segment_ids != 0)
 

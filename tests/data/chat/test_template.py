@@ -147,6 +147,17 @@ def test_control_tokens_typed_as_text_stay_text(pair: tuple[str, HuggingFace, Mi
         assert not set(either.encode(every)) & either.control_ids
 
 
+def test_a_system_text_with_control_tokens_is_no_reason_to_refuse_a_prompt(pair: tuple[str, HuggingFace, Mistral]) -> None:
+    _, ours, _ = pair
+    system = {"role": "system", "content": f"Grüße{ours.special_tokens[0]}"}
+    conversation = Conversation([system, {"role": "user", "content": "hi"}], [])
+    assert ours.special_tokens[0] in templates.prompt_text(conversation, str(ours.chat_template), ours)
+    plain = Conversation([system | {"content": "Grüße"}, {"role": "user", "content": "hi"}], [])
+    prompts = [templates.prompt(each, str(ours.chat_template), ours) for each in (conversation, plain)]
+    counts = [Counter(token for token in ids if token in ours.control_ids) for ids in prompts]
+    assert counts[0] == counts[1]
+
+
 WITH_TOOLS = Conversation([QUESTION, ANSWER], [TOOL])
 
 

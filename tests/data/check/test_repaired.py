@@ -43,8 +43,6 @@ def test_it_is_if_these_are_ignored_by_name(v3: Mistral, write_lines: Write) -> 
 @pytest.mark.parametrize(
     "pair",
     [
-        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}],
-         "chosen": {"from": "gpt", "value": "d"}, "rejected": {"from": "gpt", "value": "e"}},
         {"messages": [USER, ANSWER, USER], "label": False},
         {"prompt": "a\0", "chosen": "b", "rejected": "c"},
     ],
@@ -52,6 +50,13 @@ def test_it_is_if_these_are_ignored_by_name(v3: Mistral, write_lines: Write) -> 
 def test_no_turn_of_a_pair_is_cut(v3: Mistral, write_lines: Write, pair: dict[str, Any]) -> None:
     counts, copy, changes = fixed(v3, write_lines("a.jsonl", [pair]))
     assert counts["changed"] == 0 and copy == [] and changes[-1]["action"] == "dropped"
+
+
+def test_a_pair_whose_prompt_has_turns_of_the_assistant_is_kept(v3: Mistral, write_lines: Write) -> None:
+    prompt = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
+    pair = {"conversations": prompt, "chosen": {"from": "gpt", "value": "d"}, "rejected": {"from": "gpt", "value": "e"}}
+    counts, copy, changes = fixed(v3, write_lines("a.jsonl", [pair]))
+    assert copy == [pair] and counts["kept"] == 1 and not changes
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import functools
 import importlib
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_train.data.records.problem import Problem
 from moe_train.machine.files import Json
@@ -169,7 +169,8 @@ def _secret_patterns() -> tuple[re.Pattern[str], ...]:
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
     patterns: list[re.Pattern[str]] = []
-    for detector in get_mapping_from_secret_type_to_class().values():
+    detectors: dict[str, Any] = get_mapping_from_secret_type_to_class()
+    for detector in detectors.values():
         if detector.__name__ not in (*_GUESSES, "KeywordDetector", "PrivateKeyDetector"):
             patterns += detector().denylist
     return tuple(patterns)

@@ -132,11 +132,12 @@ def test_a_student_learns_from_it(student: Any, teacher: Path, tmp_path: Path) -
         train(student())
     [made] = prepare(student(), teacher=TeacherOptions(teacher, top_k=9))["sets"]
     source = {"name": "prepared", "path": made["path"]}
-    changes = {"data__train": [source], "data__eval": [source], "train": {"steps": 4, "batch_size": 8, "seq_len": 32}}
+    changes = {"data__train": [source], "data__eval": [source], "train": {"steps": 12, "batch_size": 8, "seq_len": 32}}
     assert train(student(**changes)) == loop.FINISHED
     metrics = lines(tmp_path / "run")
-    assert metrics[-1]["divergence"] < metrics[0]["divergence"] and metrics[0]["teacher_mass"] > 0.1
-    assert lines(tmp_path / "run", "eval")[-1]["loss"] > 0
+    assert metrics[-1]["divergence"] < metrics[0]["divergence"]
+    mass = lines(tmp_path / "run", "eval")[-1]["teacher_mass"]
+    assert 8 / 9 * made["kept_mass"] <= mass < made["kept_mass"]  # of 8 tokens, and 9 are stored
     with pytest.raises(ValueError, match=r"at temperature 1, not objective.temperature 2"):
         train(student(**changes, run_dir=tmp_path / "b", objective={**DISTILLATION, "temperature": 2.0}))
     with pytest.raises(ValueError, match=r"holds 9 tokens of the teacher at each position, fewer than objective.top_k 10"):

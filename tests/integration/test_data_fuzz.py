@@ -360,7 +360,7 @@ def test_an_archive_cut_anywhere_is_one_problem(tokenizer: HuggingFace, name: st
         ("no.json", b"[", {"not-json": 1}),
         ("cr.jsonl", LINES.replace(b"\n", b"\r"), {"not-json": 1}),
         ("twice.json", json.dumps(RECORDS).encode() * 2, {"not-json": 1, "mixed-kinds": 2}),
-        ("ids.jsonl", b'{"messages": [{"text": [], "tool_call_id": []}, {"from": "tool"}]}', {"type": 3}),
+        ("ids.jsonl", b'{"messages": [{"text": [], "tool_call_id": []}, {"from": "tool"}]}', {"columns": 1}),
         ("calls.jsonl", json.dumps({"messages": [USER, {"role": "assistant", "tool_calls": [[[]]]}]}).encode(), {"arguments": 1}),
     ],
 )

@@ -231,7 +231,7 @@ def test_a_jobset_is_one_of_kubernetes(name: str) -> None:
     assert job.keys() == {"parallelism", "completions", "completionMode", "backoffLimit", "podFailurePolicy", "template"}
     assert job["parallelism"] == job["completions"] and job["completionMode"] == "Indexed"
     pod = job["template"]["spec"]
-    known = {"restartPolicy", "terminationGracePeriodSeconds", "containers", "volumes", "nodeSelector"}
+    known = {"restartPolicy", "terminationGracePeriodSeconds", "securityContext", "containers", "volumes", "nodeSelector"}
     assert pod.keys() <= known and pod["restartPolicy"] == "Never"  # as podFailurePolicy needs it
     (container,) = pod["containers"]
     assert container.keys() <= {"name", "image", "command", "env", "ports", "resources", "volumeMounts"}

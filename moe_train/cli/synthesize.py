@@ -42,6 +42,9 @@ def synthesize_command(
     temperature: Annotated[float, typer.Option(min=0, help="Temperature of sampling.")] = 1.0,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer. Default: the suite's, or 256.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling; another seed gives other answers.")] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Number of answers that are generated together. Default: the suite's, or 8.")
+    ] = None,
     suite_data: Annotated[Path | None, typer.Option(help="Folder that a suite's items are relative to.")] = None,
     grader: Annotated[
         list[Path] | None, typer.Option("--grader", help="Python file whose function may grade; may be repeated.")
@@ -63,7 +66,7 @@ def synthesize_command(
     if form == "pairs" and n == 1:
         raise typer.BadParameter("--as pairs compares answers to the same question; state --n 2 or more")
     use_compile_cache()
-    options = SynthesisOptions(n, form, keep, min_score, temperature, max_tokens, seed, chat_template)
+    options = SynthesisOptions(n, form, keep, min_score, temperature, max_tokens, seed, chat_template, batch_size)
     suite_options = SuiteOptions((), suite_data, grader or (), None if judge is None else judge_at(judge))
     with progress_line("synthesizing"):
         result = synthesize(prompts, teacher, out, options, suite_options)

@@ -84,7 +84,7 @@ def synthesize(
             became a record.
     """
     refuse_existing(out)
-    loaded = _load(prompts, options, suite_options)
+    loaded = load_questions(prompts, options, suite_options)
     opened = open_model(teacher)
     identity = weights_identity(teacher)
     prompter = prompter_of(loaded, opened.tokenizer, template_of(opened, options.chat_template))
@@ -115,7 +115,26 @@ class _Result:
     """Number of questions that have a record."""
 
 
-def _load(prompts: Path, options: SynthesisOptions, suite_options: SuiteOptions) -> LoadedSuite:
+def made_with(out: Path, prompts: Path, teacher: Path, options: SynthesisOptions, suite_options: SuiteOptions) -> JsonObject:
+    """Return the manifest of records, which have to be made from these questions, this teacher and these options.
+
+    Raises:
+        FileNotFoundError: `out` has no manifest.
+        ValueError: The records were made otherwise.
+    """
+    manifest: JsonObject = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    loaded = load_questions(prompts, options, suite_options)
+    # Through JSON, so that tuples compare as lists.
+    stated = json.loads(json.dumps(_settings(loaded, weights_identity(teacher), options)))
+    for key, value in stated.items():
+        if manifest[key] != value:
+            raise ValueError(
+                f"{out} was made with another {key.replace('_', ' ')} ({manifest[key]}, now {value}); name another --out"
+            )
+    return manifest
+
+
+def load_questions(prompts: Path, options: SynthesisOptions, suite_options: SuiteOptions) -> LoadedSuite:
     """Load the questions, with the sampling settings of the options. Raises ValueError for a grader that reads no answers."""
     stated: dict[str, config.Grader] = {}
     if options.grader is not None:
@@ -200,16 +219,23 @@ def _manifest(
     """Return what made the records."""
     return {
         "prompts": str(prompts),
+        **_settings(loaded, identity, options),
+        "questions": len(loaded.items),
+        "questions_with_records": result.questions_used,
+        "answers": result.counts._asdict(),
+        "records": len(result.records),
+    }
+
+
+def _settings(loaded: LoadedSuite, identity: WeightsIdentity, options: SynthesisOptions) -> JsonObject:
+    """Return what decides which records are made."""
+    return {
         "suite_sha256": loaded.digest,
         "teacher": identity._asdict(),
         "grader": loaded.suite.grader.model_dump(mode="json"),
         "generation": loaded.suite.generation.model_dump(mode="json"),
         "options": {"samples": options.samples, "form": options.form, "min_score": options.min_score},
         "chat_template_sha256": None if options.chat_template is None else _sha256(options.chat_template),
-        "questions": len(loaded.items),
-        "questions_with_records": result.questions_used,
-        "answers": result.counts._asdict(),
-        "records": len(result.records),
     }
 
 

@@ -33,13 +33,13 @@ from safetensors.numpy import load_file, save_file
 from tests.benchmarks.arithmetic_gate import CONFIG, SUITE, write_problems
 
 ROOT = Path(__file__).parents[2]
-NUM_HELD_OUT = 80
+NUM_HELD_OUT = 64
 """Additions that the gate asks."""
-NUM_QUESTIONS = {"pairs": (128, 16), "labelled": (64, 8)}
+NUM_QUESTIONS = {"pairs": (40, 8), "labelled": (24, 6)}
 """Additions whose answers become records, of training and held out, for DPO and for KTO."""
 SFT_STEPS = 8
-STUDENT_STEPS = 24
-HEAD_STEPS = 16
+STUDENT_STEPS = 16
+HEAD_STEPS = 12
 PHRASES = {
     "insult": {
         "train": (
@@ -168,14 +168,14 @@ def teacher(commands: Commands, gguf: Path, gsm8k: Path) -> None:
     commands.make("models/dense", "export", gguf, "models/dense", "--dtype", "float32", "--proof", "tensors")
     _write_student(work / "models/dense", work / "models/student")
     lines = (gsm8k / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (work / "gsm8k_train.jsonl").write_text("".join(lines[:160]), encoding="utf-8")
-    (work / "gsm8k_heldout.jsonl").write_text("".join(lines[-24:]), encoding="utf-8")
+    (work / "gsm8k_train.jsonl").write_text("".join(lines[:120]), encoding="utf-8")
+    (work / "gsm8k_heldout.jsonl").write_text("".join(lines[-16:]), encoding="utf-8")
     record = {"name": "completion", "prompt": "question", "completion": "answer", "too_long": "drop"}
     common = {
         "init_from": "models/student",
         "train": {"steps": STUDENT_STEPS, "batch_size": 4, "seq_len": 256},
         "optimizer": {"name": "adamw", "learning_rate": 3e-4, "schedule": {"name": "linear", "warmup_steps": 4}},
-        "evaluation": {"every_steps": STUDENT_STEPS // 2, "batches": 6},
+        "evaluation": {"every_steps": STUDENT_STEPS // 2, "batches": 4},
         "checkpoint": {"every_steps": STUDENT_STEPS},
     }
     data = {part: files_of(f"gsm8k_{name}.jsonl", record) for part, name in (("train", "train"), ("eval", "heldout"))}

@@ -19,6 +19,7 @@ from moe_train.evaluate.suites.load import SuiteOptions, load_suites
 from moe_train.evaluate.suites.result import checked_requirements
 from moe_train.evaluate.synthesis import RecordForm
 from moe_train.machine.files import JsonObject
+from moe_train.machine.processes import require_one_process
 from moe_train.run import loop
 
 _RECORDS = {"sft": "chat", "pairs": "preference", "kto": "labelled"}
@@ -75,6 +76,7 @@ def improve(
         ConfigError: The config does not fit, or names other weights than the first round can sample from.
         FileNotFoundError, ValueError: A file or setting is not valid; nothing was generated then.
     """
+    require_one_process("repeating rounds")
     first = _config_of(rounds, 1, None)
     form = form_of(first.objective)
     start = _start(rounds, first)

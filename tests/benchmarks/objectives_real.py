@@ -96,8 +96,8 @@ class Commands:
             print(json.dumps({key: value for key, value in row.items() if _is_of_objective(key, value)}), flush=True)
 
     def export(self, run_dir: str, out: str) -> None:
-        """Write a merged export, and repeat its verification."""
-        self.make(out, "export", run_dir, out, "--merge", "--dtype", "float32")
+        """Write a merged export, and verify it in a process of its own."""
+        self.make(out, "export", run_dir, out, "--merge", "--dtype", "float32", "--proof", "tensors")
         print(self.run("verify", out), flush=True)
 
 

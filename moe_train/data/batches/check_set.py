@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 
+from moe_train import config
 from moe_train.data.batches.batch import PackedBatch
 from moe_train.data.batches.classification_batch import ClassificationBatch
 from moe_train.data.batches.distillation_batch import DistillationBatch
@@ -36,6 +38,25 @@ def _check_labels(batch_type: type[ClassificationBatch], name: str, store: Token
     stated = store.manifest.rules.record.get("targets")
     if stated != [target.model_dump(mode="json") for target in batch_type.targets]:
         raise ValueError(f"{name} was prepared with other labels than objective.labels; state the same, or prepare it again")
+
+
+def check_varied_labels(targets: Sequence[config.ScoreTarget], stores: Sequence[TokenStore]) -> None:
+    """Raise ValueError if all texts of all sources have the same labels of a target, so that nothing tells one from another."""
+    labels = np.concatenate([store.values for store in stores])
+    start = 0
+    for target in targets:
+        flags = labels[:, start : start + len(target.labels)]
+        start += len(target.labels)
+        known = flags[~np.isnan(flags[:, 0])]
+        if not len(known) or (known == known[0]).all():
+            chosen = [label for label, flag in zip(target.labels, known[0] if len(known) else (), strict=False) if flag]
+            stated = (
+                f"the same labels of target {target.name} ({', '.join(chosen) or 'none'})" if len(known) else f"no {target.name}"
+            )
+            raise ValueError(
+                f"{stores[0].where(0)}: this and all other texts ({len(labels)}) have {stated}, so nothing tells one label from "
+                "another; add records with others"
+            )
 
 
 def _check_teacher(batch_type: type[DistillationBatch], name: str, store: TokenStore, seq_len: int, too_long: TooLong) -> None:

@@ -8,15 +8,25 @@ from typing import cast
 import numpy as np
 
 from moe_train import config
+from moe_train.data.batches.answer_batches import PreferenceBatch, UnpairedBatch
 from moe_train.data.batches.batch import PackedBatch
 from moe_train.data.batches.classification_batch import ClassificationBatch
 from moe_train.data.batches.distillation_batch import DistillationBatch
 from moe_train.data.batches.packing import TooLong
+from moe_train.data.batches.reward_batch import RewardBatch
 from moe_train.data.prepared.store import TokenStore
+
+_KINDS: tuple[tuple[type[PackedBatch], str], ...] = (
+    (PreferenceBatch, "preference"),
+    (RewardBatch, "preference"),
+    (UnpairedBatch, "labelled"),
+    (ClassificationBatch, "classification"),
+)
+"""Batch types, and the kind of records that their rows are made from."""
 
 
 def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_len: int, too_long: TooLong) -> None:
-    """Check the labels or the predictions of a teacher, if batches have them.
+    """Check the kind of the records, and their labels or the predictions of a teacher, if batches have them.
 
     Args:
         batch_type: the batch type of the objective.
@@ -26,8 +36,15 @@ def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_l
         too_long: what happens to longer examples.
 
     Raises:
-        ValueError: the labels are others, or there are no predictions that belong to these rows.
+        ValueError: the records are of another kind, the labels are others, or there are no predictions that belong to these rows.
     """
+    kind = str(store.manifest.rules.record["name"])
+    for needing, needed in _KINDS:
+        if issubclass(batch_type, needing) and kind != needed:
+            raise ValueError(
+                f"{name} was prepared from records of kind {kind}, and the objective reads {needed}; prepare other records, or "
+                "choose another objective"
+            )
     if issubclass(batch_type, ClassificationBatch):
         _check_labels(cast(type[ClassificationBatch], batch_type), name, store)
     if issubclass(batch_type, DistillationBatch):

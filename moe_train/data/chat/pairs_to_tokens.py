@@ -85,6 +85,9 @@ def _check_answer(name: str, messages: Sequence[Message]) -> None:
         if role not in ROLES:
             stated = "no role" if role is None else f"the unknown role {brief(role)}"
             raise Problem("roles", f"{name} has a message with {stated}", f"write one of {', '.join(ROLES)}")
+        content = message.get("content", "")
+        if not isinstance(content, str | list):
+            raise Problem("type", f"{name} has a message whose content is {brief(content)}", "write a text or a list of parts")
     for message in messages:
         texts = (*texts_of(message), *reasoning_of(message))
         if message["role"] == "assistant" and (message.get("tool_calls") or any(text.strip() for text in texts)):

@@ -59,6 +59,7 @@ def test_a_labelled_answer_states_its_label_and_its_prompt(tokenizer: HuggingFac
             {"prompt": [Q], "chosen": [A], "rejected": [{"role": "robot", "content": "a"}]},
             "rejected has a message with the unknown role",
         ),
+        ({"prompt": [Q], "chosen": [A | {"content": 3}], "rejected": [B]}, "chosen has a message whose content is 3; write a text"),
         ({"prompt": [Q], "chosen": [A | {"weight": 0}], "rejected": [B]}, "chosen: no token would bear loss"),
     ],
 )

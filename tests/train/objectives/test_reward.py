@@ -21,7 +21,6 @@ from moe_train.train.gradients import step_gradients
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.step_definition import StepDefinition
-from tests.compiled_programs import quick_jit
 from tests.random_parameters import random_parameters
 from tests.train.objectives.test_classification import structure_of
 from tests.train.tiny_step import MESHES, MODEL, ONE, B, T, V
@@ -65,10 +64,10 @@ def by_pair(weights: Any) -> jax.Array:
 def test_packed_pairs_have_the_loss_of_each_answer_alone(mesh: str, microbatches: int) -> None:
     structure_of(SCORING)  # before the mesh is in force inside a program
     with jax.set_mesh(ONE):
-        expected = jax.device_get(quick_jit(jax.value_and_grad(by_pair))(random_parameters(SCORING, scale=0.3)))
+        expected = jax.device_get(jax.jit(jax.value_and_grad(by_pair))(random_parameters(SCORING, scale=0.3)))
     definition = StepDefinition(structure_of(SCORING), objective_of(SECTION), optax.identity(), microbatches=microbatches)
     with jax.set_mesh(MESHES[mesh]):
-        run = quick_jit(partial(step_gradients, definition, key=None))
+        run = jax.jit(partial(step_gradients, definition, key=None))
         found = jax.device_get(
             run(random_parameters(SCORING, scale=0.3), ModelWeights({}, {}, {}), put_batch(rows(), MESHES[mesh]))
         )

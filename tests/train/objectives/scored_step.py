@@ -18,7 +18,6 @@ from moe_train.train.gradients import StepGradients, step_gradients
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.step_definition import StepDefinition
-from tests.compiled_programs import quick_jit
 from tests.random_parameters import random_parameters
 from tests.train.tiny_step import MESHES, MODEL, ONE
 
@@ -39,11 +38,11 @@ def checked_step(
     scoring = MODEL.model_copy(update={"scores": section.scores})
     structure = structure_of(scoring)  # before the mesh is in force inside a program
     with jax.set_mesh(ONE):
-        plain = quick_jit(jax.value_and_grad(lambda weights: plain_loss(combine(structure, weights))))
+        plain = jax.jit(jax.value_and_grad(lambda weights: plain_loss(combine(structure, weights))))
         loss, gradients = jax.device_get(plain(random_parameters(scoring, scale=0.3)))
     definition = StepDefinition(structure, objective_of(section), optax.identity(), microbatches=microbatches)
     with jax.set_mesh(MESHES[mesh]):
-        run = quick_jit(partial(step_gradients, definition, key=None))
+        run = jax.jit(partial(step_gradients, definition, key=None))
         step = run(random_parameters(scoring, scale=0.3), ModelWeights({}, {}, {}), put_batch(rows, MESHES[mesh]))
         step = jax.device_get(step)
     np.testing.assert_allclose(step.loss, loss, rtol=2e-5)

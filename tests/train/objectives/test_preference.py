@@ -17,7 +17,6 @@ from moe_train.train.objectives.objective import DRIFT_METRIC
 from moe_train.train.objectives.preference import preference
 from moe_train.train.objectives.preference_losses import PairLogprobs, pair_losses
 from moe_train.train.state import partition, trained_in_full
-from tests.compiled_programs import quick_jit
 from tests.random_parameters import random_parameters
 from tests.train.objectives.judged_rows import pair_rows
 from tests.train.tiny_step import LORA, MESHES, MODEL, ONE, check_equal, gradients, plain_logprobs, structure_of
@@ -56,7 +55,7 @@ def expected(section: config.Preference) -> tuple[Any, Any]:
     with jax.set_mesh(ONE):
         learned, frozen = partition(random_parameters(MODEL, lora=LORA, scale=0.3), LORA)
         base = combine(structure_of(None), frozen, {path: x + 0.5 for path, x in trained_in_full(learned, LORA).items()})
-        run = quick_jit(jax.value_and_grad(lambda p, f, b, base: plain_loss(section, combine(structure_of(LORA), p, f), base, b)))
+        run = jax.jit(jax.value_and_grad(lambda p, f, b, base: plain_loss(section, combine(structure_of(LORA), p, f), base, b)))
         return jax.device_get(run(learned, frozen, put_batch(pair_rows()[0], ONE), base))
 
 
@@ -72,7 +71,7 @@ def expected_changes() -> np.ndarray:
             model = combine(with_expert_ids(structure_of(lora)), weights, frozen)
             return model(batch.tokens, batch.positions, batch.segment_ids)[1].expert_ids
 
-        of_both = jax.device_get((quick_jit(partial(ids, LORA))(learned), quick_jit(partial(ids, None))(base)))
+        of_both = jax.device_get((jax.jit(partial(ids, LORA))(learned), jax.jit(partial(ids, None))(base)))
     changes = np.zeros(len(of_both[0]), int)
     for layer, row, position in np.ndindex(len(changes), *batch.tokens.shape):
         if batch.segment_ids[row, position]:
@@ -118,12 +117,12 @@ def test_full_training_reads_the_reference_from_the_batch() -> None:
     with jax.set_mesh(ONE):
         learned, frozen = partition(random_parameters(MODEL, lora=LORA, scale=0.3), LORA)
         base = combine(structure_of(None), frozen, {path: x + 0.5 for path, x in trained_in_full(learned, LORA).items()})
-        _, reference = quick_jit(plain_logprobs)(base, put_batch(batch, ONE))
+        _, reference = jax.jit(plain_logprobs)(base, put_batch(batch, ONE))
     section = DPO.model_copy(update={"sft_weight": 0.0})
     stored = gradients(preference(section), ONE, rows=batch._replace(reference=np.asarray(reference)))
     with jax.set_mesh(ONE):
         model = combine(structure_of(None), random_parameters(MODEL, scale=0.3), {})
-        value = quick_jit(lambda *xs: plain_loss(section, *xs))(model, base, put_batch(batch, ONE))
+        value = jax.jit(lambda *xs: plain_loss(section, *xs))(model, base, put_batch(batch, ONE))
     assert stored.loss == pytest.approx(float(value), rel=2e-5)
     missing = gradients(preference(section), ONE, rows=batch._replace(reference=np.full_like(batch.reference, np.nan)))
     assert np.isnan(missing.loss)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import put_batch
-from moe_train.model.parameters import Parameters, combine, parameters
+from moe_train.model.parameters import Parameters, combine, parameters, with_expert_ids
 from moe_train.model.transformer import Transformer, abstract_model
 from moe_train.train.gradients import StepGradients, step_gradients
 from moe_train.train.objectives.objective import ModelWeights, Objective
@@ -79,9 +79,10 @@ def gradients(
         params = random_parameters(MODEL, lora=lora, scale=0.3) if make is None else make()
         learned, frozen = partition(params, lora)
         base = trained_in_full(learned, lora) if make else {path: x + 0.5 for path, x in trained_in_full(learned, lora).items()}
-        definition = StepDefinition(
-            structure_of(lora), objective, optax.identity(), microbatches=microbatches, router_loss=router_loss
-        )
+        structure = structure_of(lora)
+        if objective.uses_reference and lora is not None:
+            structure = with_expert_ids(structure)
+        definition = StepDefinition(structure, objective, optax.identity(), microbatches=microbatches, router_loss=router_loss)
         run = jax.jit(partial(step_gradients, definition, key=None))
         return jax.device_get(run(learned, ModelWeights({}, frozen, base), put_batch(batch() if rows is None else rows, mesh)))
 

@@ -34,9 +34,7 @@ class SuiteScores:
         ValueError: The prompt of an item cannot be written, or is too long for the model. Nothing has been written then.
     """
 
-    def __init__(
-        self, run: config.Run, suites: Sequence[LoadedSuite], mesh: Mesh, inputs: RunInputs, structure: PyTreeDef
-    ) -> None:
+    def __init__(self, run: config.Run, suites: Sequence[LoadedSuite], mesh: Mesh, inputs: RunInputs, structure: PyTreeDef) -> None:
         self._run = run
         self._mesh = mesh
         self._total_steps = inputs.total_steps

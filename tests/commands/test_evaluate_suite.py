@@ -81,9 +81,7 @@ def test_choices(models: tuple[Path, Path], tmp_path: Path) -> None:
     assert score["score"] == 0.5 and score["categories"] == {"words": 0.5}
 
 
-def test_what_is_refused(
-    models: tuple[Path, Path], known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_refused(models: tuple[Path, Path], known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new, old = models
     with pytest.raises(FileNotFoundError, match=r"has no result.json; name a directory"):
         verify_answers(new, tmp_path)

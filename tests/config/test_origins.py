@@ -29,7 +29,7 @@ checkpoint: {best_by: kpi}
     [
         ("checkpoint.best_by is kpi, which is none; state loss", "{}:11: checkpoint.best_by is kpi, which is none; state loss"),
         ("optimizer.schedule: warmup_steps 30 is too long", "{}:10: optimizer.schedule: warmup_steps 30 is too long"),
-        ("data: no file matches data/*.jsonl (looked in /x)", "{}:6: data.train.0.files.1: no file matches data/*.jsonl (looked in /x)"),
+        ("data: no file matches data/*.jsonl (in x)", "{}:6: data.train.0.files.1: no file matches data/*.jsonl (in x)"),
         ("no tokenizer at tok/tokenizer.json; give one", "{}:4: data.tokenizer.path: no tokenizer at tok/tokenizer.json; give one"),
         ("runs/base has no checkpoint of step 30", "{}:2: init_from: runs/base has no checkpoint of step 30"),
         ("set/tokens/manifest.json: missing", "{}:7: data.train.1.path: set/tokens/manifest.json: missing"),

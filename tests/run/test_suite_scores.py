@@ -22,7 +22,8 @@ from tests.run_dir import lines
 def write_suite(folder: Path, grader: str = "exact") -> Path:
     (folder / "items.jsonl").write_text('{"question": "The list type", "answer": "x"}\n')
     file = folder / "kpi.yaml"
-    file.write_text(f"name: kpi\nitems: items.jsonl\ngrader: {{name: {grader}}}\nprompt: {{chat: false}}\ngeneration: {{max_tokens: 8}}\n")
+    how = "prompt: {chat: false}\ngeneration: {max_tokens: 8}\n"
+    file.write_text(f"name: kpi\nitems: items.jsonl\ngrader: {{name: {grader}}}\n{how}")
     return file
 
 

@@ -112,7 +112,8 @@ def _files(source: ItemsFile) -> list[Path]:
     if not files:
         place = f"{source.stated_as}: " if source.stated_as else ""
         raise FileNotFoundError(
-            f"{place}{pattern}: no such file of items; its path is relative to the folder of the suite's file, or to that of --suite-data"
+            f"{place}{pattern}: no such file of items; its path is relative to the folder of the suite's file, or to that of "
+            "--suite-data"
         )
     return files
 

@@ -33,7 +33,7 @@ from safetensors.numpy import load_file, save_file
 from tests.benchmarks.arithmetic_gate import CONFIG, SUITE, write_problems
 
 ROOT = Path(__file__).parents[2]
-NUM_HELD_OUT = 64
+NUM_HELD_OUT = 40
 """Additions that the gate asks."""
 NUM_QUESTIONS = {"pairs": (40, 8), "labelled": (24, 6)}
 """Additions whose answers become records, of training and held out, for DPO and for KTO."""
@@ -151,7 +151,7 @@ def preferences(commands: Commands, gguf: Path) -> None:
 def _write_additions(work: Path) -> None:
     """Write additions to train on, to sample answers to, and to ask; no two files share one."""
     write_problems(work, NUM_HELD_OUT)
-    (work / "suite.yaml").write_text(json.dumps(SUITE), encoding="utf-8")
+    (work / "suite.yaml").write_text(json.dumps({**SUITE, "batch_size": NUM_HELD_OUT}), encoding="utf-8")
     lines = (work / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (work / "data").mkdir(exist_ok=True)
     end = len(lines)

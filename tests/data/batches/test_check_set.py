@@ -59,7 +59,7 @@ def test_other_labels() -> None:
 )
 def test_labels_without_a_contrast(values: Any, message: str | None) -> None:
     if message is None:
-        check_varied_labels((ANIMAL, SPEED), [store(values=values[:1]), store(values=values[1:])])
+        check_varied_labels(classification_batch((ANIMAL, SPEED)), [store(values=values[:1]), store(values=values[1:])])
         return
     with pytest.raises(ValueError, match=message):
-        check_varied_labels((ANIMAL, SPEED), [store(values=values)])
+        check_varied_labels(classification_batch((ANIMAL, SPEED)), [store(values=values)])

@@ -3,8 +3,8 @@
 Figures are peaks per chip. Sources, read in November 2026:
   TPU: https://cloud.google.com/tpu/docs/v4, …/v5e, …/v5p, …/v6e, …/tpu7x (key specifications; HBM, ICI and DCN bandwidth).
   GPU: the data sheets of A100 (80 GB, SXM4), H100 (SXM5, PCIe), H200 (SXM) and HGX B200 on nvidia.com; all without sparsity.
-       L40S and L40: NVIDIA's table as reprinted at https://www.mullet.se/product.html?product_id=355414 (BFLOAT16 362.05 and 181.05,
-       TF32 183 TFLOP/s, 864 GB/s). L4: https://aiwiki.ai/wiki/nvidia_l4 and NVIDIA's table as reprinted by
+       L40S and L40: NVIDIA's table as reprinted at https://www.mullet.se/product.html?product_id=355414 (BFLOAT16 362.05 and
+       181.05, TF32 183 TFLOP/s, 864 GB/s). L4: https://aiwiki.ai/wiki/nvidia_l4 and NVIDIA's table as reprinted by
        https://store.sourcecode.com (with sparsity FP16 242, TF32 120 TFLOP/s: half of each; 300 GB/s). RTX 4090:
        https://waredb.com/processor/nvidia-geforce-rtx-4090 (BF16 165.15, TF32 82.58 TFLOP/s, 1008 GB/s). MI300X:
        https://github.com/alpharomercoma/MI300X-vs-H200 (REPORT.md: BF16 1307.4 TFLOP/s, 5.3 TB/s, 192 GB) and

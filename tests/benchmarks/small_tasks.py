@@ -51,28 +51,29 @@ def tasks() -> list[Task]:
     ]
 
 
-def write_tasks(folder: Path, items: int) -> list[Path]:
-    """Write `train.jsonl` with records of all tasks, and for each a suite that asks `items` others; returns the suites' files."""
-    train: list[tuple[str, str]] = []
+def write_tasks(folder: Path, names: list[str], items: int) -> list[Path]:
+    """Write `train.jsonl` with records of tasks, and for each a suite that asks `items` others; returns the suites' files."""
+    train: list[str] = []
     suites = []
     for task in tasks():
-        asked: list[tuple[str, str]] = []
-        trained: list[tuple[str, str]] = []
+        if task.name not in names:
+            continue
+        asked: list[str] = []
+        trained: list[str] = []
         for item in task.items:
-            digest = hashlib.sha256(item["question"].encode()).hexdigest()
-            if int(digest, 16) % 10 == 0:
-                asked.append((digest, json.dumps(item)))
+            if int(_digest(item["question"]), 16) % 10 == 0:
+                asked.append(json.dumps(item))
             else:
-                record = {"question": item["question"], "answer": item["answer"]}
-                trained.append((digest, json.dumps(record)))
+                trained.append(json.dumps({"question": item["question"], "answer": item["answer"]}))
         # In the order of their hashes, so that the first ones are a sample of all; as many records of each task.
-        train += sorted(trained)[:200]
-        _write(folder / f"{task.name}.jsonl", [line for _, line in sorted(asked)[:items]])
+        trained.sort(key=_digest)
+        train += trained if len(names) == 1 else trained[:200]
+        _write(folder / f"{task.name}.jsonl", sorted(asked, key=_digest)[:items])
         suite = {"name": task.name, "items": f"{task.name}.jsonl", "batch_size": 32, **task.suite}
         file = folder / f"{task.name}.yaml"
         file.write_text(json.dumps(suite), encoding="utf-8")
         suites.append(file)
-    _write(folder / "train.jsonl", [line for _, line in sorted(train)])
+    _write(folder / "train.jsonl", sorted(train, key=_digest))
     return suites
 
 
@@ -109,6 +110,10 @@ def write_harness_tasks(folder: Path, items: int) -> list[str]:
     for task in (choice, text):
         (folder / f"{task['task']}.yaml").write_text(json.dumps({**data, **task}), encoding="utf-8")
     return ["likelier", "written"]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write(file: Path, lines: list[str]) -> None:

@@ -138,7 +138,7 @@ def _cache() -> Finding:
 
     cache = use_compile_cache()
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if cache is None and folder:
+    if cache is None and folder and os.environ.get("MOE_TRAIN_COMPILE_CACHE") != "off":
         return Finding("compilation cache", "ok", f"JAX's own, in {folder} (JAX_COMPILATION_CACHE_DIR)")
     if cache is None:
         return Finding("compilation cache", "missing", "none is used", "unset MOE_TRAIN_COMPILE_CACHE, or name a folder in it")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_train.data.records.files import format_of, is_json_lines, read_file
 from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.normal_form import Message
 from moe_train.data.records.problem import Problem, brief, checked_text, located
+from moe_train.data.records.read_each import read_each, refuse_unread
 from moe_train.data.records.tools import take_tools
 from moe_train.data.records.unread import Unread
 
@@ -37,23 +36,11 @@ def read_prompt_file(file: Path) -> list[PromptRecord]:
         FileNotFoundError: There is no such file.
         ValueError: A record cannot be read or has a key that is not read; the message begins with its file and line.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file of prompts; write one JSON object with messages or prompt per line")
-    kind = format_of(file)
-    prompts = []
-    for line, fields in read_file(file, kind, is_json_lines(file, kind), "prompt"):
-        location = f"{file}:{line}"
-        if isinstance(fields, Problem):
-            raise ValueError(f"{location}: {fields}")
-        prompts.append(located(location, _read_prompt, fields, location))
-    if not prompts:
-        raise ValueError(f"{file} has no prompts; write one JSON object with messages or prompt per line")
-    return prompts
+    return read_each(file, "prompt", "prompt", _read_prompt)
 
 
-def _read_prompt(fields: Mapping[str, Any], location: str) -> PromptRecord:
+def _read_prompt(remaining: dict[str, Any], location: str) -> PromptRecord:
     """Read one record; the keys that are read are taken out of it, and any that remain are refused."""
-    remaining = {key: value for key, value in fields.items() if value is not None}
     unread = Unread()
     record_id = remaining.pop("id", None)
     tools = take_tools(remaining, unread)
@@ -69,9 +56,7 @@ def _read_prompt(fields: Mapping[str, Any], location: str) -> PromptRecord:
             raise Problem("roles", "the last message is an assistant's, which the model is to write", "remove it")
     else:
         raise Problem("columns", "the record has neither messages nor prompt", "write one of them")
-    unknown = [*map(repr, remaining), *map(repr, unread.names)]
-    if unknown:
-        raise Problem("columns", f"key {unknown[0]} is not read", "remove it; a prompt has messages, prompt, tools, id")
+    refuse_unread(remaining, unread, "a prompt has messages, prompt, tools, id")
     return PromptRecord(location, record_id, messages, tools, text)
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_train.data.records.files import format_of, is_json_lines, read_file
+from moe_train.data.records.local_files import picture_folder
 from moe_train.data.records.messages import PLAIN, read_messages
-from moe_train.data.records.normal_form import Message
+from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.pictures import located_pictures, take_column
 from moe_train.data.records.problem import Problem, brief, checked_text, located
 from moe_train.data.records.tools import take_tools
 from moe_train.data.records.unread import Unread
@@ -45,13 +47,13 @@ def read_prompt_file(file: Path) -> list[PromptRecord]:
         location = f"{file}:{line}"
         if isinstance(fields, Problem):
             raise ValueError(f"{location}: {fields}")
-        prompts.append(located(location, _read_prompt, fields, location))
+        prompts.append(located(location, _read_prompt, fields, location, file))
     if not prompts:
         raise ValueError(f"{file} has no prompts; write one JSON object with messages or prompt per line")
     return prompts
 
 
-def _read_prompt(fields: Mapping[str, Any], location: str) -> PromptRecord:
+def _read_prompt(fields: Mapping[str, Any], location: str, file: Path) -> PromptRecord:
     """Read one record; the keys that are read are taken out of it, and any that remain are refused."""
     remaining = {key: value for key, value in fields.items() if value is not None}
     unread = Unread()
@@ -64,7 +66,9 @@ def _read_prompt(fields: Mapping[str, Any], location: str) -> PromptRecord:
         text = checked_text(remaining.pop("prompt"), "prompt")
         messages: list[Message] = [{"role": "user", "content": text}]
     elif "messages" in remaining:
-        messages = read_messages(remaining.pop("messages"), "messages", PLAIN, unread)
+        pictures = take_column(remaining)
+        conversation = Conversation(read_messages(remaining.pop("messages"), "messages", PLAIN, unread), tools)
+        messages = located_pictures(conversation, pictures, picture_folder(file)).messages
         if messages[-1].get("role") == "assistant":
             raise Problem("roles", "the last message is an assistant's, which the model is to write", "remove it")
     else:

@@ -6,6 +6,7 @@ loader.
 
 from __future__ import annotations
 
+import base64
 import html
 import itertools
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,13 @@ from moe_train import config
 from moe_train.data.batches.answer_batches import UnpairedBatch
 from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch, StoredPiece
 from moe_train.data.batches.packing import make_plan
+from moe_train.data.batches.picture_batch import picture_batch
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
 from moe_train.data.records.open_source import first_record, open_source
 from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
+from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject, write_text
 
@@ -40,6 +43,12 @@ class Rows(NamedTuple):
     batch: Batch
     places: list[list[str]]
     """For each row, the origins (file:line) of its segments, in order."""
+    pictures: list[list[Sequence[bytes]]] | None = None
+    """For each row, the files of the pictures of its segments, in order; None without pictures."""
+
+    def pictures_of(self, segment: ShownSegment) -> Sequence[bytes]:
+        """Return the files of the pictures of a segment."""
+        return () if self.pictures is None else self.pictures[segment.row - 1][segment.number - 1]
 
 
 class Token(NamedTuple):
@@ -83,7 +92,12 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     records = open_source(source)
     examples: list[Example] = []
     places: list[str] = []
-    for origin, record_examples in encode(itertools.islice(records, count), records.where, source.record, tokenizer, template):
+
+    def folder_of(origin: Origin) -> Path | None:
+        return records.folder(origin.place)
+
+    numbered = itertools.islice(records, count)
+    for origin, record_examples in encode(numbered, records.where, source.record, tokenizer, template, folder_of=folder_of):
         examples += record_examples
         places += [records.where(origin)] * len(record_examples)
     if not examples:
@@ -110,11 +124,13 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
         raise ValueError(f"{', '.join(records.names)}: all {len(examples)} records are too long for seq_len {seq_len}; raise it")
     batch = Batch.empty(plan.num_rows, plan.seq_len)
     placed = []
+    shown: list[list[Sequence[bytes]]] = []
     for row in range(plan.num_rows):
         piece_indices = range(*plan.row_pieces[row : row + 2].tolist())
         batch.fill_row(row, [_piece(examples[plan.example[i]], int(plan.start[i]), int(plan.length[i])) for i in piece_indices])
         placed.append([places[plan.example[i]] for i in piece_indices])
-    return Rows(batch, placed)
+        shown.append([examples[plan.example[i]].pictures for i in piece_indices])
+    return Rows(batch, placed, shown)
 
 
 def _piece(example: Example, start: int, length: int) -> StoredPiece:
@@ -151,6 +167,12 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     # Every other objective that trains tokens has the rows of `Batch`, whatever else its batches hold.
     is_unpaired = isinstance(run.objective, config.UnpairedPreference)
     batch_type: type[PackedBatch] = UnpairedBatch if is_unpaired else Batch
+    if run.vision is not None:
+        from moe_train.run.resolve import resolve  # reads the sizes of the tower, with libraries that other uses do not need
+
+        vision = resolve(run).pictures
+        assert vision is not None  # as the config states the section
+        batch_type = picture_batch(vision.encoder, vision.patches_per_row)
     batch_rows = BatchRows(run.train.batch_size, run.train.seq_len)
     loader = Loader(run.data, "train", tokenizer, batch_rows, seed=run.seed, batch_type=batch_type)
     count = min(count, run.train.batch_size)
@@ -160,7 +182,15 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
         rows = rows._replace(segment_ids=rows.segment_ids + rows.mismatched_ids)
     batch = Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions)
     places = [_places(loader, step - 1, row, is_unpaired) for row in range(count)]
-    return Rows(batch, places)
+    if run.vision is None:
+        return Rows(batch, places)
+    return Rows(batch, places, [_pictures(loader, step - 1, row) for row in range(count)])
+
+
+def _pictures(loader: Loader, step: int, row: int) -> list[Sequence[bytes]]:
+    """Return the files of the pictures of each segment of a row."""
+    index, pieces = loader.pieces(step)[row]
+    return [loader.sources[index].store.picture_files(piece.example) for piece in pieces]
 
 
 def _places(loader: Loader, step: int, row: int, is_unpaired: bool) -> list[str]:
@@ -297,7 +327,7 @@ def _token_table(segment: ShownSegment) -> RenderableType:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title><style>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
@@ -307,6 +337,7 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospa
 .c {{ color: #0a7ea4; font-weight: bold }}
 sub {{ font-size: .6em; opacity: .6; user-select: none }}
 span:hover {{ outline: 1px solid }}
+img {{ max-width: 20rem; max-height: 20rem; border: 1px solid; vertical-align: top }}
 </style></head><body><h1>{title}</h1>
 <p>{summary}. Tokens on <span class="l">green</span> are trained on; <span class="c">control tokens</span> are blue.
 Segments do not attend to one another. Point at a token to see its position and id; the last token of a segment is only
@@ -320,12 +351,18 @@ def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
     """Render the rows as an HTML page without scripts or external resources."""
     body = []
     for segment in segments(rows, tokenizer):
-        body.append(
-            f"<h2>{html.escape(_title(segment, rows))}</h2>\n<pre>{''.join(_span(t, positions) for t in segment.tokens)}</pre>"
-        )
+        heading = html.escape(_title(segment, rows))
+        spans = "".join(_span(token, positions) for token in segment.tokens)
+        pictures = "".join(map(_picture, rows.pictures_of(segment)))
+        body.append(f"<h2>{heading}</h2>\n{pictures}<pre>{spans}</pre>")
     return _PAGE.format(
         title=html.escape(escape_control_characters(title)), summary=html.escape(summary(rows)), body="\n".join(body)
     )
+
+
+def _picture(content: bytes) -> str:
+    """Return a picture as part of the page; browsers tell its format by its content."""
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(content).decode()}">\n'
 
 
 def _span(token: Token, positions: bool) -> str:

@@ -60,7 +60,7 @@ def definition_of(
         structure = with_row_balance(structure)
     return StepDefinition(
         structure=structure,
-        objective=objective or objective_of(run.objective),
+        objective=objective or objective_of(run.objective, run.pictures),
         optimizer=optimizer,
         router_loss=run.loss,
         microbatches=run.train.microbatches,

@@ -78,11 +78,11 @@ def check_length(item: SuiteItem, tokens: int, new_tokens: int, model: config.Mo
 
 def _generate(suite: config.Suite, items: Sequence[SuiteItem], prompter: Prompter, model: LoadedModel) -> list[GeneratedText]:
     """Generate an answer to each item."""
-    prompts = [prompter.tokens(item) for item in items]
-    for item, tokens in zip(items, prompts, strict=True):
-        if not tokens:
+    prompts = [prompter.rendered(item) for item in items]
+    for item, prompt in zip(items, prompts, strict=True):
+        if not prompt.tokens:
             raise ValueError(f"{item.location}: the prompt has no tokens, so there is nothing to continue; write a question")
-        check_length(item, len(tokens), suite.generation.max_tokens, model.model)
+        check_length(item, len(prompt.tokens), suite.generation.max_tokens, model.model)
     options = TextOptions(suite.generation, suite.batch_size, reads_control_tokens(suite.grader))
     add_progress = counted(f"suite {suite.name}", len(items), "items")
     return generate_answers(model, prompter.tokenizer, prompts, options, add_progress)

@@ -1,20 +1,13 @@
-"""Quick compiling, and what a compiled program sends between devices, read off its text."""
+"""What a compiled program sends between devices, read off its text."""
 
 from __future__ import annotations
 
 import math
 import re
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-QUICK: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
-if jax.__version_info__ < (0, 12):
-    QUICK["xla_cpu_use_fusion_emitters"] = False  # newer ones have no choice
-quick_jit = partial(jax.jit, compiler_options=QUICK)
-"""For programs of tiny arrays: compiling takes a quarter of the time."""
 
 
 def ragged_all_to_all(

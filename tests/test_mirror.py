@@ -55,7 +55,6 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "data/batches/classification_batch.py": "train/objectives/test_classification.py fills its rows",
     "data/batches/distillation_batch.py": "train/objectives/test_distillation.py compares losses on it",
     "data/batches/reward_batch.py": "train/objectives/test_reward.py fills its rows",
-    "data/batches/check_set.py": "commands/test_prepare_teacher.py trains on sets that fit, and on others",
     "data/chat/classified_to_tokens.py": "integration/test_heads.py trains on texts and conversations",
     "data/prepared/teacher_reader.py": "commands/test_prepare_teacher.py reads stored predictions",
     "data/prepared/teacher_set.py": "commands/test_prepare_teacher.py writes, interrupts and continues sets",

@@ -173,6 +173,7 @@ def show_command(
 ) -> None:
     """Show rows as training sees them: which tokens are trained on (green), segments and positions."""
     from moe_train.commands import show
+    from moe_train.commands.show_page import write_page
     from moe_train.commands.show_picture import write_picture
     from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template
 
@@ -209,7 +210,7 @@ def show_command(
         )
         rows = show.rows_of_run(config, count, loaded, step or 1)
     if html is not None:
-        show.write_page(html, rows, loaded, file, positions)
+        write_page(html, rows, loaded, file, positions)
         print(f"{html}: {show.summary(rows)}")
     elif svg is not None:
         write_picture(svg, rows, loaded, file, positions)

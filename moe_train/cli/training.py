@@ -10,6 +10,7 @@ import typer
 
 from moe_train.cli.arguments import TRAINING, AsJson, ConfigPath, Overrides, help_examples, read_config
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
+from moe_train.machine.program import runnable
 
 training_commands = typer.Typer()
 
@@ -242,6 +243,9 @@ def runs_command(
         print_json([{"run": s.run, "settings": s.settings, "status": s.status, **s.figures} for s in summaries])
     elif as_csv:
         print(runs.as_csv(runs.rows_of(summaries)), end="")
+    elif len(summaries[0].settings) > runs.MOST_SETTINGS:
+        print_table(runs.rows_of(summaries, with_settings=False))
+        print_table(runs.settings_rows(summaries))
     else:
         print_table(runs.rows_of(summaries))
 
@@ -264,7 +268,8 @@ def branch_command(
     from moe_train.commands.branch import branch
 
     step = branch(directory, run_dir)
-    print(f"{run_dir} continues after step {step}: moe-train train CONFIG run_dir={run_dir} with more train.steps or a schedule")
+    command = runnable(f"moe-train train CONFIG run_dir={run_dir}")
+    print(f"{run_dir} continues after step {step}: {command} with more train.steps or a schedule")
 
 
 @training_commands.command(
@@ -296,7 +301,7 @@ def sweep_command(
 
     runs = sweep_runs(config_path, overrides)
     if only_print:
-        print("\n".join(commands_of(config_path, runs)))
+        print(runnable("\n".join(commands_of(config_path, runs))))
         return
     from moe_train.commands.sweep_runs import compare_runs, train_runs
     from moe_train.machine.compile_cache import use_compile_cache

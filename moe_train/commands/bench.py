@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_train import config
-from moe_train.machine.compiler_options import initialization_options
+from moe_train.machine.compiler_options import brief_options
 from moe_train.machine.devices import peak_flops
 from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import make_mesh, platform, put_batch
@@ -123,7 +123,7 @@ def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
     structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
     optimizer = make_optimizer_of_any_length(run.optimizer)
     trainable, frozen = partition(initial_parameters(model, shapes.keys()), run.lora)
-    options = initialization_options(platform()) or None
+    options = brief_options(platform()) or None
     state = jax.jit(lambda params: create_state(params, optimizer), donate_argnums=0, compiler_options=options)(trainable)
     return state._replace(frozen=frozen), structure, optimizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from moe_train import config
 from moe_train.commands.text_scorer import NamedText, TextScorer
-from moe_train.data.records.files import format_of, is_json_lines, read_file
 from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.normal_form import Conversation
-from moe_train.data.records.problem import Problem, checked_text, located
+from moe_train.data.records.problem import Problem, checked_text
+from moe_train.data.records.read_each import read_each, refuse_unread
 from moe_train.data.records.tools import take_tools
 from moe_train.data.records.unread import Unread
 from moe_train.evaluate.scores import outputs_of, predicted, probabilities
@@ -44,7 +44,7 @@ def classify(directory: Path, file: Path, chat_template: str | None = None) -> I
         FileNotFoundError: there is no such file or model.
         ValueError: with file and line, for a text that cannot be scored; or the model has no head for scores.
     """
-    entries = _read(file)
+    entries = read_each(file, "text", "text", _entry)
     scorer = TextScorer(directory, chat_template)
     scores_NY = scorer.score([entry.text for entry in entries])
     for entry, scores_Y in zip(entries, scores_NY, strict=True):
@@ -66,24 +66,7 @@ def described(head: config.ScoreHead, scores_Y: np.ndarray) -> JsonObject:
     return {"labels": labels, "scores": scores}
 
 
-def _read(file: Path) -> list[_Entry]:
-    """Read the texts of a file. Raises ValueError, with file and line, for a line that has none."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; write one JSON object with text or messages per line")
-    kind = format_of(file)
-    entries = []
-    for line, fields in read_file(file, kind, is_json_lines(file, kind), "text"):
-        location = f"{file}:{line}"
-        if isinstance(fields, Problem):
-            raise ValueError(f"{location}: {fields}")
-        entries.append(located(location, _entry, fields, location))
-    if not entries:
-        raise ValueError(f"{file} has no texts; write one JSON object with text or messages per line")
-    return entries
-
-
-def _entry(fields: Mapping[str, Any], location: str) -> _Entry:
-    remaining = {key: value for key, value in fields.items() if value is not None}
+def _entry(remaining: dict[str, Any], location: str) -> _Entry:
     unread = Unread()
     entry_id = remaining.pop("id", None)
     # A file of labelled records can be scored as it is.
@@ -96,7 +79,5 @@ def _entry(fields: Mapping[str, Any], location: str) -> _Entry:
     else:
         messages = read_messages(remaining.pop("messages"), "messages", PLAIN, unread)
         content = Conversation(messages, take_tools(remaining, unread))
-    unknown = [*map(repr, remaining), *map(repr, unread.names)]
-    if unknown:
-        raise Problem("columns", f"key {unknown[0]} is not read", "remove it; a record has text or messages, tools, id, labels")
+    refuse_unread(remaining, unread, "a record has text or messages, tools, id, labels")
     return _Entry(entry_id, NamedText(content, location))

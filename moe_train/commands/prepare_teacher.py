@@ -23,6 +23,7 @@ from moe_train.data.records.problem import brief
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.teacher import Teacher
 from moe_train.machine import progress
+from moe_train.machine.processes import require_one_process
 from moe_train.model.parameters import combine
 
 
@@ -58,8 +59,7 @@ class TeacherWriter:
                 f"--teacher stores predictions for objective distillation, but the config has {run.objective.name}; "
                 "set objective: {name: distillation}, whose temperature and top_k are used"
             )
-        if jax.process_count() > 1:
-            raise ValueError("a teacher's predictions are written by one process; start data prepare once, not on every host")
+        require_one_process("writing a teacher's predictions")
         self._run = run
         self._tokenizer = tokenizer
         self._options = options

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_train.data.records.files import format_of, is_json_lines, read_file
 from moe_train.data.records.local_files import picture_folder
 from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.pictures import located_pictures, take_column
 from moe_train.data.records.problem import Problem, brief, checked_text, located
+from moe_train.data.records.read_each import read_each, refuse_unread
 from moe_train.data.records.tools import take_tools
 from moe_train.data.records.unread import Unread
 
@@ -39,23 +39,12 @@ def read_prompt_file(file: Path) -> list[PromptRecord]:
         FileNotFoundError: There is no such file.
         ValueError: A record cannot be read or has a key that is not read; the message begins with its file and line.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file of prompts; write one JSON object with messages or prompt per line")
-    kind = format_of(file)
-    prompts = []
-    for line, fields in read_file(file, kind, is_json_lines(file, kind), "prompt"):
-        location = f"{file}:{line}"
-        if isinstance(fields, Problem):
-            raise ValueError(f"{location}: {fields}")
-        prompts.append(located(location, _read_prompt, fields, location, file))
-    if not prompts:
-        raise ValueError(f"{file} has no prompts; write one JSON object with messages or prompt per line")
-    return prompts
+    folder = picture_folder(file)
+    return read_each(file, "prompt", "prompt", partial(_read_prompt, folder=folder))
 
 
-def _read_prompt(fields: Mapping[str, Any], location: str, file: Path) -> PromptRecord:
+def _read_prompt(remaining: dict[str, Any], location: str, folder: Path | None) -> PromptRecord:
     """Read one record; the keys that are read are taken out of it, and any that remain are refused."""
-    remaining = {key: value for key, value in fields.items() if value is not None}
     unread = Unread()
     record_id = remaining.pop("id", None)
     tools = take_tools(remaining, unread)
@@ -68,14 +57,12 @@ def _read_prompt(fields: Mapping[str, Any], location: str, file: Path) -> Prompt
     elif "messages" in remaining:
         pictures = take_column(remaining)
         conversation = Conversation(read_messages(remaining.pop("messages"), "messages", PLAIN, unread), tools)
-        messages = located_pictures(conversation, pictures, picture_folder(file)).messages
+        messages = located_pictures(conversation, pictures, folder).messages
         if messages[-1].get("role") == "assistant":
             raise Problem("roles", "the last message is an assistant's, which the model is to write", "remove it")
     else:
         raise Problem("columns", "the record has neither messages nor prompt", "write one of them")
-    unknown = [*map(repr, remaining), *map(repr, unread.names)]
-    if unknown:
-        raise Problem("columns", f"key {unknown[0]} is not read", "remove it; a prompt has messages, prompt, tools, id")
+    refuse_unread(remaining, unread, "a prompt has messages, prompt, tools, id")
     return PromptRecord(location, record_id, messages, tools, text)
 
 

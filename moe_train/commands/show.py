@@ -6,8 +6,6 @@ loader.
 
 from __future__ import annotations
 
-import base64
-import html
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,10 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train import config
+from moe_train.commands.segment_notes import segment_notes
 from moe_train.data.batches.answer_batches import UnpairedBatch
 from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch, StoredPiece
+from moe_train.data.batches.classification_batch import ClassificationBatch, classification_batch
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.batches.picture_batch import picture_batch
+from moe_train.data.batches.reward_batch import RewardBatch
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
 from moe_train.data.records.open_source import first_record, open_source
@@ -31,7 +32,7 @@ from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.machine.files import JsonObject, write_text
+from moe_train.machine.files import JsonObject
 
 if TYPE_CHECKING:
     from moe_train.data.batches.loader import Loader
@@ -43,6 +44,10 @@ class Rows(NamedTuple):
     batch: Batch
     places: list[list[str]]
     """For each row, the origins (file:line) of its segments, in order."""
+    notes: list[list[str]] | None = None
+    """For each row of an objective that trains a head, what is known of its segments: labels, or which answer it is. The loss mask
+    of such rows marks the tokens at which scores are read, and all tokens are inputs. None for rows with targets.
+    """
     pictures: list[list[Sequence[bytes]]] | None = None
     """For each row, the files of the pictures of its segments, in order; None without pictures."""
 
@@ -130,7 +135,7 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
         batch.fill_row(row, [_piece(examples[plan.example[i]], int(plan.start[i]), int(plan.length[i])) for i in piece_indices])
         placed.append([places[plan.example[i]] for i in piece_indices])
         shown.append([examples[plan.example[i]].pictures for i in piece_indices])
-    return Rows(batch, placed, shown)
+    return Rows(batch, placed, pictures=shown)
 
 
 def _piece(example: Example, start: int, length: int) -> StoredPiece:
@@ -152,45 +157,54 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
         step: the training step, counted from 1.
 
     Raises:
-        ValueError: the data of the run cannot be used, or its objective scores whole texts.
+        ValueError: the data of the run cannot be used.
     """
     if run.data is None:
         raise ValueError("the config has no data section; state data.train")
-    if isinstance(run.objective, config.HeadObjective):
-        # Their rows hold the last token of a text too, where the score is read, so those of `Batch` would be others.
-        raise ValueError(
-            f"rows of objective {run.objective.name} cannot be shown, since they hold scores of texts and no targets; "
-            f"moe-train data trace CONFIG --step {step} names the records of a step"
-        )
     from moe_train.data.batches.loader import Loader  # imported here, since it takes a second that other uses do not need
 
-    # Every other objective that trains tokens has the rows of `Batch`, whatever else its batches hold.
-    is_unpaired = isinstance(run.objective, config.UnpairedPreference)
-    batch_type: type[PackedBatch] = UnpairedBatch if is_unpaired else Batch
-    if run.vision is not None:
-        from moe_train.run.resolve import resolve  # reads the sizes of the tower, with libraries that other uses do not need
-
-        vision = resolve(run).pictures
-        assert vision is not None  # as the config states the section
-        batch_type = picture_batch(vision.encoder, vision.patches_per_row)
+    batch_type = _batch_type(run)
+    is_unpaired = batch_type is UnpairedBatch
     batch_rows = BatchRows(run.train.batch_size, run.train.seq_len)
-    loader = Loader(run.data, "train", tokenizer, batch_rows, seed=run.seed, batch_type=batch_type)
+    data = config.with_targets(run.data, run.objective)
+    loader = Loader(data, "train", tokenizer, batch_rows, seed=run.seed, batch_type=batch_type)
     count = min(count, run.train.batch_size)
     rows = type(loader.batch(step - 1))(*(array[:count] for array in loader.batch(step - 1)))
     if isinstance(rows, UnpairedBatch):
         # Shown with the mismatched segments, which training leaves out of the loss.
         rows = rows._replace(segment_ids=rows.segment_ids + rows.mismatched_ids)
-    batch = Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions)
     places = [_places(loader, step - 1, row, is_unpaired) for row in range(count)]
-    if run.vision is None:
-        return Rows(batch, places)
-    return Rows(batch, places, [_pictures(loader, step - 1, row) for row in range(count)])
+    if isinstance(rows, ClassificationBatch | RewardBatch):
+        batch = Batch(rows.tokens, np.zeros_like(rows.tokens), rows.is_last, rows.segment_ids, rows.positions)
+        return Rows(batch, places, [segment_notes(rows, row, len(names)) for row, names in enumerate(places)])
+    pictures = None if run.vision is None else [_pictures(loader, step - 1, row) for row in range(count)]
+    return Rows(Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions), places, pictures=pictures)
 
 
 def _pictures(loader: Loader, step: int, row: int) -> list[Sequence[bytes]]:
     """Return the files of the pictures of each segment of a row."""
     index, pieces = loader.pieces(step)[row]
     return [loader.sources[index].store.picture_files(piece.example) for piece in pieces]
+
+
+def _batch_type(run: config.Config) -> type[PackedBatch]:
+    """Return the type of batches whose rows are shown."""
+    if run.vision is not None:
+        from moe_train.run.resolve import resolve  # reads the sizes of the tower, with libraries that other uses do not need
+
+        vision = resolve(run).pictures
+        assert vision is not None  # as the config states the section
+        return picture_batch(vision.encoder, vision.patches_per_row)
+    match run.objective:
+        case config.UnpairedPreference():
+            return UnpairedBatch
+        case config.Classification():
+            return classification_batch(run.objective.targets)
+        case config.Reward():
+            return RewardBatch
+        case _:
+            # Every other objective has the rows of `Batch`, whatever else its batches hold.
+            return Batch
 
 
 def _places(loader: Loader, step: int, row: int, is_unpaired: bool) -> list[str]:
@@ -227,6 +241,11 @@ def segments(rows: Rows, tokenizer: Tokenizer) -> Iterator[ShownSegment]:
             trained_on = [False, *loss_mask[token_indices].tolist()]
             # The last target has no position of its own in the batch.
             shown_positions = [*positions[token_indices].tolist(), int(positions[token_indices[-1]]) + 1]
+            if rows.notes is not None:
+                place = f"{place}, {rows.notes[row][number - 1]}"
+                ids = tokens[token_indices].tolist()
+                trained_on = trained_on[1:]
+                shown_positions.pop()
             texts = token_texts(ids, tokenizer)
             segment_tokens = []
             for token_id, position, is_trained_on, text in zip(ids, shown_positions, trained_on, texts, strict=True):
@@ -271,10 +290,8 @@ def escape_control_characters(text: str) -> str:
     return text.translate(_VISIBLE)
 
 
-# --- for a terminal ---------------------------------------------------------------------------------------------
-
 _STYLES = {(True, False): "bold green", (True, True): "bold black on green", (False, True): "cyan", (False, False): ""}
-_LEGEND = "green tokens are trained on; control tokens stand out; a rule begins a segment; segments do not attend to one another"
+_LEGEND = "control tokens stand out; a rule begins a segment; segments do not attend to one another"
 
 
 def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bool) -> None:
@@ -287,16 +304,21 @@ def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bo
         positions: whether to print a table with one line per token instead of running text.
     """
     for segment in segments(rows, tokenizer):
-        console.print(Rule(Text(_title(segment, rows)), align="left"))
+        console.print(Rule(Text(title_of(segment, rows)), align="left"))
         console.print(_token_table(segment) if positions else _running_text(segment))
-    console.print(Group(Rule(), Text(f"{summary(rows)}; {_LEGEND}", style="dim")))
+    console.print(Group(Rule(), Text(f"{summary(rows)}; {meaning_of_green(rows)}; {_LEGEND}", style="dim")))
 
 
-def _title(segment: ShownSegment, rows: Rows) -> str:
+def title_of(segment: ShownSegment, rows: Rows) -> str:
     trained_on = sum(token.trained_on for token in segment.tokens)
     count = len(rows.places[segment.row - 1])
-    place = f"row {segment.row}, segment {segment.number} of {count}: {segment.place}"
-    return escape_control_characters(f"{place}, {len(segment.tokens)} tokens, {trained_on} trained on")
+    place = f"row {segment.row}, segment {segment.number} of {count}: {segment.place}, {len(segment.tokens)} tokens"
+    return escape_control_characters(place if rows.notes is not None else f"{place}, {trained_on} trained on")
+
+
+def meaning_of_green(rows: Rows) -> str:
+    """Return what is said of the tokens that stand out in green."""
+    return "green tokens are trained on" if rows.notes is None else "scores are read at green tokens"
 
 
 def summary(rows: Rows) -> str:
@@ -304,7 +326,8 @@ def summary(rows: Rows) -> str:
     used = int((rows.batch.segment_ids > 0).sum())
     trained_on = int(rows.batch.loss_mask.sum())
     count, seq_len = rows.batch.tokens.shape
-    return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {trained_on} of them trained on"
+    what = "trained on" if rows.notes is None else "with scores"
+    return f"{count} {'row' if count == 1 else 'rows'} of {seq_len} positions, {used} used, {trained_on} of them {what}"
 
 
 def _running_text(segment: ShownSegment) -> RenderableType:
@@ -321,60 +344,6 @@ def _token_table(segment: ShownSegment) -> RenderableType:
         cell = Text(visible, _STYLES[token.trained_on, token.control])
         table.add_row(str(token.position), str(token.id), "yes" if token.trained_on else "", cell)
     return table
-
-
-# --- for a browser ----------------------------------------------------------------------------------------------
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark }}
-body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-h2 {{ font-size: 1rem; border-top: 2px solid; padding-top: .4rem; margin-top: 2rem }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospace, monospace }}
-.l {{ background: #2e9e4f40; border-bottom: 2px solid #2e9e4f }}
-.c {{ color: #0a7ea4; font-weight: bold }}
-sub {{ font-size: .6em; opacity: .6; user-select: none }}
-span:hover {{ outline: 1px solid }}
-img {{ max-width: 20rem; max-height: 20rem; border: 1px solid; vertical-align: top }}
-</style></head><body><h1>{title}</h1>
-<p>{summary}. Tokens on <span class="l">green</span> are trained on; <span class="c">control tokens</span> are blue.
-Segments do not attend to one another. Point at a token to see its position and id; the last token of a segment is only
-predicted.</p>
-{body}
-</body></html>
-"""
-
-
-def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
-    """Render the rows as an HTML page without scripts or external resources."""
-    body = []
-    for segment in segments(rows, tokenizer):
-        heading = html.escape(_title(segment, rows))
-        spans = "".join(_span(token, positions) for token in segment.tokens)
-        pictures = "".join(map(_picture, rows.pictures_of(segment)))
-        body.append(f"<h2>{heading}</h2>\n{pictures}<pre>{spans}</pre>")
-    return _PAGE.format(
-        title=html.escape(escape_control_characters(title)), summary=html.escape(summary(rows)), body="\n".join(body)
-    )
-
-
-def _picture(content: bytes) -> str:
-    """Return a picture as part of the page; browsers tell its format by its content."""
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(content).decode()}">\n'
-
-
-def _span(token: Token, positions: bool) -> str:
-    # The CSS classes of `_PAGE`: l is trained on, c is a control token.
-    classes = " ".join(name for name, on in (("l", token.trained_on), ("c", token.control)) if on)
-    text = html.escape(escape_control_characters(token.text)) + (f"<sub>{token.position}</sub>" if positions else "")
-    return f'<span class="{classes}" title="position {token.position}, id {token.id}">{text}</span>'
-
-
-def write_page(path: Path, rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> None:
-    """Write `page` to a file."""
-    write_text(path, page(rows, tokenizer, title, positions))
 
 
 def segments_to_json(rows: Rows, tokenizer: Tokenizer) -> list[JsonObject]:

@@ -18,12 +18,21 @@ from moe_train.checkpoint.identity import WeightsIdentity, weights_identity
 from moe_train.checkpoint.model_dir import open_model
 from moe_train.commands.evaluate_suite import template_of
 from moe_train.config.strict_yaml import ConfigError
+from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.suites.answer import Answer, answer_items, prompter_of
 from moe_train.evaluate.suites.generation import LoadedModel
 from moe_train.evaluate.suites.items import SuiteItem, read_items
 from moe_train.evaluate.suites.load import LoadedSuite, SuiteOptions, load_suite, suite_of_items
 from moe_train.evaluate.suites.prompts import Prompter
-from moe_train.evaluate.synthesis import AnswerCounts, RecordForm, SampledAnswer, SynthesizedRecord, records_of, sort_answers
+from moe_train.evaluate.synthesis import (
+    AnswerCounts,
+    RecordForm,
+    SampledAnswer,
+    SynthesizedRecord,
+    records_of,
+    sort_answers,
+    turn_of,
+)
 from moe_train.machine.files import JsonObject, new_directory, refuse_existing, write_text
 
 
@@ -46,6 +55,8 @@ class SynthesisOptions(NamedTuple):
     """Seed of sampling; another seed gives other answers."""
     chat_template: str | None = None
     """A jinja file, its text, or a name; None for the template of the run or of the model's tokenizer."""
+    batch_size: int | None = None
+    """Number of answers that are generated together; None for the suite's setting."""
 
 
 def synthesize(
@@ -73,7 +84,7 @@ def synthesize(
             became a record.
     """
     refuse_existing(out)
-    loaded = _load(prompts, options, suite_options)
+    loaded = load_questions(prompts, options, suite_options)
     opened = open_model(teacher)
     identity = weights_identity(teacher)
     prompter = prompter_of(loaded, opened.tokenizer, template_of(opened, options.chat_template))
@@ -104,7 +115,26 @@ class _Result:
     """Number of questions that have a record."""
 
 
-def _load(prompts: Path, options: SynthesisOptions, suite_options: SuiteOptions) -> LoadedSuite:
+def made_with(out: Path, prompts: Path, teacher: Path, options: SynthesisOptions, suite_options: SuiteOptions) -> JsonObject:
+    """Return the manifest of records, which have to be made from these questions, this teacher and these options.
+
+    Raises:
+        FileNotFoundError: `out` has no manifest.
+        ValueError: The records were made otherwise.
+    """
+    manifest: JsonObject = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    loaded = load_questions(prompts, options, suite_options)
+    # Through JSON, so that tuples compare as lists.
+    stated = json.loads(json.dumps(_settings(loaded, weights_identity(teacher), options)))
+    for key, value in stated.items():
+        if manifest[key] != value:
+            raise ValueError(
+                f"{out} was made with another {key.replace('_', ' ')} ({manifest[key]}, now {value}); name another --out"
+            )
+    return manifest
+
+
+def load_questions(prompts: Path, options: SynthesisOptions, suite_options: SuiteOptions) -> LoadedSuite:
     """Load the questions, with the sampling settings of the options. Raises ValueError for a grader that reads no answers."""
     stated: dict[str, config.Grader] = {}
     if options.grader is not None:
@@ -122,13 +152,14 @@ def _load(prompts: Path, options: SynthesisOptions, suite_options: SuiteOptions)
         raise ValueError(
             f"the grader {loaded.suite.grader.name} compares likelihoods and reads no answer; choose another for --keep"
         )
-    if isinstance(loaded.suite.grader, config.ToolCallsGrader):
-        raise ValueError("answers that call tools are not written as records; choose another grader for --keep")
     changes: dict[str, object] = {"temperature": options.temperature, "seed": options.seed}
     if options.max_tokens is not None:
         changes["max_tokens"] = options.max_tokens
     generation = loaded.suite.generation.model_copy(update=changes)
-    return loaded._replace(suite=loaded.suite.model_copy(update={"generation": generation}))
+    settings: dict[str, object] = {"generation": generation}
+    if options.batch_size is not None:
+        settings["batch_size"] = options.batch_size
+    return loaded._replace(suite=loaded.suite.model_copy(update=settings))
 
 
 def read_grader(text: str) -> config.Grader:
@@ -153,16 +184,33 @@ def read_grader(text: str) -> config.Grader:
 def _records(loaded: LoadedSuite, prompter: Prompter, answers: Sequence[Answer], options: SynthesisOptions) -> _Result:
     """Sort the answers to each question, and make its records."""
     records: list[SynthesizedRecord] = []
-    counts = AnswerCounts(0, 0, 0, 0, 0, 0)
+    counts = AnswerCounts(*(0 for _ in AnswerCounts._fields))
     questions_used = 0
     for index, item in enumerate(loaded.items):
+        stops = loaded.suite.generation.stop
         given = answers[index * options.samples : (index + 1) * options.samples]
-        graded = sort_answers([SampledAnswer(number, answer) for number, answer in enumerate(given)], options.min_score)
+        graded = sort_answers(
+            [_sampled(number, answer, prompter.tokenizer, stops) for number, answer in enumerate(given)], options.min_score
+        )
         made = records_of(options.form, prompter.question(item), item.tools, graded)
         questions_used += bool(made)
         records += made
         counts = AnswerCounts(*(a + b for a, b in zip(counts, graded.counts, strict=True)))
     return _Result(records, counts, questions_used)
+
+
+def _sampled(number: int, answer: Answer, tokenizer: Tokenizer, stops: Sequence[str]) -> SampledAnswer:
+    """Return an answer with the turn that it is written as."""
+    tokens = list(answer.tokens)
+    text = tokenizer.decode(tokens, keep_special=True)
+    plain = tokenizer.decode(tokens)
+    if text == plain:
+        # Without control tokens: as it was graded.
+        return SampledAnswer(number, answer, turn_of(answer.text, answer.text))
+    for stop in stops:
+        text = text.partition(stop)[0]
+        plain = plain.partition(stop)[0]
+    return SampledAnswer(number, answer, turn_of(text, plain))
 
 
 def _manifest(
@@ -171,16 +219,23 @@ def _manifest(
     """Return what made the records."""
     return {
         "prompts": str(prompts),
+        **_settings(loaded, identity, options),
+        "questions": len(loaded.items),
+        "questions_with_records": result.questions_used,
+        "answers": result.counts._asdict(),
+        "records": len(result.records),
+    }
+
+
+def _settings(loaded: LoadedSuite, identity: WeightsIdentity, options: SynthesisOptions) -> JsonObject:
+    """Return what decides which records are made."""
+    return {
         "suite_sha256": loaded.digest,
         "teacher": identity._asdict(),
         "grader": loaded.suite.grader.model_dump(mode="json"),
         "generation": loaded.suite.generation.model_dump(mode="json"),
         "options": {"samples": options.samples, "form": options.form, "min_score": options.min_score},
         "chat_template_sha256": None if options.chat_template is None else _sha256(options.chat_template),
-        "questions": len(loaded.items),
-        "questions_with_records": result.questions_used,
-        "answers": result.counts._asdict(),
-        "records": len(result.records),
     }
 
 

@@ -60,6 +60,8 @@ def explain_errors(error: ValidationError, tree: dict[str, YamlValue], file_kind
             yield path, f"has to be {context['expected']}{value}"
         elif kind == "too_short" and len(invalid) >= context["min_length"]:
             continue  # pydantic counts only the valid items; the invalid ones have their own messages
+        elif kind == "too_short":
+            yield path, f"has {len(invalid)} entries and needs {context['min_length']} or more{value}"
         else:
             yield path, f"{_rephrase(kind, fault['msg'])}{_quoting_hint(kind, invalid)}{value}"
 
@@ -74,8 +76,6 @@ def _rephrase(kind: str, message: str) -> str:
         return "has to be a whole number"
     if kind == "bool_type":
         return "has to be true or false"
-    if kind == "too_short":
-        return "the list is too short; it needs 1 item or more"
     for original, replacement in (
         ("Input should be a valid", "has to be a"),
         ("Input should be", "has to be"),

@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef
 
 from moe_train.evaluate.loss import batch_sums
+from moe_train.model.moe.drift import changed_assignments
 from moe_train.model.parameters import Parameters, combine, with_expert_ids, without_adapters
-from moe_train.train.objectives.objective import Metric, ModelWeights, Objective, objective_inputs
+from moe_train.train.objectives.objective import DRIFT_METRIC, Metric, ModelWeights, Objective, objective_inputs
 
 
 class Drift(NamedTuple):
@@ -71,13 +71,11 @@ def drift_sums(
     ids_LBTA = routers.expert_ids
     base_ids_LBTA = base_routers.expert_ids
     assert ids_LBTA is not None and base_ids_LBTA is not None  # the structure is one of `with_expert_ids`
-    # The order of a token's experts does not matter: an assignment is kept if the base model selects the expert in any place.
-    kept_LBTA = jnp.any(ids_LBTA[..., :, None] == base_ids_LBTA[..., None, :], axis=-1)
     # Segment 0 is padding, which is neither routed nor counted.
-    valid_BT = batch.segment_ids != 0
-    assignments = jnp.sum(valid_BT) * ids_LBTA.shape[-1]
-    changed_L = jnp.sum(~kept_LBTA & valid_BT[None, ..., None], axis=(1, 2, 3))
-    return DriftSums(changed_L, routers.chosen_E, assignments), metrics
+    counts = changed_assignments(ids_LBTA, base_ids_LBTA, batch.segment_ids != 0)
+    # An objective with a reference reports the drift itself, of batches whose models keep the chosen experts.
+    metrics.pop(DRIFT_METRIC, None)
+    return DriftSums(counts.changed_L, routers.chosen_E, counts.assignments), metrics
 
 
 def drift_metrics(counts: Sequence[DriftSums]) -> dict[str, list[float]]:
@@ -87,6 +85,6 @@ def drift_metrics(counts: Sequence[DriftSums]) -> dict[str, list[float]]:
     sums = jax.tree.map(lambda *xs: np.sum(xs, axis=0, dtype=np.float64), *jax.device_get(counts))
     share_LE = sums.load_LE / sums.assignments
     return {
-        "routing_drift": (sums.changed_L / sums.assignments).tolist(),
+        DRIFT_METRIC: (sums.changed_L / sums.assignments).tolist(),
         "dead_experts": np.mean(share_LE < 0.01 / share_LE.shape[1], axis=1).tolist(),
     }

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 from moe_train.data.records.normal_form import Message
 from moe_train.evaluate.suites.answer import Answer
+from moe_train.evaluate.suites.tool_calls import has_mark, split_answer
 from moe_train.machine.files import JsonObject
 
 RecordForm = Literal["sft", "pairs", "kto"]
@@ -20,6 +21,8 @@ class SampledAnswer(NamedTuple):
     sample: int
     """Number of the answer among those to its question, from 0."""
     answer: Answer
+    turn: Message | None
+    """The assistant's turn that it is written as; None if no record can hold it (`turn_of`)."""
 
 
 class SynthesizedRecord(NamedTuple):
@@ -39,11 +42,13 @@ class AnswerCounts(NamedTuple):
     rejected: int
     """Answers whose score is not."""
     repeated: int
-    """Answers with the same text as an earlier one to the same question; they are not used again."""
+    """Answers with the same text and calls as an earlier one to the same question; they are not used again."""
     unfinished: int
     """Answers that were cut off at the most tokens; a model should not learn to write them, nor from where they were cut."""
     empty: int
-    """Answers without text."""
+    """Answers without text and calls."""
+    not_written: int
+    """Answers that no record can hold as they are, such as a call that does not end, or text behind a call."""
     not_graded: int
     """Answers that the grader could not score."""
 
@@ -60,23 +65,24 @@ def sort_answers(answers: Sequence[SampledAnswer], min_score: float) -> Sorted:
     """Sort the answers to one question into accepted and rejected ones, and leave out what cannot be learned from."""
     accepted: list[SampledAnswer] = []
     rejected: list[SampledAnswer] = []
-    texts: set[str] = set()
-    repeated = unfinished = empty = not_graded = 0
+    turns: list[Message] = []
+    repeated = unfinished = empty = not_written = not_graded = 0
     for sampled in answers:
-        text = sampled.answer.text.strip()
         score = sampled.answer.score
-        if not text:
+        if not sampled.answer.text.strip():
             empty += 1
         elif not sampled.answer.finished:
             unfinished += 1
         elif score is None:
             not_graded += 1
-        elif text in texts:
+        elif sampled.turn is None:
+            not_written += 1
+        elif sampled.turn in turns:
             repeated += 1
         else:
-            texts.add(text)
+            turns.append(sampled.turn)
             (accepted if score >= min_score else rejected).append(sampled)
-    counts = AnswerCounts(len(accepted), len(rejected), repeated, unfinished, empty, not_graded)
+    counts = AnswerCounts(len(accepted), len(rejected), repeated, unfinished, empty, not_written, not_graded)
     # Stable, so that of equally good answers the one that was sampled first comes first.
     return Sorted(sorted(accepted, key=_negative_score), sorted(rejected, key=_negative_score), counts)
 
@@ -104,22 +110,41 @@ def records_of(
         case "sft":
             records = []
             for sampled in graded.accepted:
-                records.append(SynthesizedRecord({"messages": [*question, _turn(sampled)], **shared}, (sampled,)))
+                records.append(SynthesizedRecord({"messages": [*question, sampled.turn], **shared}, (sampled,)))
             return records
         case "kto":
             records = []
             for sampled, label in [*((s, True) for s in graded.accepted), *((s, False) for s in graded.rejected)]:
-                fields: JsonObject = {"prompt": list(question), "completion": [_turn(sampled)], "label": label, **shared}
+                fields: JsonObject = {"prompt": list(question), "completion": [sampled.turn], "label": label, **shared}
                 records.append(SynthesizedRecord(fields, (sampled,)))
             return records
         case "pairs":
             records = []
             for chosen, rejected in zip(graded.accepted, reversed(graded.rejected), strict=False):
-                pair: JsonObject = {"prompt": list(question), "chosen": [_turn(chosen)], "rejected": [_turn(rejected)], **shared}
+                pair: JsonObject = {"prompt": list(question), "chosen": [chosen.turn], "rejected": [rejected.turn], **shared}
                 records.append(SynthesizedRecord(pair, (chosen, rejected)))
             return records
 
 
-def _turn(sampled: SampledAnswer) -> Message:
-    # Without white space at its ends, which a chat format does not keep in every place.
-    return {"role": "assistant", "content": sampled.answer.text.strip()}
+def turn_of(text: str, plain: str) -> Message | None:
+    """Return the assistant's turn that an answer is written as; None if no turn is rendered as the answer was.
+
+    Args:
+        text: The answer with control tokens written by name. Calls behind a mark become `tool_calls`; an answer that is nothing
+            but JSON stays text.
+        plain: The answer without control tokens.
+    """
+    # Without white space at the ends, which a chat format does not keep in every place.
+    content = text.strip()
+    if not has_mark(text):
+        # A control token other than those of calls has no place in a text.
+        return {"role": "assistant", "content": content} if content == plain.strip() else None
+    try:
+        parts = split_answer(text)
+    except ValueError:
+        return None
+    content = parts.content.strip()
+    if not parts.calls or parts.rest.strip() or not plain.strip().startswith(content):
+        return None
+    calls = [{"type": "function", "function": call._asdict()} for call in parts.calls]
+    return {"role": "assistant", "content": content, "tool_calls": calls}

@@ -117,6 +117,15 @@ def job(env: Mapping[str, str]) -> Job | DetectedByJax | None:
     return DetectedByJax() if "," in hosts or slices > 1 else None
 
 
+def require_one_process(what: str) -> None:
+    """Raise ValueError if the environment describes a job of several processes; `what` names the work that one process does."""
+    if job(os.environ) is not None:
+        raise ValueError(
+            f"{what} is done by one process, on all devices of its machine, and the environment describes a job of several; start "
+            "the command once (srun --ntasks=1, or unset JAX_NUM_PROCESSES), and the others when it has finished"
+        )
+
+
 def _require_variables(env: Mapping[str, str], names: tuple[str, ...], reason: str) -> None:
     missing = [name for name in names if name not in env]
     if missing:

@@ -12,34 +12,32 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from moe_train import config
 from moe_train.checkpoint import manager
-from moe_train.config import yaml_file
 from moe_train.machine.mesh import put_batch
-from moe_train.machine.revision import code_revision
 from moe_train.run import introduction
 from moe_train.run.averaging import WeightAverage, open_average
 from moe_train.run.folder import RunFolder
 from moe_train.run.goodput import Goodput
 from moe_train.run.held_out import HeldOutLoss
-from moe_train.run.inputs import RunInputs, open_inputs
+from moe_train.run.inputs import open_inputs
 from moe_train.run.metrics import MetricsReader
 from moe_train.run.not_finite import Diagnosis
 from moe_train.run.profiling import StepProfiler
-from moe_train.run.record import check_checkpoints_kept, config_sha256, run_log
+from moe_train.run.record import check_checkpoints_kept
+from moe_train.run.recorders import open_recorders
 from moe_train.run.reference import add_reference
 from moe_train.run.saving import RolledBack, Saving
 from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import Start, starting_state
 from moe_train.run.start_check import check_start
 from moe_train.run.stopping import StopRequest, StopVotes, Votes
-from moe_train.run.suite_scores import SuiteScores
-from moe_train.run.trackers.trackers import Trackers, tracked_runs
+from moe_train.run.suite_scores import SuiteScores, load_run_suites
 from moe_train.run.writer import Writer
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
@@ -201,10 +199,13 @@ def open_attempt(
         The attempt; None if all steps of the run are done, and nothing was written.
     """
     goodput = Goodput()
+    # What may be wrong is checked before the data are tokenized, which may take hours.
+    folder = RunFolder(Path(run.run_dir))
+    suites_of_run = load_run_suites(run)
     inputs = open_inputs(run, objective)
     stop_request.starting = "reading the checkpoint"
     # Locked before the checkpoints are read, so that no other process replaces them meanwhile.
-    folder = exit_stack.enter_context(RunFolder(Path(run.run_dir)))
+    exit_stack.enter_context(folder)
     checkpoints = exit_stack.enter_context(manager.open_for_saving(folder.path, run.checkpoint))
     begin = starting_state(run, inputs.train, checkpoints, inputs.total_steps)
     if rolled_back is not None:
@@ -217,12 +218,12 @@ def open_attempt(
         introduction.print_finished(run, begin, inputs.total_steps)
         return None
 
-    suites = SuiteScores(run, mesh, inputs, begin.structure)
+    suites = SuiteScores(run, suites_of_run, mesh, inputs, begin.structure)
     average = exit_stack.enter_context(open_average(run, begin.state))
     # From here on, files are written.
     folder.write(run, inputs)
-    records = _open_records(run, folder.path, begin, inputs, goodput, exit_stack)
-    writer = records.writer
+    recorders = exit_stack.enter_context(open_recorders(run, folder.path, begin, inputs, goodput))
+    writer = recorders.writer
     introduction.introduce(run, writer.say, inputs, begin)
     stop_request.starting = "computing the reference log-probabilities"
     add_reference(run, inputs, begin, objective, mesh, writer.say)
@@ -257,54 +258,9 @@ def open_attempt(
         saving=Saving(run, checkpoints, begin, inputs, average),
         figures=figures,
         writer=writer,
-        stopped=records.stopped,
+        stopped=recorders.stopped,
         stop_request=stop_request,
         goodput=goodput,
-        profiler=records.profiler,
+        profiler=recorders.profiler,
         diagnosis=Diagnosis(run, definition, inputs.train, begin.base_weights),
     )
-
-
-class _Records(NamedTuple):
-    """What records an attempt."""
-
-    writer: Writer
-    stopped: SimpleNamespace
-    """The last step done and the reason of a stop; see `run_log`."""
-    profiler: StepProfiler
-
-
-def _open_records(
-    run: config.Run, run_dir: Path, begin: Start, inputs: RunInputs, goodput: Goodput, exit_stack: contextlib.ExitStack
-) -> _Records:
-    """Open everything that records the attempt in the folder of the run, and close it with `exit_stack`."""
-    start = int(begin.state.step)
-    writes = jax.process_index() == 0
-    trackers = _open_trackers(run, run_dir, inputs, is_new=start == 0)
-    writer = Writer(run_dir, run.metrics, start_step=start, total_steps=inputs.total_steps, write=writes, trackers=trackers)
-    exit_stack.enter_context(writer)
-    # Entered after the writer, so that the reason of a stop is recorded before the metrics are closed.
-    stopped = exit_stack.enter_context(run_log(run, run_dir, begin, inputs))
-    profiler = exit_stack.enter_context(StepProfiler(run.profile, run_dir, inputs.total_steps, writer.say))
-    goodput.open(run_dir, start, write=writes)
-    exit_stack.push(lambda kind, *_: goodput.write(end=_reason(kind, stopped.reason)))
-    return _Records(writer, stopped, profiler)
-
-
-def _open_trackers(run: config.Run, run_dir: Path, inputs: RunInputs, is_new: bool) -> Trackers | None:
-    """Start the trackers of a run in its first process; None in others and without any."""
-    if jax.process_index() or not run.metrics.trackers:
-        return None
-    settings = yaml_file.flat(run.to_config().model_dump(mode="json"))
-    hashes = {
-        "config_sha256": config_sha256(run),
-        "data_sha256": inputs.train.manifest_hash,
-        "data_order_sha256": inputs.train.identity,
-        "code_sha256": code_revision().package_sha256,
-    }
-    return Trackers(tracked_runs(run.metrics.trackers, run_dir, run.name, {**settings, **hashes}, is_new))
-
-
-def _reason(kind: type[BaseException] | None, reason: str) -> str:
-    """Return why an attempt ends: the error that ends it, or what the loop has recorded."""
-    return reason if kind is None else kind.__name__

@@ -12,7 +12,7 @@ from moe_train.data.batches.loader import Loader
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.padding import padding_id
 from moe_train.data.tokenizers.tokenizer import Tokenizer
-from moe_train.run.preflight import check_ready
+from moe_train.run.preflight import check_files, check_ready
 from moe_train.train.objectives.objective import Objective
 
 
@@ -41,6 +41,7 @@ def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
     data = run.training_data()
     tokenizer = load_tokenizer(data.tokenizer)
     # Checked before any data is tokenized, which may take long.
+    check_files(data)
     check_ready(run, data, tokenizer)
     if run.pictures is not None and tokenizer.pictures is None:
         raise ValueError(

@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 _GROUPS = {
-    "router": ("load_balance_loss", "router_z_loss", "router_entropy", "dead_experts", "balance", "dropped", "load"),
+    "router": (
+        "load_balance_loss",
+        "router_z_loss",
+        "router_entropy",
+        "routing_drift",
+        "dead_experts",
+        "balance",
+        "dropped",
+        "load",
+    ),
     "optimizer": ("grad_norm", "learning_rate", "skipped", "spikes", "vanished_updates"),
     "speed": ("seconds", "tokens_per_second", "input_wait", "mfu", "goodput"),
 }

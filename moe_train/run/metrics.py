@@ -209,7 +209,7 @@ class MetricsReader:
         """Return the metrics of a step, which was read from the device, as values for JSON."""
         return {
             "loss": float(now.loss),
-            **{name: np.asarray(value).item() for name, value in now.objective.items()},
+            **{name: _listed(value) for name, value in now.objective.items()},
             "grad_norm": float(now.grad_norm),
             # A skipped step does not advance the schedule.
             "learning_rate": float(self._rates[step - 1 - self._skipped]),
@@ -273,6 +273,12 @@ def router_metrics(routers: RouterStats) -> dict[str, Any]:
         "dropped": [int(n) for n in routers.dropped],
         "load": [_rounded(row) for row in load_LE],
     }
+
+
+def _listed(value: ArrayLike) -> Any:
+    """Return a metric of an objective as a number, or as a list with a number for each layer."""
+    array = np.asarray(value)
+    return array.item() if array.ndim == 0 else _rounded(array)
 
 
 def _rounded(xs: ArrayLike) -> list[float]:

@@ -17,7 +17,7 @@ from moe_train.checkpoint.restore import restore
 from moe_train.checkpoint.runs import run_folder, saved_config
 from moe_train.config import yaml_file
 from moe_train.data.batches.loader import Loader
-from moe_train.machine.compiler_options import initialization_options
+from moe_train.machine.compiler_options import brief_options
 from moe_train.machine.host_memory import check_host_memory
 from moe_train.machine.mesh import platform
 from moe_train.model.parameters import Parameters, initial_parameters, parameters
@@ -96,7 +96,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     tower = {path: shapes.pop(path) for path in list(shapes) if ParameterPath.parse(path).is_vision}
     learned, frozen = partition(shapes, run.lora)
     optimizer = make_optimizer(run.optimizer, total_steps)
-    new_state = jax.jit(partial(create_state, optimizer=optimizer), compiler_options=initialization_options(platform()) or None)
+    new_state = jax.jit(partial(create_state, optimizer=optimizer), compiler_options=brief_options(platform()) or None)
     learned_state = jax.eval_shape(new_state, learned)
     check_host_memory((learned_state, frozen, tower), run.name)
 

@@ -16,7 +16,7 @@ from moe_train.machine.mesh import platform
 from moe_train.run.start import Start
 from moe_train.train.gradients import split_batch
 from moe_train.train.objectives.objective import Mean, ModelWeights, Objective, objective_inputs
-from moe_train.train.objectives.preference import reference_logprobs
+from moe_train.train.objectives.preference import reference_outputs
 from moe_train.train.objectives.preference_losses import start_loss
 from moe_train.train.token_logprobs import batch_logprobs
 
@@ -97,7 +97,7 @@ def _start_values(
     inputs = objective_inputs(objective, structure, weights, batch)
     outputs, _ = batch_logprobs(inputs.model, batch)
     counted = batch.loss_mask & (batch.segment_ids != 0)
-    differences = jnp.where(counted, jnp.abs(outputs.logprob - reference_logprobs(inputs)), 0)
+    differences = jnp.where(counted, jnp.abs(outputs.logprob - reference_outputs(inputs).logprob), 0)
     metrics, _ = batch_sums(objective, inputs)
     loss = _value(metrics["loss"])
     expected = jnp.float32(start_loss(section) or 0.0)

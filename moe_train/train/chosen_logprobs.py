@@ -17,22 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_train.machine.mesh import batch_axes
 from moe_train.model.sharding.specs import plain_on_one_device
-from moe_train.train.logits import (
-    HeadFactors,
-    LoraFactors,
-    TokenFactors,
-    TransposedHeadGradients,
-    add_head_gradients,
-    chunk_logits,
-    chunk_rows,
-    head_gradients,
-    input_gradients,
-    join_chunks,
-    on_each_device,
-    split_chunks,
-    target_hits,
-    zero_head_gradients,
-)
+from moe_train.train.logits import HeadFactors, LoraFactors, TokenFactors, map_chunks, on_each_device, scan_gradients, target_hits
 
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
@@ -119,13 +104,10 @@ def _chunked(temperature: float, xs: TokenFactors, heads: HeadFactors, inputs: _
 
 
 def _chunked_forward(temperature: float, xs: TokenFactors, heads: HeadFactors, inputs: _Inputs) -> tuple[_Outputs, _Saved]:
-    m = xs[0].shape[0]
     v = heads[0].shape[0]
-    rows = chunk_rows(m, v)
 
-    def of_chunk(chunk: tuple[TokenFactors, _Inputs]) -> tuple[Float[Array, "..."], ...]:
-        xs_r, (chosen_rk, targets_r) = chunk
-        logits_rv = chunk_logits(xs_r, heads)
+    def of_logits(logits_rv: Float[Array, "r v"], chunk: _Inputs) -> tuple[Float[Array, "..."], ...]:
+        chosen_rk, targets_r = chunk
         top_r = jax.lax.pmax(jnp.max(logits_rv, axis=-1), "tensor")
         # Relative to the largest logit, so that large logits lose no digits in the differences below.
         shifted_rv = logits_rv - top_r[:, None]
@@ -150,19 +132,18 @@ def _chunked_forward(temperature: float, xs: TokenFactors, heads: HeadFactors, i
         outputs = (chosen_rk - log_sum_r[:, None], tail_r, target_r - plain_log_sum_r, -log_sum_r, entropy_r)
         return *outputs, top_r, log_sum_r, plain_log_sum_r
 
-    chunks = jax.tree.map(lambda x: split_chunks(x, rows), (xs, inputs))
-    *outputs, top_m, log_sum_m, plain_log_sum_m = (join_chunks(x, m) for x in jax.lax.map(of_chunk, chunks))
+    *outputs, top_m, log_sum_m, plain_log_sum_m = map_chunks(of_logits, xs, heads, inputs)
     return tuple(outputs), _Saved(xs, heads, inputs, top_m, log_sum_m, plain_log_sum_m, outputs[1])
 
 
 def _chunked_backward(temperature: float, saved: _Saved, cotangents: _Outputs) -> tuple[TokenFactors, HeadFactors, None]:
-    m = saved.xs[0].shape[0]
     v = saved.heads[0].shape[0]
-    rows = chunk_rows(m, v)
 
-    def add_chunk(dheads: TransposedHeadGradients, chunk: tuple[_Saved, _Outputs]) -> tuple[TransposedHeadGradients, TokenFactors]:
+    def of_logits(
+        _: tuple[()], logits_rv: Float[Array, "r v"], chunk: tuple[_Saved, _Outputs]
+    ) -> tuple[tuple[()], Float[Array, "r v"]]:
         at_r, (dchosen_rk, dtail_r, dtarget_r) = chunk
-        shifted_rv = chunk_logits(at_r.xs, saved.heads) - at_r.top_m[:, None]
+        shifted_rv = logits_rv - at_r.top_m[:, None]
         log_q_rv = shifted_rv / temperature - at_r.log_sum_m[:, None]
         places = _places(at_r.inputs.chosen_mk, v)
         # With q the softmax at the temperature: d log q_i / d logit_v = ([v = i] - q_v) / temperature, and for the tail's mass t
@@ -174,15 +155,12 @@ def _chunked_backward(temperature: float, saved: _Saved, cotangents: _Outputs) -
         dlogits_rv = jnp.where(is_above, dtail_r, 0)[:, None] * of_tail_rv - total_r[:, None] * jnp.exp(log_q_rv)
         dlogits_rv = places.added(dlogits_rv, dchosen_rk) / temperature
         probs_rv = jnp.exp(shifted_rv - at_r.plain_log_sum_m[:, None])
-        dlogits_rv += dtarget_r[:, None] * (target_hits(at_r.inputs.targets_m, v) - probs_rv)
-        dlogits_rv = dlogits_rv.astype(at_r.xs[0].dtype)
-        return add_head_gradients(dheads, dlogits_rv, at_r.xs), input_gradients(dlogits_rv, saved.heads)
+        return (), dlogits_rv + dtarget_r[:, None] * (target_hits(at_r.inputs.targets_m, v) - probs_rv)
 
-    # Every chunk needs the full heads, so they are not split into chunks. The last two outputs have no gradient.
-    chunks = jax.tree.map(lambda x: split_chunks(x, rows), (saved._replace(heads=()), cotangents[:3]))
-    dheads, chunk_dxs = jax.lax.scan(add_chunk, zero_head_gradients(saved.xs[0], saved.heads), chunks)
-    dxs = tuple(join_chunks(dx, m) for dx in chunk_dxs)
-    return dxs, head_gradients(dheads, saved.heads), None
+    # The factors of the logits are split by the scan itself. The last two outputs have no gradient.
+    per_token = (saved._replace(xs=(), heads=()), cotangents[:3])
+    scanned = scan_gradients(of_logits, saved.xs, saved.heads, per_token)
+    return scanned.xs, scanned.heads, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

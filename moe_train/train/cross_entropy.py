@@ -12,22 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train.machine.mesh import global_axes
-from moe_train.train.logits import (
-    HeadFactors,
-    LoraFactors,
-    TokenFactors,
-    TransposedHeadGradients,
-    add_head_gradients,
-    chunk_logits,
-    chunk_rows,
-    head_gradients,
-    input_gradients,
-    join_chunks,
-    on_each_device,
-    split_chunks,
-    target_hits,
-    zero_head_gradients,
-)
+from moe_train.train.logits import HeadFactors, LoraFactors, TokenFactors, on_each_device, scan_gradients, target_hits
 
 
 def cross_entropy_sum(
@@ -73,37 +58,28 @@ _Gradients = tuple[TokenFactors, HeadFactors]
 def _chunked_forward(
     xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"], mask_m: Bool[Array, " m"]
 ) -> tuple[Float[Array, ""], _Gradients]:
-    m = xs[0].shape[0]
-    v = heads[0].shape[0]
-    rows = chunk_rows(m, v)
     is_first = jax.lax.axis_index("tensor") == 0
 
-    def add_chunk(
-        carry: tuple[Float[Array, ""], TransposedHeadGradients], chunk: tuple[TokenFactors, Int[Array, " r"], Bool[Array, " r"]]
-    ) -> tuple[tuple[Float[Array, ""], TransposedHeadGradients], TokenFactors]:
-        total, dheads = carry
-        xs_r, targets_r, mask_r = chunk
-        logits_rv = chunk_logits(xs_r, heads)
+    def of_logits(
+        total: Float[Array, ""], logits_rv: Float[Array, "r v"], chunk: tuple[Int[Array, " r"], Bool[Array, " r"]]
+    ) -> tuple[Float[Array, ""], Float[Array, "r v"]]:
+        targets_r, mask_r = chunk
         # The maximum over all parts of V. It is a constant per row, so it needs no gradient.
         top_r1 = jax.lax.pmax(jnp.max(logits_rv, axis=-1, keepdims=True), "tensor")
         exps_rv = jnp.exp(logits_rv - top_r1)
         sums_r1 = jax.lax.psum(jnp.sum(exps_rv, axis=-1, keepdims=True), "tensor")
-        hit_rv = target_hits(targets_r, v)
+        hit_rv = target_hits(targets_r, logits_rv.shape[1])
         target_logit_r = jnp.sum(jnp.where(hit_rv, logits_rv, 0), axis=-1)
         # Every part of V counts its own target logits; only part 0 counts the normalizer.
         normalizer_r = jnp.where(is_first, (top_r1 + jnp.log(sums_r1))[:, 0], 0)
         total += jnp.sum(jnp.where(mask_r, normalizer_r - target_logit_r, 0))
-        # The gradient of the cross-entropy: softmax minus one-hot target.
-        dlogits_rv = jnp.where(mask_r[:, None], exps_rv / sums_r1 - hit_rv, 0).astype(xs_r[0].dtype)
-        return (total, add_head_gradients(dheads, dlogits_rv, xs_r)), input_gradients(dlogits_rv, heads)
+        # The gradient of the cross-entropy: softmax minus one-hot target. Rows that pad the last chunk have the mask False.
+        return total, jnp.where(mask_r[:, None], exps_rv / sums_r1 - hit_rv, 0)
 
     # Made from xs, so that the carry varies along the same mesh axes as what is added to it.
-    start = (jax.lax.full_like(xs[0], 0, jnp.float32, ()), zero_head_gradients(xs[0], heads))
-    # Rows that pad the last chunk have the mask False, so they add neither loss nor gradient.
-    chunks = jax.tree.map(lambda x: split_chunks(x, rows), (xs, targets_m, mask_m))
-    (total, dheads), chunk_dxs = jax.lax.scan(add_chunk, start, chunks)
-    dxs = tuple(join_chunks(dx, m) for dx in chunk_dxs)
-    return total, (dxs, head_gradients(dheads, heads))
+    start = jax.lax.full_like(xs[0], 0, jnp.float32, ())
+    scanned = scan_gradients(of_logits, xs, heads, (targets_m, mask_m), start)
+    return scanned.total, (scanned.xs, scanned.heads)
 
 
 def _chunked_backward(saved: _Gradients, dtotal: Float[Array, ""]) -> tuple[TokenFactors, HeadFactors, None, None]:

@@ -228,7 +228,11 @@ def _share_and_gradients(
         # `fixed.learned` holds router biases, which move by the statistics only.
         elif fixed.learned or any(coefs.model_dump(exclude={"balance_over"}).values()):
             raise ValueError(_NO_STATISTICS.format(coefs.model_dump(exclude_none=True)))
-        return loss, terms._replace(sum=total, metrics=metrics)
+        routers = terms.routers
+        if routers is not None:
+            # Arrays of every token, which only the objective needs.
+            routers = routers._replace(expert_ids=None)
+        return loss, terms._replace(sum=total, metrics=metrics, routers=routers)
 
     return jax.value_and_grad(share, has_aux=True)(trainable)
 

@@ -1,7 +1,8 @@
 """Logits of one chunk of tokens at a time, with the vocabulary split over `tensor`.
 
 The (tokens, V) float32 logits of a batch are by far its largest array. The functions that need them (`cross_entropy`,
-`token_logprobs`) loop over chunks of tokens, so that only one chunk's logits exist at a time.
+`token_logprobs`, `chosen_logprobs`, `top_logprobs`) go through chunks of tokens with `map_chunks` and `scan_gradients`, so that
+only one chunk's logits exist at a time.
 
 Shapes: m tokens of a device, r tokens of a chunk, v vocabulary rows of a device, D model dim. Logits are
 sum_i xs_mD[i] · heads_vD[i]: the head's own product, and the LoRA delta of the head as the product of its two factors.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,77 @@ def on_each_device(
 
     in_specs = (tokens, head_specs, *(tokens for _ in per_token_BT))
     return jax.shard_map(run_local, in_specs=in_specs, out_specs=out_specs)(inputs, heads, *per_token_BT)
+
+
+def map_chunks(
+    of_logits: Callable[[Float[Array, "r v"], Any], Any], xs: TokenFactors, heads: HeadFactors, per_token: Any = ()
+) -> Any:
+    """Compute values of each of this device's tokens from its logits, chunk by chunk.
+
+    Args:
+        of_logits: function (float32 logits of a chunk, the chunk of `per_token`) -> arrays of (r, …).
+        xs: factors of the tokens.
+        heads: factors of this device's part of the vocabulary.
+        per_token: further arrays of (m, …).
+
+    Returns:
+        The results of `of_logits` with one row for each token.
+    """
+    tokens = xs[0].shape[0]
+    rows = chunk_rows(tokens, heads[0].shape[0])
+
+    def of_chunk(chunk: tuple[TokenFactors, Any]) -> Any:
+        xs_r, per_token_r = chunk
+        return of_logits(chunk_logits(xs_r, heads), per_token_r)
+
+    chunks = jax.tree.map(lambda x: split_chunks(x, rows), (xs, per_token))
+    return jax.tree.map(lambda x: join_chunks(x, tokens), jax.lax.map(of_chunk, chunks))
+
+
+class ScannedGradients(NamedTuple):
+    """Result of `scan_gradients`."""
+
+    total: Any
+    """The last value that was carried from chunk to chunk."""
+    xs: TokenFactors
+    """Gradients of the tokens' factors; they must still be summed over `tensor`."""
+    heads: HeadFactors
+    """Gradients of the heads' factors."""
+
+
+def scan_gradients(
+    of_logits: Callable[[Any, Float[Array, "r v"], Any], tuple[Any, Float[Array, "r v"]]],
+    xs: TokenFactors,
+    heads: HeadFactors,
+    per_token: Any,
+    total: Any = (),
+) -> ScannedGradients:
+    """Compute the gradients of both factors of the logits, given the gradient of the logits of each chunk.
+
+    Args:
+        of_logits: function (value carried so far, float32 logits of a chunk, the chunk of `per_token`) -> (value to carry on,
+            gradient of the logits). Rows that pad the last chunk have zeros in `per_token`, and must have a gradient of 0 there.
+        xs: factors of the tokens.
+        heads: factors of this device's part of the vocabulary.
+        per_token: further arrays of (m, …).
+        total: value to carry from chunk to chunk.
+    """
+    tokens = xs[0].shape[0]
+    rows = chunk_rows(tokens, heads[0].shape[0])
+
+    def add_chunk(
+        carry: tuple[Any, TransposedHeadGradients], chunk: tuple[TokenFactors, Any]
+    ) -> tuple[tuple[Any, TransposedHeadGradients], TokenFactors]:
+        total, dheads = carry
+        xs_r, per_token_r = chunk
+        total, dlogits_rv = of_logits(total, chunk_logits(xs_r, heads), per_token_r)
+        dlogits_rv = dlogits_rv.astype(xs_r[0].dtype)
+        return (total, add_head_gradients(dheads, dlogits_rv, xs_r)), input_gradients(dlogits_rv, heads)
+
+    # Every chunk needs the full heads, so they are not split into chunks.
+    chunks = jax.tree.map(lambda x: split_chunks(x, rows), (xs, per_token))
+    (total, dheads), chunk_dxs = jax.lax.scan(add_chunk, (total, zero_head_gradients(xs[0], heads)), chunks)
+    return ScannedGradients(total, tuple(join_chunks(dx, tokens) for dx in chunk_dxs), head_gradients(dheads, heads))
 
 
 def chunk_rows(tokens: int, vocabulary: int) -> int:

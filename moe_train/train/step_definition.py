@@ -9,7 +9,7 @@ import optax
 from jax.tree_util import PyTreeDef
 
 from moe_train import config
-from moe_train.model.parameters import with_capacity, with_row_balance
+from moe_train.model.parameters import with_capacity, with_expert_ids, with_row_balance
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
 
@@ -58,9 +58,13 @@ def definition_of(
     structure = with_capacity(structure, run.train.capacity_factor)
     if run.loss.balance_over == "sequence":
         structure = with_row_balance(structure)
+    objective = objective or objective_of(run.objective, run.pictures)
+    if objective.uses_reference and run.lora is not None:
+        # The reference runs in every step, so that its routing can be compared without another pass.
+        structure = with_expert_ids(structure)
     return StepDefinition(
         structure=structure,
-        objective=objective or objective_of(run.objective, run.pictures),
+        objective=objective,
         optimizer=optimizer,
         router_loss=run.loss,
         microbatches=run.train.microbatches,

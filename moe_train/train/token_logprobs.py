@@ -17,22 +17,7 @@ from moe_train.model.layers import keys_of
 from moe_train.model.moe.router import RouterStats
 from moe_train.model.sharding.specs import plain_on_one_device
 from moe_train.model.transformer import Transformer
-from moe_train.train.logits import (
-    HeadFactors,
-    LoraFactors,
-    TokenFactors,
-    TransposedHeadGradients,
-    add_head_gradients,
-    chunk_logits,
-    chunk_rows,
-    head_gradients,
-    input_gradients,
-    join_chunks,
-    on_each_device,
-    split_chunks,
-    target_hits,
-    zero_head_gradients,
-)
+from moe_train.train.logits import HeadFactors, LoraFactors, TokenFactors, map_chunks, on_each_device, scan_gradients, target_hits
 
 
 class TokenLogprobs(NamedTuple):
@@ -115,13 +100,7 @@ def _chunked(xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"]) 
 def _chunked_forward(
     xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"]
 ) -> tuple[tuple[Float[Array, " m"], Float[Array, " m"]], _Saved]:
-    m = xs[0].shape[0]
-    v = heads[0].shape[0]
-    rows = chunk_rows(m, v)
-
-    def of_chunk(_: None, chunk: tuple[TokenFactors, Int[Array, " r"]]) -> tuple[None, tuple[Float[Array, " r"], ...]]:
-        xs_r, targets_r = chunk
-        logits_rv = chunk_logits(xs_r, heads)
+    def of_logits(logits_rv: Float[Array, "r v"], targets_r: Int[Array, " r"]) -> tuple[Float[Array, " r"], ...]:
         top_r = jax.lax.pmax(jnp.max(logits_rv, axis=-1), "tensor")
         # Relative to the largest logit, so that large logits lose no digits in the differences below.
         shifted_rv = logits_rv - top_r[:, None]
@@ -129,16 +108,14 @@ def _chunked_forward(
         sums = (
             jnp.sum(exps_rv, axis=-1),
             jnp.sum(exps_rv * shifted_rv, axis=-1),
-            jnp.sum(jnp.where(target_hits(targets_r, v), shifted_rv, 0), axis=-1),
+            jnp.sum(jnp.where(target_hits(targets_r, logits_rv.shape[1]), shifted_rv, 0), axis=-1),
         )
         normalizer_r, weighted_r, target_r = jax.lax.psum(sums, "tensor")
         # With logits l relative to the largest and Z = sum exp(l): entropy = log Z - sum exp(l) * l / Z.
         log_sum_r = jnp.log(normalizer_r)
-        return None, (target_r - log_sum_r, log_sum_r - weighted_r / normalizer_r, top_r, log_sum_r)
+        return target_r - log_sum_r, log_sum_r - weighted_r / normalizer_r, top_r, log_sum_r
 
-    chunks = jax.tree.map(lambda x: split_chunks(x, rows), (xs, targets_m))
-    _, per_token = jax.lax.scan(of_chunk, None, chunks)
-    logprob_m, entropy_m, top_m, log_sum_m = (join_chunks(x, m) for x in per_token)
+    logprob_m, entropy_m, top_m, log_sum_m = map_chunks(of_logits, xs, heads, targets_m)
     return (logprob_m, entropy_m), _Saved(xs, heads, targets_m, top_m, log_sum_m, entropy_m)
 
 
@@ -147,28 +124,20 @@ _Cotangents = tuple[Float[Array, " m"], Float[Array, " m"]]
 
 
 def _chunked_backward(saved: _Saved, cotangents: _Cotangents) -> tuple[TokenFactors, HeadFactors, None]:
-    m = saved.xs[0].shape[0]
-    v = saved.heads[0].shape[0]
-    rows = chunk_rows(m, v)
-
-    def add_chunk(
-        dheads: TransposedHeadGradients, chunk: tuple[_Saved, _Cotangents]
-    ) -> tuple[TransposedHeadGradients, TokenFactors]:
+    def of_logits(
+        _: tuple[()], logits_rv: Float[Array, "r v"], chunk: tuple[_Saved, _Cotangents]
+    ) -> tuple[tuple[()], Float[Array, "r v"]]:
         at_r, (dlogprob_r, dentropy_r) = chunk
-        logits_rv = chunk_logits(at_r.xs, saved.heads)
         logprobs_rv = logits_rv - at_r.top_m[:, None] - at_r.log_sum_m[:, None]
         probs_rv = jnp.exp(logprobs_rv)
         # d logprob / d logit = [is target] - p, and d entropy / d logit = -p * (log p + entropy).
-        dlogits_rv = dlogprob_r[:, None] * (target_hits(at_r.targets_m, v) - probs_rv)
-        dlogits_rv -= dentropy_r[:, None] * probs_rv * (logprobs_rv + at_r.entropy_m[:, None])
-        dlogits_rv = dlogits_rv.astype(at_r.xs[0].dtype)
-        return add_head_gradients(dheads, dlogits_rv, at_r.xs), input_gradients(dlogits_rv, saved.heads)
+        dlogits_rv = dlogprob_r[:, None] * (target_hits(at_r.targets_m, logits_rv.shape[1]) - probs_rv)
+        return (), dlogits_rv - dentropy_r[:, None] * probs_rv * (logprobs_rv + at_r.entropy_m[:, None])
 
-    # Every chunk needs the full heads, so they are not split into chunks.
-    chunks = jax.tree.map(lambda x: split_chunks(x, rows), (saved._replace(heads=()), cotangents))
-    dheads, chunk_dxs = jax.lax.scan(add_chunk, zero_head_gradients(saved.xs[0], saved.heads), chunks)
-    dxs = tuple(join_chunks(dx, m) for dx in chunk_dxs)
-    return dxs, head_gradients(dheads, saved.heads), None
+    # The factors of the logits are split by the scan itself.
+    per_token = (saved._replace(xs=(), heads=()), cotangents)
+    scanned = scan_gradients(of_logits, saved.xs, saved.heads, per_token)
+    return scanned.xs, scanned.heads, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)

@@ -5,7 +5,6 @@ Logits exist for one chunk of tokens at a time (`train.logits`). There is no gra
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -15,16 +14,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from moe_train.machine.mesh import axis_size, batch_axes
 from moe_train.model.sharding.specs import plain_on_one_device
-from moe_train.train.logits import (
-    HeadFactors,
-    LoraFactors,
-    TokenFactors,
-    chunk_logits,
-    chunk_rows,
-    join_chunks,
-    on_each_device,
-    split_chunks,
-)
+from moe_train.train.logits import HeadFactors, LoraFactors, TokenFactors, map_chunks, on_each_device
 
 LOWEST = -1e30
 """Stands for the log-probability of a token that is not allowed; finite, so that differences stay numbers."""
@@ -72,11 +62,7 @@ def top_logprobs(
     def local(
         xs: TokenFactors, heads: HeadFactors, shape_bt: Int[Array, "b t"]
     ) -> tuple[Int[Array, "b t k"], Float[Array, "b t k"], Float[Array, "b t"]]:
-        m = xs[0].shape[0]
-        rows = chunk_rows(m, heads[0].shape[0])
-        chunks = jax.tree.map(lambda x: split_chunks(x, rows), xs)
-        outputs = jax.lax.map(partial(_top_of_chunk, heads=heads, settings=settings), chunks)
-        ids_mk, logprobs_mk, tail_m = (join_chunks(x, m) for x in outputs)
+        ids_mk, logprobs_mk, tail_m = map_chunks(lambda logits_rv, _: _top_of_chunk(logits_rv, settings), xs, heads)
         b, t = shape_bt.shape
         return ids_mk.reshape(b, t, -1), logprobs_mk.reshape(b, t, -1), tail_m.reshape(b, t)
 
@@ -87,10 +73,10 @@ def top_logprobs(
 
 
 def _top_of_chunk(
-    xs_r: TokenFactors, heads: HeadFactors, settings: TopSettings
+    logits_rv: Float[Array, "r v"], settings: TopSettings
 ) -> tuple[Int[Array, "r k"], Float[Array, "r k"], Float[Array, " r"]]:
     """Return (ids, log-probabilities, log of the tail's mass) for a chunk; equal on all devices along `tensor`."""
-    logits_rv = chunk_logits(xs_r, heads) / settings.temperature
+    logits_rv = logits_rv / settings.temperature
     r, v = logits_rv.shape
     first = jax.lax.axis_index("tensor") * v
     top_r = jax.lax.pmax(jnp.max(logits_rv, axis=-1), "tensor")

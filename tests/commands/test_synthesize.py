@@ -13,6 +13,7 @@ from moe_train import config
 from moe_train.commands import write_and_prove
 from moe_train.commands.synthesize import SynthesisOptions, read_grader, synthesize
 from moe_train.data.records.conversation import read
+from moe_train.data.records.normal_form import PreferencePair
 from moe_train.data.records.recognise import recognise
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.evaluate.suites import answer
@@ -29,6 +30,15 @@ grader: {name: exact}
 """
 
 
+CALLS = [
+    '<tool_call>{"name": "look", "arguments": {"at": "fox"}}</tool_call>',
+    '<tool_call>{"arguments": {"at": "fox"}, "name": "look"}</tool_call>',
+    'Well.\n<tool_call>{"name": "look", "arguments": {"at": "dog"}}</tool_call>',
+    '<tool_call>{"name": "look", "arguments": {"at": "fox"}}</tool_call> and more',
+    "I cannot.",
+]
+
+
 @pytest.fixture(autouse=True)
 def sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of one letter in place of the model's, the last of each five cut off; the generator has tests of its own."""
@@ -38,7 +48,8 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> list[GeneratedText]:
         rng = random.Random(options.generation.seed)
         assert options.generation.temperature == 1.0
-        return [GeneratedText((1,), rng.choice("abcdefgh"), i % 5 < 4) for i in range(len(prompts))]
+        texts = CALLS if options.keep_special else list("abcdefgh")
+        return [GeneratedText((), rng.choice(texts), i % 5 < 4) for i in range(len(prompts))]
 
     monkeypatch.setattr(answer, "generate_answers", generate)
 
@@ -48,8 +59,10 @@ def teacher(small_tokenizer: HuggingFace, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("teacher") / "model"
     with jax.set_mesh(ONE):
         _, weights = random_model(MIXTRAL)
+        # A prompt with tools has some hundred tokens of this tokenizer.
+        model = MIXTRAL.model_copy(update={"max_seq_len": 1024})
         write_and_prove.export_model(
-            weights, MIXTRAL, folder, write_and_prove.WriteOptions(dtype="float32", texts=texts.Texts(small_tokenizer))
+            weights, model, folder, write_and_prove.WriteOptions(dtype="float32", texts=texts.Texts(small_tokenizer))
         )
     return folder
 
@@ -87,6 +100,23 @@ def test_records_are_read_without_a_section_of_their_own(form: str, teacher: Pat
         assert again["records"] == result["records"] and other["answers"] == 24
         records = [(tmp_path / name / "records.jsonl").read_text() for name in ("out", "again", "other")]
         assert records[0] == records[1] != records[2]
+
+
+def test_answers_that_call_tools(teacher: Path, tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+    turns = [{"role": "system", "content": "Look."}, {"role": "user", "content": "the quick"}]
+    item = {"messages": turns, "tools": [tool], "tool_calls": [{"name": "look", "arguments": {"at": "fox"}}]}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item))
+    options = SynthesisOptions(20, "pairs", "tool_calls", max_tokens=6, chat_template="chatml")
+    result = synthesize(tmp_path / "items.jsonl", teacher, tmp_path / "out", options)
+    assert result["accepted"] == 1 and result["rejected"] == 2 and result["not_written"] and result["records"] == 1
+    (line,) = (tmp_path / "out" / "records.jsonl").read_text().splitlines()
+    record = recognise(json.loads(line))
+    pair = read(json.loads(line), record).record
+    assert isinstance(pair, PreferencePair) and pair.prompt.messages == turns and pair.prompt.tools
+    (call,) = pair.chosen[0]["tool_calls"]
+    assert call["function"] == {"name": "look", "arguments": '{"at": "fox"}'}
+    assert pair.rejected[0]["content"] in ("I cannot.", "Well.")
 
 
 def test_what_is_refused(teacher: Path, suite: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from moe_train.evaluate.routing import Drift, DriftSums, drift_sums
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import with_expert_ids
 from moe_train.train.objectives.next_token import next_token
-from tests.compiled_programs import quick_jit
 from tests.evaluate.two_batches import HALVES, LOADER
 from tests.random_parameters import random_parameters
 from tests.train.tiny_step import LORA, MODEL, ONE, structure_of
@@ -25,7 +24,7 @@ ROUTER = "stacks.0.layers.0.ffn.router.weight"
 
 def test_assignments_are_compared_with_those_of_the_base() -> None:
     """A router of the opposite sign chooses the other two of four experts in the first layer; the adapters change nothing."""
-    run = quick_jit(partial(drift_sums, structure=with_expert_ids(structure_of(LORA)), objective=next_token()))
+    run = jax.jit(partial(drift_sums, structure=with_expert_ids(structure_of(LORA)), objective=next_token()))
     with jax.set_mesh(ONE):
         params = random_parameters(MODEL, lora=LORA, scale=0.3)
         adapters = {path: 0 * x for path, x in params.items() if "lora_" in path}

@@ -34,7 +34,6 @@ from moe_train.train.optimizer import make_optimizer
 from moe_train.train.state import create_state
 from moe_train.train.step import train_step
 from moe_train.train.step_definition import definition_of
-from tests.compiled_programs import quick_jit
 
 D, V, L, DENSE = 32, 288, 4, 2
 FFN = {
@@ -133,7 +132,7 @@ def test_a_cache_generates_what_the_model_says_without_one(trained: config.Confi
         rows[0, : len(prompt) + count] = prompt + new
         positions = np.tile(np.arange(16, dtype=np.int32), (4, 1))
         tokens, positions, segments = put_batch((rows, positions, np.ones_like(rows)), mesh)
-        run = quick_jit(lambda weights, *row: (model := combine(structure, weights)).logits(model(*row)[0]))
+        run = jax.jit(lambda weights, *row: (model := combine(structure, weights)).logits(model(*row)[0]))
         logits = np.asarray(run(weights, tokens, positions, segments))[0]
     at = slice(len(prompt) - 1, len(prompt) - 1 + count)
     assert np.argmax(logits[at], axis=-1).tolist() == new
@@ -176,7 +175,7 @@ def steps_on(mesh: jax.sharding.Mesh, run: config.Config) -> list[float]:
         drawn = {path: draw_like(path, like, mesh) for path, like in shapes.items()}
         optimizer = make_optimizer(run.optimizer, 3)
         state = create_state(drawn, optimizer, run.lora)
-        step = quick_jit(partial(train_step, definition_of(config.run_of(run), structure, optimizer)))
+        step = jax.jit(partial(train_step, definition_of(config.run_of(run), structure, optimizer)))
         losses = []
         for _ in range(3):
             state, metrics = step(state, put_batch(rows, mesh))

@@ -136,6 +136,10 @@ def test_a_reward_model(small_run: Any, tmp_path: Path) -> None:
         ({"plant": "oak"}, r"animal.jsonl:1: labels has the target 'plant'; the targets are animal"),
         (None, r"animal.jsonl:1: the record has no labels"),
         ({"animal": ["fox", "dog"]}, r"animal.jsonl:1: target 'animal' has 2 labels, and each text has exactly one"),
+        (
+            {"animal": "fox"},
+            r"animal.jsonl:1: this and all other texts \(1\) have the same labels of target animal \(fox\), so nothing",
+        ),
     ],
 )
 def test_bad_labels(labels: Any, message: str, classifier: Any, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine, parameters
 from moe_train.model.transformer import abstract_model
 from moe_train.train.token_logprobs import batch_logprobs
-from tests.compiled_programs import quick_jit
 from tests.data.chat import trajectories
 from tests.data.hugging_face import small_tekken
 from tests.random_parameters import random_parameters
@@ -58,7 +57,7 @@ def test_the_losses_are_the_same(tmp_path: Path) -> None:
             outputs, _ = batch_logprobs(combine(structure, weights), batch)
             return jnp.where(batch.loss_mask, -outputs.logprob, 0)
 
-        of_merged, of_separate = (np.asarray(quick_jit(losses)(put_batch(batch_of(made), ONE))) for made in (merged, separate))
+        of_merged, of_separate = (np.asarray(jax.jit(losses)(put_batch(batch_of(made), ONE))) for made in (merged, separate))
     for row, example in enumerate(separate):
         place = [i for i, mask in enumerate(example.loss_mask or ()) if mask]
         assert of_merged[0, [i - 1 for i in place]] == pytest.approx(of_separate[row, [i - 1 for i in place]], rel=1e-4, abs=1e-4)

@@ -18,7 +18,8 @@ from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.generate import GenerationRequest, Sampling, generate
 from moe_train.commands.prompt_file import read_prompt_file
-from moe_train.commands.show import page, rows_of_run
+from moe_train.commands.show import rows_of_run
+from moe_train.commands.show_page import page
 from moe_train.commands.text_generator import ChatSettings
 from moe_train.commands.train import train
 from moe_train.data.batches.batch import BatchRows

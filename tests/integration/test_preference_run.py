@@ -86,6 +86,7 @@ def test_pairs_with_adapters_start_at_zero_and_learn(
     steps = lines(tmp_path / "run")
     assert steps[0]["rewards/margins"] == 0 and steps[0]["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert steps[-1]["rewards/margins"] > 0 and steps[-1]["loss"] < steps[0]["loss"]
+    assert steps[0]["routing_drift"] == [0, 0] and all(0 < drift < 1 for drift in steps[-1]["routing_drift"])
     held_out = lines(tmp_path / "run", "eval")
     assert held_out[-1]["rewards/accuracies"] > 0.5 and held_out[0]["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert held_out[0]["pairs"] == 24 and held_out[0]["routing_drift"] == [0, 0] and len(held_out[-1]["routing_drift"]) == 2

@@ -26,7 +26,6 @@ from moe_train.plan import hlo
 from moe_train.plan.compile import abstract_step
 from moe_train.plan.replica_groups import axes_of
 from moe_train.train.step import train_step
-from tests.compiled_programs import quick_jit
 
 B, T, D, F, E, A, N, H, V = 8, 16, 32, 64, 8, 2, 8, 4, 64
 MESHES = {
@@ -68,7 +67,7 @@ def lowered(mesh: str, layers: int = 2, dtype: str = "float32", microbatches: in
     devices = make_mesh(run.mesh)
     with jax.set_mesh(devices):
         definition, state, batch, _ = abstract_step(config.run_of(run), devices)
-        return quick_jit(partial(train_step, definition), donate_argnums=0).lower(state, batch)
+        return jax.jit(partial(train_step, definition), donate_argnums=0).lower(state, batch)
 
 
 @cache

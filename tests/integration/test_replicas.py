@@ -19,7 +19,7 @@ from moe_train.train.objectives.next_token import next_token
 from moe_train.train.step import train_step
 from moe_train.train.step_definition import StepDefinition
 from tests.meshes import mesh_of
-from tests.train.biased_step import LORA, LOSS, ONE, OPTIMIZER, POISON, V, close, quick_jit, started, step
+from tests.train.biased_step import LORA, LOSS, ONE, OPTIMIZER, POISON, V, close, started, step
 
 T = 12
 LORA_WITH_DROPOUT = LORA.model_copy(update={"dropout": 0.4})
@@ -56,7 +56,7 @@ def test_replicas_drop_what_one_device_drops() -> None:
         with jax.set_mesh(mesh):
             structure, state = started(mesh, LORA_WITH_DROPOUT)
             definition = StepDefinition(structure, next_token(), OPTIMIZER, LOSS, 2, dropout_seed=3)
-            run = quick_jit(partial(train_step, definition))
+            run = jax.jit(partial(train_step, definition))
             found.append(jax.device_get(run(state, put_batch(batch(8), mesh))))
     (after, metrics), (wanted, wanted_metrics) = found
     close(metrics, wanted_metrics)

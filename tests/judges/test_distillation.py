@@ -12,7 +12,6 @@ import pytest
 from moe_train.machine.mesh import put_batch
 from moe_train.train.objectives.distillation import loss
 from moe_train.train.objectives.objective import ObjectiveInputs
-from tests.compiled_programs import quick_jit
 from tests.train.objectives.test_distillation import SECTIONS, TEACHER, rows, section
 from tests.train.tiny_step import ONE, B, T, V, batch
 
@@ -72,7 +71,7 @@ def test_losses_and_gradients_are_those_of_trl(name: str) -> None:
     exact = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
     stored = stored._replace(teacher_logprobs=np.take_along_axis(exact, stored.teacher_ids, -1).astype(np.float32))
     with jax.set_mesh(ONE):
-        ours, gradient = jax.device_get(quick_jit(jax.value_and_grad(total))(jnp.asarray(student), put_batch(stored, ONE)))
+        ours, gradient = jax.device_get(jax.jit(jax.value_and_grad(total))(jnp.asarray(student), put_batch(stored, ONE)))
     assert ours == pytest.approx(factor * value.item(), rel=1e-5)
     expected = factor * theirs.grad.numpy()
     assert np.max(np.abs(gradient - expected)) <= 1e-4 * np.max(np.abs(expected))

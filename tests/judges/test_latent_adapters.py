@@ -18,7 +18,6 @@ from moe_train.proof import base_modules
 from moe_train.proof.checks import Fault
 from moe_train.proof.prove_adapter import AdapterExport, prove_adapter
 from moe_train.weights import peft, safetensors_files
-from tests.compiled_programs import quick_jit
 from tests.random_parameters import abstract, random_parameters
 from tests.tiny import DEEPSEEK_V3, MISTRAL4, ONE
 
@@ -55,7 +54,7 @@ def our_logits(weights: Parameters, model: config.Model, lora: config.Lora | Non
         structure, _ = parameters(abstract_model(model, config.Compute(), lora))
         arrays = put_batch((TOKENS, np.arange(20, dtype=np.int32)[None], np.ones_like(TOKENS)), ONE)
 
-        @quick_jit
+        @jax.jit
         def run(weights: Parameters) -> jax.Array:
             module = combine(structure, weights)
             return module.logits(module(*arrays)[0])

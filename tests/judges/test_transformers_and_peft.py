@@ -18,7 +18,6 @@ from moe_train.model import parameters as flat
 from moe_train.model import transformer
 from moe_train.model.paths import ParameterPath
 from moe_train.weights import external, names, peft
-from tests.compiled_programs import quick_jit
 
 pytestmark = pytest.mark.judges
 
@@ -150,7 +149,7 @@ def random_parameters(model: config.Model, lora: config.Lora | None = None) -> t
 
 
 def our_logits(structure: Any, parameters: dict[str, jax.Array], arrays: Any) -> np.ndarray:
-    @quick_jit
+    @jax.jit
     def run(parameters: dict[str, jax.Array]) -> jax.Array:
         module = flat.combine(structure, parameters)
         return module.logits(module(*arrays)[0])

@@ -29,7 +29,6 @@ from moe_train.train.objectives.preference_losses import PairLogprobs, pair_loss
 from moe_train.train.step_definition import StepDefinition
 from moe_train.train.token_logprobs import batch_logprobs
 from moe_train.weights import names
-from tests.compiled_programs import quick_jit
 from tests.judges.test_transformers_and_peft import distance, load, random_judge
 from tests.tiny import EIGHT, ONE
 from tests.train.objectives.judged_rows import piece
@@ -164,10 +163,10 @@ class Models:
             every = arrays
             if isinstance(arrays, UnpairedBatch):
                 every = arrays._replace(segment_ids=arrays.segment_ids + arrays.mismatched_ids)
-            logprobs = quick_jit(lambda weights, rows: batch_logprobs(flat.combine(structure, weights), rows)[0].logprob)
+            logprobs = jax.jit(lambda weights, rows: batch_logprobs(flat.combine(structure, weights), rows)[0].logprob)
             arrays = arrays._replace(reference=logprobs(reference, every))
             definition = StepDefinition(structure, objective_of(section), optax.identity())
-            run = quick_jit(partial(step_gradients, definition, key=None))
+            run = jax.jit(partial(step_gradients, definition, key=None))
             return jax.device_get(run(policy, ModelWeights({}, {}, {}), arrays)), model
 
     def check_gradients(self, gradients: Any, model: config.Model) -> None:

@@ -42,6 +42,15 @@ def test_the_environment_says_which_processes_there_are(env: dict[str, str], job
     assert processes.job(env) == job
 
 
+def test_work_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID", "SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    processes.require_one_process("writing")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "auto")
+    with pytest.raises(ValueError, match=r"writing is done by one process.*start the command once"):
+        processes.require_one_process("writing")
+
+
 @pytest.mark.parametrize(
     ("env", "said"),
     [

@@ -24,7 +24,6 @@ from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.state import partition
 from moe_train.train.step_definition import StepDefinition
-from tests.compiled_programs import quick_jit
 from tests.tiny import EIGHT, MISTRAL4, ONE
 
 MODEL = config.Model(
@@ -78,7 +77,7 @@ def test_a_fresh_adapter_changes_nothing() -> None:
     lora = lora_of((("attention.q_proj", "ffn.up_proj"), 2, 4.0))
     ids, segments = np.arange(20, dtype=np.int32).reshape(2, 10), np.ones((2, 10), np.int32)
 
-    @partial(quick_jit, static_argnums=0)
+    @partial(jax.jit, static_argnums=0)
     def made(lora: config.Lora | None, *tokens: jax.Array) -> tuple[dict[str, jax.Array], jax.Array]:
         model = init_model(0, MODEL, config.Compute(), lora)
         return parameters(model)[1], model.logits(model(*tokens)[0])
@@ -182,7 +181,7 @@ def test_an_expert_may_differ_or_have_none() -> None:
         assert abstract(lora).stacks[0].layers[0].ffn.up_proj.lora_scale == (
             *((6 / 3**0.5, 3), (6 / 2**0.5, 2), (0.0, 0), (6 / 3**0.5, 3)),
         )
-        a = quick_jit(lambda: parameters(init_model(0, MODEL, config.Compute(), lora))[1])()["stacks.0.layers.0.ffn.up_proj.lora_a"]
+        a = jax.jit(lambda: parameters(init_model(0, MODEL, config.Compute(), lora))[1])()["stacks.0.layers.0.ffn.up_proj.lora_a"]
         a = np.asarray(a)
     for e, rank in enumerate((3, 2, 0, 3)):
         assert a[:, e, :, :rank].all() and not a[:, e, :, rank:].any()
@@ -223,7 +222,7 @@ def loss_and_gradients(mesh: Mesh) -> Any:
         structure, params = filled(mesh)
         trainable, frozen = partition(params, EVERY_KIND)
 
-        @quick_jit
+        @jax.jit
         def run(trainable: Parameters, frozen: Parameters, batch: Any) -> Any:
             key = jax.random.key(5, impl="threefry2x32")
             coefs = config.Loss(load_balance_loss_coef=0.1, router_z_loss_coef=0.0)
@@ -254,7 +253,7 @@ def test_every_kind_of_adapter_is_the_same_on_every_mesh() -> None:
 def test_every_kind_of_adapter_is_the_merged_weight() -> None:
     """Without a key there is no dropout: the same logits as without adapters, with each delta added to its weight."""
 
-    @partial(quick_jit, static_argnums=0)
+    @partial(jax.jit, static_argnums=0)
     def logits(structure: Any, params: Parameters, *tokens: jax.Array) -> jax.Array:
         model = combine(structure, params)
         return model.logits(model(*tokens)[0])

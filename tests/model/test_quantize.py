@@ -29,7 +29,6 @@ from moe_train.model.quantize import (
 from moe_train.model.sharding.fsdp import project
 from moe_train.model.sharding.specs import activation_spec
 from moe_train.model.transformer import abstract_model
-from tests.compiled_programs import quick_jit
 from tests.tiny import EIGHT, ONE
 
 # bitsandbytes 0.45, functional.py, get_4bit_type("nf4")
@@ -92,12 +91,12 @@ def test_values_are_the_nearest_of_a_float64_reference(kind: Any, dim: int, dtyp
     w[0, 2, 3] = 1e4  # an outlier spoils its own block alone
     turned = np.moveaxis(w, -1, dim)
     scale_dtype = np.uint32 if kind == "fp8" else w.dtype
-    found = Quantized(*map(np.asarray, quick_jit(lambda w: quantize(w, kind, 64, w.dtype, dim))(turned)))
+    found = Quantized(*map(np.asarray, jax.jit(lambda w: quantize(w, kind, 64, w.dtype, dim))(turned)))
     assert found.kind == kind
     assert found.shape == turned.shape and found.dim == dim and found.scales.dtype == scale_dtype
     assert np.moveaxis(found.scales, dim, -1).shape == (3, 5, 4)
     assert found.codes.nbytes == w.size // (2 if kind == "nf4" else 1)
-    back = np.asarray(quick_jit(lambda q: dequantize(q, F32))(Quantized(*map(jnp.asarray, found))), np.float64)
+    back = np.asarray(jax.jit(lambda q: dequantize(q, F32))(Quantized(*map(jnp.asarray, found))), np.float64)
     back = np.moveaxis(back, dim, -1)
     wanted, least = reference(w, kind, 64, np.dtype(dtype))
     error = np.abs(back - w.astype(np.float64))
@@ -122,7 +121,7 @@ def test_e4m3_is_that_of_the_library() -> None:
     ties = (between[1:] + between[:-1]) / 2
     x = np.concatenate([numbers, ties, np.nextafter(ties, np.float32(0)), np.random.default_rng(0).normal(0, 100, 9999)])
     x = np.clip(x, -448, 448).astype(np.float32)
-    ours = np.asarray(quick_jit(_to_e4m3)(x)).view(np.uint8)
+    ours = np.asarray(jax.jit(_to_e4m3)(x)).view(np.uint8)
     np.testing.assert_array_equal(ours, x.astype(E4M3).view(np.uint8))
 
 
@@ -161,7 +160,7 @@ def test_a_product_with_fp8_weights_is_that_of_their_values_on_any_mesh() -> Non
             like = Quantized(jax.ShapeDtypeStruct((16, 4, 8), np.int8), jax.ShapeDtypeStruct((4, 4, 8), np.uint32))
             quantize_like(arrays, {"m.weight.codes": like.codes, "m.weight.scales": like.scales})
             codes, scales = arrays["m.weight.codes"], arrays["m.weight.scales"]
-            y = quick_jit(lambda x, *w: project("BTD,DNH->BTNH", x, Quantized(*w)))(x_BTD, codes, scales)
+            y = jax.jit(lambda x, *w: project("BTD,DNH->BTNH", x, Quantized(*w)))(x_BTD, codes, scales)
         np.testing.assert_allclose(np.asarray(y), np.einsum("BTD,DNH->BTNH", x, values), atol=1e-5)
 
 
@@ -185,7 +184,7 @@ def test_a_quantised_model_is_the_model_of_its_values_on_any_mesh(how: Any) -> N
 
     with jax.set_mesh(ONE):
         full = {p: jax.device_put(values(p), jax.sharding.NamedSharding(ONE, P())) for p in host}
-        wanted = quick_jit(loss_of(plain_structure))(*split(full), *batch_on(ONE))
+        wanted = jax.jit(loss_of(plain_structure))(*split(full), *batch_on(ONE))
     for mesh in (ONE, EIGHT) if how.name == "nf4" else (EIGHT,):
         with jax.set_mesh(mesh):
             structure, shapes = parameters(abstract_model(MODEL, config.Compute(), lora_of(how)))
@@ -197,7 +196,7 @@ def test_a_quantised_model_is_the_model_of_its_values_on_any_mesh(how: Any) -> N
             assert {p: (x.shape, x.dtype, x.sharding.spec) for p, x in held_in_few.items()} == {
                 p: (x.shape, x.dtype, x.sharding.spec) for p, x in shapes.items()
             }
-            step = quick_jit(loss_of(structure)).lower(*split(held_in_few), *batch_on(mesh)).compile()
+            step = jax.jit(loss_of(structure)).lower(*split(held_in_few), *batch_on(mesh)).compile()
             found = step(*split(held_in_few), *batch_on(mesh))
         assert abs(float(found[0]) / float(wanted[0]) - 1) < 1e-5
         for path, gradient in wanted[1].items():
@@ -228,7 +227,7 @@ def test_what_is_gathered_are_codes(how: Any, collectives: Any) -> None:
             p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(EIGHT, x.sharding.spec))
             for p, x in shapes.items()
         }
-        text = quick_jit(loss_of(structure)).lower(*split(on_mesh), *batch).compile().as_text()
+        text = jax.jit(loss_of(structure)).lower(*split(on_mesh), *batch).compile().as_text()
     # of one layer, gathered over fsdp: this device's half of the experts and of the columns
     wide = [line for line in text.splitlines() if "all-gather" in line and ("f32[2,16,8]" in line or "f32[2,8,16]" in line)]
     codes = {

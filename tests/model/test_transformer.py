@@ -22,7 +22,6 @@ from moe_train.train.gradients import StepGradients, step_gradients
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.step_definition import StepDefinition
-from tests.compiled_programs import quick_jit
 from tests.tiny import DEEPSEEK_V3, MISTRAL4, ONE
 
 B, T, V = 8, 16, 32
@@ -107,7 +106,7 @@ def loss_and_gradients(model: config.Model, mesh: Mesh, lora: config.Lora | None
     """(loss and its parts, gradients of every weight) on the host."""
     with jax.set_mesh(mesh):
         structure, like = abstract(model, lora, **compute)
-        run = quick_jit(partial(all_gradients, structure=structure))
+        run = jax.jit(partial(all_gradients, structure=structure))
         *parts, gradients = jax.device_get(run(placed(weights(model, lora), like, mesh), put_batch(batch(), mesh)))
         return parts, gradients
 
@@ -180,7 +179,7 @@ def test_weights_are_the_same_on_every_mesh() -> None:
     made = []
     for mesh in (ONE, make_mesh(config.Mesh(data=2, fsdp=2, tensor=2))):
         with jax.set_mesh(mesh):
-            made.append(jax.device_get(parameters(quick_jit(lambda: init_model(0, model, config.Compute()))())[1]))
+            made.append(jax.device_get(parameters(jax.jit(lambda: init_model(0, model, config.Compute()))())[1]))
     jax.tree.map(np.testing.assert_array_equal, *made)
 
 
@@ -242,7 +241,7 @@ def test_stacked_layers_equal_single_ones(model: config.Model) -> None:
 
     with jax.set_mesh(ONE):
         structure, like = abstract(model, grouped_matmul="reference")
-        found, wanted = jax.device_get(quick_jit(both)(placed(weights(model), like, ONE), put_batch(batch(), ONE)))
+        found, wanted = jax.device_get(jax.jit(both)(placed(weights(model), like, ONE), put_batch(batch(), ONE)))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.max(np.abs(b)))
 
@@ -255,7 +254,7 @@ def test_the_gradient_of_a_tied_table_is_the_sum_of_both_uses() -> None:
         grads = []
         for model in (untied, tied):
             structure, like = abstract(model)
-            run = quick_jit(partial(all_gradients, structure=structure))
+            run = jax.jit(partial(all_gradients, structure=structure))
             grads.append(jax.device_get(run(placed(both, like, ONE), put_batch(batch(), ONE))).gradients)
     wanted, found = grads
     assert "head.weight" not in found
@@ -268,7 +267,7 @@ def forward(model: config.Model, mesh: Mesh) -> Any:
     with jax.set_mesh(mesh):
         structure, like = abstract(model)
 
-        @quick_jit
+        @jax.jit
         def run(params: Any, batch: Batch) -> jax.Array:
             transformer = combine(structure, params)
             return transformer.logits(transformer(batch.tokens, batch.positions, batch.segment_ids)[0])
@@ -318,7 +317,7 @@ def test_decoding_equals_the_whole_sequence(model: config.Model, sizes: str | No
             hidden, caches = transformer.decode(tokens, positions, caches)
             return transformer.logits(hidden), caches
 
-        decode = quick_jit(logits_and_caches)
+        decode = jax.jit(logits_and_caches)
         caches = jax.jit(lambda: empty_caches(combine(structure, params), model, B, T, jnp.dtype("float32")))()
         positions = np.where(np.arange(prompt) < length[:, None], np.arange(prompt), -1).astype(np.int32)
         logits, caches = decode(params, *put_batch((tokens[:, :prompt], positions), mesh), caches)

@@ -14,6 +14,7 @@ from moe_train.run.metric_names import grouped, layer_values, scalars
         ("train", "loss", "loss/train"),
         ("train", "cross_entropy", "loss/cross_entropy"),
         ("train", "router_z_loss", "router/z_loss"),
+        ("train", "routing_drift", "router/routing_drift"),
         ("train", "tokens_per_second", "speed/tokens_per_second"),
         ("eval", "loss", "held_out/loss"),
         ("eval", "routing_drift", "held_out/routing_drift"),

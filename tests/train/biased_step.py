@@ -38,8 +38,6 @@ FOUR = mesh_of(config.Mesh(fsdp=2, expert=2))
 OPTIMIZER = optax.adamw(1e-2, weight_decay=0.1)
 POISON = V - 1
 """A token whose embedding is not a number; no batch has it unless asked for."""
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-"""Arrays are tiny here: what takes time is compiling."""
 
 
 def batch(*, poisoned: bool = False, loss: bool = True) -> Batch:
@@ -64,13 +62,13 @@ def started(mesh: Mesh, lora: config.Lora | None = None) -> tuple[Any, TrainStat
             if path == "embed.weight":
                 values[POISON] = np.nan
             params[path] = jax.device_put(values, NamedSharding(mesh, x.sharding.spec))
-        return structure, quick_jit(lambda p: create_state(p, OPTIMIZER, lora))(params)
+        return structure, jax.jit(lambda p: create_state(p, OPTIMIZER, lora))(params)
 
 
 @cache
 def compiled(mesh: Mesh, microbatches: int, lora: config.Lora | None = None) -> Any:
     structure, _ = started(mesh, lora)
-    return quick_jit(partial(train_step, StepDefinition(structure, next_token(), OPTIMIZER, LOSS, microbatches)))
+    return jax.jit(partial(train_step, StepDefinition(structure, next_token(), OPTIMIZER, LOSS, microbatches)))
 
 
 def step(batch: Batch, mesh: Mesh = ONE, microbatches: int = 1, lora: config.Lora | None = None) -> tuple[TrainState, StepMetrics]:

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.train.optimizer import make_optimizer
 from moe_train.train.rounding import apply_updates, round_stochastically
-from tests.compiled_programs import quick_jit
 from tests.meshes import mesh_of
 from tests.train.optimizer_reference import gradients, random_parameters, shapes_of
 
@@ -29,7 +28,7 @@ def run(rounding: config.Rounding, mesh: jax.sharding.Mesh = ONE, dtype: str = "
     section = config.AdamW(name="adamw", learning_rate=1e-5, weight_decay=0.1, rounding=rounding)
     optimizer = make_optimizer(section, steps)
 
-    @quick_jit
+    @jax.jit
     def step(weights, state, grads, key):
         updates, state = optimizer.update(grads, state, weights)
         weights, vanished = apply_updates(rounding, weights, updates, state, key)
@@ -39,7 +38,7 @@ def run(rounding: config.Rounding, mesh: jax.sharding.Mesh = ONE, dtype: str = "
         specs = {path: shapes_of(None)[path].sharding.spec if mesh is EIGHT else P() for path in PARAMETERS}
         place = partial(lambda path, x: jax.device_put(jnp.asarray(x, dtype), NamedSharding(mesh, specs[path])))
         weights = {path: place(path, x) for path, x in PARAMETERS.items()}
-        state = quick_jit(optimizer.init)(weights)
+        state = jax.jit(optimizer.init)(weights)
         for i in range(steps):
             grads = {path: place(path, g) for path, g in gradients(i, PARAMETERS).items()}
             weights, state, vanished = step(weights, state, grads, jax.random.fold_in(jax.random.key(0), i))

@@ -16,7 +16,7 @@ from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine
 from moe_train.model.paths import ParameterPath
-from tests.train.biased_step import FOUR, LORA, ONE, OPTIMIZER, POISON, B, T, V, batch, close, quick_jit, started, step
+from tests.train.biased_step import FOUR, LORA, ONE, OPTIMIZER, POISON, B, T, V, batch, close, started, step
 
 
 def test_the_loss_is_that_of_the_whole_step() -> None:
@@ -24,7 +24,7 @@ def test_the_loss_is_that_of_the_whole_step() -> None:
     microbatches, whole = 2, batch()
     structure, state = started(ONE)
 
-    @quick_jit
+    @jax.jit
     def expected(params: Any, batch: Batch) -> Any:
         def loss(params: Any) -> Any:
             shares = []

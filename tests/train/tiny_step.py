@@ -15,13 +15,12 @@ from jax.sharding import Mesh
 from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import put_batch
-from moe_train.model.parameters import Parameters, combine, parameters
+from moe_train.model.parameters import Parameters, combine, parameters, with_expert_ids
 from moe_train.model.transformer import Transformer, abstract_model
 from moe_train.train.gradients import StepGradients, step_gradients
 from moe_train.train.objectives.objective import ModelWeights, Objective
 from moe_train.train.state import partition, trained_in_full
 from moe_train.train.step_definition import StepDefinition
-from tests.compiled_programs import quick_jit
 from tests.meshes import mesh_of
 from tests.random_parameters import random_parameters
 
@@ -80,10 +79,11 @@ def gradients(
         params = random_parameters(MODEL, lora=lora, scale=0.3) if make is None else make()
         learned, frozen = partition(params, lora)
         base = trained_in_full(learned, lora) if make else {path: x + 0.5 for path, x in trained_in_full(learned, lora).items()}
-        definition = StepDefinition(
-            structure_of(lora), objective, optax.identity(), microbatches=microbatches, router_loss=router_loss
-        )
-        run = quick_jit(partial(step_gradients, definition, key=None))
+        structure = structure_of(lora)
+        if objective.uses_reference and lora is not None:
+            structure = with_expert_ids(structure)
+        definition = StepDefinition(structure, objective, optax.identity(), microbatches=microbatches, router_loss=router_loss)
+        run = jax.jit(partial(step_gradients, definition, key=None))
         return jax.device_get(run(learned, ModelWeights({}, frozen, base), put_batch(batch() if rows is None else rows, mesh)))
 
 
@@ -93,7 +93,7 @@ def plain_gradients(loss: Callable[[Transformer, Transformer, Any], Any], lora: 
     with jax.set_mesh(ONE):
         learned, frozen = partition(random_parameters(MODEL, lora=lora, scale=0.3), lora)
         base = combine(structure_of(None), frozen, {path: x + 0.5 for path, x in trained_in_full(learned, lora).items()} or learned)
-        run = quick_jit(jax.value_and_grad(lambda p, f, b, base: loss(combine(structure_of(lora), p, f), base, b)))
+        run = jax.jit(jax.value_and_grad(lambda p, f, b, base: loss(combine(structure_of(lora), p, f), base, b)))
         return jax.device_get(run(learned, frozen, put_batch(batch(), ONE), base))
 
 

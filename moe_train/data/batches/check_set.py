@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
 
+from moe_train import config
+from moe_train.data.batches.answer_batches import PreferenceBatch, UnpairedBatch
 from moe_train.data.batches.batch import PackedBatch
 from moe_train.data.batches.classification_batch import ClassificationBatch
 from moe_train.data.batches.distillation_batch import DistillationBatch
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.batches.picture_batch import PictureBatch
+from moe_train.data.batches.reward_batch import RewardBatch
 from moe_train.data.pictures.rules import PictureRules
 from moe_train.data.prepared.store import TokenStore
 
+_KINDS: tuple[tuple[type[PackedBatch], str], ...] = (
+    (PreferenceBatch, "preference"),
+    (RewardBatch, "preference"),
+    (UnpairedBatch, "labelled"),
+    (ClassificationBatch, "classification"),
+)
+"""Batch types, and the kind of records that their rows are made from."""
+
 
 def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_len: int, too_long: TooLong) -> None:
-    """Check the labels, the pictures or the predictions of a teacher, if batches have them.
+    """Check the kind of the records, and their labels, pictures or the predictions of a teacher, if batches have them.
 
     Args:
         batch_type: the batch type of the objective.
@@ -26,8 +38,16 @@ def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_l
         too_long: what happens to longer examples.
 
     Raises:
-        ValueError: the labels are others, pictures have no place, or there are no predictions that belong to these rows.
+        ValueError: the records are of another kind, the labels are others, pictures have no place, or there are no predictions that
+            belong to these rows.
     """
+    kind = str(store.manifest.rules.record["name"])
+    for needing, needed in _KINDS:
+        if issubclass(batch_type, needing) and kind != needed:
+            raise ValueError(
+                f"{name} was prepared from records of kind {kind}, and the objective reads {needed}; prepare other records, or "
+                "choose another objective"
+            )
     if issubclass(batch_type, ClassificationBatch):
         _check_labels(cast(type[ClassificationBatch], batch_type), name, store)
     if store.manifest.pictures is not None:
@@ -52,6 +72,25 @@ def _check_pictures(batch_type: type[PackedBatch], name: str, rules: PictureRule
     if too_long in ("split", "truncate"):
         raise ValueError(f"{name} has pictures, and too_long {too_long} would cut them; set record.too_long to drop or error")
     cast(type[PictureBatch], batch_type).check_rules(rules, name)
+
+
+def check_varied_labels(targets: Sequence[config.ScoreTarget], stores: Sequence[TokenStore]) -> None:
+    """Raise ValueError if all texts of all sources have the same labels of a target, so that nothing tells one from another."""
+    labels = np.concatenate([store.values for store in stores])
+    start = 0
+    for target in targets:
+        flags = labels[:, start : start + len(target.labels)]
+        start += len(target.labels)
+        known = flags[~np.isnan(flags[:, 0])]
+        if not len(known) or (known == known[0]).all():
+            chosen = [label for label, flag in zip(target.labels, known[0] if len(known) else (), strict=False) if flag]
+            stated = (
+                f"the same labels of target {target.name} ({', '.join(chosen) or 'none'})" if len(known) else f"no {target.name}"
+            )
+            raise ValueError(
+                f"{stores[0].where(0)}: this and all other texts ({len(labels)}) have {stated}, so nothing tells one label from "
+                "another; add records with others"
+            )
 
 
 def _check_teacher(batch_type: type[DistillationBatch], name: str, store: TokenStore, seq_len: int, too_long: TooLong) -> None:

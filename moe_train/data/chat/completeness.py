@@ -146,8 +146,10 @@ def _check_arguments(conversation: Conversation, rendering: Rendering) -> None:
     for i, message in enumerate(conversation.messages[: rendering.end]):
         for call in message.get("tool_calls") or []:
             arguments = _parsed(call["function"].get("arguments", ""))
-            # JSON writes names in double quotes, so that only an empty object looks alike in both.
-            if not isinstance(arguments, dict) or not arguments or str(arguments) not in rendering.text:
+            if not isinstance(arguments, dict) or str(arguments) not in rendering.text:
+                continue
+            # Both spellings are alike for an empty object, and for names with an apostrophe whose values hold no text.
+            if _parsed(str(arguments)) == arguments:
                 continue
             if any(str(arguments) in source.text for k in range(rendering.end) for source in _source_texts(conversation, k)):
                 continue  # somebody said it

@@ -18,8 +18,8 @@ import numpy as np
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.chat.example import SEGMENT_START, Example
 from moe_train.data.records.answers import judged_conversations, judged_messages
-from moe_train.data.records.normal_form import LabelledAnswer, Message, PreferencePair, reasoning_of, texts_of
-from moe_train.data.records.problem import Problem
+from moe_train.data.records.normal_form import ROLES, LabelledAnswer, Message, PreferencePair, reasoning_of, texts_of
+from moe_train.data.records.problem import Problem, brief
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 
@@ -80,6 +80,14 @@ def _check_answer(name: str, messages: Sequence[Message]) -> None:
     """Raise Problem if an answer has no message, or none that says or calls anything."""
     if not messages:
         raise Problem("pair", f"{name} has no message after the prompt", "write the answer")
+    for message in messages:
+        role = message.get("role")
+        if role not in ROLES:
+            stated = "no role" if role is None else f"the unknown role {brief(role)}"
+            raise Problem("roles", f"{name} has a message with {stated}", f"write one of {', '.join(ROLES)}")
+        content = message.get("content", "")
+        if not isinstance(content, str | list):
+            raise Problem("type", f"{name} has a message whose content is {brief(content)}", "write a text or a list of parts")
     for message in messages:
         texts = (*texts_of(message), *reasoning_of(message))
         if message["role"] == "assistant" and (message.get("tool_calls") or any(text.strip() for text in texts)):

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.normal_form import Conversation, Message, texts_of
+from moe_train.data.records.normal_form import ROLES, Conversation, Message, texts_of
 from moe_train.data.records.problem import brief
 
-ROLES = ("system", "user", "assistant", "tool")
-"""The roles of the normal form."""
 OTHER_NAMES = {
     "human": "user", "customer": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant",
     "ai": "assistant", "developer": "system", "function": "tool", "observation": "tool", "ipython": "tool",

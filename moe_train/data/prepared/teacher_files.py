@@ -140,7 +140,10 @@ def predictions_of_column(
             raise ValueError(f"{place}: the record is not there any more; prepare the data again")
         entries = fields.get(column)
         if isinstance(entries, str):
-            entries = json.loads(entries)
+            try:
+                entries = json.loads(entries)
+            except ValueError as error:
+                raise ValueError(f"{place}: column {column} is text that is not JSON ({error}); write a list of entries") from error
         if not isinstance(entries, list):
             raise ValueError(f"{place}: column {column} should be a list with an entry for each token, not {brief(entries)}")
         yield settings.values(place, example, entries, is_checked=False)

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+ROLES = ("system", "user", "assistant", "tool")
+"""The roles of messages."""
+
 Message = dict[str, Any]
 """A message in the normal form; see the top of this file."""
 

@@ -170,9 +170,19 @@ def choose_tokens(
         weights_BV = filtered_weights(scores_BV / values.temperature, kind, values)
         tokens_B = _draw(weights_BV, _row_keys(values.key, ids))
     else:
-        tokens_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+        tokens_B = _most_likely(scores_BV)
     own_B = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=-1)[:, 0]
     return Draws(tokens_B, own_B - jax.nn.logsumexp(logits_BV, axis=-1))
+
+
+def _most_likely(scores_BV: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """Return the first of the largest scores of each row.
+
+    XLA:CPU compares the pairs of `jnp.argmax` one by one; two plain reductions take a quarter of the time.
+    """
+    V = scores_BV.shape[-1]
+    is_smaller_BV = scores_BV < jnp.max(scores_BV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_smaller_BV, V, jnp.arange(V, dtype=jnp.int32)), axis=-1)
 
 
 def _row_keys(key: Key[Array, ""], ids: DrawIds) -> Key[Array, " B"]:

@@ -66,6 +66,8 @@ class ItemsFile(NamedTuple):
     """A regular expression whose first group, in a file's name, is the category of its items."""
     answers_are: AnswerKind = "auto"
     """How an answer names a choice."""
+    stated_as: str = ""
+    """The suite's file and key that name the files, for messages; empty if none does."""
 
 
 def read_items(source: ItemsFile | Path, limit: int | None = None) -> list[SuiteItem]:
@@ -83,7 +85,7 @@ def read_items(source: ItemsFile | Path, limit: int | None = None) -> list[Suite
     """
     if isinstance(source, Path):
         source = ItemsFile(source)
-    files = _files(source.pattern)
+    files = _files(source)
     items: list[SuiteItem] = []
     places: dict[str, str] = {}
     counts: dict[str | None, int] = {}
@@ -106,12 +108,15 @@ def read_items(source: ItemsFile | Path, limit: int | None = None) -> list[Suite
     return items
 
 
-def _files(pattern: Path) -> list[Path]:
+def _files(source: ItemsFile) -> list[Path]:
     """Return the files of a pattern in the order of their names."""
+    pattern = source.pattern
     files = [pattern] if pattern.is_file() else sorted(Path(path) for path in glob.glob(str(pattern)) if Path(path).is_file())
     if not files:
+        place = f"{source.stated_as}: " if source.stated_as else ""
         raise FileNotFoundError(
-            f"{pattern}: no such file of items; its path is relative to the folder of the suite's file, or to that of --suite-data"
+            f"{place}{pattern}: no such file of items; its path is relative to the folder of the suite's file, or to that of "
+            "--suite-data"
         )
     return files
 

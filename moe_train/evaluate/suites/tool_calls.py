@@ -34,6 +34,7 @@ def calls_of(value: object) -> tuple[Call, ...]:
 
 
 _MARKED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_OPENING = "<tool_call>"
 _MARK = "[TOOL_CALLS]"
 _NAME_AND_ARGUMENTS = re.compile(r"\s*(?P<name>[^\[\]{}\s]+?)\s*(?:\[CALL_ID\][^\[{]*)?\[ARGS\](?P<arguments>.*)", re.DOTALL)
 
@@ -47,13 +48,8 @@ def find_calls(text: str) -> tuple[Call, ...]:
     Raises:
         ValueError: The answer has a mark of a call, and what follows it is no call.
     """
-    if _MARK in text:
-        return _mistral_calls(text.split(_MARK)[1:])
-    if "<tool_call>" in text:
-        marked = _MARKED.findall(text)
-        if len(marked) != text.count("<tool_call>"):
-            raise ValueError("a <tool_call> does not end")
-        return tuple(call for part in marked for call in calls_of(part))
+    if has_mark(text):
+        return split_answer(text).calls
     try:
         value = parse_strictly(text)
     except ValueError:
@@ -63,19 +59,53 @@ def find_calls(text: str) -> tuple[Call, ...]:
     return calls_of(value) if is_call or is_list_of_calls else ()
 
 
-def _mistral_calls(parts: Sequence[str]) -> tuple[Call, ...]:
-    """Return the calls that follow each [TOOL_CALLS]: a list in JSON, or a name and arguments."""
+class SplitAnswer(NamedTuple):
+    """The parts of an answer with marked calls."""
+
+    content: str
+    """The text before the first call."""
+    calls: tuple[Call, ...]
+    rest: str
+    """The text between and behind the calls, control tokens by name included."""
+
+
+def has_mark(text: str) -> bool:
+    """Return whether an answer, with control tokens written by name, has a mark of a call."""
+    return _MARK in text or _OPENING in text
+
+
+def split_answer(text: str) -> SplitAnswer:
+    """Split an answer with marked calls, given its text with control tokens written by name.
+
+    Raises:
+        ValueError: What follows a mark is no call.
+    """
+    if _MARK in text:
+        content, *parts = text.split(_MARK)
+        return _mistral_calls(content, parts)
+    content = text[: text.index(_OPENING)]
+    marked = _MARKED.findall(text)
+    if len(marked) != text.count(_OPENING):
+        raise ValueError(f"a {_OPENING} does not end")
+    calls = tuple(call for part in marked for call in calls_of(part))
+    return SplitAnswer(content, calls, _MARKED.sub("", text[len(content) :]))
+
+
+def _mistral_calls(content: str, parts: Sequence[str]) -> SplitAnswer:
+    """Read the calls that follow each [TOOL_CALLS]: a list in JSON, or a name and arguments."""
     calls: list[Call] = []
+    rest = ""
     for part in parts:
         match = _NAME_AND_ARGUMENTS.fullmatch(part)
+        written = (part if match is None else match["arguments"]).strip()
+        # The value ends before a control token, such as the end of the answer.
+        value, end = json.JSONDecoder().raw_decode(written)
+        rest += written[end:]
         if match is None:
-            # The value ends before a control token, such as the end of the answer.
-            value, _ = json.JSONDecoder().raw_decode(part.strip())
             calls += calls_of(json.dumps(value))
         else:
-            arguments, _ = json.JSONDecoder().raw_decode(match["arguments"].strip())
-            calls += calls_of({"name": match["name"], "arguments": arguments})
-    return tuple(calls)
+            calls += calls_of({"name": match["name"], "arguments": value})
+    return SplitAnswer(content, tuple(calls), rest)
 
 
 def same_calls(made: Sequence[Call], expected: Sequence[Call], any_order: bool) -> bool:

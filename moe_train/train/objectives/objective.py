@@ -20,6 +20,9 @@ from moe_train.model.moe.router import RouterStats
 from moe_train.model.parameters import Parameters, combine, without_adapters
 from moe_train.model.transformer import Transformer
 
+DRIFT_METRIC = "routing_drift"
+"""Name of the metric with the share of changed routing choices in each sparse layer."""
+
 
 class ObjectiveInputs(NamedTuple):
     """Inputs of an objective for one microbatch."""

@@ -11,8 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
 from moe_train.data.batches.answer_batches import PreferenceBatch
+from moe_train.model.moe.drift import changed_assignments
+from moe_train.model.moe.router import RouterStats
 from moe_train.train.objectives.answer_sums import count_pairs, pairs_of, sum_by_answer
-from moe_train.train.objectives.objective import Mean, Metric, Objective, ObjectiveInputs, Terms, divide
+from moe_train.train.objectives.objective import DRIFT_METRIC, Mean, Metric, Objective, ObjectiveInputs, Terms, divide
 from moe_train.train.objectives.preference_losses import PairLogprobs, log_odds_ratio, pair_losses
 from moe_train.train.token_logprobs import batch_logprobs
 
@@ -58,10 +60,10 @@ def _loss(section: config.Preference, inputs: ObjectiveInputs, counts: StepCount
     """Sum the losses of a microbatch's pairs."""
     batch = inputs.batch
     outputs, routers = batch_logprobs(inputs.model, batch, inputs.key)
-    reference_BT = jnp.zeros_like(outputs.logprob)
+    reference = ReferenceOutputs(jnp.zeros_like(outputs.logprob))
     if section.has_reference:
-        reference_BT = reference_logprobs(inputs)
-    pairs = _pair_logprobs(batch, outputs.logprob, reference_BT)
+        reference = reference_outputs(inputs)
+    pairs = _pair_logprobs(batch, outputs.logprob, reference.logprob)
     has_pair = pairs.chosen_tokens > 0
     # Places without a pair get values at which every loss has a finite gradient; they are left out of the sum.
     pairs = PairLogprobs(*(jnp.where(has_pair, x, fill) for x, fill in zip(pairs, (-1.0, -1.0, -1.0, -1.0, 1.0, 1.0), strict=True)))
@@ -72,17 +74,38 @@ def _loss(section: config.Preference, inputs: ObjectiveInputs, counts: StepCount
     if likelihood_weight:
         # The step divides by its pairs; this term is a mean over the tokens of the step.
         total += likelihood_weight * negative_log_likelihood * divide(counts.pairs, counts.likelihood_tokens)
-    metrics = _metrics(section, pairs, has_pair)
+    metrics = _metrics(section, pairs, has_pair) | drift_metric(batch, routers, reference.routers)
     metrics["nll_loss"] = Mean(negative_log_likelihood, jnp.sum(likelihood_mask))
     metrics["entropy"] = Mean(jnp.sum(jnp.where(batch.loss_mask, outputs.entropy, 0)), jnp.sum(batch.loss_mask))
     return Terms(total, metrics, routers)
 
 
-def reference_logprobs(inputs: ObjectiveInputs) -> Float[Array, "B T"]:
-    """Return the log-probability of each target under the reference: the model without adapters, or what the batch holds."""
+class ReferenceOutputs(NamedTuple):
+    """What the reference makes of a batch."""
+
+    logprob: Float[Array, "B T"]
+    """Log-probability of each target."""
+    routers: RouterStats | None = None
+    """The reference's router statistics; None where its log-probabilities are stored, and for a dense model."""
+
+
+def reference_outputs(inputs: ObjectiveInputs) -> ReferenceOutputs:
+    """Return the outputs of the reference, without gradients: the model without adapters, or what the batch holds."""
     if inputs.reference is None:
-        return inputs.batch.reference
-    return jax.lax.stop_gradient(batch_logprobs(inputs.reference, inputs.batch)[0].logprob)
+        return ReferenceOutputs(inputs.batch.reference)
+    outputs, routers = batch_logprobs(inputs.reference, inputs.batch)
+    return jax.lax.stop_gradient(ReferenceOutputs(outputs.logprob, routers))
+
+
+def drift_metric(batch: Any, routers: RouterStats | None, reference: RouterStats | None) -> dict[str, Metric]:
+    """Return the share of routing choices of each sparse layer that differ from the reference's.
+
+    Returns:
+        Nothing unless both models keep the experts that they choose (`with_expert_ids`).
+    """
+    if routers is None or routers.expert_ids is None or reference is None or reference.expert_ids is None:
+        return {}
+    return {DRIFT_METRIC: Mean(*changed_assignments(routers.expert_ids, reference.expert_ids, batch.segment_ids != 0))}
 
 
 def _pair_logprobs(batch: Any, logprob_BT: Float[Array, "B T"], reference_BT: Float[Array, "B T"]) -> PairLogprobs:

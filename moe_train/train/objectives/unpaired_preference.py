@@ -17,7 +17,7 @@ from moe_train import config
 from moe_train.data.batches.answer_batches import UnpairedBatch
 from moe_train.train.objectives.answer_sums import count_pairs, pairs_of, sum_by_answer
 from moe_train.train.objectives.objective import Mean, Metric, Objective, ObjectiveInputs, Terms, divide
-from moe_train.train.objectives.preference import reference_logprobs
+from moe_train.train.objectives.preference import drift_metric, reference_outputs
 from moe_train.train.token_logprobs import batch_logprobs
 
 
@@ -64,7 +64,7 @@ def _mismatched_sums(inputs: ObjectiveInputs) -> StepSums:
     batch = inputs.batch
     mismatched = inputs._replace(batch=batch._replace(segment_ids=batch.mismatched_ids))
     outputs, _ = batch_logprobs(mismatched.model, mismatched.batch, mismatched.key)
-    log_ratios_BT = outputs.logprob - reference_logprobs(mismatched)
+    log_ratios_BT = outputs.logprob - reference_outputs(mismatched).logprob
     total = jnp.sum(jnp.where(batch.loss_mask & (batch.mismatched_ids != 0), log_ratios_BT, 0))
     _, good = pairs_of_labels(batch)
     return StepSums(total, count_pairs(batch.answer_ids), jnp.sum(good).astype(jnp.int32))
@@ -78,27 +78,27 @@ def pairs_of_labels(batch: Any) -> tuple[Float[Array, "B P"], Float[Array, "B P"
     return (tokens > 0).astype(jnp.float32), (good > 0).astype(jnp.float32)
 
 
-def _labelled(inputs: ObjectiveInputs, logprob_BT: Float[Array, "B T"]) -> _Answers:
+def _labelled(batch: Any, logprob_BT: Float[Array, "B T"], reference_BT: Float[Array, "B T"]) -> _Answers:
     """Return the log-ratios of the labelled answers."""
-    batch = inputs.batch
 
     def sums(values_BT: Float[Array, "B T"]) -> Float[Array, "B P"]:
         return pairs_of(sum_by_answer(jnp.where(batch.loss_mask, values_BT, 0), batch.answer_ids))[0]
 
     logps = sums(logprob_BT)
-    return _Answers(logps, logps - sums(reference_logprobs(inputs)), *pairs_of_labels(batch))
+    return _Answers(logps, logps - sums(reference_BT), *pairs_of_labels(batch))
 
 
 def _loss(section: config.UnpairedPreference, inputs: ObjectiveInputs, step: StepSums) -> Terms:
     """Sum the losses of a microbatch's answers."""
     batch = inputs.batch
     outputs, routers = batch_logprobs(inputs.model, batch, inputs.key)
-    answers = _labelled(inputs, outputs.logprob)
+    reference = reference_outputs(inputs)
+    answers = _labelled(batch, outputs.logprob, reference.logprob)
     kl = jnp.maximum(divide(step.mismatched, step.answers), 0)
     good = section.desirable_weight * jax.nn.sigmoid(-section.beta * (answers.log_ratios - kl))
     bad = section.undesirable_weight * jax.nn.sigmoid(-section.beta * (kl - answers.log_ratios))
     total = jnp.sum(answers.exists * jnp.where(answers.good > 0, good, bad))
-    metrics = _metrics(section, answers, step)
+    metrics = _metrics(section, answers, step) | drift_metric(batch, routers, reference.routers)
     metrics["kl"] = Mean(kl * jnp.sum(answers.exists), jnp.sum(answers.exists))
     metrics["entropy"] = Mean(jnp.sum(jnp.where(_own(batch), outputs.entropy, 0)), jnp.sum(_own(batch)))
     return Terms(total, metrics, routers)

@@ -121,3 +121,9 @@ def test_arguments_as_python_writes_them(tokenizer: HuggingFace) -> None:
     conversation_to_tokens.examples(conversation, CALLS, tokenizer)
     asked = QUESTION | {"content": "Call it with {'word': 'quokka', 'n': 7}."}
     conversation_to_tokens.examples(conversation._replace(messages=[asked, *conversation.messages[1:]]), CALLS, tokenizer)
+
+
+def test_arguments_that_python_and_json_write_alike(tokenizer: HuggingFace) -> None:
+    calls = [{"id": "aB3dE6gH9", "type": "function", "function": {"name": "f", "arguments": {"it's": [1, {}]}}}]
+    conversation = Conversation([QUESTION, {"role": "assistant", "content": "", "tool_calls": calls}, RESULT, ANSWER], [TOOL])
+    conversation_to_tokens.examples(conversation, CALLS, tokenizer)

@@ -54,6 +54,12 @@ def test_a_labelled_answer_states_its_label_and_its_prompt(tokenizer: HuggingFac
         ({"prompt": "a", "completion": "", "label": False}, "the answer is empty"),
         ({"prompt": [Q], "chosen": [A, Q], "rejected": [B]}, "chosen: the last message is user"),
         ({"messages": [Q, A, Q], "label": True}, "the answer has no message after the prompt"),
+        ({"prompt": [Q], "chosen": [{"content": "a"}], "rejected": [B]}, "chosen has a message with no role; write one of system"),
+        (
+            {"prompt": [Q], "chosen": [A], "rejected": [{"role": "robot", "content": "a"}]},
+            "rejected has a message with the unknown role",
+        ),
+        ({"prompt": [Q], "chosen": [A | {"content": 3}], "rejected": [B]}, "chosen has a message whose content is 3; write a text"),
         ({"prompt": [Q], "chosen": [A | {"weight": 0}], "rejected": [B]}, "chosen: no token would bear loss"),
     ],
 )

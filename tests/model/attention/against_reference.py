@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train.machine.mesh import BATCH
 from moe_train.model.attention import kernels
-from tests.compiled_programs import quick_jit
 from tests.tiny import ONE
 
 B, N, K, H = 2, 4, 2, 6
@@ -40,7 +39,7 @@ def operands(
 
 @cache
 def compiled(kernel: str, window: int | None, mesh: Mesh = ONE) -> Any:
-    @quick_jit
+    @jax.jit
     def run(q: Any, k: Any, v: Any, dy: Any, segments: Any, positions: Any) -> Any:
         y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, positions, segments, window, kernel), q, k, v)
         return y, *vjp(dy)

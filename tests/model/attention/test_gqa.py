@@ -11,7 +11,6 @@ from flax import nnx
 from moe_train import config
 from moe_train.machine.mesh import put_batch
 from moe_train.model.attention.gqa import GroupedQueryAttention
-from tests.compiled_programs import quick_jit
 from tests.tiny import ATTENTION, MIXTRAL, ONE
 
 
@@ -23,7 +22,7 @@ def test_query_scaling_changes_tokens_from_the_original_length_on() -> None:
 
     def output(attention: config.GroupedQueryAttention) -> Any:
         layer = GroupedQueryAttention(nnx.Rngs(0), MIXTRAL, attention, config.Compute(attention="reference"), None)
-        return quick_jit(lambda *arrays: layer(*arrays)[0])(*put_batch((x, positions, segments), ONE))
+        return jax.jit(lambda *arrays: layer(*arrays)[0])(*put_batch((x, positions, segments), ONE))
 
     with jax.set_mesh(ONE):
         plain, scaled = (jax.device_get(output(a)) for a in (ATTENTION, ATTENTION.model_copy(update={"query_scaling": scaling})))

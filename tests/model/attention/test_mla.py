@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from moe_train import config
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.attention.mla import LATENT_NORM_EPS, MultiHeadLatentAttention
-from tests.compiled_programs import collectives_of, quick_jit
+from tests.compiled_programs import collectives_of
 from tests.tiny import MISTRAL4, ONE
 
 D, T, B = MISTRAL4.model_dim, 40, 4
@@ -94,7 +94,7 @@ def run(model: config.Model, mesh: Mesh) -> tuple[np.ndarray, dict[str, np.ndarr
         structure, like, weights = layer_of(model)
         placed = {name: jax.device_put(w, NamedSharding(mesh, like[name].sharding.spec)) for name, w in weights.items()}
 
-        @quick_jit
+        @jax.jit
         def output(weights: Any, x: Any, positions: Any, segments: Any) -> Any:
             def total(weights: Any) -> Any:
                 y = structure.unflatten([weights[name] for name in like])(x, positions, segments)[0]

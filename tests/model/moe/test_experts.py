@@ -20,7 +20,7 @@ from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights
 from moe_train.model.moe.experts import ExpertSettings, Routing, run_experts
 from moe_train.model.moe.transport import choose as transport
-from tests.compiled_programs import quick_jit, ragged_all_to_all
+from tests.compiled_programs import ragged_all_to_all
 
 B, T, D, F, J, E, A = 8, 6, 8, 16, 3, 8, 2
 SHUFFLED = [3, 6, 0, 5, 7, 1, 4, 2]
@@ -100,7 +100,7 @@ def expected(case: str, adapted: bool, capacity_factor: float | None) -> tuple[A
         return *jax.device_get(exact(primals, (ids, valid), dy)), int(np.sum((ids < E) & valid[..., None]))
 
 
-@quick_jit
+@jax.jit
 def exact(primals: Any, fixed: Any, dy: Any) -> Any:
     y, vjp = jax.vjp(lambda *p: loop(*p, *fixed), *primals)
     return y, vjp(dy)
@@ -117,7 +117,7 @@ def specs(adapted: bool) -> tuple[Any, ...]:
 
 @cache
 def compiled(kernel: str, mesh: Mesh, transport: str, capacity_factor: float | None) -> Any:
-    @quick_jit
+    @jax.jit
     def run(primals: Any, fixed: Any, dy: Any) -> Any:
         ids, valid = fixed
 

@@ -13,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_train.model.moe import grouped_matmul as gm
-from tests.compiled_programs import quick_jit
 
 KERNELS = ("reference", "blocked", "ragged_dot", "megablox")
 E, D, F = 5, 12, 20
@@ -54,7 +53,7 @@ def operands(R: int, sizes: tuple[int, ...], dtype: Any, seed: int = 0) -> tuple
 
 @cache
 def compiled(kernel: str) -> Any:
-    @quick_jit
+    @jax.jit
     def run(x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array) -> tuple[jax.Array, ...]:
         y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, kernel), x, w)
         return y, *vjp(dy)

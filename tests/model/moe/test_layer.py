@@ -18,7 +18,6 @@ from moe_train import config
 from moe_train.machine.mesh import BATCH
 from moe_train.model.moe import layer as moe
 from moe_train.model.moe import router
-from tests.compiled_programs import quick_jit
 from tests.tiny import EIGHT, ONE
 
 B, T, D, F, E = 8, 6, 16, 24, 4
@@ -80,7 +79,7 @@ def losses(y: Any, balance: Any, z: Any, d: Any) -> Any:
 
 @cache
 def compiled(A: int, mesh: Mesh) -> Any:
-    @quick_jit
+    @jax.jit
     def run(weights: Any, x: jax.Array, segments: jax.Array, d: jax.Array) -> Any:
         def loss(weights: Any, x: jax.Array) -> Any:
             y, stats = layer(A, weights)(x, segments)
@@ -123,7 +122,7 @@ def plain(weights: Any, x: Any, segments: Any, A: int) -> tuple[Any, router.Rout
     return y, router.RouterStats(counts, balance, z, entropy, jnp.zeros((), int), mean(probs))
 
 
-@partial(quick_jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)
 def exact(A: int, weights: Any, x: Any, segments: Any, d: Any) -> Any:
     def loss(weights: Any, x: Any) -> Any:
         y, stats = plain(weights, x, segments, A)
@@ -196,12 +195,12 @@ def test_assignments_that_vanish_are_counted(mesh: Mesh, fault: str, monkeypatch
     weights, x, segments, d = operands("random")
     with jax.set_mesh(mesh):
         placed = place(mesh, weights, x, segments, d)
-        _, stats = quick_jit(lambda weights, x, segments, d: layer(2, weights)(x, segments))(*placed)
+        _, stats = jax.jit(lambda weights, x, segments, d: layer(2, weights)(x, segments))(*placed)
     valid = np.sum(segments[:, 0] != 0)
     assert stats.dropped == (valid if fault == "an id that no expert has" else 2 * valid)
 
 
-@quick_jit
+@jax.jit
 def stats_of(logits: jax.Array, ids: jax.Array, valid: jax.Array) -> router.RouterStats:
     return router.router_stats(logits, logits, ids, valid, jnp.sum(valid) * ids.shape[-1])
 

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.machine.mesh import BATCH
 from moe_train.model.moe import layer, router
-from tests.compiled_programs import quick_jit
 from tests.tiny import EIGHT, ONE
 
 B, T, D, F, E, A = 8, 4, 16, 12, 8, 2
@@ -108,7 +107,7 @@ def test_equals_the_formulas(name: str) -> None:
             return jax.grad(lambda *args: loss(run, *args), (0, 1), has_aux=True)(weights, x, d)
 
         args = (jax.device_put(a, tokens) for a in (x, segments, d))
-        (dweights, dx), (y, (counts, dropped)) = jax.device_get(quick_jit(ours)(placed, *args))
+        (dweights, dx), (y, (counts, dropped)) = jax.device_get(jax.jit(ours)(placed, *args))
 
     assert dropped == 0
     np.testing.assert_array_equal(counts, wanted_counts)
@@ -125,7 +124,7 @@ def test_a_bias_chooses_and_does_not_weigh() -> None:
     weights, x, segments, _ = operands(name)
     with jax.set_mesh(ONE):
         structure, like = flat(name)
-        run = quick_jit(lambda w, x, segments: structure.unflatten([w[path] for path in like])(x, segments))
+        run = jax.jit(lambda w, x, segments: structure.unflatten([w[path] for path in like])(x, segments))
         x, segments = (jax.device_put(a, P(BATCH, "context")) for a in (x, segments))
         none, even, drawn = (
             run({**weights, "router.bias": bias}, x, segments)
@@ -152,7 +151,7 @@ def test_the_balance_loss_of_rows_is_the_mean_over_their_tokens(mesh: jax.shardi
     with jax.set_mesh(mesh):
         place = lambda x: jax.device_put(x, NamedSharding(mesh, P(BATCH, "context")))  # noqa: E731
         computed = jnp.int32(0)
-        run = quick_jit(lambda x, chosen, ok: router.router_stats(x, x, chosen, ok, computed, balances_rows=True))
+        run = jax.jit(lambda x, chosen, ok: router.router_stats(x, x, chosen, ok, computed, balances_rows=True))
         stats = run(place(logits), place(ids), place(valid))
     probs = np.exp(logits.astype(float)) / np.exp(logits.astype(float)).sum(-1, keepdims=True)
     total = 0.0

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.machine.mesh import make_mesh, slices_along
 from moe_train.model.sharding import collectives
-from tests.compiled_programs import quick_jit
 
 MESHES = {"all devices": config.Mesh(fsdp=8), "a replica": config.Mesh(data=2, fsdp=4), "some": config.Mesh(fsdp=4, expert=2)}
 PLACES = {"cpu": ("cpu", 1), "tpu": ("tpu", 1), "two slices": ("tpu", 2), "a slice each": ("tpu", 4)}
@@ -44,7 +43,7 @@ def test_gather_concatenates_and_its_gradient_is_summed_and_scattered(
         return tuple(found)
 
     with jax.set_mesh(mesh):
-        found = quick_jit(run)(x, jax.device_put(dy, NamedSharding(mesh, P("fsdp"))))
+        found = jax.jit(run)(x, jax.device_put(dy, NamedSharding(mesh, P("fsdp"))))
     for y, dx in zip(found[::2], found[1::2], strict=True):
         np.testing.assert_array_equal(y, jnp.broadcast_to(x, y.shape))
         np.testing.assert_allclose(dx, dy.sum(0), rtol=1e-5, atol=1e-5)

@@ -22,7 +22,6 @@ from moe_train.train.gradients import step_gradients
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.step_definition import StepDefinition
-from tests.compiled_programs import QUICK, quick_jit
 
 MESHES = {
     "fsdp, tensor": make_mesh(config.Mesh(fsdp=4, tensor=2)),
@@ -55,7 +54,7 @@ def test_project_is_einsum(equation: str, mesh: Mesh) -> None:
     x, dy = (rng.normal(size=[SIZES[letter] for letter in letters]).astype(np.float32) for letters in (x_letters, y_letters))
     w = rng.normal(size=shape).astype(np.float32)
 
-    @quick_jit
+    @jax.jit
     def run(x: jax.Array, w: jax.Array, dy: jax.Array) -> Any:
         y, vjp = jax.vjp(lambda x, w: fsdp.project(equation, x, w), x, w)
         return y, *vjp(dy)
@@ -77,7 +76,7 @@ def test_lookup_is_indexing(mesh: Mesh, rows: Any) -> None:
     table, tokens = rng.normal(size=(16, 16)).astype(np.float32), rng.integers(0, 16, (8, 3)).astype(np.int32)
     dy = rng.normal(size=(8, 3, 16)).astype(np.float32)
 
-    @quick_jit
+    @jax.jit
     def run(table: jax.Array, tokens: jax.Array, dy: jax.Array) -> Any:
         y, vjp = jax.vjp(lambda table: fsdp.lookup(table, tokens, jnp.dtype("float32")), table)
         return y, *vjp(dy)
@@ -135,7 +134,7 @@ def program(collectives: Any) -> tuple[dict[str, dict[str, tuple[int, ...]]], li
         coefs = config.Loss(load_balance_loss_coef=0.01, router_z_loss_coef=0.001)
         definition = StepDefinition(structure, next_token(), optax.identity(), coefs)
         gradients = lambda params, batch: step_gradients(definition, params, ModelWeights({}, {}, {}), batch, None)  # noqa: E731
-        compiled = jax.jit(gradients).lower(params, batch).compile(QUICK)
+        compiled = jax.jit(gradients).lower(params, batch).compile()
     shapes = {}
     for path, x in params.items():
         layer = slice(1 if path.startswith("stacks") else 0, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
 from typing import Any
 
 import jax
@@ -14,22 +13,14 @@ import pytest
 from moe_train import config
 from moe_train.data.batches.batch import StoredPiece
 from moe_train.data.batches.classification_batch import classification_batch
-from moe_train.machine.mesh import put_batch
-from moe_train.model.parameters import combine, parameters
-from moe_train.model.transformer import abstract_model
-from moe_train.train.gradients import step_gradients
-from moe_train.train.objectives.choose import objective_of
-from moe_train.train.objectives.objective import ModelWeights
-from moe_train.train.step_definition import StepDefinition
-from tests.compiled_programs import quick_jit
-from tests.random_parameters import random_parameters
-from tests.train.tiny_step import MESHES, MODEL, ONE, B, T, V
+from moe_train.model.transformer import Transformer
+from tests.train.objectives.scored_step import MESHES_AND_MICROBATCHES, checked_step
+from tests.train.tiny_step import B, T, V
 
 SECTION = config.Classification(
     name="classification",
     labels={"mood": config.LabelSet(names=("good", "bad", "none")), "topics": config.LabelSet(names=("a", "b"), several=True)},
 )
-SCORING = MODEL.model_copy(update={"scores": SECTION.scores})
 LENGTHS = (5, 4, 2)
 """Tokens of the texts of each row."""
 
@@ -55,16 +46,8 @@ def rows() -> Any:
     return made
 
 
-@cache
-def structure_of(model: config.Model) -> Any:
-    compute = config.Compute(grouped_matmul="reference", attention="reference")
-    with jax.set_mesh(ONE):
-        return parameters(abstract_model(model, compute))[0]
-
-
-def by_text(weights: Any) -> jax.Array:
+def by_text(model: Transformer) -> jax.Array:
     """The mean loss over texts that are each alone in a row."""
-    model = combine(structure_of(SCORING), weights)
     total = jnp.float32(0)
     for place, length in enumerate(LENGTHS):
         texts = [pieces(row)[place] for row in range(B)]
@@ -78,20 +61,8 @@ def by_text(weights: Any) -> jax.Array:
     return total / (B * len(LENGTHS))
 
 
-@pytest.mark.parametrize(("mesh", "microbatches"), [("one device", 1), ("data, fsdp, tensor", 2), ("fsdp, expert, context", 1)])
+@pytest.mark.parametrize(("mesh", "microbatches"), MESHES_AND_MICROBATCHES)
 def test_packed_texts_have_the_loss_of_each_alone(mesh: str, microbatches: int) -> None:
-    structure_of(SCORING)  # before the mesh is in force inside a program
-    with jax.set_mesh(ONE):
-        expected = jax.device_get(quick_jit(jax.value_and_grad(by_text))(random_parameters(SCORING, scale=0.3)))
-    definition = StepDefinition(structure_of(SCORING), objective_of(SECTION), optax.identity(), microbatches=microbatches)
-    with jax.set_mesh(MESHES[mesh]):
-        run = quick_jit(partial(step_gradients, definition, key=None))
-        found = jax.device_get(
-            run(random_parameters(SCORING, scale=0.3), ModelWeights({}, {}, {}), put_batch(rows(), MESHES[mesh]))
-        )
-    np.testing.assert_allclose(found.loss, expected[0], rtol=2e-5)
-    assert found.weight == B * len(LENGTHS)
-    for path, gradient in expected[1].items():
-        assert np.max(np.abs(found.gradients[path] - gradient)) <= 1e-4 * np.max(np.abs(gradient)), path
-    known = found.terms.metrics["accuracy/mood"].weight
-    assert 0 < known < found.weight == found.terms.metrics["accuracy/topics"].weight
+    step = checked_step(SECTION, rows(), by_text, mesh, microbatches)
+    known = step.terms.metrics["accuracy/mood"].weight
+    assert 0 < known < step.weight == B * len(LENGTHS) == step.terms.metrics["accuracy/topics"].weight

@@ -14,7 +14,6 @@ from moe_train.train.objectives.next_token import next_token
 from moe_train.train.state import create_state
 from moe_train.train.step import train_step
 from moe_train.train.step_definition import StepDefinition
-from tests.compiled_programs import quick_jit
 from tests.random_parameters import random_parameters
 from tests.train.tiny_objectives import COEFS, by_hand
 from tests.train.tiny_step import MESHES, MODEL, batch, structure_of
@@ -29,7 +28,7 @@ def test_a_cross_entropy_by_hand_takes_the_step_of_next_token(mesh: str) -> None
             optimizer = optax.sgd(1.0)
             state = create_state(random_parameters(MODEL, scale=0.3), optimizer)
             definition = StepDefinition(structure_of(None), objective, optimizer, COEFS, microbatches=2)
-            found.append(jax.device_get(quick_jit(partial(train_step, definition))(state, put_batch(batch(), MESHES[mesh]))))
+            found.append(jax.device_get(jax.jit(partial(train_step, definition))(state, put_batch(batch(), MESHES[mesh]))))
     (state, metrics), (wanted, wanted_metrics) = found
     assert metrics.loss == pytest.approx(wanted_metrics.loss, rel=1e-5)
     assert metrics.objective["objective"] == pytest.approx(wanted_metrics.objective["cross_entropy"], rel=1e-5)

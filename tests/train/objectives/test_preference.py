@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,11 +12,11 @@ import pytest
 
 from moe_train import config
 from moe_train.machine.mesh import put_batch
-from moe_train.model.parameters import combine
+from moe_train.model.parameters import combine, with_expert_ids
+from moe_train.train.objectives.objective import DRIFT_METRIC
 from moe_train.train.objectives.preference import preference
 from moe_train.train.objectives.preference_losses import PairLogprobs, pair_losses
 from moe_train.train.state import partition, trained_in_full
-from tests.compiled_programs import quick_jit
 from tests.random_parameters import random_parameters
 from tests.train.objectives.judged_rows import pair_rows
 from tests.train.tiny_step import LORA, MESHES, MODEL, ONE, check_equal, gradients, plain_logprobs, structure_of
@@ -55,8 +55,29 @@ def expected(section: config.Preference) -> tuple[Any, Any]:
     with jax.set_mesh(ONE):
         learned, frozen = partition(random_parameters(MODEL, lora=LORA, scale=0.3), LORA)
         base = combine(structure_of(None), frozen, {path: x + 0.5 for path, x in trained_in_full(learned, LORA).items()})
-        run = quick_jit(jax.value_and_grad(lambda p, f, b, base: plain_loss(section, combine(structure_of(LORA), p, f), base, b)))
+        run = jax.jit(jax.value_and_grad(lambda p, f, b, base: plain_loss(section, combine(structure_of(LORA), p, f), base, b)))
         return jax.device_get(run(learned, frozen, put_batch(pair_rows()[0], ONE), base))
+
+
+@cache
+def expected_changes() -> np.ndarray:
+    """Of each layer, the experts of all tokens that the model without adapters does not choose, token by token."""
+    batch, _ = pair_rows()
+    with jax.set_mesh(ONE):
+        learned, frozen = partition(random_parameters(MODEL, lora=LORA, scale=0.3), LORA)
+        base = {path: x + 0.5 for path, x in trained_in_full(learned, LORA).items()}
+
+        def ids(lora: config.Lora | None, weights: Any) -> Any:
+            model = combine(with_expert_ids(structure_of(lora)), weights, frozen)
+            return model(batch.tokens, batch.positions, batch.segment_ids)[1].expert_ids
+
+        of_both = jax.device_get((jax.jit(partial(ids, LORA))(learned), jax.jit(partial(ids, None))(base)))
+    changes = np.zeros(len(of_both[0]), int)
+    for layer, row, position in np.ndindex(len(changes), *batch.tokens.shape):
+        if batch.segment_ids[row, position]:
+            chosen, base_chosen = (set(ids[layer, row, position].tolist()) for ids in of_both)
+            changes[layer] += len(chosen - base_chosen)
+    return changes
 
 
 @pytest.mark.parametrize(
@@ -72,7 +93,11 @@ def test_every_mesh_gives_the_loss_and_the_gradients_of_a_plain_computation(mesh
     check_equal(step, expected(DPO))
     batch, pieces = pair_rows()
     assert step.weight == len(pieces)
-    metrics = {name: metric.sum / metric.weight for name, metric in step.terms.metrics.items()}
+    drift = step.terms.metrics[DRIFT_METRIC]
+    np.testing.assert_array_equal(drift.sum, expected_changes())
+    assert 0 < drift.sum.max() < drift.weight == 2 * (batch.segment_ids != 0).sum()
+    assert step.terms.routers is not None and step.terms.routers.expert_ids is None
+    metrics: dict[str, Any] = {name: metric.sum / metric.weight for name, metric in step.terms.metrics.items()}
     assert metrics["rewards/margins"] == pytest.approx(metrics["rewards/chosen"] - metrics["rewards/rejected"], rel=1e-4)
     assert 0 < metrics["rewards/accuracies"] < 1 and metrics["logps/chosen"] < 0 < metrics["entropy"]
     assert step.terms.metrics["nll_loss"].weight == (batch.loss_mask & (batch.answer_ids % 2 == 1)).sum()
@@ -92,12 +117,12 @@ def test_full_training_reads_the_reference_from_the_batch() -> None:
     with jax.set_mesh(ONE):
         learned, frozen = partition(random_parameters(MODEL, lora=LORA, scale=0.3), LORA)
         base = combine(structure_of(None), frozen, {path: x + 0.5 for path, x in trained_in_full(learned, LORA).items()})
-        _, reference = quick_jit(plain_logprobs)(base, put_batch(batch, ONE))
+        _, reference = jax.jit(plain_logprobs)(base, put_batch(batch, ONE))
     section = DPO.model_copy(update={"sft_weight": 0.0})
     stored = gradients(preference(section), ONE, rows=batch._replace(reference=np.asarray(reference)))
     with jax.set_mesh(ONE):
         model = combine(structure_of(None), random_parameters(MODEL, scale=0.3), {})
-        value = quick_jit(lambda *xs: plain_loss(section, *xs))(model, base, put_batch(batch, ONE))
+        value = jax.jit(lambda *xs: plain_loss(section, *xs))(model, base, put_batch(batch, ONE))
     assert stored.loss == pytest.approx(float(value), rel=2e-5)
     missing = gradients(preference(section), ONE, rows=batch._replace(reference=np.full_like(batch.reference, np.nan)))
     assert np.isnan(missing.loss)

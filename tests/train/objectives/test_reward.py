@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from moe_train import config
 from moe_train.data.batches.batch import StoredPiece
 from moe_train.data.batches.reward_batch import RewardBatch
 from moe_train.data.chat.example import SEGMENT_START
-from moe_train.machine.mesh import put_batch
-from moe_train.model.parameters import combine
-from moe_train.train.gradients import step_gradients
-from moe_train.train.objectives.choose import objective_of
-from moe_train.train.objectives.objective import ModelWeights
-from moe_train.train.step_definition import StepDefinition
-from tests.compiled_programs import quick_jit
-from tests.random_parameters import random_parameters
-from tests.train.objectives.test_classification import structure_of
-from tests.train.tiny_step import MESHES, MODEL, ONE, B, T, V
+from moe_train.model.transformer import Transformer
+from tests.train.objectives.scored_step import MESHES_AND_MICROBATCHES, checked_step
+from tests.train.tiny_step import B, T, V
 
 SECTION = config.Reward(name="reward", center_weight=0.05)
-SCORING = MODEL.model_copy(update={"scores": SECTION.scores})
 PAIRS = ((3, 2), (4, 3))
 """Tokens of the answers of each pair of a row."""
 
@@ -50,8 +38,7 @@ def rows() -> RewardBatch:
     return made
 
 
-def by_pair(weights: Any) -> jax.Array:
-    model = combine(structure_of(SCORING), weights)
+def by_pair(model: Transformer) -> jax.Array:
     total = jnp.float32(0)
     for place, (first, _) in enumerate(PAIRS):
         stacked = np.stack([pieces(row)[place].tokens.astype(np.int32) for row in range(B)])
@@ -61,18 +48,7 @@ def by_pair(weights: Any) -> jax.Array:
     return total / (B * len(PAIRS))
 
 
-@pytest.mark.parametrize(("mesh", "microbatches"), [("one device", 1), ("data, fsdp, tensor", 2), ("fsdp, expert, context", 1)])
+@pytest.mark.parametrize(("mesh", "microbatches"), MESHES_AND_MICROBATCHES)
 def test_packed_pairs_have_the_loss_of_each_answer_alone(mesh: str, microbatches: int) -> None:
-    structure_of(SCORING)  # before the mesh is in force inside a program
-    with jax.set_mesh(ONE):
-        expected = jax.device_get(quick_jit(jax.value_and_grad(by_pair))(random_parameters(SCORING, scale=0.3)))
-    definition = StepDefinition(structure_of(SCORING), objective_of(SECTION), optax.identity(), microbatches=microbatches)
-    with jax.set_mesh(MESHES[mesh]):
-        run = quick_jit(partial(step_gradients, definition, key=None))
-        found = jax.device_get(
-            run(random_parameters(SCORING, scale=0.3), ModelWeights({}, {}, {}), put_batch(rows(), MESHES[mesh]))
-        )
-    np.testing.assert_allclose(found.loss, expected[0], rtol=2e-5)
-    assert found.weight == B * len(PAIRS)
-    for path, gradient in expected[1].items():
-        assert np.max(np.abs(found.gradients[path] - gradient)) <= 1e-4 * np.max(np.abs(gradient)), path
+    step = checked_step(SECTION, rows(), by_pair, mesh, microbatches)
+    assert step.weight == B * len(PAIRS)

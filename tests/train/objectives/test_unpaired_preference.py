@@ -14,7 +14,6 @@ from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine
 from moe_train.train.objectives.unpaired_preference import unpaired_preference
 from moe_train.train.state import partition, trained_in_full
-from tests.compiled_programs import quick_jit
 from tests.random_parameters import random_parameters
 from tests.train.objectives.judged_rows import unpaired_rows
 from tests.train.tiny_step import LORA, MESHES, MODEL, ONE, check_equal, gradients, plain_logprobs, structure_of
@@ -43,7 +42,7 @@ def expected() -> tuple[Any, Any]:
         learned, frozen = partition(random_parameters(MODEL, lora=LORA, scale=0.3), LORA)
         base = combine(structure_of(None), frozen, {path: x + 0.5 for path, x in trained_in_full(learned, LORA).items()})
         loss = lambda p, f, b, base: plain_loss(combine(structure_of(LORA), p, f), base, b)  # noqa: E731
-        run = quick_jit(jax.value_and_grad(loss, has_aux=True))
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
         return jax.device_get(run(learned, frozen, put_batch(unpaired_rows()[0], ONE), base))
 
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_train.model.moe.transport import all_gather
-from tests.compiled_programs import quick_jit
 
 D, A = 8, 2
 
@@ -23,7 +22,7 @@ def test_dispatch_and_combine_differentiate_as_indexing_does() -> None:
     order = jnp.asarray(rng.permutation(R))
     inverse = jnp.argsort(order).reshape(m, A)
 
-    @partial(quick_jit, static_argnums=0)
+    @partial(jax.jit, static_argnums=0)
     def pull(f: Any, primals: Any, d: Any) -> Any:
         y, vjp = jax.vjp(f, *primals)
         return y, *vjp(d)

@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train.model.moe.transport.chunks import ChunkInputs, ChunkRouting, bucket_size, sum_over_chunks
 from moe_train.model.moe.transport.transport import ExchangeSizes
-from tests.compiled_programs import quick_jit
 from tests.tiny import ONE
 
 
@@ -34,7 +33,7 @@ def test_a_sum_over_chunks_and_its_gradients(num_chunks: int) -> None:
     def compute_chunk(i: jax.Array, inputs: ChunkInputs, routing: ChunkRouting) -> jax.Array:
         return (i + 1) * inputs.weights_mA * inputs.x_mD * inputs.experts
 
-    @quick_jit
+    @jax.jit
     @jax.shard_map(in_specs=P(), out_specs=P(), check_vma=False)
     def gradients(x: jax.Array, weight: jax.Array, expert: jax.Array, num_chunks: jax.Array) -> tuple[jax.Array, ...]:
         routing = ChunkRouting((), num_chunks, None)

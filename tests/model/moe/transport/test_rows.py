@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_train.model.moe.transport.rows import Placement, from_rows, permute, to_rows
-from tests.compiled_programs import quick_jit
 
 # 4 tokens with 2 assignments each; 5 of these are in a buffer of 6 rows, whose row 2 is unused.
 ROW = np.array([[0, 3], [1, 0], [4, 5], [0, 0]])
@@ -19,7 +18,7 @@ USED = np.array([True, True, False, True, True, True])
 PLACEMENT = Placement(*map(jnp.asarray, (TOKEN, USED, ROW, PRESENT)))
 
 
-@quick_jit
+@jax.jit
 def both(x_mD: Any, y_SD: Any) -> Any:
     """Each copy with its gradient at the other's operand."""
     rows, to_vjp = jax.vjp(lambda x: to_rows(x, PLACEMENT), x_mD)

@@ -24,6 +24,7 @@ _EXTRAS = {
     "gguf": ("gguf", "quantized GGUF files"),
     "report": ("matplotlib", "`plot`"),
     "pii": ("detect_secrets", "personal data and secrets in `data check`"),
+    "vision": ("PIL", "pictures in records"),
     "evidence": ("model_signing", "signatures of `evidence`"),
     "s3": ("s3fs", "prepared data in S3"),
     "gcs": ("gcsfs", "prepared data in Google Cloud Storage"),

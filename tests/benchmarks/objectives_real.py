@@ -33,13 +33,13 @@ from safetensors.numpy import load_file, save_file
 from tests.benchmarks.arithmetic_gate import CONFIG, SUITE, write_problems
 
 ROOT = Path(__file__).parents[2]
-NUM_HELD_OUT = 64
+NUM_HELD_OUT = 40
 """Additions that the gate asks."""
-NUM_QUESTIONS = {"pairs": (40, 8), "labelled": (24, 6)}
+NUM_QUESTIONS = {"pairs": (40, 8), "labelled": (20, 6)}
 """Additions whose answers become records, of training and held out, for DPO and for KTO."""
 SFT_STEPS = 8
-STUDENT_STEPS = 16
-HEAD_STEPS = 12
+STUDENT_STEPS = 12
+HEAD_STEPS = 8
 PHRASES = {
     "insult": {
         "train": (
@@ -151,7 +151,7 @@ def preferences(commands: Commands, gguf: Path) -> None:
 def _write_additions(work: Path) -> None:
     """Write additions to train on, to sample answers to, and to ask; no two files share one."""
     write_problems(work, NUM_HELD_OUT)
-    (work / "suite.yaml").write_text(json.dumps(SUITE), encoding="utf-8")
+    (work / "suite.yaml").write_text(json.dumps({**SUITE, "batch_size": NUM_HELD_OUT}), encoding="utf-8")
     lines = (work / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (work / "data").mkdir(exist_ok=True)
     end = len(lines)
@@ -175,7 +175,7 @@ def teacher(commands: Commands, gguf: Path, gsm8k: Path) -> None:
         "init_from": "models/student",
         "train": {"steps": STUDENT_STEPS, "batch_size": 4, "seq_len": 256},
         "optimizer": {"name": "adamw", "learning_rate": 3e-4, "schedule": {"name": "linear", "warmup_steps": 4}},
-        "evaluation": {"every_steps": STUDENT_STEPS // 2, "batches": 4},
+        "evaluation": {"every_steps": STUDENT_STEPS // 2, "batches": 2},
         "checkpoint": {"every_steps": STUDENT_STEPS},
     }
     data = {part: files_of(f"gsm8k_{name}.jsonl", record) for part, name in (("train", "train"), ("eval", "heldout"))}
@@ -216,7 +216,7 @@ def head(commands: Commands, gguf: Path, gsm8k: Path) -> None:
     """Train a classifier of two labels through adapters."""
     work = commands.work
     questions = [json.loads(line)["question"] for line in (gsm8k / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    for part, of_part in (("train", questions[:400]), ("heldout", questions[400:480])):
+    for part, of_part in (("train", questions[:200]), ("heldout", questions[200:248])):
         lines = (json.dumps(_labelled(question, part)) for question in of_part)
         (work / f"moderation_{part}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     sections = {
@@ -229,7 +229,7 @@ def head(commands: Commands, gguf: Path, gsm8k: Path) -> None:
         },
         "train": {"steps": HEAD_STEPS, "batch_size": 4, "seq_len": 256},
         "optimizer": {"name": "adamw", "learning_rate": 1e-3, "schedule": {"name": "linear", "warmup_steps": 2}},
-        "evaluation": {"every_steps": HEAD_STEPS // 2, "batches": 4},
+        "evaluation": {"every_steps": HEAD_STEPS // 2, "batches": 2},
         "checkpoint": {"every_steps": HEAD_STEPS},
     }
     commands.train(write_config(work, "moderation", sections))

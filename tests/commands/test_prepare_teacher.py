@@ -157,6 +157,8 @@ def test_what_is_refused(student: Any, teacher: Path, tmp_path: Path, text: Path
         prepare(student(objective=objective), teacher=TeacherOptions(column="logprobs"))
     with pytest.raises(ValueError, match=r"records.jsonl:1: column logprobs should be a list"):
         prepare(student(), teacher=TeacherOptions(column="logprobs"))
+    with pytest.raises(ValueError, match=r"records.jsonl:1: column completion is text that is not JSON"):
+        prepare(student(), teacher=TeacherOptions(column="completion"))
     own = HuggingFace(text / "tokenizer")
     check_same_vocabulary(own, own, "teacher")
     other = tmp_path / "other"

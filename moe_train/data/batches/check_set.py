@@ -7,7 +7,6 @@ from typing import cast
 
 import numpy as np
 
-from moe_train import config
 from moe_train.data.batches.answer_batches import PreferenceBatch, UnpairedBatch
 from moe_train.data.batches.batch import PackedBatch
 from moe_train.data.batches.classification_batch import ClassificationBatch
@@ -74,11 +73,13 @@ def _check_pictures(batch_type: type[PackedBatch], name: str, rules: PictureRule
     cast(type[PictureBatch], batch_type).check_rules(rules, name)
 
 
-def check_varied_labels(targets: Sequence[config.ScoreTarget], stores: Sequence[TokenStore]) -> None:
+def check_varied_labels(batch_type: type[PackedBatch], stores: Sequence[TokenStore]) -> None:
     """Raise ValueError if all texts of all sources have the same labels of a target, so that nothing tells one from another."""
+    if not issubclass(batch_type, ClassificationBatch):
+        return
     labels = np.concatenate([store.values for store in stores])
     start = 0
-    for target in targets:
+    for target in cast(type[ClassificationBatch], batch_type).targets:
         flags = labels[:, start : start + len(target.labels)]
         start += len(target.labels)
         known = flags[~np.isnan(flags[:, 0])]

@@ -22,7 +22,6 @@ from moe_train import config
 from moe_train.data.batches.answer_batches import UnpairedBatch
 from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch
 from moe_train.data.batches.check_set import check_set, check_varied_labels
-from moe_train.data.batches.classification_batch import ClassificationBatch
 from moe_train.data.batches.concatenation import Concatenation
 from moe_train.data.batches.mismatched import check_labels
 from moe_train.data.batches.order import Shuffle
@@ -117,8 +116,8 @@ class Loader:
             self._sources.append(opened_rows)
         if batch_type is UnpairedBatch:
             check_labels([opened.store for opened in self._sources])
-        if sources == "train" and issubclass(batch_type, ClassificationBatch):
-            check_varied_labels(batch_type.targets, [opened.store for opened in self._sources])
+        if sources == "train":
+            check_varied_labels(batch_type, [opened.store for opened in self._sources])
         plans = [opened.order.plan() for opened in self._sources]
         for opened, plan in zip(self._sources, plans, strict=True):
             if not plan.num_rows:

@@ -21,7 +21,9 @@ SPEED = config.ScoreTarget(name="speed", labels=("quick", "lazy"), several=True)
 
 def store(kind: str = "classification", values: Any = ()) -> Any:
     rules = SimpleNamespace(record={"name": kind, "targets": [ANIMAL.model_dump(mode="json")]})
-    return SimpleNamespace(manifest=SimpleNamespace(rules=rules), values=np.asarray(values), where=lambda i: f"a.jsonl:{i + 1}")
+    return SimpleNamespace(
+        manifest=SimpleNamespace(rules=rules, pictures=None), values=np.asarray(values), where=lambda i: f"a.jsonl:{i + 1}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_other_labels() -> None:
 )
 def test_labels_without_a_contrast(values: Any, message: str | None) -> None:
     if message is None:
-        check_varied_labels((ANIMAL, SPEED), [store(values=values[:1]), store(values=values[1:])])
+        check_varied_labels(classification_batch((ANIMAL, SPEED)), [store(values=values[:1]), store(values=values[1:])])
         return
     with pytest.raises(ValueError, match=message):
-        check_varied_labels((ANIMAL, SPEED), [store(values=values)])
+        check_varied_labels(classification_batch((ANIMAL, SPEED)), [store(values=values)])

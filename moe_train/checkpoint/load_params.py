@@ -32,7 +32,12 @@ class LoadedParams(NamedTuple):
 
 
 def load_params(
-    run_dir: str | Path, abstract: Abstract, step: int | None = None, keep: PartConverters | None = None
+    run_dir: str | Path,
+    abstract: Abstract,
+    step: int | None = None,
+    keep: PartConverters | None = None,
+    *,
+    announce: bool = True,
 ) -> LoadedParams:
     """Load the trainable weights of a run onto the mesh in force; every process of the job must call this.
 
@@ -44,6 +49,7 @@ def load_params(
         step: The step of the checkpoint to read; None for the newest.
         keep: The only arrays to read, and what to keep of each, so that an array never has to be in memory as a whole; None to
             read all of them. Arrays are read one after the other.
+        announce: Whether to log which checkpoint was taken; not for one that nobody has asked for.
 
     Raises:
         FileNotFoundError: If there is no checkpoint (of `step`).
@@ -65,7 +71,8 @@ def load_params(
             params = Path(run_dir) / CHECKPOINTS_FOLDER / str(candidate) / "params"
             loaded, fault = _load_array_by_array(params, saved, abstract, keep)
         if not fault:
-            _log_choice(run_dir, candidate, readable)
+            if announce:
+                _log_choice(run_dir, candidate, readable)
             return LoadedParams(loaded, saved.about, candidate)
         message = f"the checkpoint of step {candidate} in {run_dir} cannot be read: {fault}"
         if other_steps:

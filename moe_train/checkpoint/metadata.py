@@ -35,6 +35,10 @@ class WeightOrigin(NamedTuple):
     carried: Mapping[str, str] = MappingProxyType({})
     """The sha256 of each tensor of a multimodal base's tower and projector, which exports carry; empty for a text model."""
 
+    def to_json(self) -> JsonObject:
+        """Return the fields by name. As a named tuple, JSON would store them as a list without names."""
+        return {**self._asdict(), "carried": dict(self.carried)}
+
 
 class CheckpointMetadata(NamedTuple):
     """The metadata of a checkpoint."""
@@ -106,8 +110,7 @@ def about_json(about: CheckpointMetadata, sums: dict[str, list[int]], held_out_l
     metadata = about._asdict()
     for key in ("base", "adapter"):
         if metadata[key] is not None:
-            # JSON would store a named tuple as a list without its field names.
-            metadata[key] = {**metadata[key]._asdict(), "carried": dict(metadata[key].carried)}
+            metadata[key] = metadata[key].to_json()
     content = {"about": metadata, "sums": sums, "held_out_loss": held_out_loss}
     return {**content, "sha256": _digest(content)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +12,7 @@ from moe_train.machine.program import runnable
 
 if TYPE_CHECKING:
     from moe_train.config import Config
+    from moe_train.config.origins import ConfigFile
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a run.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Settings that override those of the file.")]
@@ -43,6 +45,9 @@ TextOnly = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
+READ_CONFIG: ContextVar[ConfigFile | None] = ContextVar("READ_CONFIG", default=None)
+"""The config that the command has read, in which `main` looks up what an error is about."""
+
 START = "Start"
 """Heading of `--help` above the commands to begin with."""
 DATA = "Data"
@@ -63,11 +68,13 @@ def read_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a config file and apply overrides. Raises ValueError with one line for each error."""
     # Imported here, since pydantic would slow down `--help`.
     from moe_train.commands.recipes import is_recipe
-    from moe_train.config import yaml_file
+    from moe_train.config import Config, yaml_file
 
     # The examples of `--help` name recipes, which stand in no folder of their own where the package was installed as a wheel.
     if not path.exists() and is_recipe(path.stem):
         raise FileNotFoundError(
             f"{path}: no such config file; a recipe has this name; write it: moe-train recipes {path.stem} --copy {path}"
         )
-    return yaml_file.load_config(path, overrides or ())
+    file = yaml_file.read_section(path, Config, overrides or ())
+    READ_CONFIG.set(file)
+    return yaml_file.checked(file, Config)

@@ -23,7 +23,7 @@ from typing import Annotated, Literal, NoReturn, cast
 import typer
 
 from moe_train.cli.adapters import adapter_commands
-from moe_train.cli.arguments import DATA, MODELS, START, AsJson, help_examples
+from moe_train.cli.arguments import DATA, MODELS, READ_CONFIG, START, AsJson, help_examples
 from moe_train.cli.classify import classify_commands
 from moe_train.cli.configs import config_commands
 from moe_train.cli.data import data_commands
@@ -36,6 +36,7 @@ from moe_train.cli.terminal import print_json, print_mapping, print_table, progr
 from moe_train.cli.training import training_commands
 from moe_train.machine import processes
 from moe_train.machine.backend import backend_failure
+from moe_train.machine.freed_memory import keep_freed_memory
 from moe_train.machine.interrupts import ends_after_signals
 from moe_train.machine.program import program, runnable
 
@@ -94,6 +95,7 @@ def quickstart_command() -> None:
     It trains on the Python standard library's documentation, in runs/quickstart of the current directory.
     If it is interrupted, the same command continues.
     """
+    keep_freed_memory()
     from moe_train.commands.quickstart import quickstart
     from moe_train.machine.compile_cache import use_compile_cache
 
@@ -187,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gc.set_threshold(10_000, 20, 100)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in arguments
+    READ_CONFIG.set(None)
     # Typer accepts them only before the command, while people append them to a command that failed.
     given = [option for option in ("--debug", "--no-compile-cache") if option in arguments]
     arguments = given + [argument for argument in arguments if argument not in given]
@@ -256,6 +259,9 @@ def _report(error: Exception, debug: bool) -> int:
     if debug or not is_expected:
         traceback.print_exc()
     message = _message(error) if is_expected else f"{type(error).__name__}: {error}"
+    config_file = READ_CONFIG.get()
+    if config_file is not None and isinstance(error, USER_ERRORS):
+        message = config_file.located(message)
     # A config may have several errors, each on its own line.
     for line in message.splitlines():
         print(f"moe-train: {runnable(line)}", file=sys.stderr)

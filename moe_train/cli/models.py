@@ -10,6 +10,7 @@ import typer
 
 from moe_train.cli.arguments import MODELS, AsJson, ModelDir, OutDir, ProofDepth, Step, TextOnly, help_examples
 from moe_train.cli.terminal import print_checks, print_json, print_mapping, progress_line
+from moe_train.machine.program import runnable
 
 model_commands = typer.Typer()
 
@@ -70,12 +71,12 @@ def export_command(
     if as_json:
         result = {"directory": str(out_dir), "checks": record["checks"]}
         if serve_command:
-            result["serve"] = serve_command
+            result["serve"] = runnable(serve_command)
         print_json(result)
         return
     print_checks(record["checks"])
     if serve_command:
-        print(f"start the server: {serve_command}")
+        print(f"start the server: {runnable(serve_command)}")
 
 
 @model_commands.command(

@@ -10,6 +10,8 @@ import typer
 
 from moe_train.cli.arguments import TRAINING, AsJson, ConfigPath, Overrides, help_examples, read_config
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
+from moe_train.machine.freed_memory import keep_freed_memory
+from moe_train.machine.program import runnable
 
 training_commands = typer.Typer()
 
@@ -26,6 +28,7 @@ def train_command(config_path: ConfigPath, overrides: Overrides = None) -> None:
     """Train the run that CONFIG describes; an interrupted run continues from its last checkpoint."""
     # Read before the import below, which takes seconds (jax), so that a mistake in the config is reported at once.
     config = read_config(config_path, overrides)
+    keep_freed_memory()
     from moe_train.commands.train import train
     from moe_train.machine.compile_cache import use_compile_cache
     from moe_train.run.bucket import working_folder
@@ -164,6 +167,7 @@ def bench_command(
 ) -> None:
     """Measure the speed of CONFIG's training step on these devices, with random weights and tokens."""
     config = read_config(config_path, overrides)
+    keep_freed_memory()
     from moe_train.commands.bench import bench
     from moe_train.machine.compile_cache import use_compile_cache
     from moe_train.machine.processes import process_started
@@ -242,6 +246,9 @@ def runs_command(
         print_json([{"run": s.run, "settings": s.settings, "status": s.status, **s.figures} for s in summaries])
     elif as_csv:
         print(runs.as_csv(runs.rows_of(summaries)), end="")
+    elif len(summaries[0].settings) > runs.MOST_SETTINGS:
+        print_table(runs.rows_of(summaries, with_settings=False))
+        print_table(runs.settings_rows(summaries))
     else:
         print_table(runs.rows_of(summaries))
 
@@ -264,7 +271,8 @@ def branch_command(
     from moe_train.commands.branch import branch
 
     step = branch(directory, run_dir)
-    print(f"{run_dir} continues after step {step}: moe-train train CONFIG run_dir={run_dir} with more train.steps or a schedule")
+    command = runnable(f"moe-train train CONFIG run_dir={run_dir}")
+    print(f"{run_dir} continues after step {step}: {command} with more train.steps or a schedule")
 
 
 @training_commands.command(
@@ -296,7 +304,7 @@ def sweep_command(
 
     runs = sweep_runs(config_path, overrides)
     if only_print:
-        print("\n".join(commands_of(config_path, runs)))
+        print(runnable("\n".join(commands_of(config_path, runs))))
         return
     from moe_train.commands.sweep_runs import compare_runs, train_runs
     from moe_train.machine.compile_cache import use_compile_cache

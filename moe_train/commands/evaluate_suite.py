@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,13 +17,15 @@ from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.config.yaml_file import flat
 from moe_train.data.chat.chat_date import date_of_data, dated
 from moe_train.data.chat.conversation_to_tokens import load_template
-from moe_train.evaluate.suites.answer import answer_items, prompter_of
+from moe_train.data.records.pictures import has_pictures
+from moe_train.evaluate.suites.answer import answer_items, check_prompts, prompter_of
 from moe_train.evaluate.suites.generation import LoadedModel
 from moe_train.evaluate.suites.judge import Endpoint, default_cache
 from moe_train.evaluate.suites.load import LoadedSuite, SuiteOptions, load_suites
 from moe_train.evaluate.suites.page import page
 from moe_train.evaluate.suites.result import Evaluation, ModelAnswers, checked_requirements, item_rows, result_of
 from moe_train.machine.files import JsonObject, new_directory, refuse_existing, write_text
+from moe_train.model.parameters import Parameters
 
 
 def judge_at(url: str, cache: Path | None = None) -> Endpoint:
@@ -86,7 +89,12 @@ def evaluate_suites(
         raise FileExistsError(f"{outputs.items} exists; name a new file for the items")
     if outputs.directory is not None:
         refuse_existing(outputs.directory)
-    answered = [_answers(path, suites, chat_template) for path in paths]
+    models = [_model_to_ask(path, chat_template) for path in paths]
+    # The first model is checked before it answers; a fault of the others should not wait for its answers.
+    for model in models[1:]:
+        for loaded in suites:
+            check_prompts(loaded, prompter_of(loaded, model.opened.tokenizer, model.template), model.opened.model)
+    answered = [_answers(model, suites) for model in models]
     first_base = 1 + len(comparisons.seeds)
     evaluation = Evaluation(suites, answered[:first_base], answered[first_base:], requirements)
     result = result_of(evaluation)
@@ -151,16 +159,40 @@ def _check_seeds(directory: Path, others: Sequence[Path]) -> None:
         raise ValueError(f"the pooled runs have the seeds {', '.join(map(str, seeds))}; each needs a seed of its own")
 
 
-def _answers(directory: Path, suites: Sequence[LoadedSuite], chat_template: str | None) -> ModelAnswers:
-    """Let one model answer all suites; its weights are freed when this returns."""
+class _ModelToAsk(NamedTuple):
+    """A model whose weights are not loaded yet."""
+
+    opened: OpenedModel
+    template: str | None
+    """The text of its chat template; None if there is none."""
+
+
+def _model_to_ask(directory: Path, chat_template: str | None) -> _ModelToAsk:
+    """Open a model without its weights. Raises FileNotFoundError if there is none."""
     opened = open_model(directory)
-    identity = weights_identity(directory)
-    template = template_of(opened, chat_template)
+    return _ModelToAsk(opened, template_of(opened, chat_template))
+
+
+def _answers(model: _ModelToAsk, suites: Sequence[LoadedSuite]) -> ModelAnswers:
+    """Let one model answer all suites; its weights are freed when this returns."""
+    opened, template = model
+    # Only now, since a run that is still trained may have a newer checkpoint than when it was opened.
+    identity = weights_identity(opened.directory)
     with jax.set_mesh(opened.mesh):
-        structure, weights = opened.load()
-        model = LoadedModel(structure, weights, opened.model, opened.mesh, opened.compute.dtype)
-        answers = [answer_items(loaded, prompter_of(loaded, opened.tokenizer, template), model) for loaded in suites]
-    return ModelAnswers(str(directory), identity, answers)
+        structure, weights = load_for(opened, suites)
+        loaded_model = LoadedModel(structure, weights, opened.model, opened.mesh, opened.compute.dtype)
+        answers = [answer_items(loaded, prompter_of(loaded, opened.tokenizer, template), loaded_model) for loaded in suites]
+    return ModelAnswers(str(opened.directory), identity, answers)
+
+
+def load_for(opened: OpenedModel, suites: Sequence[LoadedSuite]) -> tuple[Any, Parameters]:
+    """Load a model, with its vision tower if a suite shows it pictures; `mesh` has to be in force."""
+    items = itertools.chain.from_iterable(loaded.items for loaded in suites)
+    if not any(has_pictures(message) for item in items for message in item.messages):
+        return opened.load()
+    opened.check_pictures()
+    structure, weights, _ = opened.load_with_tower()
+    return structure, weights
 
 
 def template_of(opened: OpenedModel, chat_template: str | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -159,13 +160,33 @@ def _hours(events: Sequence[JsonObject], metrics: Path) -> float | None:
     return seconds / 3600
 
 
-def rows_of(summaries: Sequence[RunSummary]) -> list[dict[str, Any]]:
+MOST_SETTINGS = 4
+"""Number of settings that have a column of their own in a table for people."""
+
+
+def settings_rows(summaries: Sequence[RunSummary]) -> list[dict[str, Any]]:
+    """Return a row for each run with the settings in which it differs from others, as text that fits into one column."""
+    rows = []
+    for summary in summaries:
+        stated = [f"{key}={_short(value)}" for key, value in summary.settings.items() if value is not None]
+        rows.append({"run": summary.run, "settings that differ": "  ".join(stated)})
+    return rows
+
+
+def _short(value: object) -> str:
+    """Return a value of a setting on few characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def rows_of(summaries: Sequence[RunSummary], with_settings: bool = True) -> list[dict[str, Any]]:
     """Return a row for each run with the same columns, for a table or CSV: settings, figures, and a column for each suite."""
     suites = sorted({name for summary in summaries for name in summary.figures.get("suites", {})})
     columns = ("step", "loss", "best_loss", "best_step", "best_checkpoint", "tokens", "hours", "cost", "base", "adapter")
     rows = []
     for summary in summaries:
-        row: dict[str, Any] = {"run": summary.run, **summary.settings, "status": summary.status}
+        settings = summary.settings if with_settings else {}
+        row: dict[str, Any] = {"run": summary.run, **settings, "status": summary.status}
         for column in columns[:5]:
             row[column] = summary.figures.get(column)
         for suite in suites:

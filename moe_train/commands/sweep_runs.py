@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from moe_train.commands.sweep import SweptRun
 from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import join_processes
 from moe_train.run import loop
-from moe_train.run.introduction import print_warning
 from moe_train.run.resolve import resolve
+
+log = logging.getLogger(__name__)
 
 
 def train_runs(runs: Sequence[SweptRun]) -> int:
@@ -26,7 +28,8 @@ def train_runs(runs: Sequence[SweptRun]) -> int:
     join_processes()
     resolved = [resolve(run.config, jax.device_count()) for run in runs]
     for number, run in enumerate(resolved, start=1):
-        print_warning(f"run {number} of {len(resolved)}: {run.run_dir}")
+        if jax.process_index() == 0:
+            log.info("run %d of %d: %s", number, len(resolved), run.run_dir)
         code = loop.train_run(run)
         if code != loop.FINISHED:
             return code
@@ -60,9 +63,9 @@ def _seen_from_other(row: JsonObject, first: str) -> JsonObject:
         "against": first,
         "old": row["new"],
         "new": row["old"],
-        "difference": -row["difference"],
-        "low": -row["high"],
-        "high": -row["low"],
+        "difference": 0.0 - row["difference"],  # without a minus sign for 0
+        "low": 0.0 - row["high"],
+        "high": 0.0 - row["low"],
         "not_graded": row["not_graded"],
         "p_value": row["p_value"],
         "verdict": opposite[row["verdict"]],

@@ -45,6 +45,8 @@ def verify(
         ValueError: the record is damaged, or the arguments do not fit together.
     """
     directory = Path(directory)
+    if not directory.exists():
+        raise FileNotFoundError(f"{directory}: no such folder; name the folder of an export")
     if not (directory / surroundings.RECORD_FILE).is_file():
         raise FileNotFoundError(
             f"{directory} has no {surroundings.RECORD_FILE}; only directories that `moe-train export` wrote can be verified"

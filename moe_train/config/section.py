@@ -33,8 +33,8 @@ LocalPath = Annotated[str, AfterValidator(_path)]
 
 
 def _run_dir(value: str) -> str:
-    """Reject a URL without a bucket or without a folder in it."""
-    if "://" in value and not re.fullmatch(r"[a-z0-9]+://[^/\s]+/\S+|(file|local):///\S+", value):
+    """Reject a URL of the web, and one without a bucket or without a folder in it."""
+    if "://" in value and not re.fullmatch(r"(?!https?:)[a-z0-9]+://[^/\s]+/\S+|(file|local):///\S+", value):
         raise ValueError(
             "this URL does not name a folder in a bucket; state one such as gs://BUCKET/runs/NAME or s3://BUCKET/runs/NAME"
         )

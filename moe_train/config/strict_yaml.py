@@ -15,6 +15,7 @@ import yaml
 
 YamlValue: TypeAlias = "dict[str, YamlValue] | list[YamlValue] | str | int | float | bool | None"
 """A plain value that a YAML text stands for."""
+YamlSection: TypeAlias = dict[str, YamlValue]
 KeyPath = tuple[str | int, ...]
 """The path of a value: names of keys, and indices of list items."""
 

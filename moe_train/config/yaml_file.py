@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from moe_train.config import Config, strict_yaml
 from moe_train.config.faults import explain_errors
+from moe_train.config.origins import ConfigFile
 from moe_train.config.section import Section
-from moe_train.config.strict_yaml import ConfigError, KeyPath, YamlValue, dotted, parse_yaml, shown
-
-YamlSection: TypeAlias = dict[str, YamlValue]
+from moe_train.config.strict_yaml import ConfigError, KeyPath, YamlSection, dotted, parse_yaml, shown
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -43,9 +42,14 @@ _Kind = TypeVar("_Kind", bound=Section)
 
 def load_section(path: str | Path, kind: type[_Kind], overrides: Iterable[str] = ()) -> _Kind:
     """Read and check a YAML file of any kind; arguments and errors are those of `load_config`."""
+    return checked(read_section(path, kind, overrides), kind)
+
+
+def read_section(path: str | Path, kind: type[Section], overrides: Iterable[str] = ()) -> ConfigFile:
+    """Read a YAML file of any kind without checking its keys; arguments and errors are those of `load_config`."""
     path = Path(path)
     if not path.is_file():
-        problem = "no such config file"
+        problem = f"no such {kind.__name__.lower()} file"
         if path.is_dir():
             problem = "is a folder, not a config file; state a YAML file, in which init_from can name a folder of a model"
             if (path / "config.yaml").is_file():
@@ -61,7 +65,7 @@ def load_section(path: str | Path, kind: type[_Kind], overrides: Iterable[str] =
     origins = {key_path: f"{path}:{line}" for key_path, line in lines.items()}
     for override in overrides:
         _apply(tree, origins, override)
-    return _validate(tree, origins, kind)
+    return ConfigFile(tree, origins)
 
 
 def _apply(tree: YamlSection, origins: dict[KeyPath, str], override: str) -> None:
@@ -99,22 +103,14 @@ def _apply(tree: YamlSection, origins: dict[KeyPath, str], override: str) -> Non
     origins[path] = origin
 
 
-def _validate(tree: YamlSection, origins: dict[KeyPath, str], kind: type[_Kind]) -> _Kind:
-    """Validate the tree; raise ConfigError with the origin of each error."""
+def checked(file: ConfigFile, kind: type[_Kind]) -> _Kind:
+    """Check what a file states; raise ConfigError with the origin of each error."""
     try:
         # As JSON, since strict types accept a list as a tuple only when they read JSON.
-        return kind.model_validate_json(json.dumps(tree))
+        return kind.model_validate_json(json.dumps(file.tree))
     except ValidationError as error:
-        faults = {(path, message): None for path, message in explain_errors(error, tree, kind)}
-    raise ConfigError("\n".join(f"{_origin(origins, path)}: {dotted(path)}{message}" for path, message in faults))
-
-
-def _origin(origins: dict[KeyPath, str], path: KeyPath) -> str:
-    """Return the origin of the nearest key at or above `path` that the config states."""
-    # Ends at the path () of the whole file, which always has an origin.
-    while path not in origins:
-        path = path[:-1]
-    return origins[path]
+        faults = {(path, message): None for path, message in explain_errors(error, file.tree, kind)}
+    raise ConfigError("\n".join(f"{file.origin(path)}: {dotted(path)}{message}" for path, message in faults))
 
 
 def dump(config: Config) -> str:

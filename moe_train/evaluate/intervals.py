@@ -96,19 +96,26 @@ def mean_and_error(values: Sequence[float] | np.ndarray, groups: Sequence[object
     return Mean(mean, math.sqrt(G / (G - 1) * float(np.sum(residuals**2))) / scores.size, G)
 
 
-def equal_differences_interval(difference: float, units: int, confidence: float = 0.95) -> Interval:
-    """Return an interval of a mean of differences from -1 to 1 of which all observed ones are equal, so that none varies.
+def equal_values_interval(value: float, units: int, lowest: float, highest: float, confidence: float = 0.95) -> Interval:
+    """Return an interval of a mean of values of which all observed ones are equal, so that none varies.
 
-    A share s of units with another difference stays unseen in n of them with probability (1 - s)^n. The interval allows for the
-    largest share at the level, (1 - confidence) / 2 on each side, with the extreme differences.
+    A share s of units with another value stays unseen in n of them with probability (1 - s)^n. The interval allows for the
+    largest share at the level, (1 - confidence) / 2 on each side, with the extreme values.
 
     Args:
-        difference: The difference of every unit.
+        value: The value of every unit.
         units: Number of independent observations: groups, or items without groups; at least 1.
+        lowest: The lowest value that a unit can have.
+        highest: The highest value that a unit can have.
         confidence: Level of the interval.
     """
     unseen = 1 - ((1 - confidence) / 2) ** (1 / units)
-    return Interval(difference - unseen * (difference + 1), difference + unseen * (1 - difference))
+    return Interval(value - unseen * (value - lowest), value + unseen * (highest - value))
+
+
+def equal_differences_interval(difference: float, units: int, confidence: float = 0.95) -> Interval:
+    """Return `equal_values_interval` of differences of scores, which are from -1 to 1."""
+    return equal_values_interval(difference, units, -1.0, 1.0, confidence)
 
 
 def equal_differences_p_value(difference: float, units: int) -> float:

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.tree_util import PyTreeDef
 from jaxtyping import Array, Shaped
 
-from moe_train.machine.compiler_options import initialization_options
+from moe_train.machine.compiler_options import brief_options
 from moe_train.machine.mesh import platform
 from moe_train.model.lora import adaptable
 from moe_train.model.moe.layer import MoE
@@ -38,7 +38,7 @@ def initial_parameters(model: Callable[[], Transformer], paths: Collection[str])
     def create() -> Parameters:
         return {path: x for path, x in parameters(model())[1].items() if path in paths}
 
-    return jax.jit(create, compiler_options=initialization_options(platform()) or None)()
+    return jax.jit(create, compiler_options=brief_options(platform()) or None)()
 
 
 def combine(structure: PyTreeDef, *parts: Parameters) -> Transformer:

@@ -37,7 +37,7 @@ from moe_train.run.self_test import run_self_tests
 from moe_train.run.start import Start, starting_state
 from moe_train.run.start_check import check_start
 from moe_train.run.stopping import StopRequest, StopVotes, Votes
-from moe_train.run.suite_scores import SuiteScores
+from moe_train.run.suite_scores import SuiteScores, load_run_suites
 from moe_train.run.writer import Writer
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
@@ -199,10 +199,13 @@ def open_attempt(
         The attempt; None if all steps of the run are done, and nothing was written.
     """
     goodput = Goodput()
+    # What may be wrong is checked before the data are tokenized, which may take hours.
+    folder = RunFolder(Path(run.run_dir))
+    suites_of_run = load_run_suites(run)
     inputs = open_inputs(run, objective)
     stop_request.starting = "reading the checkpoint"
     # Locked before the checkpoints are read, so that no other process replaces them meanwhile.
-    folder = exit_stack.enter_context(RunFolder(Path(run.run_dir)))
+    exit_stack.enter_context(folder)
     checkpoints = exit_stack.enter_context(manager.open_for_saving(folder.path, run.checkpoint))
     begin = starting_state(run, inputs.train, checkpoints, inputs.total_steps)
     if rolled_back is not None:
@@ -215,7 +218,7 @@ def open_attempt(
         introduction.print_finished(run, begin, inputs.total_steps)
         return None
 
-    suites = SuiteScores(run, mesh, inputs, begin.structure)
+    suites = SuiteScores(run, suites_of_run, mesh, inputs, begin.structure)
     average = exit_stack.enter_context(open_average(run, begin.state))
     # From here on, files are written.
     folder.write(run, inputs)

@@ -62,7 +62,7 @@ class WeightAverage:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.learned)
         total = jax.tree.map(jnp.copy, state.trainable)
         for other in earlier:
-            weights, _ = split_buffers(load_params(self._run_dir, shapes, other).params)
+            weights, _ = split_buffers(load_params(self._run_dir, shapes, other, announce=False).params)
             total = jax.tree.map(jnp.add, total, weights)
         return jax.tree.map(lambda x: x / (len(earlier) + 1), total)
 
@@ -102,7 +102,7 @@ def open_average(run: config.Run, state: TrainState) -> Iterator[WeightAverage |
         average = jax.tree.map(jnp.copy, state.trainable)
     if average and start in survey(folder).readable:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state.learned)
-        average, _ = split_buffers(load_params(folder, shapes, start).params)
+        average, _ = split_buffers(load_params(folder, shapes, start, announce=False).params)
     kept = run.checkpoint.model_copy(update={"keep_best": False})
     with manager.open_for_saving(folder, kept) as checkpoints:
         yield WeightAverage(settings, checkpoints, Path(run.run_dir), average)

@@ -113,7 +113,7 @@ def print_finished(run: config.Run, begin: Start, total_steps: int) -> None:
     for key, (before, now) in begin.changed.items():
         if key.startswith(_TRAINING) and key not in _LENGTH:
             raise ValueError(
-                f"{key} is {now}, but all {total_steps} steps of the run in {run.run_dir} were done with {before}; choose another "
+                f"{key} is {now}, but the run in {run.run_dir} is finished, and was last trained with {before}; choose another "
                 f"run_dir to train with {now}, or raise train.steps to continue with it"
             )
     print(f"{run.name}: all {total_steps} steps are done; raise train.steps, train.epochs or train.tokens to continue")

@@ -13,6 +13,7 @@ from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.records.answers import judged_conversations
 from moe_train.data.records.conversation import normalise
+from moe_train.data.records.local_files import expand_files
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
 from moe_train.data.records.problem import brief, located
@@ -36,6 +37,22 @@ def check_ready(run: config.Run, data: config.RunData, tokenizer: Tokenizer) -> 
         conversations = list(_conversations(data))
         if conversations:
             _check_exported_template(tokenizer, template, conversations)
+
+
+def check_files(data: config.RunData) -> None:
+    """Check that the files of all sources exist and that the cache can be a folder, before the first source is tokenized.
+
+    Raises:
+        FileNotFoundError: A pattern of a source matches nothing.
+        ValueError: A file cannot be used, or the cache would be below a file.
+    """
+    for source in (*data.train, *data.eval):
+        if isinstance(source, config.FileSource):
+            expand_files(source)
+    cache = Path(data.cache_dir)
+    parent = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"data.cache_dir is {cache}, and {parent} is a file; state a folder")
 
 
 def _check_same_tokenizer(section: config.Tokenizer, tokenizer: Tokenizer, init_from: str) -> None:

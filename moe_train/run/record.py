@@ -49,8 +49,8 @@ def run_log(run: config.Run, run_dir: Path, begin: Start, inputs: RunInputs) -> 
         "epochs": inputs.train.epochs(inputs.total_steps),
         "changed": begin.changed,
         "damaged": begin.damaged,
-        "base": begin.base and begin.base._asdict(),
-        "adapter": begin.adapter and begin.adapter._asdict(),
+        "base": begin.base and begin.base.to_json(),
+        "adapter": begin.adapter and begin.adapter.to_json(),
         "kernels": chosen_kernels(run),
     }
     write_event(run_dir, "resume" if begin.resumed else "start", start, **entry)

@@ -22,7 +22,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.machine.mesh import BATCH, axis_size, make_mesh
+from moe_train.machine.compiler_options import brief_options
+from moe_train.machine.mesh import BATCH, axis_size, make_mesh, platform
 from moe_train.model.attention import kernels, splash
 from moe_train.model.moe import grouped_matmul as gm
 from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights
@@ -119,7 +120,7 @@ def check_grouped_matmul(compute: config.Compute) -> float:
             y, vjp = jax.vjp(lambda x, w: gm.grouped_matmul(x, w, sizes, kernel), x, w)
             return y, *vjp(dy)
 
-        compiled = jax.jit(with_kernel)
+        compiled = jax.jit(with_kernel, compiler_options=brief_options(device.platform) or None)
         worst = 0.0
         for case, sizes in ROWS_PER_EXPERT.items():
             actual = jax.device_get(compiled(x_RD, w_EDF, dy_RF, np.array(sizes, np.int32)))
@@ -260,7 +261,9 @@ def _attention_and_gradients(
         y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, positions, segments, window, kernel), q, k, v)
         return y, *vjp(dy)
 
-    return jax.jit(attend)(*arrays, rows.positions_BT, rows.segments_BT)
+    # Programs of another shape than the step's in any case, so on a CPU they need not be compiled with its effort.
+    compiled = jax.jit(attend, compiler_options=brief_options(platform()) or None)
+    return compiled(*arrays, rows.positions_BT, rows.segments_BT)
 
 
 def _tolerance(dtype: jnp.dtype, device: jax.Device) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
@@ -11,7 +12,7 @@ from moe_train import config
 from moe_train.config.yaml_file import load_section
 from moe_train.data.chat.chat_date import date_of_data, dated
 from moe_train.data.chat.conversation_to_tokens import load_template
-from moe_train.evaluate.suites.answer import answer_items, prompter_of
+from moe_train.evaluate.suites.answer import answer_items, check_prompts, prompter_of
 from moe_train.evaluate.suites.generation import LoadedModel
 from moe_train.evaluate.suites.load import LoadedSuite, SuiteOptions, load_suites
 from moe_train.run.inputs import RunInputs
@@ -22,22 +23,31 @@ from moe_train.train.state import TrainState
 class SuiteScores:
     """Scores on suites at the steps where they are due; without suites they are never due.
 
+    Args:
+        run: The resolved run.
+        suites: The suites of `load_run_suites`.
+        mesh: The mesh of the run.
+        inputs: The opened data, for the tokenizer.
+        structure: The model without its weights.
+
     Raises:
-        FileNotFoundError, ValueError: A suite cannot be used. Nothing has been written then.
+        ValueError: The prompt of an item cannot be written, or is too long for the model. Nothing has been written then.
     """
 
-    def __init__(self, run: config.Run, mesh: Mesh, inputs: RunInputs, structure: PyTreeDef) -> None:
+    def __init__(self, run: config.Run, suites: Sequence[LoadedSuite], mesh: Mesh, inputs: RunInputs, structure: PyTreeDef) -> None:
         self._run = run
         self._mesh = mesh
         self._total_steps = inputs.total_steps
         self._structure = structure
         self._tokenizer = inputs.tokenizer
-        self._suites = _load(run)
+        self._suites = suites
         self._template: str | None = None
         if self._suites:
             data = run.training_data()
             template = load_template(data.chat_template, inputs.tokenizer)
             self._template = None if template is None else dated(template, date_of_data(data))
+        for loaded in suites:
+            check_prompts(loaded, prompter_of(loaded, inputs.tokenizer, self._template), run.model)
 
     def are_due(self, step: int) -> bool:
         """Return whether the suites are answered after `step`."""
@@ -65,8 +75,13 @@ class SuiteScores:
         return scores
 
 
-def _load(run: config.Run) -> list[LoadedSuite]:
-    """Load the suites of a run, and check that what makes a checkpoint the best is among them."""
+def load_run_suites(run: config.Run) -> list[LoadedSuite]:
+    """Load the suites of a run, and check that what makes a checkpoint the best is among them.
+
+    Raises:
+        FileNotFoundError: The file of a suite, or one that it names, does not exist.
+        ValueError: A suite cannot be used during a run.
+    """
     settings = run.evaluation
     files = [Path(file) for file in settings.suites]
     for file in files:

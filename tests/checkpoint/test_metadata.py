@@ -25,6 +25,8 @@ def test_metadata_come_back(tmp_path: Path) -> None:
     file = write(tmp_path, 5)
     file.write_text(json.dumps(about_json(about, SUMS, 1.5)))
     assert read_saved(file.parents[1]) == (about, SUMS, 1.5)
+    assert about.base is not None
+    assert WeightOrigin(**json.loads(json.dumps(about.base.to_json()))) == about.base
 
 
 def test_every_flipped_bit_is_seen(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe_train.commands import write_and_prove
+from moe_train.commands import evaluate_suite, write_and_prove
 from moe_train.commands.evaluate_suite import Comparisons, Outputs, SuiteOptions, evaluate_suites
 from moe_train.commands.generate import generate_text
 from moe_train.commands.verify_answers import verify_answers
@@ -81,7 +81,7 @@ def test_choices(models: tuple[Path, Path], tmp_path: Path) -> None:
     assert score["score"] == 0.5 and score["categories"] == {"words": 0.5}
 
 
-def test_what_is_refused(models: tuple[Path, Path], known: Path, tmp_path: Path) -> None:
+def test_what_is_refused(models: tuple[Path, Path], known: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new, old = models
     with pytest.raises(FileNotFoundError, match=r"has no result.json; name a directory"):
         verify_answers(new, tmp_path)
@@ -99,6 +99,11 @@ def test_what_is_refused(models: tuple[Path, Path], known: Path, tmp_path: Path)
         evaluate_suites(new, [known], Comparisons(seeds=[old]))
     with pytest.raises(ValueError, match=r"override grader.nam=exact: grader.nam: unknown key"):
         evaluate_suites(new, [known], options=SuiteOptions(["grader.nam=exact"]))
+    with monkeypatch.context() as patched:
+        # What is wrong with a base is found before any model answers.
+        patched.setattr(evaluate_suite, "answer_items", None)
+        with pytest.raises(FileNotFoundError, match="none: no such folder"):
+            evaluate_suites(new, [known], Comparisons([tmp_path / "none"]))
     long = suite_of(tmp_path, "long", [{"question": "fox " * 300, "answer": "x"}])
     with pytest.raises(ValueError, match=r"long.jsonl:1: the prompt has \d+ tokens; with 256 more it exceeds"):
         evaluate_suites(new, [long])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moe_train.commands.runs import as_csv, find_runs, rows_of, summarize_runs
+from moe_train.commands.runs import RunSummary, as_csv, find_runs, rows_of, settings_rows, summarize_runs
 
 METRICS = [
     {"kind": "eval", "step": 0, "loss": 3.0},
@@ -48,6 +48,13 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     assert rows[0]["kpi"] == 0.5 and rows[1]["kpi"] == "" and "adapter" not in rows[0]
     read = list(csv.DictReader(as_csv(rows).splitlines()))
     assert [row["optimizer.learning_rate"] for row in read] == ["0.001", "0.003"]
+
+
+def test_many_settings_stand_in_one_column() -> None:
+    settings = {"lora.targets": [{"modules": ["attention.*", "ffn.*"], "rank": 16, "alpha": 32}] * 2, "name": "b", "seed": None}
+    (row,) = settings_rows([RunSummary("runs/a", settings, "finished", {})])
+    assert row["settings that differ"].endswith("...  name=b") and len(row["settings that differ"]) < 90
+    assert "name" not in rows_of([RunSummary("runs/a", settings, "finished", {"step": 3})], with_settings=False)[0]
 
 
 def test_a_damaged_run_does_not_hide_the_others(tmp_path: Path) -> None:

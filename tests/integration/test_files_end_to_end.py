@@ -139,7 +139,7 @@ def test_a_merged_model_in_every_layout(
 def test_an_adapter_in_every_layout_is_gone_on_with(
     layout: str, command: Command, losses: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command(capsys, "export", "run", layout, "--format", layout, "--dtype", "float32")
+    command(capsys, "export", "run", layout, "--format", layout)
     for more in ((), ("--run", "run"), ("--base", "base")):
         checks = {check["name"]: check for check in command(capsys, "verify", layout, "--json", *more)["checks"]}
         assert checks["deltas"]["passed"] is (True if more else None), checks["deltas"]

@@ -421,8 +421,11 @@ def test_a_real_model_there_and_back_still_answers(smollm2: Path, tmp_path: Path
         files = {dtype: write(tmp_path / dtype, opened.model, parameters, dtype, opened.tokenizer) for dtype in ("f32", "q8_0")}
         ids = opened.tokenizer.encode("The capital of France is Paris, and that of Italy is Rome.")
         ours = our_logits(structure, parameters, ids)
+        rounded = our_logits(*model_dir.open_model(files["q8_0"].parent).load(), ids)
     before, *after = llama_cpp(*({"model": file, "prompts": [ids]} for file in (smollm2, *files.values())))
-    off = [distance(answer["logits"][0], ours) for answer in (before, *after)]
-    assert off[1] < 1e-4 and off[2] < 5e-2 and off[0] < 5e-2, off  # the first: Q4_1 multiplied in 8 bits
+    off = [distance(answer["logits"][0], wanted) for answer, wanted in zip((before, *after), (ours, ours, rounded), strict=True)]
+    # The activations of the first and the last are rounded to 8 bits, by kernels that differ between CPUs.
+    assert off[1] < 1e-4 and off[0] < 0.1 and off[2] < 0.1, off
+    assert distance(rounded, ours) < 5e-2
     for file in files.values():
         assert "Paris" in ask(file)

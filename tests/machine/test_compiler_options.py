@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_train.machine.compiler_options import compiler_options, initialization_options
+from moe_train.machine.compiler_options import brief_options, compiler_options
 
 
 @pytest.mark.parametrize("device_kind", ["", "cpu", "NVIDIA H100 80GB HBM3", "TPU v5 lite", "TPU v6 lite"])
@@ -13,10 +13,11 @@ def test_only_what_was_compiled_for_is_asked_of(device_kind: str) -> None:
 
 
 @pytest.mark.parametrize("device_kind", ["TPU v5", "TPU v5p"])
-def test_scatters_run_on_the_sparse_cores_of_a_v5p(device_kind: str) -> None:
-    assert compiler_options(device_kind) == {"xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True}
+def test_scatters_and_gathers_run_on_the_sparse_cores_of_a_v5p(device_kind: str) -> None:
+    options = compiler_options(device_kind)
+    assert all(options[f"xla_tpu_enable_sparse_core_collective_offload_{kind}"] for kind in ("reduce_scatter", "all_gather"))
 
 
 def test_only_on_cpus_is_compilation_itself_what_takes_the_time() -> None:
-    assert initialization_options("cpu") == {"xla_backend_optimization_level": 1}
-    assert initialization_options("tpu") == initialization_options("gpu") == {}
+    assert brief_options("cpu") == {"xla_backend_optimization_level": 2, "xla_cpu_use_fusion_emitters": False}
+    assert brief_options("tpu") == brief_options("gpu") == {}

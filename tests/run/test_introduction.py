@@ -78,7 +78,7 @@ def test_a_finished_run_says_which_changes_have_no_effect(capsys: pytest.Capture
 
 def test_a_finished_run_refuses_another_learning_rate() -> None:
     run = config.run_of(written(model=MODEL))
-    message = "optimizer.learning_rate is 2.0, but all 3 steps of the run in runs/run were done with 1.0; choose another run_dir"
+    message = "learning_rate is 2.0, but the run in runs/run is finished, and was last trained with 1.0; choose another run_dir"
     with pytest.raises(ValueError, match=message):
         introduction.print_finished(run, begin(changed={"optimizer.learning_rate": (1.0, 2.0)}), 3)
     introduction.print_finished(run, begin(changed={"train.steps": (5, 3)}), 3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -16,14 +15,15 @@ from moe_train.evaluate.suites.answer import Answer
 from moe_train.evaluate.suites.load import LoadedSuite
 from moe_train.run import loop, suite_scores
 from moe_train.run.resolve import resolve
-from moe_train.run.suite_scores import SuiteScores
+from moe_train.run.suite_scores import load_run_suites
 from tests.run_dir import lines
 
 
 def write_suite(folder: Path, grader: str = "exact") -> Path:
     (folder / "items.jsonl").write_text('{"question": "The list type", "answer": "x"}\n')
     file = folder / "kpi.yaml"
-    file.write_text(f"name: kpi\nitems: items.jsonl\ngrader: {{name: {grader}}}\nprompt: {{chat: false}}\n")
+    how = "prompt: {chat: false}\ngeneration: {max_tokens: 8}\n"
+    file.write_text(f"name: kpi\nitems: items.jsonl\ngrader: {{name: {grader}}}\n{how}")
     return file
 
 
@@ -57,9 +57,16 @@ def test_the_best_checkpoint_by_the_score(
 def test_what_is_refused(small_run: Callable[..., config.Config], tmp_path: Path, grader: str, best_by: str, message: str) -> None:
     settings = {"evaluation__suites": [str(write_suite(tmp_path, grader))], "checkpoint__best_by": best_by}
     run = resolve(small_run(tmp_path / "run", **settings))
-    inputs = SimpleNamespace(total_steps=6, tokenizer=None)
     with pytest.raises(ValueError, match=message):
-        SuiteScores(run, None, inputs, None)  # type: ignore[arg-type]
+        load_run_suites(run)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_is_too_long_is_found_before_training(small_run: Callable[..., config.Config], tmp_path: Path) -> None:
+    file = write_suite(tmp_path)
+    file.write_text(file.read_text().replace("8", "100"))
+    with pytest.raises(ValueError, match="with 100 more it exceeds the model's max_seq_len"):
+        train(small_run(tmp_path / "run", evaluation__suites=[str(file)]))
     assert not (tmp_path / "run").exists()
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from moe_train import config
+from moe_train.data.chat.example import RenderedPrompt
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.suites.generation import GeneratedText, LoadedModel, TextOptions, generate_answers
 from moe_train.evaluate.suites.grade import Grade, reads_control_tokens
 from moe_train.evaluate.suites.items import SuiteItem
-from moe_train.evaluate.suites.likelihood import log_likelihoods
+from moe_train.evaluate.suites.likelihood import Continuation, log_likelihoods
 from moe_train.evaluate.suites.load import LoadedSuite
 from moe_train.evaluate.suites.not_graded import NotGraded
 from moe_train.evaluate.suites.prompts import LETTERS, Prompter
 from moe_train.machine.progress import counted
+
+log = logging.getLogger(__name__)
 
 JUDGE_REQUESTS = 8
 """Number of requests to a judge at a time."""
@@ -43,7 +47,7 @@ class Answer(NamedTuple):
 
 
 def answer_items(loaded_suite: LoadedSuite, prompter: Prompter, model: LoadedModel) -> list[Answer]:
-    """Return the graded answer to each item, in the order of the items.
+    """Return the graded answer to each item, in the order of the items. How many could not be graded is logged.
 
     Raises:
         ValueError: A prompt cannot be written or is too long; no item has been answered then.
@@ -57,7 +61,25 @@ def answer_items(loaded_suite: LoadedSuite, prompter: Prompter, model: LoadedMod
         case config.PerplexityGrader():
             return _measure(suite, loaded_suite.items, prompter, model)
     generated = _generate(suite, loaded_suite.items, prompter, model)
-    return list(_graded(suite, loaded_suite.items, generated, loaded_suite.grade))
+    answers = list(_graded(suite, loaded_suite.items, generated, loaded_suite.grade))
+    problems = [answer.problem for answer in answers if answer.problem is not None]
+    if problems:
+        message = "suite %s: %d of %d answers could not be graded, which widens its interval; the first: %s"
+        log.warning(message, suite.name, len(problems), len(answers), problems[0])
+    return answers
+
+
+def check_prompts(loaded_suite: LoadedSuite, prompter: Prompter, model: config.Model) -> None:
+    """Raise ValueError if the prompt of an item cannot be written for a model, or is too long for it."""
+    config.require_vocabulary(model, "answer a suite")
+    suite = loaded_suite.suite
+    match suite.grader:
+        case config.ChoiceGrader():
+            _choices_to_compare(suite.grader, loaded_suite.items, prompter, model)
+        case config.PerplexityGrader():
+            _texts_to_measure(loaded_suite.items, prompter, model)
+        case _:
+            _prompts_to_continue(suite, loaded_suite.items, prompter, model)
 
 
 def prompter_of(loaded: LoadedSuite, tokenizer: Tokenizer, template: str | None) -> Prompter:
@@ -76,13 +98,21 @@ def check_length(item: SuiteItem, tokens: int, new_tokens: int, model: config.Mo
         )
 
 
+def _prompts_to_continue(
+    suite: config.Suite, items: Sequence[SuiteItem], prompter: Prompter, model: config.Model
+) -> list[RenderedPrompt]:
+    """Return each item's prompt. Raises ValueError for one without tokens, or that is too long."""
+    prompts = [prompter.rendered(item) for item in items]
+    for item, prompt in zip(items, prompts, strict=True):
+        if not prompt.tokens:
+            raise ValueError(f"{item.location}: the prompt has no tokens, so there is nothing to continue; write a question")
+        check_length(item, len(prompt.tokens), suite.generation.max_tokens, model)
+    return prompts
+
+
 def _generate(suite: config.Suite, items: Sequence[SuiteItem], prompter: Prompter, model: LoadedModel) -> list[GeneratedText]:
     """Generate an answer to each item."""
-    prompts = [prompter.tokens(item) for item in items]
-    for item, tokens in zip(items, prompts, strict=True):
-        if not tokens:
-            raise ValueError(f"{item.location}: the prompt has no tokens, so there is nothing to continue; write a question")
-        check_length(item, len(tokens), suite.generation.max_tokens, model.model)
+    prompts = _prompts_to_continue(suite, items, prompter, model.model)
     options = TextOptions(suite.generation, suite.batch_size, reads_control_tokens(suite.grader))
     add_progress = counted(f"suite {suite.name}", len(items), "items")
     return generate_answers(model, prompter.tokenizer, prompts, options, add_progress)
@@ -117,16 +147,24 @@ def _graded(
                 future.cancel()
 
 
-def _choose(
-    suite: config.Suite, grader: config.ChoiceGrader, items: Sequence[SuiteItem], prompter: Prompter, model: LoadedModel
-) -> list[Answer]:
-    """Find the likeliest choice of each item."""
+def _choices_to_compare(
+    grader: config.ChoiceGrader, items: Sequence[SuiteItem], prompter: Prompter, model: config.Model
+) -> list[Continuation]:
+    """Return the tokens of each choice of each item after its prompt. Raises ValueError for one that is too long."""
     continuations = []
     for item in items:
         for i, choice in enumerate(item.choices):
             continuation = prompter.continuation(item, LETTERS[i] if grader.compare == "letters" else choice)
-            check_length(item, len(continuation.prompt), len(continuation.text), model.model)
+            check_length(item, len(continuation.prompt), len(continuation.text), model)
             continuations.append(continuation)
+    return continuations
+
+
+def _choose(
+    suite: config.Suite, grader: config.ChoiceGrader, items: Sequence[SuiteItem], prompter: Prompter, model: LoadedModel
+) -> list[Answer]:
+    """Find the likeliest choice of each item."""
+    continuations = _choices_to_compare(grader, items, prompter, model.model)
     totals = iter(log_likelihoods(model.structure, model.weights, model.mesh, continuations, suite.batch_size))
     answers = []
     for item in items:
@@ -140,11 +178,17 @@ def _choose(
     return answers
 
 
-def _measure(suite: config.Suite, items: Sequence[SuiteItem], prompter: Prompter, model: LoadedModel) -> list[Answer]:
-    """Measure the probability of each item's expected answer, the first if there are several."""
+def _texts_to_measure(items: Sequence[SuiteItem], prompter: Prompter, model: config.Model) -> list[Continuation]:
+    """Return the tokens of each item's expected answer, the first if there are several. Raises ValueError if it is too long."""
     continuations = [prompter.continuation(item, item.answers[0]) for item in items]
     for item, continuation in zip(items, continuations, strict=True):
-        check_length(item, len(continuation.prompt), len(continuation.text), model.model)
+        check_length(item, len(continuation.prompt), len(continuation.text), model)
+    return continuations
+
+
+def _measure(suite: config.Suite, items: Sequence[SuiteItem], prompter: Prompter, model: LoadedModel) -> list[Answer]:
+    """Measure the probability of each item's expected answer, the first if there are several."""
+    continuations = _texts_to_measure(items, prompter, model.model)
     totals = log_likelihoods(model.structure, model.weights, model.mesh, continuations, suite.batch_size)
     answers = []
     for item, continuation, total in zip(items, continuations, totals, strict=True):

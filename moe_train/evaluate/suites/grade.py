@@ -1,4 +1,8 @@
-"""Graders: functions that score an answer from 0 to 1."""
+"""Graders: functions that score an answer from 0 to 1.
+
+jsonschema is imported where it is used: with all of its format checkers installed it takes a second of CPU time, and every run
+of `train` imports this file.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, assert_never
-
-import jsonschema
-import referencing
-import referencing.exceptions
 
 from moe_train import config
 from moe_train.data.records.json_parser import parse_strictly
@@ -101,10 +101,15 @@ def check_item(item: SuiteItem, grader: config.Grader) -> None:
 
 def _validator(schema: Mapping[str, Any]) -> Any:
     """Return the validator of a schema, which looks for references in the schema alone and not on the network."""
+    import jsonschema
+    import referencing
+
     return jsonschema.validators.validator_for(schema)(schema, registry=referencing.Registry())
 
 
 def _check_schema(item: SuiteItem) -> None:
+    import jsonschema
+
     if item.schema is None:
         raise ValueError(f"{item.location}: the item has no schema, which the grader json_schema needs; add it")
     try:
@@ -140,6 +145,8 @@ def _regex(item: SuiteItem, answer: str, pattern: re.Pattern[str]) -> float:
 
 
 def _json(item: SuiteItem, answer: str) -> float:
+    import referencing.exceptions
+
     assert item.schema is not None  # `check_item` has made sure
     try:
         value = parse_strictly(answer)

@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple
 
 from moe_train import config
 from moe_train.data.records.files import format_of, is_json_lines, read_file
+from moe_train.data.records.local_files import picture_folder
 from moe_train.data.records.messages import PLAIN, read_messages
-from moe_train.data.records.normal_form import Message
+from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.pictures import locate_pictures, take_column, with_pictures
 from moe_train.data.records.problem import Item, Problem, brief, checked_text, located
 from moe_train.data.records.tools import take_tools
 from moe_train.data.records.unread import Unread
@@ -64,6 +66,8 @@ class ItemsFile(NamedTuple):
     """A regular expression whose first group, in a file's name, is the category of its items."""
     answers_are: AnswerKind = "auto"
     """How an answer names a choice."""
+    stated_as: str = ""
+    """The suite's file and key that name the files, for messages; empty if none does."""
 
 
 def read_items(source: ItemsFile | Path, limit: int | None = None) -> list[SuiteItem]:
@@ -81,7 +85,7 @@ def read_items(source: ItemsFile | Path, limit: int | None = None) -> list[Suite
     """
     if isinstance(source, Path):
         source = ItemsFile(source)
-    files = _files(source.pattern)
+    files = _files(source)
     items: list[SuiteItem] = []
     places: dict[str, str] = {}
     counts: dict[str | None, int] = {}
@@ -92,6 +96,7 @@ def read_items(source: ItemsFile | Path, limit: int | None = None) -> list[Suite
                 break
             name = f"{number}" if len(files) == 1 else f"{file.stem}-{number}"
             item = located(location, _read_item, fields, name, location, category, source.answers_are)
+            located(location, locate_pictures, Conversation(item.messages, item.tools), picture_folder(file))
             if item.id in places:
                 message = f"{location}: id {item.id!r} is also that of {places[item.id]}; give each item an id of its own"
                 raise ValueError(message)
@@ -103,12 +108,15 @@ def read_items(source: ItemsFile | Path, limit: int | None = None) -> list[Suite
     return items
 
 
-def _files(pattern: Path) -> list[Path]:
+def _files(source: ItemsFile) -> list[Path]:
     """Return the files of a pattern in the order of their names."""
+    pattern = source.pattern
     files = [pattern] if pattern.is_file() else sorted(Path(path) for path in glob.glob(str(pattern)) if Path(path).is_file())
     if not files:
+        place = f"{source.stated_as}: " if source.stated_as else ""
         raise FileNotFoundError(
-            f"{pattern}: no such file of items; its path is relative to the folder of the suite's file, or to that of --suite-data"
+            f"{place}{pattern}: no such file of items; its path is relative to the folder of the suite's file, or to that of "
+            "--suite-data"
         )
     return files
 
@@ -187,6 +195,11 @@ def _read_item(fields: Mapping[str, Any], name: str, location: str, category: st
 
 
 def _take_question(remaining: dict[str, Any], unread: Unread) -> list[Message]:
+    pictures = take_column(remaining)
+    return with_pictures(Conversation(_take_messages(remaining, unread), []), pictures).messages
+
+
+def _take_messages(remaining: dict[str, Any], unread: Unread) -> list[Message]:
     names = [name for name in _QUESTIONS if name in remaining]
     if len(names) != 1:
         stated = " and ".join(names) or "no question"

@@ -90,7 +90,8 @@ def load_suite(
     if grader is not None:
         suite = suite.model_copy(update={"grader": grader})
     folder = file.parent if options.data is None else options.data
-    items = read_items(ItemsFile(folder / suite.items, suite.columns, suite.category_of_file, suite.answers_are), suite.limit)
+    source = ItemsFile(folder / suite.items, suite.columns, suite.category_of_file, suite.answers_are, f"{file}: items")
+    items = read_items(source, suite.limit)
     return suite_of_items(suite, file, items, options)
 
 
@@ -111,7 +112,8 @@ def _examples(file: Path, folder: Path, suite: config.Suite) -> list[SuiteItem]:
     few_shot = suite.prompt.few_shot
     if few_shot is None:
         return []
-    source = ItemsFile(folder / few_shot.items, suite.columns, suite.category_of_file, suite.answers_are)
+    stated_as = f"{file}: prompt.few_shot.items"
+    source = ItemsFile(folder / few_shot.items, suite.columns, suite.category_of_file, suite.answers_are, stated_as)
     # Those of a category may stand anywhere in a file; `Prompter` counts them.
     examples = read_items(source, None if few_shot.per_category else few_shot.count)
     if len(examples) < few_shot.count:

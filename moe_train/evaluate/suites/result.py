@@ -8,7 +8,14 @@ from math import exp
 from typing import NamedTuple
 
 from moe_train.checkpoint.identity import WeightsIdentity
-from moe_train.evaluate.intervals import Interval, mean_interval, rate_interval
+from moe_train.evaluate.intervals import (
+    NO_ERROR,
+    Interval,
+    equal_values_interval,
+    mean_and_error,
+    mean_interval,
+    rate_interval,
+)
 from moe_train.evaluate.paired_comparison import Comparison, Requirement, Scores, parse_requirement, verdicts
 from moe_train.evaluate.pooled_comparison import compare_pooled
 from moe_train.evaluate.suites.answer import Answer
@@ -161,9 +168,13 @@ def _score(loaded: LoadedSuite, model: str, answers: Sequence[Answer]) -> JsonOb
 
 
 def _interval(scores: Sequence[float], sources: Sequence[tuple[str, str]]) -> Interval:
-    """Return Wilson's interval for independent items that are solved or not, Student's otherwise."""
+    """Return Wilson's interval for independent items that are solved or not, Student's for scores that vary otherwise."""
     if set(scores) <= {0.0, 1.0} and len(set(sources)) == len(sources):
         return rate_interval(int(sum(scores)), len(scores), CONFIDENCE)
+    mean = mean_and_error(scores, sources)
+    if mean.error < NO_ERROR:
+        # Student's interval would have no width, as if further items could not differ.
+        return equal_values_interval(mean.value, mean.units, 0.0, 1.0, CONFIDENCE)
     return mean_interval(scores, sources, CONFIDENCE)
 
 

@@ -51,6 +51,14 @@ def test_answers_without_a_grade_widen_the_interval() -> None:
         result_of(Evaluation([LOADED], [model("new", [None] * 20)], []))
 
 
+def test_equal_scores_of_sources_prove_no_more_than_their_number() -> None:
+    items = [item._replace(source=f"{index % 3}") for index, item in enumerate(ITEMS)]
+    given = [Answer(item, "a", 1.0, True) for item in items]
+    score = result_of(Evaluation([LOADED._replace(items=items)], [NEW._replace(answers=[given])], []))["suites"][0]
+    # A share of 1 - 0.025 ** (1 / 3) of the sources may score 0 unseen.
+    assert (score["low"], score["high"]) == (pytest.approx(0.025 ** (1 / 3)), 1.0)
+
+
 def test_pooled_seeds() -> None:
     result = result_of(Evaluation([LOADED], [NEW, model("seed 2", [1.0] * 17 + [0.0] * 3)], [OLD]))
     (comparison,) = result["comparisons"]

@@ -80,13 +80,14 @@ class Layer(nnx.Module):
             The hidden states, the extended cache or None, and the router's statistics or None in a dense layer.
         """
         attention_key, ffn_key = keys_of(key, 2)
+        layer_input_BTD = x_BTD
         h_BTD = self.attention_norm(x_BTD)
         y_BTD, cache = apply_attention(self.attention, h_BTD, positions_BT, segment_ids_BT, cache, attention_key)
         x_BTD += y_BTD
         h_BTD = self.ffn_norm(x_BTD)
         stats = None
         if isinstance(self.ffn, MoE):
-            y_BTD, stats = self.ffn(h_BTD, segment_ids_BT, ffn_key)
+            y_BTD, stats = self.ffn(h_BTD, segment_ids_BT, ffn_key, layer_input_BTD)
         else:
             y_BTD = self.ffn(h_BTD, ffn_key)
         return x_BTD + y_BTD, cache, stats

@@ -2,8 +2,8 @@
 
 The roofline is that of Williams et al. (doi:10.1145/1498765.1498785). Matrix products, HBM traffic and those collectives that
 the compiler starts early overlap, so the slowest of them counts. Products wait for tokens sent to experts, for activations
-summed over `tensor`, for keys and values, and, as XLA:TPU compiles our programs, for gathered weights (`_is_hidden`), so these
-add up:
+summed over `tensor`, for keys and values, and, as XLA:TPU compiles our programs for all chips but v5p, for gathered weights
+(`_is_hidden`), so these add up:
 
     step = max(FLOPs / peak, HBM bytes / bandwidth, overlapping bytes / network) + waited-for bytes / network
 
@@ -208,13 +208,14 @@ def _is_hidden(flow: Flow, device: Device) -> bool:
     """Return whether a collective runs beside matrix products.
 
     On TPUs only what compiled programs show counts: XLA:TPU fuses an asynchronous collective with a product of its own, while
-    ours are in Pallas kernels, so each all-gather is synchronous, and so is the sum of gradients after the last product.
-    SparseCores of a v5p scatter gradients along fsdp meanwhile (97% of their bytes, `compiler_options`). On GPUs, for which
-    nothing was compiled, whatever can overlap is assumed to.
+    ours are in Pallas kernels, so collectives are synchronous, and so is the sum of gradients after the last product. SparseCores
+    of a v5p gather weights and scatter gradients along fsdp meanwhile (98% and 99% of their bytes, `compiler_options`). On GPUs,
+    for which nothing was compiled, whatever can overlap is assumed to.
     """
     if device.torus_dims == 0:
         return flow.overlaps
-    return flow.overlaps and (flow.kind, flow.axis) == ("reduce-scatter", "fsdp") and "v5p" in device.kinds
+    on_sparse_cores = flow.axis == "fsdp" and flow.kind in ("all-gather", "reduce-scatter") and "v5p" in device.kinds
+    return flow.overlaps and on_sparse_cores
 
 
 def _bandwidth(flow: Flow, sizes: dict[str, int], topology: Topology, device: Device) -> float:

@@ -1,4 +1,7 @@
-"""Resolve a `Config` into a `Run`: fill in all that the config leaves to `init_from`, its tokenizer or the devices."""
+"""Resolve a `Config` into a `Run`: fill in all that the config leaves to `init_from`, its tokenizer or the devices.
+
+What reads models and templates is imported where a config names one: it takes 0.2 s of processor time.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,13 @@ from typing import Any, NamedTuple
 import jax
 
 from moe_train import config
-from moe_train.checkpoint.initial_files import first_files
-from moe_train.checkpoint.model_dir import find_tokenizer_config, read_adapter, read_model
 from moe_train.checkpoint.runs import is_run, read_run, run_folder
 from moe_train.config import yaml_file
-from moe_train.data.chat.conversation_to_tokens import read_template
 from moe_train.machine.mesh import AXES, abstract_mesh, mesh_sizes
 from moe_train.machine.network import forbid_network
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
-from moe_train.weights.external import read_vision_encoder
 
 
 def resolve(written: config.Config, device_count: int | None = None) -> config.Run:
@@ -76,6 +75,8 @@ def _architecture(written: config.Config) -> config.Model:
         raise ValueError(
             f"init_from {written.init_from} is a run with adapters; export it with --merge, and set init_from to the export"
         )
+    from moe_train.checkpoint.model_dir import read_model
+
     read = _with_head(read_model(written.init_from), written)
     if stated is not None and _differs_in_scale_alone(stated, read):
         return stated
@@ -116,6 +117,9 @@ def _with_encoder(vision: config.Vision, written: config.Config) -> config.Visio
     Raises:
         ValueError: there is no such tower, or the section states other sizes.
     """
+    from moe_train.checkpoint.initial_files import first_files
+    from moe_train.weights.external import read_vision_encoder
+
     encoder = vision.encoder
     files = None if written.init_from is None else first_files(written.init_from)
     if files is not None:
@@ -168,9 +172,13 @@ def _with_tokenizer(data: config.Data, init_from: str | None) -> config.Data:
     """
     changes: dict[str, Any] = {}
     if data.chat_template is not None:
+        from moe_train.data.chat.conversation_to_tokens import read_template
+
         # The text instead of the path, so that checkpoints and exports carry it even if the file changes or disappears.
         changes["chat_template"] = read_template(data.chat_template)
     if data.tokenizer is None and init_from is not None:
+        from moe_train.checkpoint.model_dir import find_tokenizer_config
+
         with contextlib.suppress(FileNotFoundError):  # `config.run_of` notes that there is none
             changes["tokenizer"] = find_tokenizer_config(init_from)
     return data.model_copy(update=changes)
@@ -178,6 +186,8 @@ def _with_tokenizer(data: config.Data, init_from: str | None) -> config.Data:
 
 def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config.Lora:
     """Return the section with the targets of the adapter that it starts from. Raises ValueError if the two contradict."""
+    from moe_train.checkpoint.model_dir import read_adapter
+
     saved = read_adapter(source, model)
     if not lora.targets:
         lora = lora.model_copy(update={"targets": saved.targets, "rslora": saved.rslora})

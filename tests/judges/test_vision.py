@@ -24,7 +24,6 @@ from moe_train.model.encoders.pictures import Pictures
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
 from moe_train.weights import external
-from tests.compiled_programs import quick_jit
 from tests.judges.test_transformers_and_peft import distance
 from tests.judges.test_wrappers import PLACEHOLDER, wrapper
 
@@ -96,7 +95,7 @@ def ours(base: Path, encoder: config.VisionEncoder, batch: Any, mesh: jax.shardi
             is_first = placed.loss_mask & (np.arange(ROWS) == 0)[:, None]
             return -jnp.sum(jnp.where(is_first, chosen, 0)), (features, logits)
 
-        (_, (features, logits)), gradients = quick_jit(jax.value_and_grad(loss, has_aux=True))(weights)
+        (_, (features, logits)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
         return Ours(np.asarray(features), np.asarray(logits), {path: np.asarray(x) for path, x in gradients.items()})
 
 

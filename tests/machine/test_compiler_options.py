@@ -13,8 +13,9 @@ def test_only_what_was_compiled_for_is_asked_of(device_kind: str) -> None:
 
 
 @pytest.mark.parametrize("device_kind", ["TPU v5", "TPU v5p"])
-def test_scatters_run_on_the_sparse_cores_of_a_v5p(device_kind: str) -> None:
-    assert compiler_options(device_kind) == {"xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True}
+def test_scatters_and_gathers_run_on_the_sparse_cores_of_a_v5p(device_kind: str) -> None:
+    options = compiler_options(device_kind)
+    assert all(options[f"xla_tpu_enable_sparse_core_collective_offload_{kind}"] for kind in ("reduce_scatter", "all_gather"))
 
 
 def test_only_on_cpus_is_compilation_itself_what_takes_the_time() -> None:

@@ -63,7 +63,7 @@ def on_first_device(device: jax.Device, tree: Any) -> int:
 
 
 def test_a_vision_tower_counts() -> None:
-    plain = small("mesh.fsdp=2", "train.batch_size=64")
+    plain = small("mesh={fsdp: 2}", "train.batch_size=64")
     sizes = {"tower_dim": 32, "ffn_dim": 48, "num_layers": 2, "num_heads": 4, "patch_size": 2, "max_image_size": 8, "merge_size": 2}
     vision = config.RunVision(encoder=config.VisionEncoder(**sizes), patches_per_row=96)
     seeing = plain.model_copy(update={"vision": vision})

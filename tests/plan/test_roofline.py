@@ -47,7 +47,9 @@ def test_each_part_is_its_work_over_the_peak() -> None:
 @pytest.mark.parametrize(
     ("chip", "kind", "axis", "hidden"),
     [
-        ("v5p", "all-gather", "fsdp", False),
+        ("v5p", "all-gather", "fsdp", True),
+        ("v5p", "all-gather", "expert", False),
+        ("v6e", "all-gather", "fsdp", False),
         ("v5p", "reduce-scatter", "fsdp", True),
         ("v5p", "reduce-scatter", "expert", False),
         ("v5p", "all-reduce", "data", False),

@@ -127,8 +127,6 @@ def run_experts(
         # A Pallas call does not declare along which axes its result varies.
         check_vma=choose_grouped_matmul_kernel(settings.kernel) != "megablox",
     )
-    if isinstance(experts, ExpertWeights):
-        experts = _cast(experts, x_BTD.dtype, jnp.max(routing.expert_ids_BTA) >= 0)
     return run(x_BTD, routing, experts, counters)
 
 
@@ -186,7 +184,7 @@ def _apply_experts(
     return _swiglu(x_RD, experts, group_sizes_e, kernel, drops)
 
 
-def _cast(experts: ExpertWeights, dtype: jnp.dtype, true: Bool[Array, ""]) -> ExpertWeights:
+def cast_experts(experts: ExpertWeights, dtype: jnp.dtype, hidden_BTD: Float[Array, "B T D"]) -> ExpertWeights:
     """Cast the weights to the compute dtype, in which their gradients are then summed over all devices.
 
     Global view, applied before any of these sums.
@@ -194,9 +192,13 @@ def _cast(experts: ExpertWeights, dtype: jnp.dtype, true: Bool[Array, ""]) -> Ex
     Args:
         experts: weights of all experts; quantized ones are left as they are.
         dtype: compute dtype.
-        true: a true value that depends on this layer's routing. XLA moves a cast that depends on nothing but the weight out of
-            the loop over layers and then holds a second copy of the experts of all layers; a barrier does not prevent it.
+        hidden_BTD: hidden states that enter the layer. They only keep the cast inside the loop over layers: XLA moves a cast that
+            depends on nothing but weights out of the loop, and then holds a second copy of the experts of all layers; a barrier
+            does not prevent it. What the router chose would do too, but is known after attention, which the gathers of the cast
+            weights should run beside.
     """
+    # True for any hidden states, NaN included, which XLA does not see.
+    true = jnp.sign(jnp.max(jax.lax.stop_gradient(hidden_BTD))).astype(jnp.int32) != 7
 
     def cast(w: Float[Array, "*dims"] | Quantized) -> Float[Array, "*dims"] | Quantized:
         if isinstance(w, Quantized) or w.dtype == dtype:

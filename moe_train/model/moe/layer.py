@@ -21,7 +21,7 @@ from moe_train import config
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Adapted, RandomSource, keys_of, normal
 from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights, SeparateExperts
-from moe_train.model.moe.experts import Dropout, ExpertSettings, Routing, run_experts
+from moe_train.model.moe.experts import Dropout, ExpertSettings, Routing, cast_experts, run_experts
 from moe_train.model.moe.router import Router, RouterStats, router_stats, top_k, within_groups
 
 
@@ -79,7 +79,11 @@ class MoE(nnx.Module):
         """Capacity factor; set in training only (`parameters.with_capacity`): evaluation and generation drop nothing."""
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], key: Key[Array, ""] | None = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        segment_ids_BT: Int[Array, "B T"],
+        key: Key[Array, ""] | None = None,
+        layer_input_BTD: Float[Array, "B T D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Route each token and sum the outputs of its experts and of the shared experts.
 
@@ -87,6 +91,7 @@ class MoE(nnx.Module):
             x_BTD: normalized hidden states.
             segment_ids_BT: 0 for padding.
             key: PRNG key for the dropout of the adapters; None for no dropout.
+            layer_input_BTD: hidden states that enter the layer, before attention (`cast_experts`); None for x_BTD.
 
         Returns:
             The output (B, T, D) and the router's statistics.
@@ -104,7 +109,10 @@ class MoE(nnx.Module):
         if experts_key is not None and any(rates):
             dropout = Dropout(experts_key, rates)
         settings = ExpertSettings(self.kernel, self.transport, self.capacity_factor)
-        y_BTD, computed = run_experts(x_BTD, Routing(ids_BTA, weights_BTA, valid_BT), self.experts(), settings, dropout)
+        experts = self.experts()
+        if isinstance(experts, ExpertWeights):
+            experts = cast_experts(experts, x_BTD.dtype, x_BTD if layer_input_BTD is None else layer_input_BTD)
+        y_BTD, computed = run_experts(x_BTD, Routing(ids_BTA, weights_BTA, valid_BT), experts, settings, dropout)
         if self.shared is not None:
             y_BTD += self.shared(x_BTD, shared_key)
         stats = router_stats(logits_BTE, log_scores_BTE, ids_BTA, valid_BT, computed, self.balances_rows)

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.machine.mesh import BATCH
 from moe_train.model.attention.bidirectional import attend_segments, separated_padding
-from tests.compiled_programs import quick_jit
 from tests.meshes import mesh_of
 
 B, N, H = 2, 2, 6
@@ -48,7 +47,7 @@ def test_every_kernel_equals_the_reference(kernel: str, T: int, sizes: config.Me
                 y, vjp = jax.vjp(lambda q, k, v: attend_segments(q, k, v, separated_padding(ids), kernel), q, k, v)
                 return y, *vjp(dy)
 
-            return [np.asarray(x) for x in quick_jit(both)(*placed, placed_ids)]
+            return [np.asarray(x) for x in jax.jit(both)(*placed, placed_ids)]
 
     plain = run("reference", config.Mesh())
     is_picture = ids > 0

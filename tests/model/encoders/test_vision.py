@@ -13,7 +13,6 @@ from moe_train.model.encoders.rope_2d import rotate_2d
 from moe_train.model.encoders.vision import Vision
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import abstract_model, init_model
-from tests.compiled_programs import quick_jit
 from tests.tiny import LORA, MINISTRAL, ONE
 
 ENCODER = config.VisionEncoder(
@@ -69,7 +68,7 @@ def test_features_of_packed_pictures_equal_those_of_each_alone() -> None:
         # Larger, so that attention is far from even.
         vision = jax.tree_util.tree_map_with_path(lambda keys, w: w if "scale" in str(keys) else 10 * w, vision)
         index = np.full((2, 1), -1, np.int32)
-        found = np.asarray(quick_jit(lambda v: v(Pictures(patches, places, ids, index).placed()))(vision))
+        found = np.asarray(jax.jit(lambda v: v(Pictures(patches, places, ids, index).placed()))(vision))
         for row, picture in ((0, 1), (0, 2), (1, 1)):
             own = ids[row] == picture
             expected = reference(vision, patches[row][own], places[row][own])

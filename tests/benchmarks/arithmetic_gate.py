@@ -97,15 +97,16 @@ def compare_with_harness(folder: Path, export: Path) -> None:
     )
 
 
-def main(gguf: Path, tasks: list[str], steps: int, seq_len: int, items: int, gsm8k: Path | None, harness: bool) -> None:
+def main(options: argparse.Namespace) -> None:
+    gguf = options.gguf
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        suites = write_tasks(folder, tasks, items)
-        moe_train("train", write_config(folder, gguf, steps, seq_len))
+        suites = write_tasks(folder, options.tasks, options.items)
+        moe_train("train", write_config(folder, gguf, options.steps, options.seq_len))
         tuned = folder / "run"
         asked = [word for file in suites for word in ("--suite", file)]
         # So small a model may not learn parity, for which every digit but the last is noise: it is reported alone.
-        gates = [word for task in tasks if task != "parity" for word in ("--require", f"{task} >= base")]
+        gates = [word for task in options.tasks if task != "parity" for word in ("--require", f"{task} >= base")]
         show(json.loads(moe_train("evaluate", tuned, *asked, "--json", "--against", gguf, *gates, "--out", folder / "result")))
         # One suite is enough to be caught.
         first = asked[:2], gates[:2]
@@ -116,11 +117,11 @@ def main(gguf: Path, tasks: list[str], steps: int, seq_len: int, items: int, gsm
         for check in checks["checks"]:
             if check["name"].startswith("answers to"):
                 print(f"{check['name']}: {check['said']}", flush=True)
-        if harness:
+        if options.harness:
             compare_with_harness(folder, folder / "merged")
-        if gsm8k is not None:
+        if options.gsm8k is not None:
             overrides = ("items=train.jsonl", "limit=50", "prompt={chat: true}")
-            reported = ("--suite", ROOT / "configs/suites/gsm8k.yaml", "--suite-data", gsm8k, "--json")
+            reported = ("--suite", ROOT / "configs/suites/gsm8k.yaml", "--suite-data", options.gsm8k, "--json")
             show(json.loads(moe_train("evaluate", tuned, *overrides, *reported, "--against", gguf)))
 
 
@@ -133,4 +134,4 @@ if __name__ == "__main__":
     parser.add_argument("--items", type=int, default=48)
     parser.add_argument("--gsm8k", type=Path)
     parser.add_argument("--harness", action="store_true")
-    main(**vars(parser.parse_args()))
+    main(parser.parse_args())

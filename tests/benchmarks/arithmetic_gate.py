@@ -1,6 +1,6 @@
 """Three tasks, a gate, a planted regression and the harness on a real model: SmolLM2-135M before and after a short LoRA.
 
-    taskset -c 0 python tests/benchmarks/arithmetic_gate.py SMOLLM2_GGUF [--steps 40] [--items 48] [--gsm8k FOLDER] [--harness]
+    taskset -c 0 python -m tests.benchmarks.arithmetic_gate SMOLLM2_GGUF [--steps 40] [--items 48] [--gsm8k FOLDER] [--harness]
 
 The tasks (`small_tasks.py`) are additions answered as in GSM8K (`47 + 8 = 55` and `#### 55`), calls of a tool as JSON, and short
 answers; a hash of each question decides whether it is trained on or asked. The fine-tuned model has to pass
@@ -22,14 +22,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from small_tasks import write_harness_tasks, write_tasks
+from tests.benchmarks.small_tasks import write_harness_tasks, write_tasks
 
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = {
-    "name": "small_tasks",
+    "name": "arithmetic",
     "lora": {"targets": [{"modules": ["attention.*", "ffn.*"], "rank": 16, "alpha": 32}]},
     "optimizer": {"name": "adamw", "learning_rate": 1e-3, "schedule": {"name": "linear", "warmup_steps": 4}},
 }
+SUITE: dict[str, Any] = {
+    "name": "arithmetic",
+    "items": "held_out.jsonl",
+    "generation": {"max_tokens": 24},
+    "grader": {"name": "number", "after": "####"},
+    "batch_size": 32,
+}
+"""The suite of the additions that `write_problems` writes."""
 HARNESS_ITEMS = 16
 
 
@@ -41,6 +49,13 @@ def moe_train(*arguments: str | Path, expected: int = 0) -> str:
     if done.returncode != expected:
         raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}, not {expected}")
     return done.stdout
+
+
+def write_problems(folder: Path, items: int) -> None:
+    """Write additions to train on (`train.jsonl`) and `items` others to ask (`held_out.jsonl`)."""
+    write_tasks(folder, ["arithmetic"], items)
+    (folder / "arithmetic.jsonl").rename(folder / "held_out.jsonl")
+    (folder / "arithmetic.yaml").unlink()
 
 
 def write_config(folder: Path, gguf: Path, steps: int, seq_len: int) -> Path:

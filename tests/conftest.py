@@ -38,7 +38,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 QUICK = ["--xla_backend_optimization_level=0"]
 if jax.__version_info__ < (0, 12):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
+FLAGS = os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 install_import_hook(["moe_train.model", "moe_train.train"], "beartype.beartype")
 # As in `cli.main`: traces make millions of objects that are no garbage, and by default Python looks at all of them again and again.
 gc.set_threshold(10_000, 20, 100)
@@ -75,6 +75,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let the processes that a slow test starts compile as a user's do: they train for minutes."""
+    if " ".join(QUICK) == FLAGS and item.get_closest_marker("slow"):
+        os.environ.pop("XLA_FLAGS", None)
+    else:
+        os.environ["XLA_FLAGS"] = FLAGS
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from moe_train.checkpoint.initial_files import first_files
 from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER, WeightOrigin, survey
 from moe_train.checkpoint.runs import is_run, named_step, run_folder
 from moe_train.weights import external, external_adapter, together
@@ -96,6 +97,18 @@ def check_base(base: WeightOrigin) -> None:
     if changed:
         raise ValueError(
             f"the base weights in {base.source} have changed since this run started ({len(changed)} tensors or files, the first "
+            f"{changed[0]}); restore the original files, or start a new run_dir"
+        )
+
+
+def check_tower(base: WeightOrigin) -> None:
+    """Raise ValueError if a tower and projector have changed since `base` was recorded."""
+    files = first_files(base.source)
+    current = {} if files is None else external.hash_carried(files)
+    changed = sorted(name for name in {*current, *base.carried} if current.get(name) != base.carried.get(name))
+    if changed:
+        raise ValueError(
+            f"the vision tower and projector in {files} have changed since this run started ({len(changed)} tensors, the first "
             f"{changed[0]}); restore the original files, or start a new run_dir"
         )
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from moe_train import config
 from moe_train.checkpoint.identity import check_base
+from moe_train.checkpoint.initial_files import first_files, first_path
 from moe_train.checkpoint.load_params import load_params
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, survey
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
@@ -59,6 +60,37 @@ class OpenedModel(NamedTuple):
     """The chat template's text; None if there is none."""
     mesh: Mesh
     """The mesh to load the weights onto."""
+
+    @property
+    def encoder(self) -> config.VisionEncoder | None:
+        """The vision tower that the run was trained with, or that the external model has; None without one that is computed."""
+        if self.run is not None:
+            return self.run.encoder
+        return external.find_vision_encoder(self.directory)
+
+    def check_pictures(self) -> None:
+        """Raise ValueError if the model sees no pictures, or sees them in other sizes than its tokenizer states."""
+        if self.encoder is None:
+            raise ValueError(
+                f"{self.directory} has no vision tower that can be computed, so it sees no pictures; name a multimodal model with "
+                "an unquantized tower, or a run with a section vision"
+            )
+        rules = self.tokenizer.pictures
+        sizes = (self.encoder.patch_size, self.encoder.cell_size, self.encoder.max_image_size)
+        if rules is None or rules[:3] != sizes:
+            stated = None if rules is None else rules[:3]
+            raise ValueError(
+                f"{self.directory}: its tokenizer has pictures of patch size, merged side and largest side {stated}, but its "
+                f"vision tower has {sizes}; use the tokenizer that belongs to the model"
+            )
+
+    def load_with_tower(self) -> tuple[Any, Parameters, int | None]:
+        """Load as `load_with_step` does, with the vision tower. The model has to have one (`encoder`)."""
+        structure, shapes = parameters(abstract_model(self.model, self.compute, self.lora, self.encoder))
+        check_host_memory(shapes, str(self.directory))
+        tower = {path: shapes.pop(path) for path in list(shapes) if ParameterPath.parse(path).is_vision}
+        loaded = load_weights(self.directory, shapes)
+        return structure, {**cast(Parameters, loaded.weights), **load_tower(self.directory, tower)}, loaded.step
 
     def load(self) -> tuple[Any, Parameters]:
         """Load the weights, adapters included; `mesh` has to be in force.
@@ -237,6 +269,25 @@ def load_parameters(
         ValueError: If the frozen weights have changed since the run started.
     """
     return load_weights(directory, abstract, step, load=load).weights
+
+
+def load_tower(directory: str | Path, abstract: Abstract) -> Parameters:
+    """Load the vision tower and projector of a multimodal model, or of the one that a run started from.
+
+    Args:
+        directory: The model or run.
+        abstract: Shapes, dtypes and shardings by path.
+
+    Raises:
+        FileNotFoundError: If the files that the run started from are no longer there.
+        ValueError: If they have no vision tower.
+    """
+    files = first_files(directory)
+    if files is None:
+        raise FileNotFoundError(
+            f"the vision tower of {directory} is in {first_path(directory)}, which does not exist; copy it there"
+        )
+    return external.load_external_parameters(files, abstract)
 
 
 def load_weights(

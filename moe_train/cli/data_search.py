@@ -9,6 +9,7 @@ import typer
 
 from moe_train.cli.arguments import AsJson, OutDir, help_examples
 from moe_train.cli.terminal import print_json, print_table, progress_line
+from moe_train.machine.program import runnable
 
 if TYPE_CHECKING:
     from moe_train.commands.find_records import Found
@@ -124,4 +125,4 @@ def erase_command(
         return
     print(f"{out_dir}: {len(answer['files'])} files without {len(answer['erased'])} records: {', '.join(answer['erased'][:3])}")
     for line in answer["what_to_do"]:
-        print(f"- {line}")
+        print(runnable(f"- {line}"))

@@ -19,7 +19,7 @@ from moe_train.machine.compiler_options import brief_options
 from moe_train.machine.devices import peak_flops
 from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import make_mesh, platform, put_batch
-from moe_train.model.flops import flops_per_token
+from moe_train.model.flops import flops_of_run
 from moe_train.model.parameters import initial_parameters, parameters
 from moe_train.model.transformer import abstract_model, init_model
 from moe_train.run.resolve import resolve
@@ -91,7 +91,7 @@ def bench(written: config.Config, begun: float | None = None, profile: Path | No
         tokens = run.train.batch_size * run.train.seq_len
         # With frozen base weights the step computes no gradients of them, so it takes fewer FLOPs.
         adapters = state.trainable if run.lora else None
-        flops = tokens * flops_per_token(run.model, run.train.seq_len, adapters) / median
+        flops = tokens * flops_of_run(run, adapters) / median
         peak, source = peak_flops(list(mesh.devices.flat))
         return {
             "compile_seconds": compile_seconds,
@@ -119,8 +119,8 @@ def _trace_steps(folder: Path, step: Callable[..., Any], state: Any) -> None:
 
 
 def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
-    model = partial(init_model, run.seed, run.model, run.compute, run.lora)
-    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
+    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.encoder)
+    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
     optimizer = make_optimizer_of_any_length(run.optimizer)
     trainable, frozen = partition(initial_parameters(model, shapes.keys()), run.lora)
     options = brief_options(platform()) or None

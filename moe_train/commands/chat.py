@@ -41,14 +41,14 @@ class Chat:
             ValueError: the conversation has become too long, or the question is not text; the conversation stays as it was.
         """
         question: Message = {"role": "user", "content": text}
-        tokens = self._generator.conversation_tokens([*self.messages, question])
-        if len(tokens) + self._sampling.max_tokens > self._generator.max_seq_len:
+        prompt = self._generator.conversation_tokens([*self.messages, question])
+        if len(prompt.tokens) + self._sampling.max_tokens > self._generator.max_seq_len:
             raise ValueError(
-                f"the conversation has {len(tokens)} tokens; with {self._sampling.max_tokens} new ones it exceeds the model's "
-                f"max_seq_len {self._generator.max_seq_len}; begin a new one with /reset, or lower --max-tokens"
+                f"the conversation has {len(prompt.tokens)} tokens; with {self._sampling.max_tokens} new ones it exceeds the "
+                f"model's max_seq_len {self._generator.max_seq_len}; begin a new one with /reset, or lower --max-tokens"
             )
         answer = ""
-        for part in self._generator.stream([tokens], self._sampling, block_tokens=BLOCK_TOKENS):
+        for part in self._generator.stream([prompt], self._sampling, block_tokens=BLOCK_TOKENS):
             answer += part.text
             yield part.text
         self.messages += [question, {"role": "assistant", "content": answer}]

@@ -24,6 +24,7 @@ _EXTRAS = {
     "gguf": ("gguf", "quantized GGUF files"),
     "report": ("matplotlib", "`plot`"),
     "pii": ("detect_secrets", "personal data and secrets in `data check`"),
+    "vision": ("PIL", "pictures in records"),
     "evidence": ("model_signing", "signatures of `evidence`"),
     "s3": ("s3fs", "prepared data in S3"),
     "gcs": ("gcsfs", "prepared data in Google Cloud Storage"),
@@ -58,9 +59,13 @@ def examine_machine() -> list[Finding]:
 
     No connection is made, and nothing is written.
     """
-    findings = [_python(), _packages(), _examined("devices", _devices), _memory(), _disk()]
+    devices = _examined("devices", _devices)
+    compilation = _examined("compilation", _compilation)
+    if devices.state == compilation.state == "broken":
+        compilation = Finding("compilation", "missing", "not tried without devices", "see the devices above")
+    findings = [_python(), _packages(), devices, _memory(), _disk()]
     findings += [_extra(name, module, purpose) for name, (module, purpose) in _EXTRAS.items()]
-    findings += [_examined("compilation", _compilation), _cache(), _examined("chat template", _template), _network()]
+    findings += [compilation, _cache(), _examined("chat template", _template), _network()]
     return findings
 
 
@@ -133,6 +138,9 @@ def _cache() -> Finding:
     from moe_train.machine.compile_cache import use_compile_cache
 
     cache = use_compile_cache()
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if cache is None and folder and os.environ.get("MOE_TRAIN_COMPILE_CACHE") != "off":
+        return Finding("compilation cache", "ok", f"JAX's own, in {folder} (JAX_COMPILATION_CACHE_DIR)")
     if cache is None:
         return Finding("compilation cache", "missing", "none is used", "unset MOE_TRAIN_COMPILE_CACHE, or name a folder in it")
     return Finding("compilation cache", "ok", f"programs are kept in {cache.folder}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from moe_train import config
-from moe_train.checkpoint.model_dir import open_model
+from moe_train.checkpoint.model_dir import OpenedModel, open_model
 from moe_train.commands.evaluate_scores import evaluate_scores
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
@@ -18,13 +18,14 @@ from moe_train.data.chat.chat_date import date_of_data
 from moe_train.data.records import unread
 from moe_train.data.records.conversation import normalise
 from moe_train.data.records.open_source import first_record
+from moe_train.data.records.pictures import shows_pictures
 from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
 from moe_train.evaluate.held_out import evaluate_held_out
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import BATCH
-from moe_train.train.objectives.next_token import next_token
+from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.objectives.preference import preference
 
@@ -70,9 +71,15 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         # Only `eval` is read, but a data section has to have training sources.
         data = config.Data(chat_template=chat_template, chat_date=chat_date, train=sources, eval=sources, cache_dir=cache)
-        objective = _objective(sources)
+        objective = _objective(sources, _vision(opened, seq_len))
         loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0, batch_type=objective.batch_type)
-        structure, params, step = opened.load_with_step()
+        if any(source.store.manifest.pictures is not None for source in loader.sources):
+            structure, params, step = opened.load_with_tower()
+        else:
+            # Without pictures the batches have none, and the tower is not needed.
+            objective = _objective(sources)
+            loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0, batch_type=objective.batch_type)
+            structure, params, step = opened.load_with_step()
         metrics = evaluate_held_out(make_batch_sums(structure, objective), params, {}, loader, mesh)
     if "pairs" in metrics:
         metrics = _of_pairs(metrics)
@@ -108,10 +115,27 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
         return record
     # As many records as possible count: training may drop one that is too long, or stop at it. Pairs are never cut.
     judged = isinstance(record, config.PreferenceRecord | config.LabelledRecord)
-    return record.model_copy(update={"too_long": "drop" if judged else "truncate"})
+    whole = judged or _shows_pictures(first_fields, record)
+    return record.model_copy(update={"too_long": "drop" if whole else "truncate"})
 
 
-def _objective(sources: Sequence[config.FileSource]) -> Objective:
+def _shows_pictures(fields: JsonObject, record: config.Record) -> bool:
+    """Return whether a record has pictures, which are never cut."""
+    return _readable(fields, record) and shows_pictures(normalise(fields, record))
+
+
+def _vision(opened: OpenedModel, seq_len: int) -> config.RunVision | None:
+    """Return the section on pictures for a model with a vision tower; None for another model."""
+    if opened.run is not None:
+        return opened.run.pictures
+    encoder = opened.encoder
+    if encoder is None or opened.tokenizer.pictures is None:
+        return None
+    patches = seq_len * encoder.patches_per_token
+    return config.RunVision(encoder=encoder, patches_per_row=patches)
+
+
+def _objective(sources: Sequence[config.FileSource], vision: config.RunVision | None = None) -> Objective:
     """Return how files are measured: pairs by the likelihood of their answers, everything else by its next tokens."""
     kinds = {source.record.name for source in sources}
     if "labelled" in kinds:
@@ -120,7 +144,7 @@ def _objective(sources: Sequence[config.FileSource]) -> Objective:
             "data.eval of the run, or evaluate pairs (prompt, chosen, rejected)"
         )
     if "preference" not in kinds:
-        return next_token()
+        return objective_of(config.NextToken(name="next_token"), vision)
     if len(kinds) > 1:
         raise ValueError(f"--data names files of several kinds ({', '.join(sorted(kinds))}); evaluate pairs on their own")
     return preference(config.Preference(name="preference", loss="simpo"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -16,6 +17,7 @@ from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.config.yaml_file import flat
 from moe_train.data.chat.chat_date import date_of_data, dated
 from moe_train.data.chat.conversation_to_tokens import load_template
+from moe_train.data.records.pictures import has_pictures
 from moe_train.evaluate.suites.answer import answer_items, check_prompts, prompter_of
 from moe_train.evaluate.suites.generation import LoadedModel
 from moe_train.evaluate.suites.judge import Endpoint, default_cache
@@ -23,6 +25,7 @@ from moe_train.evaluate.suites.load import LoadedSuite, SuiteOptions, load_suite
 from moe_train.evaluate.suites.page import page
 from moe_train.evaluate.suites.result import Evaluation, ModelAnswers, checked_requirements, item_rows, result_of
 from moe_train.machine.files import JsonObject, new_directory, refuse_existing, write_text
+from moe_train.model.parameters import Parameters
 
 
 def judge_at(url: str, cache: Path | None = None) -> Endpoint:
@@ -176,10 +179,20 @@ def _answers(model: _ModelToAsk, suites: Sequence[LoadedSuite]) -> ModelAnswers:
     # Only now, since a run that is still trained may have a newer checkpoint than when it was opened.
     identity = weights_identity(opened.directory)
     with jax.set_mesh(opened.mesh):
-        structure, weights = opened.load()
+        structure, weights = load_for(opened, suites)
         loaded_model = LoadedModel(structure, weights, opened.model, opened.mesh, opened.compute.dtype)
         answers = [answer_items(loaded, prompter_of(loaded, opened.tokenizer, template), loaded_model) for loaded in suites]
     return ModelAnswers(str(opened.directory), identity, answers)
+
+
+def load_for(opened: OpenedModel, suites: Sequence[LoadedSuite]) -> tuple[Any, Parameters]:
+    """Load a model, with its vision tower if a suite shows it pictures; `mesh` has to be in force."""
+    items = itertools.chain.from_iterable(loaded.items for loaded in suites)
+    if not any(has_pictures(message) for item in items for message in item.messages):
+        return opened.load()
+    opened.check_pictures()
+    structure, weights, _ = opened.load_with_tower()
+    return structure, weights
 
 
 def template_of(opened: OpenedModel, chat_template: str | None) -> str | None:

@@ -24,10 +24,12 @@ from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
 from moe_train.commands.documents import documents_of_export
 from moe_train.config import yaml_file
+from moe_train.data.pictures.read import open_picture
 from moe_train.data.records.answers import judged_conversations
 from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
+from moe_train.data.records.pictures import locate_pictures, references_of
 from moe_train.governance.exports_of_run import ExportEntry, hash_of_record, note_export
 from moe_train.machine.files import JsonObject, refuse_existing
 from moe_train.machine.mesh import join_processes
@@ -396,8 +398,14 @@ def _conversations(run: config.Run) -> Iterator[Conversation]:
         if not isinstance(source, config.FileSource) or isinstance(source.record, config.TextRecord):
             continue
         try:
-            for _, fields in open_source(source):
-                yield from judged_conversations(normalise(fields, source.record))
+            records = open_source(source)
+            for origin, fields in records:
+                normal = normalise(fields, source.record)
+                locate_pictures(normal, records.folder(origin.place))
+                for conversation in judged_conversations(normal):
+                    for reference in references_of(conversation):
+                        open_picture(reference)
+                    yield conversation
         except (FileNotFoundError, ValueError) as error:
             log.warning("training conversations of one source cannot be read, so the export is not compared on them: %s", error)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from moe_train.commands.prompt_file import PromptRecord
 from moe_train.commands.text_generator import ChatSettings, TextGenerator, TextPart
+from moe_train.data.chat.example import RenderedPrompt
 from moe_train.data.records.problem import located
 from moe_train.evaluate.generation.completion import StopReason
 from moe_train.evaluate.generation.sampling import Sampling
@@ -128,27 +129,27 @@ def _name(prompt: str | PromptRecord, index: int) -> str:
     return f"prompt {index + 1}" if isinstance(prompt, str) else f"{prompt.location}: the prompt"
 
 
-def _conversation(generator: TextGenerator) -> Callable[[str | PromptRecord], list[int]]:
+def _conversation(generator: TextGenerator) -> Callable[[str | PromptRecord], RenderedPrompt]:
     """Return a function that renders a prompt as a conversation."""
 
-    def encode(prompt: str | PromptRecord) -> list[int]:
+    def encode(prompt: str | PromptRecord) -> RenderedPrompt:
         if isinstance(prompt, str):
             return generator.conversation_tokens([{"role": "user", "content": prompt}])
-        tokens: list[int] = located(prompt.location, generator.conversation_tokens, prompt.messages, prompt.tools)
-        return tokens
+        rendered: RenderedPrompt = located(prompt.location, generator.conversation_tokens, prompt.messages, prompt.tools)
+        return rendered
 
     return encode
 
 
-def _text(generator: TextGenerator) -> Callable[[str | PromptRecord], list[int]]:
+def _text(generator: TextGenerator) -> Callable[[str | PromptRecord], RenderedPrompt]:
     """Return a function that encodes a prompt as the beginning of a text."""
 
-    def encode(prompt: str | PromptRecord) -> list[int]:
+    def encode(prompt: str | PromptRecord) -> RenderedPrompt:
         if isinstance(prompt, str):
             return generator.text_tokens(prompt)
         if prompt.text is None or prompt.tools:
             raise ValueError(f"{prompt.location}: a conversation is answered in a chat format; add --chat")
-        tokens: list[int] = located(prompt.location, generator.text_tokens, prompt.text)
-        return tokens
+        rendered: RenderedPrompt = located(prompt.location, generator.text_tokens, prompt.text)
+        return rendered
 
     return encode

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moe_train.data.records.local_files import picture_folder
 from moe_train.data.records.messages import PLAIN, read_messages
-from moe_train.data.records.normal_form import Message
+from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.pictures import located_pictures, take_column
 from moe_train.data.records.problem import Problem, brief, checked_text, located
 from moe_train.data.records.read_each import read_each, refuse_unread
 from moe_train.data.records.tools import take_tools
@@ -36,10 +39,11 @@ def read_prompt_file(file: Path) -> list[PromptRecord]:
         FileNotFoundError: There is no such file.
         ValueError: A record cannot be read or has a key that is not read; the message begins with its file and line.
     """
-    return read_each(file, "prompt", "prompt", _read_prompt)
+    folder = picture_folder(file)
+    return read_each(file, "prompt", "prompt", partial(_read_prompt, folder=folder))
 
 
-def _read_prompt(remaining: dict[str, Any], location: str) -> PromptRecord:
+def _read_prompt(remaining: dict[str, Any], location: str, folder: Path | None) -> PromptRecord:
     """Read one record; the keys that are read are taken out of it, and any that remain are refused."""
     unread = Unread()
     record_id = remaining.pop("id", None)
@@ -51,7 +55,9 @@ def _read_prompt(remaining: dict[str, Any], location: str) -> PromptRecord:
         text = checked_text(remaining.pop("prompt"), "prompt")
         messages: list[Message] = [{"role": "user", "content": text}]
     elif "messages" in remaining:
-        messages = read_messages(remaining.pop("messages"), "messages", PLAIN, unread)
+        pictures = take_column(remaining)
+        conversation = Conversation(read_messages(remaining.pop("messages"), "messages", PLAIN, unread), tools)
+        messages = located_pictures(conversation, pictures, folder).messages
         if messages[-1].get("role") == "assistant":
             raise Problem("roles", "the last message is an assistant's, which the model is to write", "remove it")
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,12 +23,14 @@ from moe_train.data.batches.answer_batches import UnpairedBatch
 from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch, StoredPiece
 from moe_train.data.batches.classification_batch import ClassificationBatch, classification_batch
 from moe_train.data.batches.packing import make_plan
+from moe_train.data.batches.picture_batch import picture_batch
 from moe_train.data.batches.reward_batch import RewardBatch
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
 from moe_train.data.records.open_source import first_record, open_source
 from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
+from moe_train.data.records.source import Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject
 
@@ -45,6 +48,12 @@ class Rows(NamedTuple):
     """For each row of an objective that trains a head, what is known of its segments: labels, or which answer it is. The loss mask
     of such rows marks the tokens at which scores are read, and all tokens are inputs. None for rows with targets.
     """
+    pictures: list[list[Sequence[bytes]]] | None = None
+    """For each row, the files of the pictures of its segments, in order; None without pictures."""
+
+    def pictures_of(self, segment: ShownSegment) -> Sequence[bytes]:
+        """Return the files of the pictures of a segment."""
+        return () if self.pictures is None else self.pictures[segment.row - 1][segment.number - 1]
 
 
 class Token(NamedTuple):
@@ -88,7 +97,12 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
     records = open_source(source)
     examples: list[Example] = []
     places: list[str] = []
-    for origin, record_examples in encode(itertools.islice(records, count), records.where, source.record, tokenizer, template):
+
+    def folder_of(origin: Origin) -> Path | None:
+        return records.folder(origin.place)
+
+    numbered = itertools.islice(records, count)
+    for origin, record_examples in encode(numbered, records.where, source.record, tokenizer, template, folder_of=folder_of):
         examples += record_examples
         places += [records.where(origin)] * len(record_examples)
     if not examples:
@@ -115,11 +129,13 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
         raise ValueError(f"{', '.join(records.names)}: all {len(examples)} records are too long for seq_len {seq_len}; raise it")
     batch = Batch.empty(plan.num_rows, plan.seq_len)
     placed = []
+    shown: list[list[Sequence[bytes]]] = []
     for row in range(plan.num_rows):
         piece_indices = range(*plan.row_pieces[row : row + 2].tolist())
         batch.fill_row(row, [_piece(examples[plan.example[i]], int(plan.start[i]), int(plan.length[i])) for i in piece_indices])
         placed.append([places[plan.example[i]] for i in piece_indices])
-    return Rows(batch, placed)
+        shown.append([examples[plan.example[i]].pictures for i in piece_indices])
+    return Rows(batch, placed, pictures=shown)
 
 
 def _piece(example: Example, start: int, length: int) -> StoredPiece:
@@ -147,7 +163,7 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
         raise ValueError("the config has no data section; state data.train")
     from moe_train.data.batches.loader import Loader  # imported here, since it takes a second that other uses do not need
 
-    batch_type = _batch_type(run.objective)
+    batch_type = _batch_type(run)
     is_unpaired = batch_type is UnpairedBatch
     batch_rows = BatchRows(run.train.batch_size, run.train.seq_len)
     data = config.with_targets(run.data, run.objective)
@@ -161,16 +177,29 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     if isinstance(rows, ClassificationBatch | RewardBatch):
         batch = Batch(rows.tokens, np.zeros_like(rows.tokens), rows.is_last, rows.segment_ids, rows.positions)
         return Rows(batch, places, [segment_notes(rows, row, len(names)) for row, names in enumerate(places)])
-    return Rows(Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions), places)
+    pictures = None if run.vision is None else [_pictures(loader, step - 1, row) for row in range(count)]
+    return Rows(Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions), places, pictures=pictures)
 
 
-def _batch_type(objective: config.Objective) -> type[PackedBatch]:
+def _pictures(loader: Loader, step: int, row: int) -> list[Sequence[bytes]]:
+    """Return the files of the pictures of each segment of a row."""
+    index, pieces = loader.pieces(step)[row]
+    return [loader.sources[index].store.picture_files(piece.example) for piece in pieces]
+
+
+def _batch_type(run: config.Config) -> type[PackedBatch]:
     """Return the type of batches whose rows are shown."""
-    match objective:
+    if run.vision is not None:
+        from moe_train.run.resolve import resolve  # reads the sizes of the tower, with libraries that other uses do not need
+
+        vision = resolve(run).pictures
+        assert vision is not None  # as the config states the section
+        return picture_batch(vision.encoder, vision.patches_per_row)
+    match run.objective:
         case config.UnpairedPreference():
             return UnpairedBatch
         case config.Classification():
-            return classification_batch(objective.targets)
+            return classification_batch(run.objective.targets)
         case config.Reward():
             return RewardBatch
         case _:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from moe_train.machine.files import write_text
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title><style>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
@@ -21,6 +22,7 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.7 ui-monospa
 .c {{ color: #0a7ea4; font-weight: bold }}
 sub {{ font-size: .6em; opacity: .6; user-select: none }}
 span:hover {{ outline: 1px solid }}
+img {{ max-width: 20rem; max-height: 20rem; border: 1px solid; vertical-align: top }}
 </style></head><body><h1>{title}</h1>
 <p>{summary}; <span class="l">{meaning}</span>. <span class="c">Control tokens</span> are blue.
 Segments do not attend to one another. Point at a token to see its position and id{end}.</p>
@@ -33,9 +35,10 @@ def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
     """Render the rows as an HTML page without scripts or external resources."""
     body = []
     for segment in segments(rows, tokenizer):
-        body.append(
-            f"<h2>{html.escape(title_of(segment, rows))}</h2>\n<pre>{''.join(_span(t, positions) for t in segment.tokens)}</pre>"
-        )
+        heading = html.escape(title_of(segment, rows))
+        spans = "".join(_span(token, positions) for token in segment.tokens)
+        pictures = "".join(map(_picture, rows.pictures_of(segment)))
+        body.append(f"<h2>{heading}</h2>\n{pictures}<pre>{spans}</pre>")
     return _PAGE.format(
         title=html.escape(escape_control_characters(title)),
         summary=html.escape(summary(rows)),
@@ -43,6 +46,11 @@ def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
         end="; the last token of a segment is only predicted" if rows.notes is None else "",
         body="\n".join(body),
     )
+
+
+def _picture(content: bytes) -> str:
+    """Return a picture as part of the page; browsers tell its format by its content."""
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(content).decode()}">\n'
 
 
 def _span(token: Token, positions: bool) -> str:

@@ -12,7 +12,9 @@ import jax
 from moe_train import config
 from moe_train.checkpoint.model_dir import open_model
 from moe_train.data.chat.chat_date import date_of_data, dated
-from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template, render_prompt
+from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template, rendered_prompt
+from moe_train.data.chat.example import RenderedPrompt
+from moe_train.data.pictures.patches import pictures_of_piece
 from moe_train.data.records.normal_form import Message
 from moe_train.data.records.problem import checked_text
 from moe_train.evaluate.generation.batch import ContinuationPlan
@@ -69,6 +71,7 @@ class TextGenerator:
         self._opened = open_model(directory)
         self._chat = chat
         self._generator: Generator | None = None
+        self._has_tower = False
         self.tokenizer = self._opened.tokenizer
         template = self._opened.chat_template if chat.template is None else load_template(chat.template, self.tokenizer)
         if template is not None:
@@ -83,8 +86,8 @@ class TextGenerator:
         """Largest number of tokens of a prompt and its continuation."""
         return self._opened.model.max_seq_len
 
-    def conversation_tokens(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        """Return the tokens of a conversation up to where the assistant's next turn begins.
+    def conversation_tokens(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> RenderedPrompt:
+        """Render a conversation up to where the assistant's next turn begins.
 
         Args:
             messages: the messages.
@@ -99,22 +102,24 @@ class TextGenerator:
                 raise ValueError("both --system and the conversation have a system message; leave one of them out")
             system = checked_text(self._chat.system, "the system message")
             conversation.insert(0, {"role": "system", "content": system})
-        return render_prompt(
+        return rendered_prompt(
             conversation, self._template, self.tokenizer, tools or self._chat.tools, reasoning_effort=self._chat.reasoning_effort
         )
 
-    def text_tokens(self, text: str) -> list[int]:
+    def text_tokens(self, text: str) -> RenderedPrompt:
         """Return the tokens of the beginning of a text."""
         start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return start + self.tokenizer.encode(checked_text(text, "the prompt"))
+        return RenderedPrompt(start + self.tokenizer.encode(checked_text(text, "the prompt")))
 
-    def check(self, prompts: Sequence[Sequence[int]], max_tokens: int, names: Sequence[str] | None = None) -> None:
-        """Raise ValueError if a prompt is empty, or too long for `max_tokens` more (see `check_lengths`)."""
-        check_lengths(prompts, max_tokens, self._opened.model, names)
+    def check(self, prompts: Sequence[RenderedPrompt], max_tokens: int, names: Sequence[str] | None = None) -> None:
+        """Raise ValueError if a prompt is empty, too long for `max_tokens` more (see `check_lengths`), or has pictures in vain."""
+        check_lengths([prompt.tokens for prompt in prompts], max_tokens, self._opened.model, names)
+        if any(prompt.pictures for prompt in prompts):
+            self._opened.check_pictures()
 
     def stream(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[RenderedPrompt],
         sampling: Sampling,
         stop: Sequence[str] = (),
         schema: Mapping[str, Any] | None = None,
@@ -123,7 +128,7 @@ class TextGenerator:
         """Continue prompts, and yield their texts block by block.
 
         Args:
-            prompts: tokens of each prompt.
+            prompts: the prompts.
             sampling: how they are continued; the tokenizer's end tokens are added to its own.
             stop: texts that end a continuation, which ends before them.
             schema: JSON schema that every continuation fits; None for any text.
@@ -137,9 +142,13 @@ class TextGenerator:
         sampling = replace(sampling, end_ids=end_ids)
         stop_texts = StopTexts(self.tokenizer, tuple(stop)) if stop else None
         plan = ContinuationPlan(sampling, stop_texts, None if schema is None else JsonSchema(schema, self.tokenizer))
-        texts = [TextStream(self.tokenizer, prompt, stop_texts) for prompt in prompts]
+        texts = [TextStream(self.tokenizer, prompt.tokens, stop_texts) for prompt in prompts]
+        rules = self.tokenizer.pictures
+        pictures = [None if rules is None else pictures_of_piece(prompt.pictures, rules) for prompt in prompts]
         with jax.set_mesh(self._opened.mesh):
-            parts = self._loaded().stream(prompts, plan, block_tokens=block_tokens)
+            generator = self._loaded(any(picture is not None for picture in pictures))
+            tokens = [prompt.tokens for prompt in prompts]
+            parts = generator.stream(tokens, plan, block_tokens=block_tokens, pictures=pictures)
         while True:
             # The mesh is in force for one block at a time, and not while the caller handles its text.
             with jax.set_mesh(self._opened.mesh):
@@ -149,10 +158,12 @@ class TextGenerator:
             text = texts[part.request].add(part.tokens, is_last=part.stop is not None)
             yield TextPart(part.request, text, part.tokens, part.logprobs, part.stop)
 
-    def _loaded(self) -> Generator:
+    def _loaded(self, with_tower: bool) -> Generator:
         """Return the generator, after loading the weights if they are not loaded yet; the mesh has to be in force."""
-        if self._generator is None:
-            transformer = combine(*self._opened.load())
+        if self._generator is None or (with_tower and not self._has_tower):
+            self._has_tower = with_tower
+            structure, weights, _ = self._opened.load_with_tower() if with_tower else self._opened.load_with_step()
+            transformer = combine(structure, weights)
             self._generator = Generator(
                 transformer, self._opened.model, self._opened.mesh, self._opened.compute.dtype, release=True
             )

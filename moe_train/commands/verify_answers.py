@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from moe_train.checkpoint.model_dir import open_model
-from moe_train.commands.evaluate_suite import template_of
+from moe_train.commands.evaluate_suite import load_for, template_of
 from moe_train.evaluate.suites.answer import answer_items, prompter_of
 from moe_train.evaluate.suites.generation import LoadedModel
 from moe_train.evaluate.suites.load import LoadedSuite, SuiteOptions, load_suite
@@ -45,7 +45,7 @@ def verify_answers(directory: Path, result: Path) -> list[Check]:
     template = template_of(opened, record["asked"]["chat_template"])
     checks = []
     with jax.set_mesh(opened.mesh):
-        structure, weights = opened.load()
+        structure, weights = load_for(opened, suites)
         model = LoadedModel(structure, weights, opened.model, opened.mesh, opened.compute.dtype)
         for loaded in suites:
             start_time = time.perf_counter()

@@ -27,7 +27,7 @@ from moe_train.config.attention import (
     require_grouped_query,
 )
 from moe_train.config.average import Average, ExponentialAverage, LastCheckpoints, NoAverage
-from moe_train.config.checks import Sections, check_batch, check_model
+from moe_train.config.checks import Sections, check_batch, check_model, check_vision
 from moe_train.config.compute import AxisSize, Compute, Mesh
 from moe_train.config.config import Config, RunName
 from moe_train.config.data import (
@@ -99,7 +99,18 @@ from moe_train.config.records import (
     TextRecord,
 )
 from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
-from moe_train.config.run import FullTraining, InitialWeights, NoData, PretrainedWeights, RandomWeights, Run, RunData, run_of
+from moe_train.config.run import (
+    FullTraining,
+    InitialWeights,
+    NoData,
+    NoVision,
+    PretrainedWeights,
+    RandomWeights,
+    Run,
+    RunData,
+    RunVision,
+    run_of,
+)
 from moe_train.config.score_head import ScoreHead, ScoreTarget
 from moe_train.config.section import (
     Decay,
@@ -115,6 +126,7 @@ from moe_train.config.section import (
 from moe_train.config.suite import AnswerGeneration, Columns, FewShot, Prompt, Suite
 from moe_train.config.trackers import MlflowTracker, Tracker, TrackioTracker, WandbTracker
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, SpikeGuard, Train
+from moe_train.config.vision import Vision, VisionEncoder
 
 __all__ = [
     "FAMILIES",
@@ -195,6 +207,7 @@ __all__ = [
     "Nf4",
     "NoAverage",
     "NoData",
+    "NoVision",
     "NonNegative",
     "NonNegativeFloat",
     "NumberGrader",
@@ -222,6 +235,7 @@ __all__ = [
     "Run",
     "RunData",
     "RunName",
+    "RunVision",
     "Schedule",
     "ScoreHead",
     "ScoreTarget",
@@ -239,12 +253,15 @@ __all__ = [
     "TrackioTracker",
     "Train",
     "UnpairedPreference",
+    "Vision",
+    "VisionEncoder",
     "WandbTracker",
     "WsdSchedule",
     "YarnRope",
     "check_batch",
     "check_model",
     "check_records",
+    "check_vision",
     "describe_features",
     "extra_forward_passes",
     "family_with",

@@ -9,8 +9,10 @@ from moe_train.config.architecture import Model, MoeFfn, without_format
 from moe_train.config.attention import Attention, GroupedQueryAttention, MultiHeadLatentAttention
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data, HubSource, PreparedSource
+from moe_train.config.objective import NextToken, Objective
 from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.training import Evaluation, Metrics, Train
+from moe_train.config.vision import VisionEncoder
 
 
 class Sections(Protocol):
@@ -151,6 +153,25 @@ def _check_heads(tensor: int, attention: Attention) -> None:
             _check_divides(tensor, "tensor", num_heads, "num_heads")
         case _:
             assert_never(attention)
+
+
+def check_objective_of_pictures(objective: Objective) -> None:
+    """Raise ValueError if an objective takes no pictures."""
+    if not isinstance(objective, NextToken):
+        raise ValueError(f"vision has no effect on objective {objective.name}, only next_token takes pictures; leave vision out")
+
+
+def check_vision(sections: Sections, encoder: VisionEncoder, patches_per_row: int) -> None:
+    """Raise ValueError if a vision tower does not fit the mesh, or the patches of a row do not divide over it."""
+    mesh = sections.mesh
+    _check_divides(mesh.tensor, "tensor", encoder.num_heads, "num_heads of the vision tower")
+    _check_divides(mesh.tensor, "tensor", encoder.ffn_dim, "ffn_dim of the vision tower")
+    multiple = max(mesh.context, 1) * encoder.patches_per_token
+    if patches_per_row % multiple:
+        raise ValueError(
+            f"vision.patches_per_row {patches_per_row} is not a multiple of {multiple}, the {encoder.patches_per_token} patches of "
+            f"a token for each of mesh.context {mesh.context} devices; use {-(-patches_per_row // multiple) * multiple}"
+        )
 
 
 def check_rounding(sections: Sections) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model
 from moe_train.config.average import Average, LastCheckpoints, NoAverage
-from moe_train.config.checks import check_batch, check_local, check_model, check_rounding
+from moe_train.config.checks import check_batch, check_local, check_model, check_objective_of_pictures, check_rounding
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
 from moe_train.config.objective import NextToken, Objective, check_records
@@ -17,6 +17,7 @@ from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.profile import Profile
 from moe_train.config.section import LocalPath, RunDirectory, Section, Seed
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
+from moe_train.config.vision import Vision
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """Name of a run: it starts with a letter or digit; then letters, digits, `.`, `_` and `-` are allowed."""
@@ -53,6 +54,8 @@ class Config(Section):
     """Length and batch shape of the run."""
     optimizer: Optimizer
     """Optimizer, learning rate and schedule."""
+    vision: Vision | None = None
+    """Pictures in the records, through the vision tower of `init_from`; null: records with pictures are refused."""
     loss: Loss = Loss()
     """Settings that keep routers balanced."""
     compute: Compute = Compute()
@@ -85,6 +88,12 @@ class Config(Section):
         if self.data is not None:
             check_records(self.objective, self.data)
         check_batch(self)
+        if self.vision is not None:
+            check_objective_of_pictures(self.objective)
+            if self.init_from is None:
+                raise ValueError(
+                    "vision needs init_from, a multimodal model whose tower sees the pictures; state it, or leave vision out"
+                )
         if self.network == "none":
             check_local(self.data, self.metrics)
         if isinstance(self.average, LastCheckpoints) and self.checkpoint.keep_last < self.average.count - 1:

@@ -18,8 +18,9 @@ from moe_train.config.data import Data, Tokenizer
 from moe_train.config.objective import Objective
 from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.profile import Profile
-from moe_train.config.section import LocalPath, RunDirectory, Section, Seed
+from moe_train.config.section import LocalPath, Positive, RunDirectory, Section, Seed
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
+from moe_train.config.vision import Vision, VisionEncoder
 
 
 class RandomWeights(Section):
@@ -51,6 +52,19 @@ class RunData(Data):
     tokenizer: Tokenizer
 
 
+class RunVision(Vision):
+    """The `vision` section, with the patches of a row and the sizes of the tower stated."""
+
+    patches_per_row: Positive
+    encoder: VisionEncoder
+
+
+class NoVision(Section):
+    """Records have no pictures."""
+
+    name: Literal["none"] = "none"
+
+
 class NoData(Section):
     """A placeholder for a run whose data cannot be read: the config has no `data` section, or no tokenizer is known.
 
@@ -63,7 +77,8 @@ class NoData(Section):
 class Run(Section):
     """The resolved record of a run, in which nothing is left to be decided; compare `Config`, which is what the user wrote.
 
-    method: full training, or adapters (LoRA) with explicit targets. mesh: the size of each axis, never -1.
+    method: full training, or adapters (LoRA) with explicit targets. mesh: the size of each axis, never -1. vision: the sizes of the
+    tower, and the patches of a row.
     """
 
     name: RunName
@@ -76,6 +91,7 @@ class Run(Section):
     data: RunData | NoData
     train: Train
     optimizer: Optimizer
+    vision: RunVision | NoVision
     loss: Loss
     compute: Compute
     mesh: Mesh
@@ -99,6 +115,16 @@ class Run(Section):
             return self.initial_weights.path
         return None
 
+    @property
+    def pictures(self) -> RunVision | None:
+        """The `vision` section; None if the records have no pictures."""
+        return self.vision if isinstance(self.vision, RunVision) else None
+
+    @property
+    def encoder(self) -> VisionEncoder | None:
+        """The vision tower; None if the records have no pictures."""
+        return None if self.pictures is None else self.pictures.encoder
+
     def training_data(self) -> RunData:
         """Return the data section. Raises ValueError, which names the remedy, if there is none."""
         if isinstance(self.data, NoData):
@@ -110,10 +136,11 @@ class Run(Section):
         sections = {key: getattr(self, key) for key in _SHARED_WITH_CONFIG}
         # As a plain `Data`, to equal the section that a file gives; dict() keeps the sections inside as they are.
         data = Data(**dict(self.data)) if isinstance(self.data, RunData) else None
-        return Config(**sections, init_from=self.init_from, lora=self.lora, data=data)
+        vision = None if self.pictures is None else Vision(**dict(self.pictures))
+        return Config(**sections, init_from=self.init_from, lora=self.lora, data=data, vision=vision)
 
 
-_SHARED_WITH_CONFIG = tuple(key for key in Run.model_fields if key in Config.model_fields and key != "data")
+_SHARED_WITH_CONFIG = tuple(key for key in Run.model_fields if key in Config.model_fields and key not in ("data", "vision"))
 
 
 def run_of(config: Config) -> Run:
@@ -134,7 +161,17 @@ def run_of(config: Config) -> Run:
         initial_weights=initial_weights,
         method=FullTraining() if config.lora is None else config.lora,
         data=_decided_data(config),
+        vision=_decided_vision(config),
     )
+
+
+def _decided_vision(config: Config) -> RunVision | NoVision:
+    """Return the section on pictures with its sizes. Raises ValueError if they are not stated."""
+    if config.vision is None:
+        return NoVision()
+    if config.vision.encoder is None or config.vision.patches_per_row is None:
+        raise ValueError("the config does not state vision.encoder, so it is not resolved; call run.resolve.resolve first")
+    return RunVision(**dict(config.vision))
 
 
 def _decided_data(config: Config) -> RunData | NoData:

@@ -15,6 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from moe_train import config
+from moe_train.data.chat.example import RenderedPrompt
 from moe_train.data.chat.template import prompt_text
 from moe_train.data.records.normal_form import Conversation, ModelSettings
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -143,7 +144,7 @@ class HarnessModel(TemplateLM):
                     f"a task generates {generation.max_tokens} tokens, and the model's max_seq_len is {self.max_length}; lower "
                     "max_gen_toks in the task"
                 )
-            prompts = [self.tok_encode(requests[number].args[0])[-longest:] for number in numbers]
+            prompts = [RenderedPrompt(self.tok_encode(requests[number].args[0])[-longest:]) for number in numbers]
             options = TextOptions(generation, self._batch_size)
             answers = generate_answers(self._model, self._tokenizer, prompts, options, add_progress)
             for number, answer in zip(numbers, answers, strict=True):

@@ -10,7 +10,7 @@ import jax
 from moe_train import config
 from moe_train.governance.lineage import Training
 from moe_train.machine.mesh import AXES, abstract_mesh
-from moe_train.model.flops import flops_per_token
+from moe_train.model.flops import flops_of_run, flops_per_token
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized_shapes
@@ -27,7 +27,7 @@ def training_flops(training: Training) -> float:
     if run.lora is not None:
         shapes = _shapes(run)
         trained = {path: x for path, x in shapes.items() if ParameterPath.parse(path).is_trained(run.lora)}
-    per_token = flops_per_token(run.model, run.train.seq_len, trained)
+    per_token = flops_of_run(run, trained)
     # A third of full training is a forward pass, head included.
     extra_passes = config.extra_forward_passes(run.objective, run.lora is not None)
     per_token += extra_passes * flops_per_token(run.model, run.train.seq_len) / 3
@@ -46,5 +46,5 @@ def _shapes(run: config.Run) -> dict[str, jax.ShapeDtypeStruct]:
         # For the shapes alone: without any, `abstract_model` would put one in force for the rest of the process.
         mesh = jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1)))
     with mesh:
-        _, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
+        _, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
     return unquantized_shapes(shapes)

@@ -2,9 +2,14 @@
 
 Figures are peaks per chip. Sources, read in November 2026:
   TPU: https://cloud.google.com/tpu/docs/v4, …/v5e, …/v5p, …/v6e, …/tpu7x (key specifications; HBM, ICI and DCN bandwidth).
-  GPU: the data sheets of A100 (80 GB, SXM4), H100 (SXM5, PCIe), H200 (SXM), HGX B200, L40S, L40 and L4 on nvidia.com, NVIDIA's
-       paper on the Ada architecture (RTX 4090), and AMD's data sheet of the MI300X; all without sparsity. Cards without NVLink
-       receive by PCIe 4.0 x16, 32 GB/s; an MI300X by seven links of 64 GB/s.
+  GPU: the data sheets of A100 (80 GB, SXM4), H100 (SXM5, PCIe), H200 (SXM) and HGX B200 on nvidia.com; all without sparsity.
+       L40S and L40: NVIDIA's table as reprinted at https://www.mullet.se/product.html?product_id=355414 (BFLOAT16 362.05 and
+       181.05, TF32 183 TFLOP/s, 864 GB/s). L4: https://aiwiki.ai/wiki/nvidia_l4 and NVIDIA's table as reprinted by
+       https://store.sourcecode.com (with sparsity FP16 242, TF32 120 TFLOP/s: half of each; 300 GB/s). RTX 4090:
+       https://waredb.com/processor/nvidia-geforce-rtx-4090 (BF16 165.15, TF32 82.58 TFLOP/s, 1008 GB/s). MI300X:
+       https://github.com/alpharomercoma/MI300X-vs-H200 (REPORT.md: BF16 1307.4 TFLOP/s, 5.3 TB/s, 192 GB) and
+       https://www.emergentmind.com/topics/amd-mi300x-gpu (links of 64 GB/s each way to seven others, 448 GB/s).
+       All without NVLink receive by PCIe 4.0 x16, 32 GB/s (64 GB/s both ways).
        Network of a GPU: one 400 Gb/s adapter each in DGX H100, H200 and B200, 200 Gb/s in DGX A100 (DGX user guides), and 400 Gb/s
        with an MI300X; 200 Gb/s with an L40S and 100 Gb/s with an L4 or RTX 4090 are assumed.
 HBM that programs can use: for v5e from its compiler's error messages; for v6e the same fraction, unconfirmed.

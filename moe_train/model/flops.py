@@ -48,6 +48,39 @@ def flops_per_token(
     return 4 * base + trained + pairs
 
 
+def flops_of_run(run: config.Run, trained: Mapping[str, Shaped[Array, "..."] | jax.ShapeDtypeStruct] | None = None) -> float:
+    """Return the model FLOPs per token of a training step of a resolved run, those of its vision tower included.
+
+    Args:
+        run: the resolved run.
+        trained: as `adapters` of `flops_per_token`.
+    """
+    flops = flops_per_token(run.model, run.train.seq_len, trained)
+    if run.pictures is None:
+        return flops
+    return flops + vision_flops(run.pictures.encoder, run.model.model_dim, run.pictures.patches_per_row) / run.train.seq_len
+
+
+def vision_flops(encoder: config.VisionEncoder, text_dim: int, patches: int) -> float:
+    """Return the model FLOPs of a frozen vision tower and its projector, forward only, for the patches of a row.
+
+    The room of the row counts as full, with pictures of the largest size: how much of it pictures fill depends on the data.
+
+    Args:
+        encoder: sizes of the tower.
+        text_dim: width of the text model.
+        patches: patches that the row has room for.
+    """
+    D = encoder.tower_dim
+    per_patch = encoder.patch_values * D + encoder.num_layers * (4 * D * D + 3 * D * encoder.ffn_dim)
+    keys = min(patches, (encoder.max_image_size // encoder.patch_size) ** 2)
+    pairs = encoder.num_layers * 2 * D * keys
+    per_token = (D + text_dim) * text_dim
+    if encoder.merge_size:
+        per_token += encoder.patches_per_token * D * D
+    return 2 * (patches * (per_patch + pairs) + patches / encoder.patches_per_token * per_token)
+
+
 def _attention_weights(model_dim: int, attention: config.Attention) -> int:
     """Return the number of weights of a layer's attention; a token passes through all of them."""
     D = model_dim

@@ -120,6 +120,11 @@ class ParameterPath:
         return self.module == "head"
 
     @property
+    def is_vision(self) -> bool:
+        """Whether the array belongs to the vision tower or its projector."""
+        return self.module.startswith("vision.")
+
+    @property
     def is_ffn(self) -> bool:
         """Whether the array belongs to the feed-forward part of a layer, including its router."""
         return self.module.startswith("ffn.")
@@ -153,7 +158,8 @@ class ParameterPath:
 
     def is_trained(self, lora: config.Lora) -> bool:
         """Return whether LoRA training changes the array: it is an adapter, or its module is trained in full."""
-        return self.is_adapter or lora.trains_in_full(self.module)
+        # A tower is frozen, whatever the patterns that are meant for the text model would match in it.
+        return not self.is_vision and (self.is_adapter or lora.trains_in_full(self.module))
 
 
 def in_layer(position: config.LayerPosition, name: str) -> str:

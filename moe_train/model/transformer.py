@@ -23,6 +23,8 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from moe_train import config
 from moe_train.machine.mesh import use_default_mesh
 from moe_train.model.attention.kinds import Cache, apply_attention, attention_layer, empty_cache
+from moe_train.model.encoders.pictures import PictureFeatures, Pictures, write_features
+from moe_train.model.encoders.vision import Vision
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Embedding, Head, Linear, RandomSource, RMSNorm, keys_of
 from moe_train.model.lora import adaptable, add_lora
@@ -221,9 +223,11 @@ def _concatenate(stats: list[RouterStats]) -> RouterStats | None:
 
 
 class Transformer(nnx.Module):
-    """A decoder-only transformer of the Mistral family."""
+    """A decoder-only transformer of the Mistral family, with a vision tower if `encoder` is given."""
 
-    def __init__(self, rngs: RandomSource, model: config.Model, compute: config.Compute):
+    def __init__(
+        self, rngs: RandomSource, model: config.Model, compute: config.Compute, encoder: config.VisionEncoder | None = None
+    ):
         dtype = jnp.dtype(compute.param_dtype)
         std = model.init_stddev
         self.embed = Embedding(rngs, model.vocab_size, model.model_dim, std, dtype)
@@ -231,6 +235,8 @@ class Transformer(nnx.Module):
         self.final_norm = RMSNorm(model.model_dim, model.norm_eps, dtype)
         self.scores = model.scores is not None
         self.head = _head(rngs, model, dtype)
+        # Last, so that the initial weights of the text model do not depend on it.
+        self.vision = None if encoder is None else Vision(rngs, encoder, model.model_dim, compute)
         self.dtype = jnp.dtype(compute.dtype)
 
     def __call__(
@@ -239,6 +245,7 @@ class Transformer(nnx.Module):
         positions_BT: Int[Array | np.ndarray, "B T"] | None = None,
         segment_ids_BT: Int[Array | np.ndarray, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
+        pictures: Pictures | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Compute the hidden states after the final norm.
 
@@ -250,6 +257,7 @@ class Transformer(nnx.Module):
             positions_BT: positions, which restart in each segment; None for 0, 1, 2, … in each row.
             segment_ids_BT: packed segments; 0 for padding. None if each row is one segment without padding.
             key: PRNG key for the dropout of the adapters; None for no dropout, as in evaluation.
+            pictures: pictures that tokens stand for; None without any. The model needs a vision tower for them.
 
         Returns:
             The hidden states, and the statistics (L, …) of the routers in the order of the sparse layers (`config.sparse_layers`);
@@ -263,6 +271,8 @@ class Transformer(nnx.Module):
         positions_BT = place(positions_BT, "BT")
         segment_ids_BT = place(segment_ids_BT, "BT")
         x_BTD = self.embed(tokens_BT, self.dtype)
+        if pictures is not None:
+            x_BTD = self.with_pictures(x_BTD, pictures)
         # One key per repeat over all stacks, so that no two layers drop the same entries.
         keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
         stats = []
@@ -274,6 +284,17 @@ class Transformer(nnx.Module):
                 stats.append(stack_stats)
             first += stack.repeats
         return plain_on_one_device(self.final_norm(x_BTD)), _concatenate(stats)
+
+    def with_pictures(self, x_BTD: Float[Array, "B T D"], pictures: Pictures) -> Float[Array, "B T D"]:
+        """Return embeddings in which the tokens that stand for pictures have the features of these.
+
+        Raises:
+            ValueError: the model has no vision tower.
+        """
+        if self.vision is None:
+            raise ValueError("the model has no vision tower, so it takes no pictures; build it with an encoder")
+        placed = pictures.placed()
+        return write_features(x_BTD, self.vision(placed), placed.feature_index_BT)
 
     def head_weight(self) -> Float[Array, "V D"]:
         """Return the output matrix; with tied embeddings it is the embedding table."""
@@ -299,7 +320,11 @@ class Transformer(nnx.Module):
         return plain_on_one_device(logits_BTV.astype(jnp.float32))
 
     def decode(
-        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], caches: Sequence[Sequence[Cache]]
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        caches: Sequence[Sequence[Cache]],
+        features: PictureFeatures | None = None,
     ) -> tuple[Float[Array, "B T D"], Sequence[Sequence[Cache]]]:
         """Compute the hidden states of T further tokens of each sequence, after the final norm.
 
@@ -307,11 +332,14 @@ class Transformer(nnx.Module):
             tokens_BT: token ids.
             positions_BT: positions in the sequences; -1 for padding.
             caches: caches as from `empty_caches`.
+            features: features of pictures that tokens stand for; None without any.
 
         Returns:
             The hidden states, of which `logits` makes logits, and the extended caches.
         """
         x_BTD = self.embed(tokens_BT, self.dtype)
+        if features is not None:
+            x_BTD = write_features(x_BTD, *features)
         # Segment 0 keeps padding out of the routers; attention to a cache masks by position.
         segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
         extended = []
@@ -335,6 +363,7 @@ def init_model(
     model: config.Model,
     compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
     lora: config.Lora | None = None,
+    encoder: config.VisionEncoder | None = None,
 ) -> Transformer:
     """Initialize a model with random weights, including adapters and quantized weights.
 
@@ -348,29 +377,37 @@ def init_model(
         model: model section of the config.
         compute: dtypes, kernels and rematerialization; by default float32.
         lora: adapters and quantization to add; None for full training.
+        encoder: vision tower and projector; None for a text model.
 
     Raises:
         ValueError: `lora` does not fit the model (see `add_lora` and `quantize_weights`).
     """
     use_default_mesh()
-    return _build(nnx.Rngs(params=jax.random.key(seed)), model, compute, lora)
+    return _build(nnx.Rngs(params=jax.random.key(seed)), model, compute, lora, encoder)
 
 
 def abstract_model(
     model: config.Model,
     compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
     lora: config.Lora | None = None,
+    encoder: config.VisionEncoder | None = None,
 ) -> Transformer:
     """Return the model of `init_model` with a `jax.ShapeDtypeStruct` in place of each array, in a fraction of the time.
 
     The arguments and errors are those of `init_model`.
     """
     use_default_mesh()
-    return jax.eval_shape(lambda: _build(None, model, compute, lora))
+    return jax.eval_shape(lambda: _build(None, model, compute, lora, encoder))
 
 
-def _build(rngs: RandomSource, model: config.Model, compute: config.Compute, lora: config.Lora | None) -> Transformer:
-    transformer = Transformer(rngs, model, compute)
+def _build(
+    rngs: RandomSource,
+    model: config.Model,
+    compute: config.Compute,
+    lora: config.Lora | None,
+    encoder: config.VisionEncoder | None,
+) -> Transformer:
+    transformer = Transformer(rngs, model, compute, encoder)
     if lora is not None:
         # Adapters come before quantization: they take shape and sharding from the weights, which are replaced then.
         add_lora(transformer, lora, rngs)

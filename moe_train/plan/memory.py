@@ -57,8 +57,8 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     model = run.model
     sizes = axis_sizes(run.mesh)
     shape = microbatch_shape(run)
-    # A batch of one row of one token has one element in each array.
-    bytes_per_token = sum(array.nbytes for array in objective_of(run.objective).batch_type.empty(1, 1))
+    # Of a whole row, since room for the patches of pictures is that of a row.
+    bytes_per_row = sum(array.nbytes for array in objective_of(run.objective, run.pictures).batch_type.empty(1, run.train.seq_len))
     M = run.train.microbatches
     stacked = [w for w in layout.weights if w.path.in_layer]
     stacks = config.stacks(model)
@@ -78,12 +78,27 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in layout.weights),
         optimizer=layout.optimizer_bytes + _average_bytes(run, trained, sizes),
-        batch=M * shape.tokens * bytes_per_token,
+        batch=M * shape.tokens * bytes_per_row // run.train.seq_len,
         gradients=gradients,
         saved=_saved_bytes(run, stacked, sizes, shape),
-        layer=layer,
+        layer=max(layer, _vision_bytes(run, sizes, shape)),
         loss=loss,
     )
+
+
+def _vision_bytes(run: config.Run, sizes: dict[str, int], shape: MicrobatchShape) -> int:
+    """Return the bytes that the forward pass of a frozen vision tower needs at its peak, before that of the text model."""
+    if run.pictures is None:
+        return 0
+    encoder = run.pictures.encoder
+    patches = shape.tokens * run.pictures.patches_per_row // run.train.seq_len
+    D = encoder.tower_dim
+    t = sizes["tensor"]
+    # Input, norm, and either queries, keys, values and their sum, or gate, up and their product; and the features.
+    layer = 2 * D + max(4 * D, 3 * encoder.ffn_dim) // t
+    features = run.model.model_dim // encoder.patches_per_token
+    weights = (4 * D * D + 3 * D * encoder.ffn_dim) // t
+    return (patches * (layer + features) + weights) * shape.itemsize
 
 
 def _average_bytes(run: config.Run, trained: list[ShardedWeight], sizes: dict[str, int]) -> int:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from moe_train import config
 from moe_train.machine.devices import Device
 from moe_train.machine.mesh import AXES
-from moe_train.model.flops import flops_per_token
+from moe_train.model.flops import flops_of_run, flops_per_token
 from moe_train.plan.attention_sizes import attention_sizes
 from moe_train.plan.topology import Topology
 from moe_train.plan.traffic import Flow, MicrobatchShape, microbatch_shape
@@ -85,7 +85,7 @@ def step_work(run: config.Run, layout: WeightLayout, flows: list[Flow], topology
     shape = microbatch_shape(run)
     tokens = train.batch_size * train.seq_len / topology.num_devices
     trained = layout.trainable if run.lora is not None else None
-    model_flops = tokens * flops_per_token(model, train.seq_len, trained)
+    model_flops = tokens * flops_of_run(run, trained)
     recomputed_flops = tokens * (_recomputed_flops(run, model, shape) + _copied_flops(run))
     if run.loss.needs_routing_pass(train.microbatches):
         recomputed_flops += tokens * _forward_flops(run)

@@ -83,7 +83,7 @@ def layout(run: config.Run) -> WeightLayout:
     """
     # Settings that change no weight keep their defaults, so that more searches hit the cache.
     compute = config.Compute(dtype=run.compute.dtype, param_dtype=run.compute.param_dtype)
-    return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh))
+    return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh, run.encoder))
 
 
 class _Inputs(NamedTuple):
@@ -95,6 +95,7 @@ class _Inputs(NamedTuple):
     compute: config.Compute
     """Only dtypes are stated, since kernels and transports change no weight."""
     mesh: config.Mesh
+    encoder: config.VisionEncoder | None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,7 +103,7 @@ def _layout(inputs: _Inputs) -> WeightLayout:
     sizes = axis_sizes(inputs.mesh)
     optimizer = make_optimizer_of_any_length(inputs.optimizer)
     with jax.sharding.use_abstract_mesh(abstract_mesh(sizes)):
-        model = abstract_model(inputs.model, inputs.compute, inputs.lora)
+        model = abstract_model(inputs.model, inputs.compute, inputs.lora, inputs.encoder)
         _, shapes = parameters(model)
         trained, _ = partition(shapes, inputs.lora)
         # Only shapes are computed: a model of any size takes milliseconds and no memory.

@@ -43,6 +43,11 @@ def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
     # Checked before any data is tokenized, which may take long.
     check_files(data)
     check_ready(run, data, tokenizer)
+    if run.pictures is not None and tokenizer.pictures is None:
+        raise ValueError(
+            f"vision needs a tokenizer that states the sizes of pictures, and {tokenizer.files[0]} states none; name the model's "
+            "tekken.json in data.tokenizer: {name: mistral, path: …}"
+        )
 
     def open_loader(sources: Literal["train", "eval"], batch_size: int) -> Loader:
         # Each process opens only its rows, but all plan the same global order.
@@ -52,6 +57,8 @@ def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
         return loader
 
     train = open_loader("train", run.train.batch_size)
+    if run.pictures is not None and all(source.store.manifest.pictures is None for source in train.sources):
+        raise ValueError("vision has no effect, since no record of data.train has a picture; leave it out")
     # One microbatch is the most that training computes at once, so held-out batches have its size.
     microbatch = run.train.batch_size // run.train.microbatches
     held_out = open_loader("eval", microbatch) if data.eval else None

@@ -120,7 +120,9 @@ def _steps_from_newest(
     # Under `signals`, since tokenizing may take long and must be interruptible.
     with jax.set_mesh(mesh), signals(stop_request), contextlib.ExitStack() as exit_stack:
         check_transport(run.compute.transport)
-        attempt = open_attempt(run, objective or objective_of(run.objective), mesh, stop_request, rolled_back, exit_stack)
+        attempt = open_attempt(
+            run, objective or objective_of(run.objective, run.pictures), mesh, stop_request, rolled_back, exit_stack
+        )
         if attempt is None:
             return FINISHED
         attempt.measure_at_start(after_roll_back=rolled_back is not None)

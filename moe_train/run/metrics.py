@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from moe_train import config
 from moe_train.machine.devices import peak_flops
-from moe_train.model.flops import flops_per_token
+from moe_train.model.flops import flops_of_run
 from moe_train.model.moe.router import RouterStats
 from moe_train.model.parameters import Parameters
 from moe_train.run.chosen_answers import ChosenAnswers
@@ -51,7 +51,7 @@ class MetricsReader:
         """The spike at the step that was read last, if it was one."""
         self._sparse_layers = config.sparse_layers(run.model)
         self._positions = run.train.batch_size * run.train.seq_len
-        self._flops_per_token = flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
+        self._flops_per_token = flops_of_run(run, trainable if run.lora else None)
         self._peak, self.peak_source = peak_flops(list(mesh.devices.flat))
         # Tabulated once: evaluating the schedule at each step would queue its arithmetic behind the training steps on the device.
         rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)

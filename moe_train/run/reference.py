@@ -79,7 +79,7 @@ def store_reference(run: config.Run, tokenizer: Tokenizer, say: Say) -> None:
     Raises:
         ValueError: The run reads none that are stored.
     """
-    objective = objective_of(run.objective)
+    objective = objective_of(run.objective, run.pictures)
     if not objective.uses_reference or run.lora is not None or run.init_from is None:
         raise ValueError(
             "--reference has no effect: only full training from init_from, on an objective with a reference, reads stored "
@@ -87,7 +87,7 @@ def store_reference(run: config.Run, tokenizer: Tokenizer, say: Say) -> None:
         )
     mesh = make_mesh(run.mesh)
     with jax.set_mesh(mesh):
-        structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
+        structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
         base = base_origin(run.init_from)
         model = ReferenceModel(structure, base, partial(load_parameters, base.source, shapes, base.step))
         stored_references(run, loader_of_all(run, tokenizer, objective), model, mesh, say)

@@ -49,12 +49,17 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
         changes["lora"] = _with_trained_head(changes.get("lora", written.lora))
     if written.data is not None:
         changes["data"] = config.with_targets(_with_tokenizer(written.data, written.init_from), written.objective)
+    if written.vision is not None:
+        changes["vision"] = _with_encoder(written.vision, written)
     # model_copy validates nothing, so the checks below are needed.
     complete = written.model_copy(update=changes)
     # Again, although `Config` has checked what it could: the architecture and the mesh are only known now.
     config.check_model(complete, model)
     config.check_batch(complete)
-    return config.run_of(complete)
+    run = config.run_of(complete)
+    if run.pictures is not None:
+        config.check_vision(complete, run.pictures.encoder, run.pictures.patches_per_row)
+    return run
 
 
 def _architecture(written: config.Config) -> config.Model:
@@ -104,6 +109,34 @@ def _with_head(model: config.Model, written: config.Config) -> config.Model:
         return model
     # A tied head would be the embedding's table, which a head for scores does not use.
     return model.model_copy(update={"scores": scores, "tie_embeddings": False})
+
+
+def _with_encoder(vision: config.Vision, written: config.Config) -> config.Vision:
+    """Return the section with the sizes of the tower of `init_from`, and with the patches that a row has room for.
+
+    Raises:
+        ValueError: there is no such tower, or the section states other sizes.
+    """
+    from moe_train.checkpoint.initial_files import first_files
+    from moe_train.weights.external import read_vision_encoder
+
+    encoder = vision.encoder
+    files = None if written.init_from is None else first_files(written.init_from)
+    if files is not None:
+        read = read_vision_encoder(files)
+        if encoder is not None and encoder != read:
+            raise ValueError(f"vision.encoder is not that of {files}; leave it out, since init_from determines it")
+        encoder = read
+    if encoder is None:
+        raise FileNotFoundError(
+            f"init_from {written.init_from}: no such files of a model with a vision tower; copy it there, or state vision.encoder "
+            "to plan without it"
+        )
+    patches = vision.patches_per_row
+    if patches is None:
+        # Each token of a picture stands for as many patches, so that a row of them has no more.
+        patches = written.train.seq_len * encoder.patches_per_token
+    return vision.model_copy(update={"encoder": encoder, "patches_per_row": patches})
 
 
 def _with_trained_head(lora: config.Lora) -> config.Lora:

@@ -91,12 +91,14 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     """
     # Shapes are computed first, so that at most one copy of the weights is ever allocated.
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
-    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora))
+    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
+    # A tower is always frozen, and has no part in what is trained or compared with the base model.
+    tower = {path: shapes.pop(path) for path in list(shapes) if ParameterPath.parse(path).is_vision}
     learned, frozen = partition(shapes, run.lora)
     optimizer = make_optimizer(run.optimizer, total_steps)
     new_state = jax.jit(partial(create_state, optimizer=optimizer), compiler_options=brief_options(platform()) or None)
     learned_state = jax.eval_shape(new_state, learned)
-    check_host_memory((learned_state, frozen), run.name)
+    check_host_memory((learned_state, frozen, tower), run.name)
 
     # Only the metadata: a config or data that differ are refused before any weights are read.
     last = newest_metadata(run.run_dir)
@@ -111,6 +113,12 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         # A new head for scores is not in the base; the base model is compared with as if it had the same.
         weights |= initial_parameters(model, base_shapes.keys() - weights)
     base_weights = {path: x for path, x in weights.items() if path in learned}
+    tower_weights: Parameters = {}
+    if tower:
+        assert base is not None  # `Config` requires init_from
+        if last is not None:
+            identity.check_tower(base)
+        tower_weights = model_dir.load_tower(base.source, tower)
 
     restored = restore(checkpoints, learned_state)
     if restored is not None:
@@ -131,14 +139,16 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     return Start(
         structure,
         optimizer,
-        state._replace(frozen={path: weights[path] for path in frozen}, guard=guard, learning_rates=rate_arrays(run.optimizer)),
+        state._replace(
+            frozen={path: weights[path] for path in frozen} | tower_weights, guard=guard, learning_rates=rate_arrays(run.optimizer)
+        ),
         restored is not None,
         base_weights,
         base,
         adapter,
         changed,
         {} if restored is None else restored.damaged,
-        (sum(x.size for x in unquantized_shapes(shapes).values()), sum(x.size for x in learned.values())),
+        (sum(x.size for x in unquantized_shapes(shapes | tower).values()), sum(x.size for x in learned.values())),
         None if restored is None else int(state.step),
         None if restored is None else restored.held_out_loss,
     )
@@ -153,7 +163,7 @@ def _in_base(run: config.Run, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 _DECIDED_AT_START = (
-    *("seed", "model", "lora", "objective", "train.batch_size", "train.seq_len", "compute.param_dtype"),
+    *("seed", "model", "lora", "vision", "objective", "train.batch_size", "train.seq_len", "compute.param_dtype"),
     *("optimizer.name", "optimizer.min_dim_size_to_factor", "optimizer.rounding"),
 )
 """Settings that a run cannot change: its checkpoint would no longer fit, or its batches would differ."""

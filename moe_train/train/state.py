@@ -52,12 +52,13 @@ class TrainState(NamedTuple):
 def partition(params: dict[str, Leaf], lora: config.Lora | None) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """Split the parameters into (learned, frozen).
 
-    With a `lora` section, the adapters and the modules that it trains in full are learned; without one, everything is. A
-    router's bias goes with its router.
+    With a `lora` section, the adapters and the modules that it trains in full are learned; without one, everything is but a
+    vision tower and its projector. A router's bias goes with its router.
     """
     if lora is None:
-        return params, {}
-    learned = {path: x for path, x in params.items() if ParameterPath.parse(path).is_trained(lora)}
+        learned = {path: x for path, x in params.items() if not ParameterPath.parse(path).is_vision}
+    else:
+        learned = {path: x for path, x in params.items() if ParameterPath.parse(path).is_trained(lora)}
     return learned, {path: x for path, x in params.items() if path not in learned}
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from moe_train import config
 from moe_train.model.parameters import Parameters
+from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized_shapes
 from moe_train.weights import gguf, hf, mistral, names, peft, safetensors_files, together
 from moe_train.weights.arrays import Abstract, LazyArray, fill, open_lazily
@@ -16,6 +17,7 @@ from moe_train.weights.hf.config_keys import CONFIG_FILE
 from moe_train.weights.mistral.files import STEM
 from moe_train.weights.mistral.params_json import PARAMS_FILE
 from moe_train.weights.on_disk import WeightFiles
+from moe_train.weights.wrappers import vision_pieces
 
 
 def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
@@ -125,12 +127,39 @@ def load_external_parameters(path: str | Path, abstract: Abstract) -> Parameters
     Args:
         path: the model.
         abstract: {path: shape, dtype and sharding}. It may contain only some of the weights; adapters are not among them.
+            Those of a vision tower are read from the files of a multimodal model.
 
     Raises:
         ValueError: the tensors are not those of the architecture, or do not fill every array.
     """
-    weights = _open_and_check(path, abstract)
-    return fill(abstract, weights.pieces, weights.tensors)
+    of_text = {name: like for name, like in abstract.items() if not ParameterPath.parse(name).is_vision}
+    of_tower = {name: like for name, like in abstract.items() if name not in of_text}
+    weights = _open_and_check(path, of_text) if of_text else open_external_weights(path)
+    loaded = fill(of_text, weights.pieces, weights.tensors)
+    if of_tower:
+        carried = vision_pieces.require_tower(path, weights.carried)
+        loaded |= fill(of_tower, vision_pieces.pieces_of(carried, weights.model), carried.tensors)
+    return loaded
+
+
+def read_vision_encoder(path: str | Path) -> config.VisionEncoder:
+    """Return the sizes of the vision tower and the projector of the multimodal model at `path`.
+
+    Raises:
+        ValueError: the model has no vision tower, or one that this package cannot compute.
+    """
+    weights = open_external_weights(path)
+    carried = vision_pieces.require_tower(path, weights.carried)
+    return vision_pieces.encoder_of(carried, weights.model, Path(path))
+
+
+def find_vision_encoder(path: str | Path) -> config.VisionEncoder | None:
+    """Return what `read_vision_encoder` does; None for a model without a vision tower, or with a quantized one."""
+    weights = open_external_weights(path)
+    if vision_pieces.tower_fault(weights.carried) is not None:
+        return None
+    assert weights.carried is not None
+    return vision_pieces.encoder_of(weights.carried, weights.model, Path(path))
 
 
 def open_external_lazily(path: str | Path, abstract: Abstract) -> dict[str, LazyArray]:

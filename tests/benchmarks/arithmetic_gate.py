@@ -1,18 +1,19 @@
-"""A gate on a real model: SmolLM2-135M before and after a short LoRA on two-operand arithmetic, and a planted regression.
+"""Three tasks, a gate, a planted regression and the harness on a real model: SmolLM2-135M before and after a short LoRA.
 
-    taskset -c 0 python tests/benchmarks/arithmetic_gate.py SMOLLM2_GGUF [--steps 12] [--items 100] [--gsm8k FOLDER]
+    taskset -c 0 python tests/benchmarks/arithmetic_gate.py SMOLLM2_GGUF [--steps 40] [--items 48] [--gsm8k FOLDER] [--harness]
 
-Problems such as `What is 47 + 8?` are answered as in GSM8K (`47 + 8 = 55` and `#### 55`). A hash of each problem decides whether it
-is trained on or asked. The fine-tuned model has to pass `--require 'arithmetic >= base'`; the base in its place, a regression, has
-to fail it with exit code 3; and the merged export has to give the fine-tuned run's answers, item by item (`verify --suite`).
-With the folder of GSM8K's train.jsonl, the two models' scores on 50 of its problems stand beside them. Takes 15 minutes of one
-core, and the problems of GSM8K as long again.
+The tasks (`small_tasks.py`) are additions answered as in GSM8K (`47 + 8 = 55` and `#### 55`), calls of a tool as JSON, and short
+answers; a hash of each question decides whether it is trained on or asked. The fine-tuned model has to pass
+`--require 'TASK >= base'` for the first two; the base in its place, a regression, has to fail with exit code 3; and the merged
+export has to give the fine-tuned run's answers, item by item (`verify --suite`). With the folder of GSM8K's train.jsonl, both
+models' scores on 50 of its problems stand beside them. With --harness (extra `eval`, torch and transformers), tasks of
+lm-evaluation-harness are run in process and through its own HFLM on the export, and compared item by item. Takes 20 minutes of one
+core, the problems of GSM8K 15 more.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -21,19 +22,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from small_tasks import write_harness_tasks, write_tasks
+
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = {
-    "name": "arithmetic",
+    "name": "small_tasks",
     "lora": {"targets": [{"modules": ["attention.*", "ffn.*"], "rank": 16, "alpha": 32}]},
     "optimizer": {"name": "adamw", "learning_rate": 1e-3, "schedule": {"name": "linear", "warmup_steps": 4}},
 }
-SUITE = {
-    "name": "arithmetic",
-    "items": "held_out.jsonl",
-    "generation": {"max_tokens": 24},
-    "grader": {"name": "number", "after": "####"},
-    "batch_size": 32,
-}
+HARNESS_ITEMS = 16
 
 
 def moe_train(*arguments: str | Path, expected: int = 0) -> str:
@@ -46,24 +43,7 @@ def moe_train(*arguments: str | Path, expected: int = 0) -> str:
     return done.stdout
 
 
-def write_problems(folder: Path, items: int) -> None:
-    """Write problems to train on and `items` to ask, divided by a hash of the problem alone."""
-    train: list[str] = []
-    held_out: list[str] = []
-    for first in range(2, 100):
-        for second in range(2, 100):
-            question = f"What is {first} + {second}?"
-            line = json.dumps({"question": question, "answer": f"{first} + {second} = {first + second}\n#### {first + second}"})
-            digest = int(hashlib.sha256(question.encode()).hexdigest(), 16)
-            (held_out if digest % 10 == 0 else train).append(line)
-    # In the order of their hashes, so that the first ones are a sample of all.
-    for name, lines in (("train", train), ("held_out", held_out)):
-        lines.sort(key=lambda line: hashlib.sha256(line.encode()).hexdigest())
-        kept = lines if name == "train" else lines[:items]
-        (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def write_config(folder: Path, gguf: Path, steps: int) -> Path:
+def write_config(folder: Path, gguf: Path, steps: int, seq_len: int) -> Path:
     """Write the config of the LoRA run."""
     record = {"name": "completion", "prompt": "question", "completion": "answer"}
     sections = {
@@ -73,7 +53,7 @@ def write_config(folder: Path, gguf: Path, steps: int) -> Path:
             "train": [{"name": "files", "files": [str(folder / "train.jsonl")], "record": record}],
             "cache_dir": str(folder / "cache"),
         },
-        "train": {"steps": steps, "batch_size": 8, "seq_len": 64},
+        "train": {"steps": steps, "batch_size": 8, "seq_len": seq_len},
         "checkpoint": {"every_steps": steps},
     }
     path = folder / "run.yaml"
@@ -89,20 +69,55 @@ def show(result: dict[str, Any]) -> None:
         print("{suite}: {difference:+.3f} [{low:+.3f}, {high:+.3f}] against {against}: {verdict}".format(**row), flush=True)
 
 
-def main(gguf: Path, steps: int, items: int, gsm8k: Path | None) -> None:
+def compare_with_harness(folder: Path, export: Path) -> None:
+    """Run tasks in process and through HFLM on the exported files, and print how far they agree."""
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    names = write_harness_tasks(folder / "tasks", HARNESS_ITEMS)
+    options = ("--lm-eval", ",".join(names), "--include-path", folder / "tasks", "--out", folder / "harness", "--json")
+    moe_train("evaluate", export, *options)
+    ours: dict[tuple[str, int], Any] = {}
+    for line in (folder / "harness" / "samples.jsonl").read_text(encoding="utf-8").splitlines():
+        sample = json.loads(line)
+        ours[sample["task"], sample["doc_id"]] = sample["resps"]
+    model = HFLM(pretrained=str(export), dtype="float32", device="cpu", batch_size=1)
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    judged = simple_evaluate(model=model, tasks=names, task_manager=manager, log_samples=True)["samples"]
+    differences = []
+    for sample in judged["likelier"]:
+        for (answer,), (expected,) in zip(ours["likelier", sample["doc_id"]], sample["resps"], strict=True):
+            differences.append(abs(answer[0] - expected[0]) / abs(expected[0]))
+    equal = sum(ours["written", sample["doc_id"]] == sample["resps"] for sample in judged["written"])
+    print(
+        f"harness: {len(differences)} log-likelihoods within {max(differences):.1e} of HFLM's; {equal} of {len(judged['written'])} "
+        "greedy texts equal",
+        flush=True,
+    )
+
+
+def main(gguf: Path, tasks: list[str], steps: int, seq_len: int, items: int, gsm8k: Path | None, harness: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_problems(folder, items)
-        (folder / "suite.yaml").write_text(json.dumps(SUITE), encoding="utf-8")
-        moe_train("train", write_config(folder, gguf, steps))
-        tuned, suite = folder / "run", ("--suite", folder / "suite.yaml", "--json")
-        gate = ("--require", "arithmetic >= base")
-        show(json.loads(moe_train("evaluate", tuned, *suite, "--against", gguf, *gate, "--out", folder / "result")))
-        planted = json.loads(moe_train("evaluate", gguf, *suite, "--against", tuned, *gate, expected=3))
+        suites = write_tasks(folder, tasks, items)
+        moe_train("train", write_config(folder, gguf, steps, seq_len))
+        tuned = folder / "run"
+        asked = [word for file in suites for word in ("--suite", file)]
+        # So small a model may not learn parity, for which every digit but the last is noise: it is reported alone.
+        gates = [word for task in tasks if task != "parity" for word in ("--require", f"{task} >= base")]
+        show(json.loads(moe_train("evaluate", tuned, *asked, "--json", "--against", gguf, *gates, "--out", folder / "result")))
+        # One suite is enough to be caught.
+        first = asked[:2], gates[:2]
+        planted = json.loads(moe_train("evaluate", gguf, *first[0], "--json", "--against", tuned, *first[1], expected=3))
         print(f"planted regression: caught, lower bound {planted['requirements'][0]['lower_bound']:+.3f}", flush=True)
         moe_train("export", tuned, folder / "merged", "--merge", "--dtype", "float32", "--json")
         checks = json.loads(moe_train("verify", folder / "merged", "--proof", "tensors", "--suite", folder / "result", "--json"))
-        print(next(check["said"] for check in checks["checks"] if check["name"].startswith("answers")), flush=True)
+        for check in checks["checks"]:
+            if check["name"].startswith("answers to"):
+                print(f"{check['name']}: {check['said']}", flush=True)
+        if harness:
+            compare_with_harness(folder, folder / "merged")
         if gsm8k is not None:
             overrides = ("items=train.jsonl", "limit=50", "prompt={chat: true}")
             reported = ("--suite", ROOT / "configs/suites/gsm8k.yaml", "--suite-data", gsm8k, "--json")
@@ -112,7 +127,10 @@ def main(gguf: Path, steps: int, items: int, gsm8k: Path | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--items", type=int, default=100)
+    parser.add_argument("--tasks", type=lambda names: names.split(","), default=["arithmetic", "calls", "parity"])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--seq-len", type=int, default=96)
+    parser.add_argument("--items", type=int, default=48)
     parser.add_argument("--gsm8k", type=Path)
+    parser.add_argument("--harness", action="store_true")
     main(**vars(parser.parse_args()))

@@ -28,13 +28,15 @@ def test_what_is_missing_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_part_that_fails_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    def devices() -> list[jax.Device]:
+    def devices(*_: object) -> list[jax.Device]:
         raise RuntimeError("no driver\nfor this card")
 
     monkeypatch.setattr(jax, "devices", devices)
     findings = by_part()
     assert findings["devices"].state == "broken" and findings["devices"].text == "RuntimeError: no driver for this card"
     assert findings["compilation"].state == "ok"
+    monkeypatch.setattr(jax, "jit", devices)
+    assert by_part()["compilation"].text == "not tried without devices"
 
 
 def test_little_disk_space(monkeypatch: pytest.MonkeyPatch) -> None:

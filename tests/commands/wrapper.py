@@ -57,17 +57,23 @@ WHISPER_ARGS: dict[str, Any] = {
 """An audio tower and its projector, as params.json describes them in `multimodal.whisper_model_args`."""
 
 
-def save_wrapper(directory: Path, weights: Parameters, dtype: Any = np.float32, tower: Mapping[str, Any] | None = None) -> None:
+def save_wrapper(
+    directory: Path,
+    weights: Parameters,
+    dtype: Any = np.float32,
+    tower: Mapping[str, Any] | None = None,
+    model: config.Model = TEXT,
+) -> None:
     """Save the text model of `weights` in a wrapper; `tower` replaces or adds tensors of the tower and projector."""
     directory.mkdir()
-    text = hf.write_model_config(TEXT, dtype="float32", bos_token_id=1, eos_token_id=2)
+    text = hf.write_model_config(model, dtype="float32", bos_token_id=1, eos_token_id=2)
     fields = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": text}
     fields |= {"vision_config": VISION, "tie_word_embeddings": False, "image_token_index": 5, "spatial_merge_size": 2}
     (directory / "config.json").write_text(json.dumps(fields))
     (directory / "preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 8}, "patch_size": 2}))
     draw = np.random.default_rng(7).normal
     tensors = {name: draw(0, 0.2, shape).astype(dtype) for name, shape in TOWER.items()} | dict(tower or {})
-    for piece in names.weight_pieces(TEXT, names.wrapped_in_files(TEXT)):
+    for piece in names.weight_pieces(model, names.wrapped_in_files(model)):
         tensors[piece.name] = np.ascontiguousarray(piece.to_file(np.asarray(weights[piece.path])[piece.lead]).astype(dtype))
     safetensors.numpy.save_file(tensors, directory / "model.safetensors")
 

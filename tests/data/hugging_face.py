@@ -33,8 +33,13 @@ _THINK = ("[THINK]", "[/THINK]")
 _NAMED_LATER = {"v13": _THINK, "v15": (*_THINK, "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]")}
 
 
-def small_tekken(directory: Path, version: str, vocab: int = 4000, builder: dict[str, Any] | None = None) -> Path:
-    """The first tokens of a published tekken.json, under a version of choice; v15 with a builder of settings."""
+def small_tekken(
+    directory: Path, version: str, vocab: int = 4000, builder: dict[str, Any] | None = None, image: Any = None
+) -> Path:
+    """The first tokens of a published tekken.json, under a version of choice; v15 with a builder of settings.
+
+    `image` holds the sizes of pictures; None for a tokenizer of text alone.
+    """
     content = json.loads(TEKKEN.read_text(encoding="utf-8"))
     content["config"] |= {"version": version, "num_vocab_tokens": vocab, "default_vocab_size": vocab + 1000}
     content["vocab"] = content["vocab"][:vocab]
@@ -47,7 +52,9 @@ def small_tekken(directory: Path, version: str, vocab: int = 4000, builder: dict
         effort = {"type": "enum", "values": ["none", "high"], "default": "none", "accepts_none": True}
         schema = {"type": "json_schema", "accepts_none": False, "default": None}
         content["model_settings_builder"] = {"reasoning_effort": effort, "json_schema": schema} if builder is None else builder
-    del content["image"]
+    content["image"] = image
+    if image is None:
+        del content["image"]
     path = directory / "tekken.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path

@@ -50,6 +50,13 @@ def test_lora_export_is_proved(compiled: Path, tmp_path: Path) -> None:
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_a_small_model_learns_to_read_invoices(compiled: Path, tmp_path: Path) -> None:
+    output = printed_by("invoices.py", str(tmp_path), compiled=compiled)
+    [line] = [line for line in output.splitlines() if line.startswith("invoices read")]
+    assert all(float(share) > 0.9 for share in re.findall(r"\d\.\d+", line)), line
+
+
 def test_the_index_names_each_program() -> None:
     index = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     for program in EXAMPLES.glob("*.py"):

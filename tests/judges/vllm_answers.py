@@ -46,7 +46,7 @@ def main(request: dict[str, Any], out: str) -> None:
     options = {"enable_lora": True, "max_lora_rank": request["max_lora_rank"], "max_loras": 1} if adapters else {}
     llm = LLM(
         model=request["model"],
-        dtype=request.get("dtype", "float32"),
+        dtype="float32",
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=len(prompt) + request["max_tokens"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_train.plan.topology import parse_topology, slice_shapes
+from moe_train.plan.topology import GPU_DEVICES, parse_topology, slice_shapes
 
 
 @pytest.mark.parametrize(
@@ -25,12 +25,20 @@ from moe_train.plan.topology import parse_topology, slice_shapes
         ("2*v5p-64", "2xv5p:2x4x4", 64, 64),
         ("h100x8", "h100x8", 8, 8),
         ("4*h100x8", "4xh100x8", 32, 32),
+        ("l40sx4", "l40sx4", 4, 4),
+        ("2xmi300xx8", "2xmi300xx8", 16, 16),
+        ("mi300x8", "mi300xx8", 8, 8),
     ],
 )
 def test_what_a_name_stands_for(name: str, canonical: str, chips: int, devices: int) -> None:
     topology = parse_topology(name)
     assert (topology.name, topology.num_chips, topology.num_devices) == (canonical, chips, devices)
     assert parse_topology(topology.name) == topology
+
+
+@pytest.mark.parametrize("device", GPU_DEVICES)
+def test_every_gpu_can_be_named(device: str) -> None:
+    assert parse_topology(f"{device}x8").device == device
 
 
 def test_a_slice_of_several() -> None:

@@ -127,7 +127,9 @@ def _read_trackers(draft: Draft) -> None:
     sections = [tracker(name, projects.get(name), entity) for name in names if name in TRACKERS]
     draft.put("metrics.trackers", sections or None)
     if sections:
-        draft.note("report_to", "trackers write to files unless online: true is added to them; each needs the extra of its name")
+        draft.note(
+            "metrics.trackers", "trackers write to files unless online: true is added to them; each needs the extra of its name"
+        )
     for name in names:
         if name not in (*TRACKERS, "none", "tensorboard"):
             draft.note("report_to", f"{name} is not supported; metrics go to metrics.jsonl and TensorBoard")

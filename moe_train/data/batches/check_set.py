@@ -12,7 +12,9 @@ from moe_train.data.batches.batch import PackedBatch
 from moe_train.data.batches.classification_batch import ClassificationBatch
 from moe_train.data.batches.distillation_batch import DistillationBatch
 from moe_train.data.batches.packing import TooLong
+from moe_train.data.batches.picture_batch import PictureBatch
 from moe_train.data.batches.reward_batch import RewardBatch
+from moe_train.data.pictures.rules import PictureRules
 from moe_train.data.prepared.store import TokenStore
 
 _KINDS: tuple[tuple[type[PackedBatch], str], ...] = (
@@ -25,7 +27,7 @@ _KINDS: tuple[tuple[type[PackedBatch], str], ...] = (
 
 
 def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_len: int, too_long: TooLong) -> None:
-    """Check the kind of the records, and their labels or the predictions of a teacher, if batches have them.
+    """Check the kind of the records, and their labels, pictures or the predictions of a teacher, if batches have them.
 
     Args:
         batch_type: the batch type of the objective.
@@ -35,7 +37,8 @@ def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_l
         too_long: what happens to longer examples.
 
     Raises:
-        ValueError: the records are of another kind, the labels are others, or there are no predictions that belong to these rows.
+        ValueError: the records are of another kind, the labels are others, pictures have no place, or there are no predictions that
+            belong to these rows.
     """
     kind = str(store.manifest.rules.record["name"])
     for needing, needed in _KINDS:
@@ -46,6 +49,8 @@ def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_l
             )
     if issubclass(batch_type, ClassificationBatch):
         _check_labels(cast(type[ClassificationBatch], batch_type), name, store)
+    if store.manifest.pictures is not None:
+        _check_pictures(batch_type, name, store.manifest.pictures.rules(), too_long)
     if issubclass(batch_type, DistillationBatch):
         _check_teacher(cast(type[DistillationBatch], batch_type), name, store, seq_len, too_long)
 
@@ -54,6 +59,18 @@ def _check_labels(batch_type: type[ClassificationBatch], name: str, store: Token
     stated = store.manifest.rules.record.get("targets")
     if stated != [target.model_dump(mode="json") for target in batch_type.targets]:
         raise ValueError(f"{name} was prepared with other labels than objective.labels; state the same, or prepare it again")
+
+
+def _check_pictures(batch_type: type[PackedBatch], name: str, rules: PictureRules, too_long: TooLong) -> None:
+    """Raise ValueError unless the batches have room for pictures, and the tower takes them as they became tokens."""
+    if not issubclass(batch_type, PictureBatch):
+        raise ValueError(
+            f"{name} has records with pictures; set vision: {{}} in the config to train on them with the tower of init_from and "
+            "objective next_token, or drop the records"
+        )
+    if too_long in ("split", "truncate"):
+        raise ValueError(f"{name} has pictures, and too_long {too_long} would cut them; set record.too_long to drop or error")
+    cast(type[PictureBatch], batch_type).check_rules(rules, name)
 
 
 def check_varied_labels(batch_type: type[PackedBatch], stores: Sequence[TokenStore]) -> None:

@@ -111,7 +111,8 @@ class Loader:
             check_set(batch_type, source_name(source), store, rows.seq_len, too_long_of(source, store))
             with_mismatched = batch_type is UnpairedBatch
             last_token = getattr(batch_type, "reads_last_token", False)
-            opened_rows = open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, with_mismatched, last_token)
+            patches = getattr(batch_type, "patches_per_row", None)
+            opened_rows = open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, with_mismatched, last_token, patches)
             self._sources.append(opened_rows)
         if batch_type is UnpairedBatch:
             check_labels([opened.store for opened in self._sources])
@@ -257,7 +258,7 @@ class Loader:
         segments = []
         for piece in source.order.pieces(number):
             origin = source.store.origin(piece.example)
-            segments.append(Segment(index, source.store.place(origin), origin.number, *piece))
+            segments.append(Segment(index, source.store.place(origin), origin.number, *source.filled(piece)))
         return segments
 
     def steps_with(self, source: int, records: Collection[Origin], num_steps: int) -> list[int]:
@@ -298,7 +299,11 @@ class Loader:
         numbers = self._row_numbers[step]
         assert numbers is not None
         located = [divmod(int(number), _ROWS) for number in numbers]
-        return [(index, self._sources[index].order.pieces(row)) for index, row in located]
+        rows = []
+        for index, row in located:
+            source = self._sources[index]
+            rows.append((index, [source.filled(piece) for piece in source.order.pieces(row)]))
+        return rows
 
     def _locate(self, number: int) -> int:
         """Return the number that stands for a row of a source (see `_ROWS`), of the rows of all sources together."""

@@ -48,6 +48,9 @@ class RowSource(NamedTuple):
     """Log-probabilities under a reference model; None if the objective needs none that are stored."""
     reads_last_token: bool = False
     """Whether the last token of a segment takes a position of its own, as where a head reads its score."""
+    own_lengths: np.ndarray | None = None
+    """(N,) positions that each example fills, where it takes more so that a row has room for the patches of its pictures; None
+    without pictures."""
 
     @property
     def name(self) -> str:
@@ -56,6 +59,7 @@ class RowSource(NamedTuple):
 
     def read(self, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
         """Return the content of pieces of this source's rows."""
+        pieces = [self.filled(piece) for piece in pieces]
         if self.reads_last_token:
             # The store counts positions without the last token of each segment.
             segments = self.store.segments
@@ -65,6 +69,12 @@ class RowSource(NamedTuple):
             return contents
         reference = self.reference
         return [x._replace(reference=reference.read(piece.example)) for x, piece in zip(contents, pieces, strict=True)]
+
+    def filled(self, piece: ExampleSlice) -> ExampleSlice:
+        """Return a piece with the positions that it fills, where the plan of a row reserves more."""
+        if self.own_lengths is None:
+            return piece
+        return piece._replace(length=int(self.own_lengths[piece.example]))
 
     def _with_mismatched(self, mismatched: Mismatched, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
         """Return the content of labelled answers, with their mismatched ones."""
@@ -98,6 +108,7 @@ def open_rows(
     cache_dir: str,
     with_mismatched: bool = False,
     reads_last_token: bool = False,
+    patches_per_row: int | None = None,
 ) -> RowSource:
     """Prepare the packing of an opened source.
 
@@ -109,12 +120,17 @@ def open_rows(
         cache_dir: The folder in which plans of many examples are cached.
         with_mismatched: Whether a labelled answer shares its row with its prompt and the answer of another record.
         reads_last_token: Whether the last token of each segment takes a position.
+        patches_per_row: Patches of pictures that a row has room for; None for batches without pictures.
 
     Raises:
         ValueError: If an example is too long and the source refuses such examples.
     """
     too_long = too_long_of(source, store)
     lengths = store.lengths()
+    own_lengths = None
+    if patches_per_row is not None and store.manifest.pictures is not None:
+        own_lengths = lengths
+        lengths = np.maximum(lengths, _positions_for_patches(store, seq_len, patches_per_row))
     if reads_last_token:
         lengths = lengths + store.segments
     mismatched = None
@@ -130,7 +146,30 @@ def open_rows(
         num_shortened = int((fitting < lengths).sum())
         lengths = fitting
     order = Order(store, lengths, seq_len, too_long, shuffle, cache_dir)
-    return RowSource(source, store, order, num_shortened, full_lengths, mismatched, reads_last_token=reads_last_token)
+    return RowSource(
+        *(source, store, order, num_shortened, full_lengths, mismatched),
+        reads_last_token=reads_last_token,
+        own_lengths=own_lengths,
+    )
+
+
+def _positions_for_patches(store: TokenStore, seq_len: int, patches_per_row: int) -> np.ndarray:
+    """Return (N,) the share of a row's room for patches that each example takes, in positions.
+
+    Rows are packed by positions alone. An example that takes as many of them as its share of the patches never shares a row with
+    more pictures than there is room for.
+
+    Raises:
+        ValueError: If the pictures of an example need more room than a row has.
+    """
+    patches = store.patches.astype(np.int64)
+    largest = int(np.argmax(patches)) if len(patches) else 0
+    if len(patches) and patches[largest] > patches_per_row:
+        raise ValueError(
+            f"{store.where(largest)}: the pictures of the record have {patches[largest]} patches, and a row has room for "
+            f"{patches_per_row}; raise vision.patches_per_row, or drop the record"
+        )
+    return -(-patches * seq_len // patches_per_row)
 
 
 def too_long_of(source: config.Source, store: TokenStore) -> TooLong:

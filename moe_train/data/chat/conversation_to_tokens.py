@@ -9,8 +9,9 @@ from typing import Any
 from moe_train import config
 from moe_train.data.chat import template as templates
 from moe_train.data.chat import template_reasoning
-from moe_train.data.chat.example import OTHER_TEMPLATE, Example, uses_tools
+from moe_train.data.chat.example import OTHER_TEMPLATE, Example, RenderedPrompt, uses_tools
 from moe_train.data.records.normal_form import Conversation, Message, ModelSettings, reasoning_of, texts_of
+from moe_train.data.records.pictures import references_of
 from moe_train.data.records.problem import Problem, brief, checked_text
 from moe_train.data.records.settings import default_settings
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -74,11 +75,19 @@ def _refused(conversation: Conversation, template: str | None, tokenizer: Tokeni
             raise Problem("last-turn", message, "end with an assistant turn: there is nothing else to learn")
         if isinstance(tokenizer, HuggingFace):
             _needed(template, tokenizer)
+            _refuse_pictures(conversation, tokenizer)
         if uses_tools(conversation):
             check_has_tools(template, tokenizer)
     except ValueError as error:
         return error
     return None
+
+
+def _refuse_pictures(conversation: Conversation, tokenizer: HuggingFace) -> None:
+    """Raise Problem if a conversation has pictures, which only Mistral's own tokenizers write as they are served."""
+    if references_of(conversation):
+        message = f"the record has pictures, and {tokenizer.files[0].name} does not say how they are written"
+        raise Problem("picture", message, "name the model's tekken.json: data.tokenizer: {name: mistral, path: …}")
 
 
 def _convert(conversations: list[Conversation], template: str | None, tokenizer: Tokenizer) -> list[list[Example] | ValueError]:
@@ -107,7 +116,21 @@ def render_prompt(
     tools: Sequence[dict[str, Any]] = (),
     reasoning_effort: str | None = None,
 ) -> list[int]:
-    """Return the tokens of a conversation up to where the assistant's next turn begins.
+    """Return the tokens of a conversation without pictures; otherwise like `rendered_prompt`."""
+    rendered = rendered_prompt(messages, template, tokenizer, tools, reasoning_effort)
+    if rendered.pictures:
+        raise Problem("picture", "the conversation has pictures, which are not shown to the model here", "leave them out")
+    return rendered.tokens
+
+
+def rendered_prompt(
+    messages: list[Message],
+    template: str | None,
+    tokenizer: Tokenizer,
+    tools: Sequence[dict[str, Any]] = (),
+    reasoning_effort: str | None = None,
+) -> RenderedPrompt:
+    """Render a conversation up to where the assistant's next turn begins.
 
     Args:
         messages: The messages.
@@ -126,7 +149,8 @@ def render_prompt(
 
             return mistral.prompt(conversation, tokenizer)
         case HuggingFace():
-            return templates.prompt(conversation, _needed(template, tokenizer), tokenizer)
+            _refuse_pictures(conversation, tokenizer)
+            return RenderedPrompt(templates.prompt(conversation, _needed(template, tokenizer), tokenizer))
         case _:
             raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from moe_train import config
 from moe_train.data.chat import conversation_to_tokens
@@ -13,6 +14,7 @@ from moe_train.data.chat.example import Example
 from moe_train.data.chat.pairs_to_tokens import pair_examples_batch
 from moe_train.data.records.conversation import read
 from moe_train.data.records.normal_form import ClassifiedText, NormalRecord, messages_of, reasoning_of, texts_of
+from moe_train.data.records.pictures import locate_pictures, shows_pictures
 from moe_train.data.records.problem import located
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
@@ -25,6 +27,8 @@ _RECORDS = 1024
 
 FormatOrigin = Callable[[Origin], str]
 """A function that formats the location of a record for messages."""
+FolderOfOrigin = Callable[[Origin], Path | None]
+"""A function that returns the folder of a record's pictures; None if it is in no folder."""
 
 
 def encode(
@@ -34,6 +38,7 @@ def encode(
     tokenizer: Tokenizer,
     template: str | None,
     unread: Counter[str] | None = None,
+    folder_of: FolderOfOrigin | None = None,
 ) -> Iterator[tuple[Origin, list[Example]]]:
     """Yield the training examples of each record with its origin.
 
@@ -47,12 +52,14 @@ def encode(
         tokenizer: The tokenizer.
         template: The chat template; None if there is none.
         unread: Receives the number of records in which a key was not read, by its name; None not to count.
+        folder_of: Returns the folder in which pictures of a record are; None if all are data URLs.
 
     Raises:
         ValueError: If a record cannot be used; the message begins with its origin.
     """
+    reader = _Reader(record, format_origin, unread, folder_of)
     if isinstance(record, config.ClassificationRecord):
-        for classified in _chunks(numbered, format_origin, record, _size, unread):
+        for classified in _chunks(numbered, reader, _size):
             for origin, normal in classified:
                 yield origin, [located(format_origin(origin), classified_example, normal, template, tokenizer)]
         return
@@ -60,7 +67,7 @@ def encode(
         conversation_to_tokens.check_section(record, template, tokenizer)
         judged = isinstance(record, config.PreferenceRecord | config.LabelledRecord)
         examples_batch = pair_examples_batch if judged else conversation_to_tokens.examples_batch
-        for records in _chunks(numbered, format_origin, record, _size, unread):
+        for records in _chunks(numbered, reader, _size):
             results = examples_batch([normal for _, normal in records], template, tokenizer)
             for (origin, _), examples in zip(records, results, strict=True):
                 if isinstance(examples, ValueError):
@@ -70,7 +77,7 @@ def encode(
     # A text begins and ends as one document; the model learns to stop at its end.
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = [tokenizer.eos_id]
-    for texts in _chunks(numbered, format_origin, record, len, unread):
+    for texts in _chunks(numbered, reader, len):
         for (origin, _), ids in zip(texts, _encoded(texts, format_origin, tokenizer), strict=True):
             yield origin, [Example([*begin, *ids, *end], None)] if ids else []
 
@@ -99,25 +106,37 @@ def _size(record: NormalRecord) -> int:
     return num_characters
 
 
+class _Reader(NamedTuple):
+    """How records become their normal form; see `encode`."""
+
+    section: config.Record
+    format_origin: FormatOrigin
+    unread: Counter[str] | None
+    folder_of: FolderOfOrigin | None
+
+    def read(self, origin: Origin, fields: JsonObject) -> NormalRecord:
+        """Convert a record. Raises ValueError, with its origin, if that is not possible."""
+        try:
+            reading = read(fields, self.section)
+            if shows_pictures(reading.record):
+                locate_pictures(reading.record, None if self.folder_of is None else self.folder_of(origin))
+        except ValueError as error:
+            raise ValueError(f"{self.format_origin(origin)}: {error}") from error
+        if reading.unread and self.unread is not None:
+            count(self.unread, reading.unread)
+        return reading.record
+
+
 def _chunks(
-    numbered: Iterable[tuple[Origin, JsonObject]],
-    format_origin: FormatOrigin,
-    record: config.Record,
-    size: Callable[[Any], int],
-    unread: Counter[str] | None,
+    numbered: Iterable[tuple[Origin, JsonObject]], reader: _Reader, size: Callable[[Any], int]
 ) -> Iterator[list[tuple[Origin, Any]]]:
     """Yield records in the normal form, as many at once as keep the tokenizer's threads busy within bounded memory."""
     chunk = []
     characters_left = _CHARACTERS
     for origin, fields in numbered:
-        try:
-            reading = read(fields, record)
-        except ValueError as error:
-            raise ValueError(f"{format_origin(origin)}: {error}") from error
-        if reading.unread and unread is not None:
-            count(unread, reading.unread)
-        chunk.append((origin, reading.record))
-        characters_left -= size(reading.record)
+        normal = reader.read(origin, fields)
+        chunk.append((origin, normal))
+        characters_left -= size(normal)
         if characters_left <= 0 or len(chunk) == _RECORDS:
             yield chunk
             chunk = []

@@ -24,12 +24,24 @@ class Example(NamedTuple):
     """
     values: tuple[float, ...] = ()
     """Numbers that belong to the whole example; the record kind decides what they are (see `pairs_to_tokens`)."""
+    pictures: tuple[bytes, ...] = ()
+    """Content of the pictures that tokens stand for, in the order of the tokens."""
+    picture_files: tuple[str, ...] = ()
+    """Files of those pictures that are no data URLs."""
 
     @property
     def num_positions(self) -> int:
         """Number of positions in a row: the last id of a segment is only predicted, and takes none."""
         segments = 1 if self.answers is None else sum(answer >= SEGMENT_START for answer in self.answers)
         return len(self.tokens) - segments
+
+
+class RenderedPrompt(NamedTuple):
+    """A conversation up to where the assistant's next turn begins."""
+
+    tokens: list[int]
+    pictures: tuple[bytes, ...] = ()
+    """Content of the pictures that tokens stand for, in the order of the tokens."""
 
 
 SEGMENT_START = 128

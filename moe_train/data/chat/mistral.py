@@ -23,7 +23,8 @@ from mistral_common.protocol.instruct.validator import ValidationMode, get_valid
 from mistral_common.tokens.tokenizers.base import SpecialTokens, TokenizerVersion
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
-from moe_train.data.chat.example import EXTEND_VOCAB, Example, turns, uses_tools, without_tools
+from moe_train.data.chat.example import EXTEND_VOCAB, Example, RenderedPrompt, turns, uses_tools, without_tools
+from moe_train.data.chat.mistral_pictures import PictureTokens, check_pictures, picture_files
 from moe_train.data.chat.mistral_prefixes import Prefixes
 from moe_train.data.chat.mistral_refusals import refusal
 from moe_train.data.chat.mistral_settings import check_written, request_fields
@@ -51,6 +52,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     """
     messages = conversation.messages
     check_written(conversation, tokenizer)
+    check_pictures(conversation, tokenizer)
     if not uses_tools(conversation):
         return [_all_turns(conversation, tokenizer)]
     trained = [turn for turn in turns(messages) if turn.trained_on]
@@ -64,12 +66,14 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
         return merged_examples(messages, prefixes, tokenizer)
 
 
-def prompt(conversation: Conversation, tokenizer: Mistral) -> list[int]:
-    """Return the tokens up to where the assistant's next turn begins."""
+def prompt(conversation: Conversation, tokenizer: Mistral) -> RenderedPrompt:
+    """Return the prompt up to where the assistant's next turn begins."""
     check_written(conversation, tokenizer)
+    check_pictures(conversation, tokenizer)
     request = _request(conversation, tokenizer, ValidationMode.test)
     with _refusals(conversation, tokenizer):
-        return _instruct(tokenizer).encode_instruct(request).tokens
+        encoded = _instruct(tokenizer).encode_instruct(request)
+    return RenderedPrompt(encoded.tokens, tuple(picture.tobytes() for picture in encoded.images))
 
 
 def check_has_tools(tokenizer: Mistral) -> None:
@@ -87,7 +91,8 @@ def _all_turns(conversation: Conversation, tokenizer: Mistral) -> Example:
     """
     request = _request(conversation, tokenizer, ValidationMode.finetuning)
     with _refusals(conversation, tokenizer):
-        tokens = _instruct(tokenizer).encode_instruct(request).tokens
+        encoded = _instruct(tokenizer).encode_instruct(request)
+    tokens = encoded.tokens
     mask = [False] * len(tokens)
     ends = [i + 1 for i, token in enumerate(tokens) if token == tokenizer.eos_id]
     assistant_messages = [message for message in request.messages if isinstance(message, AssistantMessage)]
@@ -96,7 +101,8 @@ def _all_turns(conversation: Conversation, tokenizer: Mistral) -> Example:
         start = end - _length_of_last(tokens[:end], message, tokenizer)
         if turn.trained_on:
             mask[start:end] = trained_ids(tokens[start:end], conversation.messages[turn.start : turn.end], tokenizer)
-    return Example(tokens, mask)
+    pictures = tuple(picture.tobytes() for picture in encoded.images)
+    return Example(tokens, mask, pictures=pictures, picture_files=tuple(picture_files(conversation)))
 
 
 def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:
@@ -143,6 +149,8 @@ def _instruct(tokenizer: Mistral) -> InstructTokenizerBase:
     assert isinstance(encoder, InstructTokenizerBase)
     # An attribute of the copy shadows the method of its class, so that the tokenizer's own encoder still decodes.
     vars(encoder)["decode"] = _no_decoding
+    if tokenizer.pictures is not None:
+        vars(encoder)["image_encoder"] = PictureTokens(tokenizer.pictures)
     return encoder
 
 
@@ -188,9 +196,16 @@ _KEYS = {"assistant": ("content", "tool_calls"), "tool": ("content", "tool_call_
 def _plain(message: Message) -> Message:
     """Keep only the keys that mistral-common knows, since it rejects others."""
     plain = {"role": message["role"], **{key: message[key] for key in _KEYS.get(message["role"], ("content",)) if key in message}}
+    if isinstance(plain.get("content"), list):
+        plain["content"] = [_chunk(part) for part in plain["content"]]
     if "tool_calls" in plain:
         plain["tool_calls"] = [ToolCall.from_openai(call) for call in plain["tool_calls"]]
     return plain
+
+
+def _chunk(part: dict[str, Any]) -> dict[str, Any]:
+    """Return a part in mistral-common's form, where a picture is a URL: `PictureTokens` reads it."""
+    return {"type": "image_url", "image_url": part["image"]} if part["type"] == "image" else part
 
 
 @contextlib.contextmanager

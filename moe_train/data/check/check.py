@@ -25,6 +25,7 @@ from moe_train.data.check.results import CheckResult
 from moe_train.data.check.settings import CheckSettings
 from moe_train.data.check.sources import CheckedFile, CheckedSource, places_of
 from moe_train.data.records.file_bytes import size_of
+from moe_train.data.records.local_files import picture_folder
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 CheckProgress = Callable[[int, int, int], None]
@@ -102,6 +103,7 @@ def _question(
     ignored = itertools.chain.from_iterable(source.ignore for source in sources)
     return Question(
         records=tuple(sources[place.source].record for place in places),
+        folders=tuple(picture_folder(place.file) for place in places),
         tokenizer=tokenizer,
         template=settings.template,
         seq_len=settings.seq_len,

@@ -37,6 +37,7 @@ from moe_train.data.check.overlap import compared_text, overlap
 from moe_train.data.check.redacted import search_personal_data
 from moe_train.data.check.repaired import attempts, corrected_chunk
 from moe_train.data.check.requirements import Requirements
+from moe_train.data.pictures.rules import PictureRules
 from moe_train.data.records.conversation import read as read_record
 from moe_train.data.records.conversation import read_columns
 from moe_train.data.records.json_lines import Block, records_in
@@ -49,6 +50,7 @@ from moe_train.data.records.normal_form import (
     messages_of,
     tools_of,
 )
+from moe_train.data.records.pictures import locate_pictures
 from moe_train.data.records.problem import Item, Problem, check_usable
 from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
@@ -78,6 +80,13 @@ class _ExampleCounts:
     fitting: Counter[tuple[str, int, int]] = field(default_factory=Counter)
     merged: Counter[str] = field(default_factory=Counter)
     restarts: Counter[str] = field(default_factory=Counter)
+    pictures: Counter[int] = field(default_factory=Counter)
+
+    def add_pictures(self, example: Example, rules: PictureRules | None) -> None:
+        """Count the tokens of each picture of an example."""
+        if example.pictures:
+            assert rules is not None  # by which the pictures became tokens
+            self.pictures.update(rules.sizes_in(example.tokens))
 
     def add(self, kind: str, example: Example, seq_len: int | None) -> None:
         """Count an example.
@@ -123,6 +132,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         problems += [(entry.number, problem) for problem in entry.problems]
         for example in entry.examples:
             counts.add(entry.section.name, example, question.seq_len)
+            counts.add_pictures(example, question.tokenizer.pictures)
     texts = words([compared_text(entry.record) for entry in records.read])
     overlapping, held_out = overlap(texts, question.held_out)
     numbers = np.array([entry.number for entry in records.read], np.int64)
@@ -139,6 +149,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         fitting=counts.fitting,
         merged=counts.merged,
         restarts=counts.restarts,
+        pictures=counts.pictures,
         numbers=numbers,
         prints=fingerprints([_content(entry.record) for entry in records.read], texts),
         overlapping=numbers[overlapping],
@@ -159,7 +170,9 @@ def _read_chunk(chunk: Chunk, question: Question) -> _ReadChunk:
         try:
             section = question.records[chunk.place] or question.with_effort(recognise(item, question.ignore))
             check_usable(item, read_columns(section))
-            records.read.append(ReadRecord(number, item, section, *read_record(item, section)))
+            normal, unread = read_record(item, section)
+            locate_pictures(normal, question.folder(chunk.place))
+            records.read.append(ReadRecord(number, item, section, normal, unread))
         except Problem as problem:
             records.unreadable.append((number, problem))
     return records

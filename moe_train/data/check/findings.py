@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +46,14 @@ class Question:
     """The effort of conversations that are recognized by their columns and state none; None if they have none."""
     personal_data: PersonalDataSearch | None = None
     """How to search for personal data; None not to search."""
+    folders: tuple[Path | None, ...] = ()
+    """The folder of the pictures of each place, None if it is in no folder; () if none is."""
     held_out: np.ndarray | None = None
     """Sorted hashes of the word sequences of the evaluation set; None without one."""
+
+    def folder(self, place: int) -> Path | None:
+        """Return the folder that paths of pictures in a place are relative to; None without one."""
+        return self.folders[place] if self.folders else None
 
     def with_effort(self, section: config.Record) -> config.Record:
         """Return the section of a record with the reasoning effort for records that state none."""
@@ -118,6 +125,8 @@ class Findings(NamedTuple):
     """Sums over the examples of turns with tools: examples, turns, tokens, and separate_tokens (with an example for each turn)."""
     restarts: Counter[str]
     """Reason why turns could not be appended to the example before -> number of examples."""
+    pictures: Counter[int]
+    """Tokens of a picture -> number of such pictures."""
     numbers: np.ndarray
     """(n,): line, row or byte of each record in `prints`."""
     prints: Fingerprints

@@ -27,6 +27,7 @@ from moe_train.data.check.results import (
     ListedProblem,
     MergedTurnsResult,
     OverlapResult,
+    PictureResult,
 )
 from moe_train.data.check.settings import CheckSettings
 from moe_train.data.check.sources import CheckedFile, CheckedSource
@@ -59,6 +60,8 @@ class GatheredFindings:
     """See `estimate.Fitting`."""
     merged: Counter[str] = field(default_factory=Counter)
     restarts: Counter[str] = field(default_factory=Counter)
+    pictures: Counter[int] = field(default_factory=Counter)
+    """Tokens of a picture -> number of such pictures."""
     overlaps: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     kinds: Kinds = field(default_factory=Kinds)
@@ -87,6 +90,7 @@ class GatheredFindings:
             self.fitting.setdefault((place.source, kind), Counter())[ids, fitting_ids] += count
         self.merged += findings.merged
         self.restarts += findings.restarts
+        self.pictures += findings.pictures
         # The spool numbers records in the order of arrival; `origins` says where each of them is.
         self._spool.add(findings.prints)
         # (n, 2) int64: place and number of each record.
@@ -150,6 +154,7 @@ class GatheredFindings:
             "tokens": sum(ids * count for ids, count in lengths.items()),
             "loss_tokens": self.loss_tokens,
             "merged_turns": self._merged_turns(),
+            "pictures": self._pictures(),
             "lengths": estimate.histogram(lengths),
             "truncation": truncation,
             "packing": packing,
@@ -169,6 +174,18 @@ class GatheredFindings:
             "tokens": self.merged["tokens"],
             "separate_tokens": self.merged["separate_tokens"],
             "restarts": dict(self.restarts.most_common()),
+        }
+
+    def _pictures(self) -> PictureResult | None:
+        """Return how many tokens the pictures have; None without pictures."""
+        if not self.pictures:
+            return None
+        sizes = np.repeat(list(self.pictures), list(self.pictures.values()))
+        return {
+            "pictures": len(sizes),
+            "tokens": int(sizes.sum()),
+            "median_tokens": int(np.quantile(sizes, 0.5, method="nearest")),
+            "most_tokens": int(sizes.max()),
         }
 
     def _duplicates(self) -> DuplicateResult:

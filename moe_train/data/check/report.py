@@ -96,6 +96,10 @@ def _record_rows(result: CheckResult) -> Iterator[tuple[str, str]]:
         share = f" ({result['loss_tokens'] / result['tokens']:.1%})"
     yield "tokens", f"{result['tokens']:,}"
     yield "… that bear loss", f"{result['loss_tokens']:,}{share}"
+    pictures = result["pictures"]
+    if pictures:
+        each = f"of each: median {pictures['median_tokens']:,}, most {pictures['most_tokens']:,}"
+        yield "pictures", f"{pictures['pictures']:,} ({pictures['tokens']:,} tokens; {each})"
     if result["merged_turns"]:
         yield "turns in one row", _merged_turns(result["merged_turns"])
 

@@ -140,6 +140,17 @@ class FixedResult(TypedDict):
     """The first changes of each rule, if nothing was written."""
 
 
+class PictureResult(TypedDict):
+    """The pictures of all records, and the tokens that they become."""
+
+    pictures: int
+    tokens: int
+    median_tokens: int
+    """Of a picture."""
+    most_tokens: int
+    """Of a picture."""
+
+
 class CheckResult(TypedDict):
     """All results of a check."""
 
@@ -159,6 +170,8 @@ class CheckResult(TypedDict):
     tokens: int
     loss_tokens: int
     merged_turns: MergedTurnsResult | None
+    pictures: PictureResult | None
+    """The pictures; None without any."""
     lengths: LengthResult | None
     truncation: TruncationResult | None
     packing: PackingResult | None

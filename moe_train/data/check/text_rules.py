@@ -60,7 +60,7 @@ def _content(message: Message) -> list[str]:
     if isinstance(content, str):
         return [content]
     # A part holds its text under the name of its type.
-    return [part[part["type"]] for part in content]
+    return [part[part["type"]] for part in content if part["type"] != "image"]
 
 
 def _texts(conversation: Conversation) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moe_train.data.pictures.rules import PictureRules
 from moe_train.machine.files import Json, JsonObject, write_text
 
 MANIFEST = "manifest.json"
@@ -84,12 +85,27 @@ class TeacherEntry(_Entry):
     agreement: float = 0.0
 
 
+class PictureEntry(_Entry):
+    """How the pictures of a set became tokens; see `data.pictures.rules`."""
+
+    patch_size: int
+    cell_size: int
+    max_image_size: int
+    image_token: int
+    break_token: int
+    end_token: int
+
+    def rules(self) -> PictureRules:
+        """Return the rules by which pictures become patches."""
+        return PictureRules(**self.model_dump())
+
+
 class Manifest(_Entry):
     """The description of a prepared set.
 
     empty: number of records without text, which are left out. loss_tokens: number of ids that are trained on. too_long: the
     config's setting for records that are too long. unread: number of records in which a key was not read, by its name. teacher:
-    None without predictions of a teacher.
+    None without predictions of a teacher. pictures: None without pictures.
     """
 
     layout: Literal[2] = 2
@@ -110,6 +126,7 @@ class Manifest(_Entry):
     files: tuple[SourceFile, ...]
     shards: tuple[ShardEntry, ...]
     teacher: TeacherEntry | None = None
+    pictures: PictureEntry | None = None
 
     def sealed(self) -> Self:
         """Return the manifest with its hash, which covers everything except the paths of files, the handling of records that are
@@ -119,11 +136,13 @@ class Manifest(_Entry):
         content = self.model_dump(
             mode="json", exclude={"hash": True, "too_long": True, "unread": True, "files": {"__all__": {"path"}}}
         )
-        # Sets from before there was such a date, or a teacher, keep their hash.
+        # Sets from before there was such a date, a teacher or pictures keep their hash.
         if self.rules.chat_date is None:
             del content["rules"]["chat_date"]
         if self.teacher is None:
             del content["teacher"]
+        if self.pictures is None:
+            del content["pictures"]
         return self.model_copy(update={"hash": _sha256(content)})
 
     def write(self, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Collection, Sequence
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_train.data.batches.batch import StoredPiece
+from moe_train.data.pictures.patches import PicturesOfPiece, pictures_of_piece
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.folder import ArrayPart, File, RemoteFolder, StoredArray, open_folder
 from moe_train.data.prepared.manifest import Manifest, ShardEntry
@@ -144,6 +146,16 @@ class TokenStore:
         return np.concatenate(parts)
 
     @functools.cached_property
+    def patches(self) -> np.ndarray:
+        """(N,) the number of patches of the pictures of each example."""
+        stored = [shard for shard in self.manifest.shards if "patches" in shard.sizes]
+        arrays = iter(self._folder.read_whole([_file(shard, "patches", "int32") for shard in stored]))
+        parts = []
+        for shard in self.manifest.shards:
+            parts.append(next(arrays) if "patches" in shard.sizes else np.zeros(shard.examples, np.int32))
+        return np.concatenate(parts)
+
+    @functools.cached_property
     def values(self) -> np.ndarray:
         """(N, number of values) the numbers that belong to each example; no columns if the record kind has none."""
         stored = [shard for shard in self.manifest.shards if shard.examples and "values" in shard.sizes]
@@ -206,7 +218,8 @@ class TokenStore:
             self._check_ids(slice_.example, tokens)
             mask = None if piece.shard.mask is None else next(arrays)
             answers = None if piece.shard.answers is None else next(arrays)
-            read.append(StoredPiece(tokens, mask, answers, values[slice_.example] if values.shape[1] else None))
+            own_values = values[slice_.example] if values.shape[1] else None
+            read.append(StoredPiece(tokens, mask, answers, own_values, pictures=self._pictures(slice_.example)))
         if self._teacher is None:
             return read
         places = []
@@ -216,6 +229,27 @@ class TokenStore:
             counts.append(len(content.tokens) - 1 if content.loss_mask is None else int(content.loss_mask[1:].sum()))
         teacher = self._teacher.read([piece.start for piece in pieces], places, counts)
         return [content._replace(teacher=values) for content, values in zip(read, teacher, strict=True)]
+
+    def _pictures(self, example: int) -> PicturesOfPiece | None:
+        """Return the patches of an example's pictures; None if it has none."""
+        if self.manifest.pictures is None:
+            return None
+        return pictures_of_piece(self.picture_files(example), self.manifest.pictures.rules())
+
+    def picture_files(self, example: int) -> list[bytes]:
+        """Return the files of an example's pictures, in the order of their tokens."""
+        number, index = self._place_in_shards(example)
+        shard = self.manifest.shards[number]
+        if "pictures" not in shard.sizes:
+            return []
+        first, end = (int(x) for x in self._folder.array(_file(shard, "first_pictures", "int64"))[index : index + 2])
+        if first == end:
+            return []
+        # The end of the picture before the first one is where that begins.
+        bounds = self._folder.array(_file(shard, "picture_ends", "int64"))[max(first - 1, 0) : end].tolist()
+        starts = bounds if first else [0, *bounds]
+        content = self._folder.array(_file(shard, "pictures", "uint8"))
+        return [bytes(content[start:stop]) for start, stop in itertools.pairwise(starts)]
 
     def _place_in_shards(self, example: int) -> tuple[int, int]:
         """Return the shard of an example, and its index there."""

@@ -23,7 +23,8 @@ from typing import Literal, TypedDict
 
 from moe_train import config
 from moe_train.data.chat.chat_date import date_of
-from moe_train.data.prepared.manifest import Manifest, Rules, ShardEntry, SourceFile
+from moe_train.data.prepared.manifest import Manifest, PictureEntry, Rules, ShardEntry, SourceFile
+from moe_train.data.prepared.picture_files import changed_picture
 from moe_train.data.prepared.shard_pool import PrepareProgress, ProgressReport, tokenize_shards
 from moe_train.data.prepared.shards import Shard, cut
 from moe_train.data.prepared.tokenize_shard import Recipe, is_intact
@@ -64,6 +65,7 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     identity = [recipe.source.licence, recipe.source.origin, None, [shard.key for shard in shards]]
     directory = cache / f"tokens-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
     if directory.exists():
+        _check_pictures(directory, shards, recipe.records)
         return directory
     with only_one(directory.with_suffix(".lock")):
         # Another process may have made the set while this one waited for the lock.
@@ -88,6 +90,23 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     return directory
 
 
+def _check_pictures(directory: Path, shards: list[Shard], records: OpenSource) -> None:
+    """Raise ValueError if a picture is another one than in the set in `directory`, whose records are the same."""
+    for shard in shards:
+        changed = _changed_picture(directory / shard.key, shard, records)
+        if changed is not None:
+            state = "is another one" if changed.is_file() else "is missing, or another one,"
+            raise ValueError(
+                f"the picture {changed} {state} than when records with the same content were tokenized; restore it, or remove "
+                f"{directory} to tokenize them again"
+            )
+
+
+def _changed_picture(folder: Path, shard: Shard, records: OpenSource) -> Path | None:
+    """Return a picture of a shard in `folder` that is another one now; None if there is none."""
+    return changed_picture(folder, [records.folder(span.place) for span in shard.spans])
+
+
 def _tokenize_missing(unfinished: Path, shards: list[Shard], recipe: Recipe, num_proc: int, report: ProgressReport) -> None:
     """Tokenize the shards that neither this set, in progress in the folder `unfinished`, nor another one has."""
     distinct = {shard.key: shard for shard in shards}  # two files may have the same content
@@ -97,7 +116,9 @@ def _tokenize_missing(unfinished: Path, shards: list[Shard], recipe: Recipe, num
         if folder.exists() and not is_intact(folder):
             log.warning("%s is damaged; it is tokenized again", folder)
             shutil.rmtree(folder)
-        if not folder.exists() and not _linked(shard, unfinished):
+        elif folder.exists() and _changed_picture(folder, shard, recipe.records) is not None:
+            shutil.rmtree(folder)
+        if not folder.exists() and not _linked(shard, unfinished, recipe.records):
             todo.append(shard)
     if todo:
         existing = ""
@@ -130,11 +151,11 @@ def _rules(record: config.Record, template: str | None) -> Rules:
     )
 
 
-def _linked(shard: Shard, unfinished: Path) -> bool:
+def _linked(shard: Shard, unfinished: Path, records: OpenSource) -> bool:
     """Return whether another set has the same shard; if so, link its files into this one."""
     # Sets in progress match as well: the folder of a shard appears only when it is complete.
     for existing in unfinished.parent.glob(f"tokens-*/{shard.key}"):
-        if not is_intact(existing):
+        if not is_intact(existing) or _changed_picture(existing, shard, records) is not None:
             continue
         # Hidden until all files are there: a folder named by the key counts as a finished shard.
         link_dir = unfinished / f".{shard.key}.unfinished-link"
@@ -223,7 +244,16 @@ def _manifest(directory: Path, shards: list[Shard], scans: list[Scan], recipe: R
         unread=dict(unread),
         files=tuple(files),
         shards=tuple(entries),
+        pictures=_picture_entry(recipe, entries),
     ).sealed()
+
+
+def _picture_entry(recipe: Recipe, entries: list[ShardEntry]) -> PictureEntry | None:
+    """Return how pictures became tokens; None if no record has any."""
+    rules = recipe.tokenizer.pictures
+    if rules is None or not any("pictures" in entry.sizes for entry in entries):
+        return None
+    return PictureEntry(**rules._asdict())
 
 
 class _Log:

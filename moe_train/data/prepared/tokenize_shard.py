@@ -8,6 +8,10 @@ SHARD/tokens      uint16 or uint32: the ids of all examples, concatenated
       answers     uint8 for each id (see `Example.answers`); absent unless examples have several segments
       segments    int32 for each example: its number of segments; absent with `answers`
       values      float64: the numbers of each example, one example after the other; absent if the record kind has none
+      pictures    uint8: the files of all pictures, one after the other; this and the next three are absent without pictures
+      picture_ends    int64 for each picture: its end in `pictures`
+      first_pictures  int64, one more than examples: example i has the pictures first_pictures[i] to first_pictures[i + 1]
+      patches     int32 for each example: the patches of its pictures
       origins     int64 pairs: for each example, the span of the shard and the line (or row) it is from
       facts.json  what the manifest records about the shard
 """
@@ -27,8 +31,10 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_train import config
-from moe_train.data.chat.encode import encode
+from moe_train.data.chat.encode import FolderOfOrigin, encode
 from moe_train.data.chat.example import Example
+from moe_train.data.pictures.rules import PictureRules
+from moe_train.data.prepared.picture_files import PictureFiles
 from moe_train.data.prepared.shards import Shard
 from moe_train.data.records.source import OpenSource, Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
@@ -37,6 +43,8 @@ from moe_train.machine.files import new_directory
 ShardReport = Callable[[int, int], None]
 """A function that is called with the numbers of records and tokens since its last call."""
 _FLUSH = 1 << 16  # ids buffered before they are written
+_FLUSH_BYTES = 1 << 24  # bytes of pictures buffered before they are written
+_OF_PICTURES = frozenset({"pictures", "picture_ends", "first_pictures", "patches"})
 
 
 class Recipe(NamedTuple):
@@ -65,25 +73,28 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
     """
     source, records, tokenizer, template = recipe
     record = source.record
+    files_of_pictures = PictureFiles()
     # Half the bytes to store and to fetch, where the vocabulary allows it.
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     per_span: list[tuple[int, int]] = []  # (records, tokens)
     empty = 0
     unread: Counter[str] = Counter()
     with new_directory(directory) as unfinished:
-        with _uncollected(), _Arrays(unfinished, dtype, record.name != "text") as arrays:
+        with _uncollected(), _Arrays(unfinished, dtype, record.name != "text", tokenizer.pictures) as arrays:
             for i, span in enumerate(shard.spans):
                 numbered = ((Origin(span.place, number), fields) for number, fields in records.read(span))
                 num_records = 0
                 reported_records = 0
                 tokens_before = arrays.num_tokens
                 reported_tokens = tokens_before
-                for origin, examples in encode(numbered, records.where, record, tokenizer, template, unread):
+                folder_of = _folder_of(records)
+                for origin, examples in encode(numbered, records.where, record, tokenizer, template, unread, folder_of):
                     num_records += 1
                     # A record without text gives no example, but counts as read.
                     empty += not examples
                     for example in examples:
                         arrays.add(example, (i, origin.number))
+                        files_of_pictures.add(i, records.folder(span.place), example)
                     # Not for each record: with several processes a report takes a lock that they share.
                     if arrays.num_tokens - reported_tokens > _FLUSH:
                         report(num_records - reported_records, arrays.num_tokens - reported_tokens)
@@ -103,8 +114,15 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
             "sizes": {file.name: file.stat().st_size for file in files},
             "sha256": _hash(dtype, files),
         }
+        if files_of_pictures.states:
+            facts["picture_files"] = files_of_pictures.states
         # Written last, and not part of the hash, which it contains.
         (unfinished / "facts.json").write_text(json.dumps(facts) + "\n")
+
+
+def _folder_of(records: OpenSource) -> FolderOfOrigin:
+    """Return the function from the origin of a record to the folder of its pictures."""
+    return lambda origin: records.folder(origin.place)
 
 
 def _hash(dtype: str, files: Iterable[Path]) -> str:
@@ -140,15 +158,24 @@ def _uncollected() -> Iterator[None]:
 class _Arrays:
     """The files of a shard, written some thousand ids at a time."""
 
-    def __init__(self, directory: Path, dtype: str, masked: bool) -> None:
+    def __init__(self, directory: Path, dtype: str, masked: bool, rules: PictureRules | None) -> None:
         self._directory = directory
+        self._rules = rules
         # `offsets` starts with 0, so that each example ends where the next one begins.
         self._buffers = {"tokens": array(np.dtype(dtype).char), "offsets": array("q", [0]), "origins": array("q")}
         if masked:
             self._buffers |= {"loss_mask": array("B"), "turn_ends": array("q")}
         self._buffers |= {"answers": array("B"), "segments": array("i")}
+        self._buffers |= {
+            "pictures": array("B"),
+            "picture_ends": array("q"),
+            "first_pictures": array("q", [0]),
+            "patches": array("i"),
+        }
         self._values = array("d")
-        self._unused = {"turn_ends", "answers", "segments", "values"}
+        self._unused = {"turn_ends", "answers", "segments", "values", *_OF_PICTURES}
+        self._num_pictures = 0
+        self._picture_bytes = 0
         self.num_examples = 0
         self.num_tokens = 0
         self.loss_tokens = 0
@@ -171,6 +198,7 @@ class _Arrays:
             buffers["answers"].frombytes(bytes(example.answers))
             buffers["segments"].append(len(example.tokens) - example.num_positions)
             self._unused -= {"answers", "segments"}
+        self._add_pictures(example)
         if example.values:
             self._values.extend(example.values)
             self._unused.discard("values")
@@ -178,8 +206,24 @@ class _Arrays:
         self.num_tokens += len(example.tokens)
         buffers["offsets"].append(self.num_tokens)
         buffers["origins"].extend(origin)
-        if len(buffers["tokens"]) > _FLUSH:
+        if len(buffers["tokens"]) > _FLUSH or len(buffers["pictures"]) > _FLUSH_BYTES:
             self._flush()
+
+    def _add_pictures(self, example: Example) -> None:
+        """Append the pictures of an example."""
+        buffers = self._buffers
+        for picture in example.pictures:
+            buffers["pictures"].frombytes(picture)
+            self._picture_bytes += len(picture)
+            buffers["picture_ends"].append(self._picture_bytes)
+            self._num_pictures += 1
+            self._unused -= _OF_PICTURES
+        buffers["first_pictures"].append(self._num_pictures)
+        patches = 0
+        if example.pictures:
+            assert self._rules is not None  # by which the pictures became tokens
+            patches = example.tokens.count(self._rules.image_token) * self._rules.cell_size**2
+        buffers["patches"].append(patches)
 
     def _flush(self) -> None:
         """Write the buffered numbers to the files."""

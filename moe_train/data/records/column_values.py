@@ -4,11 +4,13 @@
   have is filled in as null. Nulls in lists, maps and JSON columns are kept, since only the writer of the record can put them there.
 - A value of a JSON column (the extension type `arrow.json`, which Parquet's logical type JSON is read as) is parsed.
 - Dates and times become ISO 8601 text, decimals become numbers, and maps become objects.
+- A picture as `datasets` stores it, {bytes, path}, becomes a data URL or a path.
 - A value without a form in JSON (bytes, NaN, a duration) becomes a Problem, which counts only if something reads its column.
 """
 
 from __future__ import annotations
 
+import base64
 import decimal
 import math
 from collections.abc import Callable, Sequence
@@ -125,6 +127,8 @@ def _json(text: str) -> Any:
 
 def _struct(kind: pa.DataType) -> Convert:
     """Return the conversion for a struct: members that are null are left out."""
+    if _is_picture(kind):
+        return _picture
     converters = {kind.field(i).name: _converter(kind.field(i).type) for i in range(kind.num_fields)}
     if not any(converters.values()):
         return _without_nulls
@@ -139,6 +143,21 @@ def _struct(kind: pa.DataType) -> Convert:
         return members
 
     return convert
+
+
+def _is_picture(kind: pa.DataType) -> bool:
+    """Return whether a type is that of a picture as `datasets` stores it: the content of a file, or its path."""
+    members = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+    if members.keys() != {"bytes", "path"}:
+        return False
+    return types.is_binary(members["bytes"]) or types.is_large_binary(members["bytes"])
+
+
+def _picture(value: dict[str, Any]) -> dict[str, Any]:
+    """Convert a picture: its content becomes a data URL."""
+    if value["bytes"] is not None:
+        return {"bytes": f"data:image;base64,{base64.b64encode(value['bytes']).decode()}"}
+    return _without_nulls(value)
 
 
 def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from moe_train.data.records.flags import FlaggedPiece, take_flag
 from moe_train.data.records.meaning import PART
 from moe_train.data.records.normal_form import JOINT
+from moe_train.data.records.pictures import PICTURE_PARTS, read_picture_part
 from moe_train.data.records.problem import Problem, brief
 from moe_train.data.records.tool_calls import read_calls
 from moe_train.data.records.unread import Unread, is_empty
@@ -47,7 +48,7 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
         unread: Takes the keys that are not read.
 
     Raises:
-        Problem: If a part is not text, reasoning, a call or a result.
+        Problem: If a part is not text, reasoning, a picture, a call or a result.
     """
     parts: list[dict[str, Any]] = []
     flags: list[int | None] = []
@@ -74,6 +75,9 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
                 raise Problem("thinking", f"{part_where} is reasoning, and the message is {role}", "leave it out")
             parts.append(_thinking(remaining, part_where))
             flags.append(flag)
+        elif kind in PICTURE_PARTS:
+            parts.append(read_picture_part(remaining, part_where))
+            flags.append(flag)
         elif kind in _CALL:
             calls += _calls(remaining, part_where, unread)
             call_flags.append(flag)
@@ -98,8 +102,15 @@ def _joined_pieces(parts: list[dict[str, Any]], flags: list[int | None]) -> tupl
     Returns:
         The parts, and for each the pieces that it consists of.
     """
-    # The part holds its text under the name of its type.
-    pieces = [[FlaggedPiece(part[part["type"]], flag)] for part, flag in zip(parts, flags, strict=True)]
+    pieces: list[list[FlaggedPiece]] = []
+    for part, flag in zip(parts, flags, strict=True):
+        # The part holds its text under the name of its type; a picture has no text.
+        if part["type"] != "image":
+            pieces.append([FlaggedPiece(part[part["type"]], flag)])
+    if len(pieces) < len(parts) and any(flag is not None for flag in flags):
+        raise Problem(
+            "weight", "a message has pictures, and parts with flags for the loss", "leave the flags out: users' texts bear none"
+        )
     if all(flag is None for part, flag in zip(parts, flags, strict=True) if part["type"] == "text"):
         return parts, pieces
     joined: list[dict[str, Any]] = []
@@ -232,7 +243,7 @@ def _not_read(kind: Any, location: str) -> Problem:
     # By substring, since the types differ between APIs: image, image_url, input_image, video_url.
     if isinstance(kind, str) and any(word in kind for word in _MEDIA):
         return Problem(
-            "unread-key", f"{location} is of type {brief(kind)}: images, sound and video are not read", "drop the record"
+            "unread-key", f"{location} is of type {brief(kind)}: sound, video and documents are not read", "drop the record"
         )
     if kind == "redacted_thinking":
         return Problem("thinking", f"{location} is reasoning that is encrypted, and cannot be read", "drop the part or the record")

@@ -39,6 +39,7 @@ from moe_train.data.records.completion import (
 from moe_train.data.records.meaning import RECORD, lost_meaning
 from moe_train.data.records.messages import MESSAGE_COLUMNS, read_messages
 from moe_train.data.records.normal_form import ClassifiedText, Conversation, LabelledAnswer, NormalRecord
+from moe_train.data.records.pictures import PICTURE_COLUMNS, refuse_pictures, take_pictures, with_pictures
 from moe_train.data.records.preference import read_pair, take_label, take_margin
 from moe_train.data.records.problem import NoColumn, Problem, brief, text_field
 from moe_train.data.records.recognise import TEXT_COLUMNS, recognise
@@ -62,7 +63,7 @@ def normalise(fields: Mapping[str, Any], record: config.Record) -> NormalRecord:
 
 
 def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
-    """Convert a record to the normal form.
+    """Convert a record to the normal form, in which paths of pictures are as written (`pictures.locate_pictures`).
 
     Args:
         fields: The columns of the record.
@@ -72,10 +73,15 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
         Problem: If the record has no normal form, or a key that changes its meaning is not read.
     """
     unread = Unread(record.ignore)
+    fields, pictures = take_pictures(fields, record)
     try:
         normal = _read(fields, record, unread)
     except NoColumn as problem:
         raise _missing_column(problem, fields, record) from None
+    if isinstance(normal, Conversation):
+        normal = with_pictures(normal, pictures)
+    else:
+        refuse_pictures(normal)
     return Reading(normal, tuple(unread.names))
 
 
@@ -153,7 +159,8 @@ def _may_read(record: config.Record) -> list[str]:
             names = (messages, prompt, completion, label)
         case config.ClassificationRecord(text=text, messages=messages, labels=labels):
             names = (text, messages, labels)
-    every = (*names, *TOOL_COLUMNS, *SYSTEM_COLUMNS, *MORE_PROMPT, *SETTINGS)
+    pictures = PICTURE_COLUMNS if isinstance(record, config.ChatRecord | config.CompletionRecord) else ()
+    every = (*names, *pictures, *TOOL_COLUMNS, *SYSTEM_COLUMNS, *MORE_PROMPT, *SETTINGS)
     return [name for name in every if name is not None]
 
 

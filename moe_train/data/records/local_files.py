@@ -42,6 +42,10 @@ class LocalFiles(OpenSource):
         """Hash each file, and find where it can be cut."""
         return [scan_file(file, cuttable, memory) for (file, _), cuttable in zip(self._files, self._cuttable, strict=True)]
 
+    def folder(self, place: int) -> Path | None:
+        """Return the folder of a file; None for a file in an archive."""
+        return picture_folder(self._files[place][0])
+
     def examine(self, span: Span) -> Iterator[tuple[int, Item]]:
         """Yield the records of a part of a file."""
         by_line = self.places[span.place].by_line
@@ -52,6 +56,11 @@ class LocalFiles(OpenSource):
         if kind not in ("parquet", "arrow"):
             return records
         return ((number, usable(record, self._read_columns)) for number, record in records)
+
+
+def picture_folder(file: Path) -> Path | None:
+    """Return the folder that paths of pictures in a file of records are relative to; None for a file in an archive."""
+    return None if zip_archive.archive_of(file) is not None else file.parent
 
 
 class ExpandedFiles(NamedTuple):

@@ -2,7 +2,8 @@
 
 The normal form is OpenAI's. A message is a dict with `role` (system, user, assistant, tool), `content`, and optionally
 `weight`, `tool_calls` [{id, type: function, function: {name, arguments: JSON text}}], `tool_call_id` and `name`. A content is
-text, or a list of parts if there are several: {type: text, text} and {type: thinking, thinking, closed: false if it is cut off}.
+text, or a list of parts if there are several: {type: text, text}, {type: thinking, thinking, closed: false if it is cut off} and
+{type: image, image: data URL or path} (`pictures`).
 Texts that stand side by side are separate parts, since a chat format decides what stands between them (`JOINT`).
 Where the loss covers only pieces of a message, it has `pieces`: all its texts in order, each as a list of `Piece`.
 A tool is {type: function, function: {name, description, parameters, strict}}.
@@ -79,7 +80,7 @@ def pieces_of(message: Message) -> list[list[Piece]]:
     if isinstance(content, str):
         return [[Piece(content, True)]] if content else []
     # A part holds its text under the name of its type.
-    return [[Piece(part[part["type"]], True)] for part in content]
+    return [[Piece(part[part["type"]], True)] for part in content if part["type"] != "image"]
 
 
 def texts_of(message: Message) -> list[str]:
@@ -103,9 +104,9 @@ JOINT = "\n\n"
 
 
 def joined_texts(message: Message, joint: str = JOINT) -> str | None:
-    """Return the text of a message, with its text parts joined; None if it has no content, or reasoning in it."""
+    """Return the text of a message, with its text parts joined; None if it has no content, or reasoning or pictures in it."""
     content = message.get("content")
-    if isinstance(content, list) and not reasoning_of(message):
+    if isinstance(content, list) and all(part["type"] == "text" for part in content):
         return joint.join(texts_of(message))
     return content if isinstance(content, str) else None
 

@@ -101,6 +101,10 @@ class OpenSource(ABC):
         place = self.places[origin.place]
         return numbered(place.name, origin.number, place.by_line)
 
+    def folder(self, place: int) -> Path | None:
+        """Return the folder of a place, to which paths of pictures are relative; None if it is in no folder."""
+        return None
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all places."""

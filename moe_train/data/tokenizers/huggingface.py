@@ -134,6 +134,11 @@ class HuggingFace(Tokenizer):
         """Where the tokenizer's texts may be split."""
         return stretches_of_json(self.longest_stretch, json.loads(self._plain.to_str()))
 
+    @property
+    def pictures(self) -> None:
+        """None: pictures are written with Mistral's own tokenizers."""
+        return None
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without any control token. Raises Problem if a stretch of it is too long."""
         if len(text) <= self.longest_stretch:

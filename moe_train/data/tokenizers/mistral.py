@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_train.data.pictures.rules import PictureRules
 from moe_train.data.tokenizers.stretches import LONGEST_STRETCH, SPACE, Stretches, words_of_pattern, words_of_vocabulary
 from moe_train.data.tokenizers.tokenizer import Tokenizer, hash_files
 
@@ -79,6 +80,18 @@ class Mistral(Tokenizer):
     def control_ids(self) -> frozenset[int]:
         """Ids of control tokens, which plain text never contains."""
         return frozenset(number for number in range(self.vocab_size) if self._text.is_special(number))
+
+    @functools.cached_property
+    def pictures(self) -> PictureRules | None:
+        """How pictures become tokens; None for a tokenizer of text alone."""
+        encoder = self.finetuning.instruct_tokenizer.image_encoder
+        if encoder is None:
+            return None
+        sizes = encoder.image_config
+        ids = encoder.special_ids
+        return PictureRules(
+            sizes.image_patch_size, sizes.spatial_merge_size, sizes.max_image_size, ids.img, ids.img_break, ids.img_end
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without any control token.

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from moe_train.data.pictures.rules import PictureRules
+
 Span = tuple[int, int]
 """Start and end of a part of a text, or of its ids."""
 
@@ -34,6 +36,11 @@ class Tokenizer(Protocol):
     """Ids of the tokens that end a generation: `eos_id`, and the ends of turns that the model's files name."""
     chat_template: str | None
     """The text of the tokenizer's own chat template; None if it has none."""
+
+    @property
+    def pictures(self) -> PictureRules | None:
+        """How pictures become tokens; None if the tokenizer's files state no such rules."""
+        ...
 
     @property
     def control_ids(self) -> frozenset[int]:

@@ -13,8 +13,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
+from moe_train.data.pictures.patches import PicturesOfPiece
 from moe_train.evaluate.generation.completion import Progress, StopReason, StopTexts
 from moe_train.evaluate.generation.json_schema import JsonSchema
+from moe_train.evaluate.generation.pictures import shown_pictures
 from moe_train.evaluate.generation.programs import (
     Block,
     Choice,
@@ -23,10 +25,12 @@ from moe_train.evaluate.generation.programs import (
     empty_memory,
     first_tokens,
     generate_block,
+    picture_features,
     read_prompts,
 )
 from moe_train.evaluate.generation.sampling import Sampling, sampling_kind, sampling_values
 from moe_train.machine.mesh import BATCH, put_equal
+from moe_train.model.encoders.pictures import Pictures
 from moe_train.model.transformer import Transformer
 
 PROMPT_TOKENS = 64
@@ -41,6 +45,8 @@ class Request(NamedTuple):
     draw_index: int
     """Index on which its draws depend."""
     prompt: list[int]
+    pictures: PicturesOfPiece | None = None
+    """The pictures of the prompt; None if it has none."""
 
 
 class ContinuationPlan(NamedTuple):
@@ -51,6 +57,14 @@ class ContinuationPlan(NamedTuple):
     """Texts that end a continuation; None for none."""
     schema: JsonSchema | None = None
     """JSON schema that the continuations fit; None for any text. Blocks have a single token then."""
+
+
+class ShownPictures(NamedTuple):
+    """Pictures of prompts, as the model sees them."""
+
+    features_BMD: jax.Array
+    feature_index: np.ndarray
+    """(B, T) index of the feature of each token of the prompts; -1 for others."""
 
 
 class _Sequence:
@@ -136,7 +150,7 @@ class Batch:
             self._rows.positions_B[row] = len(prompt)
             self._rows.requests_B[row] = sequence.request.draw_index
             self._rows.remaining_B[row] = self._plan.sampling.max_tokens
-        self._read(tokens, lengths)
+        self._read(tokens, lengths, self._shown(admitted, tokens.shape))
         block = first_tokens(self._transformer, self._memory, self._put(self._rows), self._choice(), kind=self._kind)
         # Only the new rows have a first token; the others wait.
         is_new_B = lengths > 0
@@ -146,10 +160,26 @@ class Batch:
         self._rows.positions_B[is_new_B] -= 1
         yield from self._collect(first)
 
-    def _read(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def _shown(self, admitted: Sequence[int], shape: tuple[int, ...]) -> ShownPictures | None:
+        """Compute the features of the pictures of new sequences, whose prompts have `shape` (B, T); None without pictures."""
+        requests: dict[int, Request] = {}
+        for row in admitted:
+            sequence = self._sequences[row]
+            assert sequence is not None
+            if sequence.request.pictures is not None:
+                requests[row] = sequence.request
+        if not requests:
+            return None
+        shown = shown_pictures(requests, shape, self._mesh.shape["context"])
+        pictures = Pictures(*put_equal(tuple(shown.pictures), self._mesh, P(BATCH, "context")))
+        return ShownPictures(picture_features(self._transformer, pictures), shown.feature_index)
+
+    def _read(self, tokens: np.ndarray, lengths: np.ndarray, shown: ShownPictures | None) -> None:
         """Read the prompts (B, T) of some lengths (B,), 0 for rows that read none, part by part."""
         columns = PROMPT_TOKENS + -PROMPT_TOKENS % self._mesh.shape["context"]
-        tokens = np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % columns)))
+        padding = ((0, 0), (0, -tokens.shape[1] % columns))
+        tokens = np.pad(tokens, padding)
+        index = None if shown is None else np.pad(shown.feature_index, padding, constant_values=-1)
         for start in range(0, tokens.shape[1], columns):
             positions = np.tile(np.arange(start, start + columns, dtype=np.int32), (len(lengths), 1))
             last = lengths - 1 - start
@@ -158,8 +188,10 @@ class Batch:
                 np.where(positions < lengths[:, None], positions, -1),
                 np.where((last >= 0) & (last < columns), last, -1),
                 (lengths > 0) & (start == 0),
+                None if index is None else index[:, start : start + columns],
             )
-            self._memory = read_prompts(self._transformer, self._put(Prompts(*parts)), self._memory)
+            features = None if shown is None else shown.features_BMD
+            self._memory = read_prompts(self._transformer, self._put(Prompts(*parts)), self._memory, features)
 
     def _collect(self, block: Block) -> Iterator[Progress]:
         """Add a block's tokens to their sequences, free the rows of those that ended, and yield what is new."""

@@ -19,6 +19,7 @@ from moe_train import config
 from moe_train.evaluate.generation.sampling import DrawIds, Draws, SamplingKind, SamplingValues, TokenMasks, choose_tokens
 from moe_train.machine.mesh import BATCH, axis_size
 from moe_train.model.attention.kinds import Cache
+from moe_train.model.encoders.pictures import PictureFeatures, Pictures
 from moe_train.model.transformer import Transformer, empty_caches
 
 BLOCK_TOKENS = 32
@@ -76,6 +77,15 @@ class Prompts(NamedTuple):
     """Column of the prompt's last token; -1 if it is not in this part."""
     is_new_B: Bool[Array, " B"]
     """Whether the row starts a new sequence with this part."""
+    feature_index_BT: Int[Array, "B T"] | None = None
+    """Index of the feature of a picture that a token stands for, -1 for other tokens; None without pictures."""
+
+
+@jax.jit
+def picture_features(transformer: Transformer, pictures: Pictures) -> Float[Array, "B M D"]:
+    """Return the features of the pictures of each row."""
+    assert transformer.vision is not None  # `Generator` has refused pictures otherwise
+    return transformer.vision(pictures.placed())
 
 
 @partial(jax.jit, static_argnames=("model", "rows", "slots", "dtype", "keeps_tokens"))
@@ -98,9 +108,15 @@ def empty_memory(
 
 
 @partial(jax.jit, donate_argnames="memory")
-def read_prompts(transformer: Transformer, prompts: Prompts, memory: Memory) -> Memory:
-    """Read a part of the prompts into the caches."""
-    hidden_BTD, caches = transformer.decode(prompts.tokens_BT, prompts.positions_BT, memory.caches)
+def read_prompts(
+    transformer: Transformer, prompts: Prompts, memory: Memory, features_BMD: Float[Array, "B M D"] | None = None
+) -> Memory:
+    """Read a part of the prompts into the caches; `features_BMD` are those of the pictures of each row."""
+    features: PictureFeatures | None = None
+    if features_BMD is not None:
+        assert prompts.feature_index_BT is not None
+        features = PictureFeatures(features_BMD, prompts.feature_index_BT)
+    hidden_BTD, caches = transformer.decode(prompts.tokens_BT, prompts.positions_BT, memory.caches, features)
     batch = P(BATCH)
 
     def last(hidden_bTD: Float[Array, "b T D"], last_b: Int[Array, " b"], before_bD: Float[Array, "b D"]) -> Float[Array, "b D"]:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from moe_train import config
+from moe_train.data.chat.example import RenderedPrompt
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.suites.generation import GeneratedText, LoadedModel, TextOptions, generate_answers
 from moe_train.evaluate.suites.grade import Grade, reads_control_tokens
@@ -99,13 +100,13 @@ def check_length(item: SuiteItem, tokens: int, new_tokens: int, model: config.Mo
 
 def _prompts_to_continue(
     suite: config.Suite, items: Sequence[SuiteItem], prompter: Prompter, model: config.Model
-) -> list[list[int]]:
-    """Return the tokens of each item's prompt. Raises ValueError for one without tokens, or that is too long."""
-    prompts = [prompter.tokens(item) for item in items]
-    for item, tokens in zip(items, prompts, strict=True):
-        if not tokens:
+) -> list[RenderedPrompt]:
+    """Return each item's prompt. Raises ValueError for one without tokens, or that is too long."""
+    prompts = [prompter.rendered(item) for item in items]
+    for item, prompt in zip(items, prompts, strict=True):
+        if not prompt.tokens:
             raise ValueError(f"{item.location}: the prompt has no tokens, so there is nothing to continue; write a question")
-        check_length(item, len(tokens), suite.generation.max_tokens, model)
+        check_length(item, len(prompt.tokens), suite.generation.max_tokens, model)
     return prompts
 
 

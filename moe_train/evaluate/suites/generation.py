@@ -9,6 +9,8 @@ from jax.sharding import Mesh
 from jax.tree_util import PyTreeDef
 
 from moe_train import config
+from moe_train.data.chat.example import RenderedPrompt
+from moe_train.data.pictures.patches import pictures_of_piece
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.generation.completion import StopTexts, decode_after
 from moe_train.evaluate.generation.generator import Generator
@@ -55,7 +57,7 @@ class TextOptions(NamedTuple):
 def generate_answers(
     loaded: LoadedModel,
     tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[RenderedPrompt],
     options: TextOptions,
     add_progress: Callable[[int], None],
 ) -> list[GeneratedText]:
@@ -64,7 +66,7 @@ def generate_answers(
     Args:
         loaded: The model.
         tokenizer: Its tokenizer.
-        prompts: Token ids of each prompt.
+        prompts: The prompts.
         options: How they are continued.
         add_progress: Called with the number of prompts that were completed.
     """
@@ -73,9 +75,12 @@ def generate_answers(
     stops = StopTexts(tokenizer, generation.stop)
     transformer = combine(loaded.structure, loaded.weights)
     generator = Generator(transformer, loaded.model, loaded.mesh, loaded.cache_dtype, options.batch_size)
+    rules = tokenizer.pictures
+    pictures = [None if rules is None else pictures_of_piece(prompt.pictures, rules) for prompt in prompts]
+    completions = generator.generate([prompt.tokens for prompt in prompts], sampling, stops, pictures=pictures)
     texts = []
-    for prompt, completion in zip(prompts, generator.generate(prompts, sampling, stops), strict=True):
-        text = stops.before_stop(decode_after(tokenizer, prompt, completion.tokens, keep_special=options.keep_special))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text = stops.before_stop(decode_after(tokenizer, prompt.tokens, completion.tokens, keep_special=options.keep_special))
         texts.append(GeneratedText(tuple(completion.tokens), text, completion.stop != "max_tokens"))
     add_progress(len(texts))
     return texts

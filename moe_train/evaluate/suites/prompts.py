@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moe_train import config
-from moe_train.data.chat.conversation_to_tokens import render_prompt
+from moe_train.data.chat.conversation_to_tokens import rendered_prompt
+from moe_train.data.chat.example import RenderedPrompt
 from moe_train.data.records.normal_form import Message, joined_texts
 from moe_train.data.records.problem import located
 from moe_train.data.tokenizers.tokenizer import Tokenizer
@@ -33,16 +34,23 @@ class Prompter(NamedTuple):
     letters: bool = False
     """Whether solved examples are answered with the letter of their choice."""
 
-    def tokens(self, item: SuiteItem) -> list[int]:
-        """Return the tokens up to where the answer begins.
+    def rendered(self, item: SuiteItem) -> RenderedPrompt:
+        """Return the prompt up to where the answer begins, with its pictures.
 
         Raises:
             ValueError: The item cannot be written in this form; the message names its file and line.
         """
         if self.prompt.chat:
             messages = [*self._system(item), *self._turns(item)]
-            return located(item.location, render_prompt, messages, self.template, self.tokenizer, item.tools)
-        return self._encoded(self._text(item))
+            return located(item.location, rendered_prompt, messages, self.template, self.tokenizer, item.tools)
+        return RenderedPrompt(self._encoded(self._text(item)))
+
+    def tokens(self, item: SuiteItem) -> list[int]:
+        """Return the tokens up to where the answer begins, of an item without pictures; otherwise like `rendered`."""
+        rendered = self.rendered(item)
+        if rendered.pictures:
+            raise ValueError(f"{item.location}: the item has pictures, which this grader shows to no model; remove the item")
+        return rendered.tokens
 
     def question(self, item: SuiteItem) -> list[Message]:
         """Return the messages of an item alone, with the suite's system turn, but without solved examples and preamble.

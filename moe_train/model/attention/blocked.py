@@ -33,6 +33,8 @@ KEY_ROWS = 128
 """Most keys of a block."""
 VECTOR = 16
 """Blocks are multiples of this, the float32 numbers of the longest vectors of CPUs."""
+_NO_SEGMENT = np.iinfo(np.int32).max
+"""Segment id of padded keys; no query has it."""
 
 
 class SegmentIds(NamedTuple):
@@ -43,13 +45,15 @@ class SegmentIds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CausalWindow:
-    """The static part of the mask: where the queries of each device stand in the sequence, and how far back they see."""
+class PositionMask:
+    """The static part of the mask: where the queries of each device stand in the sequence, and which positions they see."""
 
     run_starts: RunStarts
     """Positions where the runs of queries of each device of `context` start."""
     window: int | None
     """A query sees only keys less than `window` positions before it; None for no limit."""
+    is_causal: bool = True
+    """Whether a query sees only keys that are not later than itself; if not, it sees its whole segment."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -59,22 +63,22 @@ def blocked_attention(
     v_BTKW: Float[Array, "B T K W"],
     segment_ids: SegmentIds,
     device: Int[Array, ""],
-    causal: CausalWindow,
+    mask: PositionMask,
 ) -> Float[Array, "B t N W"]:
     """Compute attention block by block; pairs of blocks without any visible key are skipped.
 
     Args:
-        q_BtNH: queries, in runs that start at the positions `causal.run_starts[device]`.
+        q_BtNH: queries, in runs that start at the positions `mask.run_starts[device]`.
         k_BTKH: keys of the full sequence.
         v_BTKW: values of the full sequence.
         segment_ids: segment ids of the queries and of the keys.
         device: index of this device on `context`.
-        causal: positions of the queries and window; static.
+        mask: positions of the queries, and which positions they see; static.
 
     Returns:
         The attention output (B, t, N, W), in the order of the queries.
     """
-    return _blocked_forward(q_BtNH, k_BTKH, v_BTKW, segment_ids, device, causal)[0]
+    return _blocked_forward(q_BtNH, k_BTKH, v_BTKW, segment_ids, device, mask)[0]
 
 
 class _Residuals(NamedTuple):
@@ -162,12 +166,12 @@ class _Places(NamedTuple):
     segments_BjS: Int[Array, "B j S"]
 
 
-def _places(segment_ids: SegmentIds, device: Int[Array, ""], causal: CausalWindow, layout: _Layout) -> _Places:
+def _places(segment_ids: SegmentIds, device: Int[Array, ""], mask: PositionMask, layout: _Layout) -> _Places:
     """Return the places of all blocks; padding repeats the last query or key, but padded keys come after every query."""
     runs, run_blocks, queries, key_blocks, keys, groups = layout
     B, t = segment_ids.queries_Bt.shape
     run = t // runs
-    starts_cr = np.array(causal.run_starts, np.int32)
+    starts_cr = np.array(mask.run_starts, np.int32)
     devices = len(starts_cr)
     end_cr1 = starts_cr[:, :, None] + run
     # Rounded up to whole vectors, the last blocks of a run may be padding alone.
@@ -176,6 +180,9 @@ def _places(segment_ids: SegmentIds, device: Int[Array, ""], causal: CausalWindo
     first_ci, last_ci = (x.reshape(devices, runs * run_blocks) for x in (first_cri, last_cri))
     segments = _repeat_last(segment_ids.queries_Bt.reshape(B, runs, run), run_blocks * queries)
     key_segments = _repeat_last(segment_ids.keys_BT, key_blocks * keys)
+    if not mask.is_causal:
+        # No position hides the keys of padding then, so they get a segment that no query has.
+        key_segments = jnp.where(np.arange(key_blocks * keys) < segment_ids.keys_BT.shape[1], key_segments, _NO_SEGMENT)
     return _Places(
         first_ci[0] if devices == 1 else jnp.asarray(first_ci)[device],
         last_ci[0] if devices == 1 else jnp.asarray(last_ci)[device],
@@ -195,26 +202,31 @@ _Index = Int[Array, ""]
 """Index of a sequence (b), a block of queries (i) or a block of keys (j)."""
 
 
-def _visible(places: _Places, layout: _Layout, b: _Index, i: _Index, j: _Index, window: int | None) -> Bool[Array, "S R"]:
+def _visible(places: _Places, layout: _Layout, b: _Index, i: _Index, j: _Index, mask: PositionMask) -> Bool[Array, "S R"]:
     """Return the mask of a pair of blocks, true where the query sees the key."""
+    in_segment = places.segments_BiR[b, i][None, :] == places.segments_BjS[b, j][:, None]
+    if not mask.is_causal:
+        return in_segment
     queries_R = np.tile(np.arange(layout.queries, dtype=np.int32), layout.groups)
     positions_R = jnp.minimum(jnp.asarray(places.first_i)[i] + queries_R, jnp.asarray(places.last_i)[i])
     positions_S = j * layout.keys + np.arange(layout.keys, dtype=np.int32)
     distance = positions_R[None, :] - positions_S[:, None]
-    visible = (distance >= 0) & (places.segments_BiR[b, i][None, :] == places.segments_BjS[b, j][:, None])
-    return visible if window is None else visible & (distance < window)
+    visible = (distance >= 0) & in_segment
+    return visible if mask.window is None else visible & (distance < mask.window)
 
 
-def _may_see(places: _Places, layout: _Layout, window: int | None) -> Bool[Array, "B i j"]:
+def _may_see(places: _Places, layout: _Layout, mask: PositionMask) -> Bool[Array, "B i j"]:
     """Return which pairs of blocks may have a visible key: those whose ranges of positions and of segments allow it."""
-    first_j = np.arange(0, layout.key_blocks * layout.keys, layout.keys, dtype=np.int32)
-    in_reach_ij = places.last_i[:, None] >= first_j
-    if window is not None:
-        in_reach_ij &= places.first_i[:, None] - (first_j + layout.keys - 1) < window
     segments_i = places.segments_BiR[:, :, None, : layout.queries]
     segments_j = places.segments_BjS[:, None]
     overlaps_Bij = jnp.min(segments_i, axis=-1) <= jnp.max(segments_j, axis=-1)
     overlaps_Bij &= jnp.min(segments_j, axis=-1) <= jnp.max(segments_i, axis=-1)
+    if not mask.is_causal:
+        return overlaps_Bij
+    first_j = np.arange(0, layout.key_blocks * layout.keys, layout.keys, dtype=np.int32)
+    in_reach_ij = places.last_i[:, None] >= first_j
+    if mask.window is not None:
+        in_reach_ij &= places.first_i[:, None] - (first_j + layout.keys - 1) < mask.window
     return jnp.asarray(in_reach_ij) & overlaps_Bij
 
 
@@ -232,17 +244,17 @@ def _blocked_forward(
     v_BTKW: Float[Array, "B T K W"],
     segment_ids: SegmentIds,
     device: Int[Array, ""],
-    causal: CausalWindow,
+    mask: PositionMask,
 ) -> tuple[Float[Array, "B t N W"], _Residuals]:
     t, N, H = q_BtNH.shape[1:]
     B, T, K, W = v_BTKW.shape
-    layout = _layout(t, T, len(causal.run_starts[0]), N // K)
+    layout = _layout(t, T, len(mask.run_starts[0]), N // K)
     q = _query_blocks(q_BtNH * jnp.asarray(1 / math.sqrt(H), q_BtNH.dtype), layout)
     k = _key_blocks(k_BTKH, layout)
     # With the keys along the last dim, as the product with the weights takes them.
     v = _key_blocks(v_BTKW, layout).swapaxes(-1, -2)
-    places = _places(segment_ids, device, causal, layout)
-    first_Bi, end_Bi = _bounds(_may_see(places, layout, causal.window))
+    places = _places(segment_ids, device, mask, layout)
+    first_Bi, end_Bi = _bounds(_may_see(places, layout, mask))
     blocks, R = q.shape[2:4]
 
     def of_queries(index: Int[Array, ""]) -> tuple[Float[Array, "W R"], Float[Array, " R"]]:
@@ -255,7 +267,7 @@ def _blocked_forward(
         ) -> tuple[Float[Array, " R"], Float[Array, " R"], Float[Array, "W R"]]:
             top_R, total_R, y_WR = carry
             scores = jnp.einsum("SH,RH->SR", k[b, kv, j], q_RH, preferred_element_type=jnp.float32)
-            scores = jnp.where(_visible(places, layout, b, i, j, causal.window), scores, NEG)
+            scores = jnp.where(_visible(places, layout, b, i, j, mask), scores, NEG)
             new_top_R = jnp.maximum(top_R, jnp.max(scores, axis=0))
             # While a query has seen no key, its weights are those of masked keys; the first visible key scales them to zero.
             weights = jnp.exp(scores - new_top_R)
@@ -287,11 +299,11 @@ _KeyGradients = tuple[Float[Array, "i H R"], Float[Array, "S H"], Float[Array, "
 
 
 def _blocked_backward(
-    causal: CausalWindow, saved: _Residuals, dy_BtNW: Float[Array, "B t N W"]
+    mask: PositionMask, saved: _Residuals, dy_BtNW: Float[Array, "B t N W"]
 ) -> tuple[Float[Array, "B t N H"], Float[Array, "B T K H"], Float[Array, "B T K W"], None, None]:
     t, N, H = saved.q_BtNH.shape[1:]
     B, T, K, _ = saved.v_BTKW.shape
-    layout = _layout(t, T, len(causal.run_starts[0]), N // K)
+    layout = _layout(t, T, len(mask.run_starts[0]), N // K)
     scale = jnp.asarray(1 / math.sqrt(H), saved.q_BtNH.dtype)
     q = _query_blocks(saved.q_BtNH * scale, layout)
     k = _key_blocks(saved.k_BTKH, layout)
@@ -300,8 +312,8 @@ def _blocked_backward(
     # The row sum of dy * y is the term of the softmax gradient that all entries of a row share.
     common_BtN1 = jnp.sum(dy_BtNW.astype(jnp.float32) * saved.y_BtNW.astype(jnp.float32), axis=-1, keepdims=True)
     common = _query_blocks(common_BtN1, layout)[..., 0]
-    places = _places(saved.segment_ids, saved.device, causal, layout)
-    first_Bj, end_Bj = _bounds(_may_see(places, layout, causal.window).swapaxes(1, 2))
+    places = _places(saved.segment_ids, saved.device, mask, layout)
+    first_Bj, end_Bj = _bounds(_may_see(places, layout, mask).swapaxes(1, 2))
     blocks, R = q.shape[2:4]
 
     def of_head(head: Int[Array, ""]) -> tuple[Float[Array, "i H R"], Float[Array, "j S H"], Float[Array, "j S W"]]:
@@ -317,7 +329,7 @@ def _blocked_backward(
                 dy_RW = dy[b, kv, i]
                 scores = jnp.einsum("SH,RH->SR", k_SH, q_RH, preferred_element_type=jnp.float32)
                 # exp may overflow for a masked pair, whose score the log-sum-exp does not contain; the select discards it.
-                visible = _visible(places, layout, b, i, j, causal.window)
+                visible = _visible(places, layout, b, i, j, mask)
                 weights = jnp.where(visible, jnp.exp(scores - saved.lse_BKiR[b, kv, i]), 0)
                 dweights = jnp.einsum("SW,RW->SR", v_SW, dy_RW, preferred_element_type=jnp.float32)
                 # Gradient of the softmax: ds = w * (dw - sum(w * dw)), where the sum is `common`.

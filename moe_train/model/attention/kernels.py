@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train.machine.mesh import batch_axes, platform
-from moe_train.model.attention.blocked import NEG, CausalWindow, SegmentIds, blocked_attention
+from moe_train.model.attention.blocked import NEG, PositionMask, SegmentIds, blocked_attention
 from moe_train.model.attention.context_parallel import from_zigzag, run_len, run_starts, to_zigzag
 from moe_train.model.attention.splash import make_splash, splash_attention, table_specs
 from moe_train.model.sharding.collectives import gather_axis
@@ -63,14 +63,14 @@ def attend(
             case "reference":
                 return reference_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window))
             case "cudnn":
-                return _cudnn_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window))
+                return cudnn_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window))
             # The two kernels below skip masked blocks, so they need zig-zag order for equal work; those above take the full mask.
             case "blocked":
                 q = to_zigzag(q)
                 segments = to_zigzag(segments)
                 device = jax.lax.axis_index("context")
-                causal = CausalWindow(run_starts(k.shape[1]), window)
-                return from_zigzag(blocked_attention(q, k, v, SegmentIds(segments, segments_k), device, causal))
+                mask = PositionMask(run_starts(k.shape[1]), window)
+                return from_zigzag(blocked_attention(q, k, v, SegmentIds(segments, segments_k), device, mask))
             case "splash":
                 q = to_zigzag(q)
                 segments = to_zigzag(segments)
@@ -87,7 +87,7 @@ def attend(
     return run(q_BTNH, k_BSKH, v_BSKW, positions_BT, segment_ids_BT, splash)
 
 
-def _cudnn_attention(
+def cudnn_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKW: Float[Array, "B S K W"],

@@ -30,7 +30,7 @@ def _heads_first(x_BTNH: Float[Array, "B T N H"], K: int) -> Float[Array, "B K G
     return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
 
-def make_splash(T: int, group: int, window: int | None) -> Any:
+def make_splash(T: int, group: int, window: int | None, is_causal: bool = True) -> Any:
     """Create the kernel and its tables of the blocks that are not fully masked. Global view.
 
     The tables are split over `context` in the same order as the queries after `to_zigzag`.
@@ -39,16 +39,20 @@ def make_splash(T: int, group: int, window: int | None) -> Any:
         T: length of the full sequence.
         group: number of query heads per key head.
         window: sliding window in tokens; None for full causal attention.
+        is_causal: whether a query sees only keys that are not later than itself; if not, queries keep their order, and see
+            their whole segment.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    # LocalMask counts the keys before a query without the query's own, which makes window - 1.
-    mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
-    # The kernel is told the true positions of the zig-zag reordered queries, so that it masks and skips the right blocks.
-    run = run_len(T)
-    starts = itertools.chain.from_iterable(run_starts(T))
-    mask.q_sequence = np.concatenate([np.arange(start, start + run, dtype=np.int32) for start in starts])
+    mask: Any = masks.FullMask((T, T))
+    if is_causal:
+        # LocalMask counts the keys before a query without the query's own, which makes window - 1.
+        mask = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), 0)
+        # The kernel is told the true positions of the zig-zag reordered queries, so that it masks and skips the right blocks.
+        run = run_len(T)
+        starts = itertools.chain.from_iterable(run_starts(T))
+        mask.q_sequence = np.concatenate([np.arange(start, start + run, dtype=np.int32) for start in starts])
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     blocks: dict[str, Any] = {f"block_{name}": block_size(T) for name in names}
     # A kernel for one key head and its group of queries; `splash_attention` maps it over the key heads of a device.

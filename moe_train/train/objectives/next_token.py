@@ -7,15 +7,17 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.batch import Batch, PackedBatch
+from moe_train.data.batches.picture_batch import PictureBatch
+from moe_train.model.encoders.pictures import Pictures
 from moe_train.model.layers import keys_of
 from moe_train.train.cross_entropy import cross_entropy_sum
 from moe_train.train.objectives.objective import Objective, ObjectiveInputs, Terms
 
 
-def next_token() -> Objective:
-    """Return the next-token objective, whose batch type is `Batch`."""
-    return Objective(Batch, count_loss_tokens, loss, mean_name="cross_entropy", weight_name="loss_tokens")
+def next_token(batch_type: type[PackedBatch] = Batch) -> Objective:
+    """Return the next-token objective, whose batch type is `Batch`, or one with pictures."""
+    return Objective(batch_type, count_loss_tokens, loss, mean_name="cross_entropy", weight_name="loss_tokens")
 
 
 def count_loss_tokens(batch: Any, first_pass_result: Any) -> Int[Array, ""]:
@@ -28,7 +30,15 @@ def loss(inputs: ObjectiveInputs, first_pass_result: Any) -> Terms:
     model = inputs.model
     batch = inputs.batch
     body_key, head_key = keys_of(inputs.key, 2)
-    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
+    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key, pictures_of(batch))
     lora_factors = model.head_lora_factors(hidden_BTD, head_key)
     total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, lora_factors)
     return Terms(total, {}, routers)
+
+
+def pictures_of(batch: Any) -> Pictures | None:
+    """Return the pictures of a batch; None for a batch type without pictures."""
+    if not isinstance(batch, PictureBatch):
+        return None
+    arrays: Any = batch  # those of JAX in a step, where the type of the batch names NumPy's
+    return Pictures(arrays.patches, arrays.places, arrays.picture_ids, arrays.feature_index)

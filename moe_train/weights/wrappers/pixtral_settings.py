@@ -44,7 +44,7 @@ def to_native(fields: JsonObject, settings: PixtralSettings, source: Path, contr
     section: JsonObject = {
         "hidden_size": settings.hidden_size,
         "num_channels": settings.num_channels,
-        "max_image_size": _largest_image(source) or settings.image_size,
+        "max_image_size": largest_image(source) or settings.image_size,
         "image_size": settings.image_size,
         "patch_size": settings.patch_size,
         "rope_theta": settings.rope_theta,
@@ -67,7 +67,7 @@ def _or_placeholder(number: int | None) -> int:
     return _PLACEHOLDER if number is None else number
 
 
-def _largest_image(source: Path) -> int | None:
+def largest_image(source: Path) -> int | None:
     """Return the longest side, in pixels, to which the base's processor shrinks images; None if it states none."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         file = source / name

@@ -81,7 +81,7 @@ def test_a_prompt_is_what_comes_before_the_answer(tokenizer: HuggingFace, mistra
         ([{"role": "robot", "content": "a"}], "role 'robot'; roles are system, user, assistant"),
         ([{"content": "a"}], "role None"),
         ([{"role": "user"}], "the content of message 0 is null or empty; write its text"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "images, sound and video are not read"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "0 pictures in its column, and 1 places for them"),
         ([{"role": "user", "content": "\ufdd0"}, SINGLE[1]], "noncharacter"),
         ([*SINGLE[:1], {"role": "assistant", "content": "a", "weight": 0.5}], "weight 0.5"),
         ([*SINGLE[:1], {"role": "assistant", "tool_calls": [{"id": "1"}]}], "a call in message 1 is .*write"),

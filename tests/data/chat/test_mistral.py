@@ -188,8 +188,8 @@ def test_a_call_is_trained_on_without_its_id_and_seen_with_it() -> None:
     assert said == ['[TOOL_CALLS] [{"name": "f", "arguments": {}}]</s>', " b</s>"]
     assert "abcdefghi" in ours.decode(row.tokens) and "abcdefghi" not in ours.decode(call.tokens)
     # What comes before is what a server sends.
-    assert row.tokens[: len(row.tokens) - 2] == mistral.prompt(Conversation([*ASKED, RESULT], [TOOL]), ours)
-    prompt = mistral.prompt(Conversation(ASKED[:1], [TOOL]), ours)
+    assert row.tokens[: len(row.tokens) - 2] == mistral.prompt(Conversation([*ASKED, RESULT], [TOOL]), ours).tokens
+    prompt = mistral.prompt(Conversation(ASKED[:1], [TOOL]), ours).tokens
     assert call.tokens[: len(prompt)] == prompt == call.tokens[: (call.loss_mask or []).index(True)]
 
 

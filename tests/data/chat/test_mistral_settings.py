@@ -87,7 +87,7 @@ def test_settings_of_a_record_or_of_its_section_stand_before_the_question() -> N
     question, between = spans(example, tokenizer, False)
     assert question == f"<s>[SYSTEM_PROMPT]Hi.[/SYSTEM_PROMPT]{settings}[INST]2+2?[/INST]" and between == "[INST]2+2?[/INST]"
     assert learned(record, "small-v15", **stated)[0] == example
-    prompt = mistral.prompt(Conversation(record["messages"][:2], [], ModelSettings("high", SCHEMA)), tokenizer)
+    prompt = mistral.prompt(Conversation(record["messages"][:2], [], ModelSettings("high", SCHEMA)), tokenizer).tokens
     assert tokenizer.decode(prompt, keep_special=True) == question
 
 

@@ -73,7 +73,7 @@ def test_the_tokens_are_those_of_the_longest_prefix(version: str) -> None:
     *call, row = merged(made, tokenizer)
     assert row.merged is not None and len(row.merged.ends) == 21 - len(call)
     # All tokens before the last turn are what a server sends for it.
-    prompt = mistral.prompt(Conversation(made.messages[:-1], made.tools), tokenizer)
+    prompt = mistral.prompt(Conversation(made.messages[:-1], made.tools), tokenizer).tokens
     assert row.tokens[: len(prompt)] == prompt
     assert row.merged.separate_tokens > 9 * len(row.tokens)
     assert row.merged.restart == (WITHOUT_ID if version in WITH_IDS else None)

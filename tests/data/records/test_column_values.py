@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import json
 import uuid
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 from moe_train import config
 from moe_train.data.records.column_values import rows
 from moe_train.data.records.conversation import read
+from moe_train.data.records.normal_form import Conversation
+from moe_train.data.records.pictures import references_of
 from moe_train.data.records.problem import Problem, check_usable
 from tests.data.records.sources import opened, texts
 from tests.data.records.tables import json_array, write_table
@@ -109,6 +112,20 @@ def test_a_picture_is_refused_as_a_picture_unless_it_is_ignored_by_name(tmp_path
         else:
             with pytest.raises(Problem, match="has the key 'images': images, sound and video are not read"):
                 read(fields, section)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_pictures_that_datasets_has_stored(tmp_path: Path) -> None:
+    pictures = pa.array(
+        [[{"bytes": b"\x89PNG", "path": "a.png"}, {"bytes": None, "path": "b.png"}]],
+        pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+    )
+    messages = [{"role": "user", "content": "<image><image>What?"}, {"role": "assistant", "content": "This."}]
+    path = write_table(pa.table({"messages": [json.dumps(messages)], "images": pictures}), tmp_path / "a.parquet")
+    section = config.ChatRecord(name="chat")
+    [(_, fields)] = opened(path, record=section)
+    record = read(fields, section).record
+    assert isinstance(record, Conversation) and references_of(record) == ["data:image;base64,iVBORw==", "b.png"]
 
 
 @pytest.mark.usefixtures("no_network")

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from moe_train import config
+from moe_train.data.chat.example import RenderedPrompt
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.evaluate.generation.completion import Completion, StopTexts
 from moe_train.evaluate.generation.sampling import Sampling
@@ -25,7 +26,8 @@ def test_texts_stop_texts_and_control_tokens(tokenizer: HuggingFace, monkeypatch
         def __init__(self, *arguments: Any) -> None:
             assert arguments[1:] == (MIXTRAL, ONE, "float32", 2)
 
-        def generate(self, prompts: list[list[int]], sampling: Sampling, stops: StopTexts) -> list[Completion]:
+        def generate(self, prompts: list[list[int]], sampling: Sampling, stops: StopTexts, pictures: Any) -> list[Completion]:
+            assert pictures == [None] * len(prompts)
             completions = []
             for prompt in prompts:
                 tokens = [*tokenizer.encode("some text"), tokenizer.eos_id, *tokenizer.encode(f"{len(prompt)}")]
@@ -34,8 +36,8 @@ def test_texts_stop_texts_and_control_tokens(tokenizer: HuggingFace, monkeypatch
 
     monkeypatch.setattr(generation, "Generator", Generator)
     monkeypatch.setattr(generation, "combine", lambda structure, weights: None)
-    prompts = [tokenizer.encode("a" * n) for n in (9, 1, 5)]
-    lengths = [len(prompt) for prompt in prompts]
+    prompts = [RenderedPrompt(tokenizer.encode("a" * n)) for n in (9, 1, 5)]
+    lengths = [len(prompt.tokens) for prompt in prompts]
     done: list[int] = []
     options = TextOptions(config.AnswerGeneration(max_tokens=50), 2)
     answers = generate_answers(NO_WEIGHTS, tokenizer, prompts, options, done.append)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_train.model.attention import blocked
-from moe_train.model.attention.blocked import CausalWindow, SegmentIds, blocked_attention
+from moe_train.model.attention.blocked import PositionMask, SegmentIds, blocked_attention
 from tests.model.attention.against_reference import check, operands
 
 
@@ -40,13 +40,13 @@ def test_no_pair_of_blocks_with_a_visible_key_is_skipped(starts: tuple[int, ...]
     run = t // len(starts)
     queries = jnp.concatenate([keys[:, start : start + run] for start in starts], axis=1)
     layout = blocked._layout(t, T, len(starts), G)
-    causal = CausalWindow((starts,), window)
-    places = blocked._places(SegmentIds(queries, keys), jnp.int32(0), causal, layout)
-    may_see = np.asarray(blocked._may_see(places, layout, window))[0]
+    mask = PositionMask((starts,), window)
+    places = blocked._places(SegmentIds(queries, keys), jnp.int32(0), mask, layout)
+    may_see = np.asarray(blocked._may_see(places, layout, mask))[0]
     assert may_see.shape[0] > 2 and not may_see.all()
     first, end = (np.asarray(x)[0] for x in blocked._bounds(jnp.asarray(may_see)[None]))
     for i, j in np.ndindex(may_see.shape):
-        visible = bool(blocked._visible(places, layout, jnp.int32(0), jnp.int32(i), jnp.int32(j), window).any())
+        visible = bool(blocked._visible(places, layout, jnp.int32(0), jnp.int32(i), jnp.int32(j), mask).any())
         assert may_see[i, j] or not visible
         assert first[i] <= j < end[i] or not may_see[i, j]
 
@@ -59,8 +59,8 @@ def test_memory_is_linear_in_the_length() -> None:
         ids = jnp.ones((1, T), jnp.int32)
 
         def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            causal = CausalWindow(((0,),), None)
-            return jnp.sum(blocked_attention(q, k, v, SegmentIds(ids, ids), jnp.int32(0), causal))
+            mask = PositionMask(((0,),), None)
+            return jnp.sum(blocked_attention(q, k, v, SegmentIds(ids, ids), jnp.int32(0), mask))
 
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k).compile().memory_analysis().temp_size_in_bytes
 

@@ -53,7 +53,7 @@ def test_padding_to_one_width_for_cudnn_is_exact(width: int, monkeypatch: pytest
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     q, k, v = (jnp.asarray(x) for x in operands(20, width=width)[:3])
     visible = jnp.broadcast_to(jnp.tri(20, dtype=bool), (B, 20, 20))
-    actual = kernels._cudnn_attention(q, k, v, visible)
+    actual = kernels.cudnn_attention(q, k, v, visible)
     assert actual.shape == (B, 20, N, width)
     np.testing.assert_allclose(actual, kernels.reference_attention(q, k, v, visible), rtol=1e-5, atol=1e-6)
 

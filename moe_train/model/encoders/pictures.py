@@ -1,0 +1,67 @@
+"""Pictures as arrays: the patches of all pictures of a row, and the tokens that their features stand for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from moe_train.model.sharding.collectives import gather_axis
+from moe_train.model.sharding.specs import activation_spec, place
+
+
+class Pictures(NamedTuple):
+    """The pictures of a batch; T and P are split over `context`, B like the batch.
+
+    Patches that merge to one token are neighbours, in the order of rows and columns inside their square, and tokens are in the
+    order in which they stand in the row.
+    """
+
+    patches_BPC: Float[Array, "B P C"]
+    """Normalized pixels of each patch: channel, row, column."""
+    places_BP2: Int[Array, "B P 2"]
+    """Row and column of each patch in its picture."""
+    picture_ids_BP: Int[Array, "B P"]
+    """Pictures of a row, numbered from 1; 0 for padding."""
+    feature_index_BT: Int[Array, "B T"]
+    """For a token that stands for a part of a picture, the index of its feature in the row; -1 for all other tokens."""
+
+    def placed(self) -> Pictures:
+        """Return the arrays with the shardings of activations."""
+        return Pictures(
+            place(self.patches_BPC, "BTC"),
+            place(self.places_BP2, "BTC"),
+            place(self.picture_ids_BP, "BT"),
+            place(self.feature_index_BT, "BT"),
+        )
+
+
+class PictureFeatures(NamedTuple):
+    """Features of pictures that have been computed, and the tokens that they stand for."""
+
+    features_BMD: Float[Array, "B M D"]
+    feature_index_BT: Int[Array, "B T"]
+    """As in `Pictures`."""
+
+
+def write_features(
+    x_BTD: Float[Array, "B T D"], features_BMD: Float[Array, "B M D"], feature_index_BT: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Replace the embeddings of tokens that stand for parts of pictures by their features.
+
+    Args:
+        x_BTD: embeddings.
+        features_BMD: features of the pictures of each row.
+        feature_index_BT: index of the feature of each token; -1 to keep the embedding.
+    """
+    spec = activation_spec("BTD")
+
+    def local(x: Float[Array, "b t D"], features: Float[Array, "b m D"], index: Int[Array, "b t"]) -> Float[Array, "b t D"]:
+        features = gather_axis(features, "context", 1)
+        chosen = jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
+        return jnp.where((index >= 0)[..., None], chosen.astype(x.dtype), x)
+
+    run = jax.shard_map(local, in_specs=(spec, spec, activation_spec("BT")), out_specs=spec)
+    return run(x_BTD, features_BMD, feature_index_BT)

@@ -1,0 +1,185 @@
+"""A vision tower in files as weights of our model: its sizes as a config section, and the place of every matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moe_train import config
+from moe_train.weights.names.pieces import WeightPiece, piece_of
+from moe_train.weights.names.tensor_layout import Row
+from moe_train.weights.on_disk import Carried
+from moe_train.weights.wrappers.pixtral_settings import largest_image
+from moe_train.weights.wrappers.towers import PixtralSettings
+
+_COLOURS = 3
+_NATIVE_NORM_EPS = 1e-5
+"""Constant of the projector's norm in readers of Mistral's own layout, whose files do not state it."""
+
+
+def require_tower(path: object, carried: Carried | None) -> Carried:
+    """Return the parts around a text model. Raises ValueError unless they are an unquantized vision tower and its projector."""
+    fault = tower_fault(carried)
+    if fault is not None:
+        raise ValueError(f"{path} {fault}")
+    assert carried is not None
+    return carried
+
+
+def tower_fault(carried: Carried | None) -> str | None:
+    """Say why the parts around a text model see no pictures, for a message; None if they do."""
+    if carried is None or not isinstance(carried.settings, PixtralSettings):
+        parts = "no tower" if carried is None else f"the {carried.parts}"
+        return f"has {parts}, but pictures need a vision tower; name a model with one, or leave vision out"
+    quantized = [name for name, tensor in carried.tensors.items() if tensor.dtype.itemsize == 1]
+    if quantized:
+        return (
+            f"has a quantized vision tower ({quantized[0]} is {carried.tensors[quantized[0]].dtype}), and pictures need it in "
+            "bfloat16 or float32; start from the unquantized release"
+        )
+    return None
+
+
+def encoder_of(carried: Carried, model: config.Model, path: Path) -> config.VisionEncoder:
+    """Return the sizes of a vision tower and its projector.
+
+    Args:
+        carried: the tower in files (`require_tower`).
+        model: the text model, whose norms the projector's follows in Hugging Face's layout.
+        path: the folder, whose preprocessor states the largest picture.
+
+    Raises:
+        ValueError: the tower computes something that this package does not.
+    """
+    settings = carried.settings
+    assert isinstance(settings, PixtralSettings)
+    fields = carried.fields
+    is_native = carried.layout == "mistral"
+    if is_native:
+        longest = fields["vision_encoder"].get("max_image_size") or settings.image_size
+    else:
+        longest = largest_image(path) or settings.image_size
+        required = {
+            "projector_hidden_act": (fields.get("projector_hidden_act", "gelu"), "gelu"),
+            "vision_feature_layer": (fields.get("vision_feature_layer", -1), -1),
+            "vision_feature_select_strategy": (fields.get("vision_feature_select_strategy", "full"), "full"),
+        }
+        for key, (value, only) in required.items():
+            if value != only:
+                raise ValueError(f"{path}: {key} is {value!r} in config.json, and pictures need a tower with {only!r}")
+    if settings.num_channels != _COLOURS:
+        raise ValueError(f"{path}: the vision tower takes {settings.num_channels} channels, and pictures have {_COLOURS}")
+    sizes = {
+        "tower_dim": settings.hidden_size,
+        "ffn_dim": settings.intermediate_size,
+        "num_layers": settings.num_hidden_layers,
+        "num_heads": settings.num_attention_heads,
+        "patch_size": settings.patch_size,
+        "max_image_size": longest,
+        "theta": settings.rope_theta,
+        "activation": settings.hidden_act,
+        "merge_size": settings.merge,
+        "projector_norm": settings.norm,
+        "projector_norm_eps": _NATIVE_NORM_EPS if is_native else model.norm_eps,
+        "projector_bias": settings.bias,
+    }
+    try:
+        return config.VisionEncoder.model_validate(sizes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: the vision tower is not supported: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
+
+
+_OUTSIDE_LAYERS = (
+    Row("vision_tower.patch_conv.weight", "D A X Y", "vision.tower.patch_proj.weight", "AXY D"),
+    Row("vision_tower.ln_pre.weight", "D", "vision.tower.patch_norm.scale", "D"),
+)
+_IN_LAYER = (
+    Row("attention_norm.weight", "D", "attention_norm.scale", "D"),
+    Row("attention.q_proj.weight", "NH D", "attention.q_proj.weight", "D N H"),
+    Row("attention.k_proj.weight", "NH D", "attention.k_proj.weight", "D N H"),
+    Row("attention.v_proj.weight", "NH D", "attention.v_proj.weight", "D N H"),
+    Row("attention.o_proj.weight", "D NH", "attention.o_proj.weight", "N H D"),
+    Row("ffn_norm.weight", "D", "ffn_norm.scale", "D"),
+    Row("feed_forward.gate_proj.weight", "F D", "ffn.gate_proj.weight", "D F"),
+    Row("feed_forward.up_proj.weight", "F D", "ffn.up_proj.weight", "D F"),
+    Row("feed_forward.down_proj.weight", "D F", "ffn.down_proj.weight", "F D"),
+)
+_NORM = Row("multi_modal_projector.norm.weight", "D", "vision.projector.norm.scale", "D")
+_MERGER = Row("multi_modal_projector.patch_merger.merging_layer.weight", "D U", "vision.projector.merge_proj.weight", "U D")
+_LINEARS = (
+    Row("multi_modal_projector.linear_1.weight", "T D", "vision.projector.in_proj.weight", "D T"),
+    Row("multi_modal_projector.linear_2.weight", "G T", "vision.projector.out_proj.weight", "T G"),
+)
+_BIASES = (
+    Row("multi_modal_projector.linear_1.bias", "T", "vision.projector.in_proj.bias", "T"),
+    Row("multi_modal_projector.linear_2.bias", "G", "vision.projector.out_proj.bias", "G"),
+)
+"""Tensors in Hugging Face's layout. Letters of dims: D width of the tower, N heads, H dims of a head, F width of its feed-forward
+layers, A colours, X and Y sides of a patch, U values of merged patches, T and G width of the text model."""
+_NATIVE_NAMES = (
+    ("vision_tower.", "vision_encoder."),
+    ("attention.q_proj", "attention.wq"),
+    ("attention.k_proj", "attention.wk"),
+    ("attention.v_proj", "attention.wv"),
+    ("attention.o_proj", "attention.wo"),
+    ("feed_forward.gate_proj", "feed_forward.w1"),
+    ("feed_forward.up_proj", "feed_forward.w3"),
+    ("feed_forward.down_proj", "feed_forward.w2"),
+    ("multi_modal_projector.norm.", "pre_mm_projector_norm."),
+    ("multi_modal_projector.patch_merger.", "patch_merger."),
+    ("multi_modal_projector.linear_1", "vision_language_adapter.w_in"),
+    ("multi_modal_projector.linear_2", "vision_language_adapter.w_out"),
+)
+"""Parts of those names, and what stands for them in Mistral's own layout."""
+
+
+def pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
+    """List every weight of a vision tower and its projector in the layout of its files.
+
+    Args:
+        carried: the tower in files (`require_tower`).
+        model: the text model.
+    """
+    settings = carried.settings
+    assert isinstance(settings, PixtralSettings)
+    D = settings.hidden_size
+    H = D // settings.num_attention_heads
+    P = settings.patch_size
+    sizes = {"D": D, "F": settings.intermediate_size, "N": settings.num_attention_heads, "H": H, "Z": 2, "Q": H // 2}
+    sizes |= {"A": _COLOURS, "X": P, "Y": P, "U": settings.merge**2 * D, "T": model.model_dim, "G": model.model_dim}
+    rows = _rows(settings)
+    if carried.layout == "mistral":
+        rows = map(_native, rows)
+    table = [piece_of(sizes, row) for row in rows]
+    for layer in range(settings.num_hidden_layers):
+        for row in _IN_LAYER:
+            named = row._replace(name=f"vision_tower.transformer.layers.{layer}.{row.name}", path=f"vision.tower.layers.{row.path}")
+            table.append(piece_of(sizes, _native(named) if carried.layout == "mistral" else named, (layer,)))
+    return table
+
+
+def _rows(settings: PixtralSettings) -> Iterator[Row]:
+    """Yield the tensors outside the layers."""
+    yield from _OUTSIDE_LAYERS
+    if settings.norm:
+        yield _NORM
+    if settings.merge:
+        yield _MERGER
+    yield from _LINEARS
+    if settings.bias:
+        yield from _BIASES
+
+
+def _native(row: Row) -> Row:
+    """Return the row of a tensor in Mistral's own layout."""
+    name = row.name
+    for part, native in _NATIVE_NAMES:
+        name = name.replace(part, native)
+    is_rotary = row.path.endswith(("q_proj.weight", "k_proj.weight"))
+    if not is_rotary:
+        return row._replace(name=name)
+    # The two numbers of a rotary pair are adjacent there, and half a head apart in our arrays.
+    return row._replace(name=name, file_dims="NQZ D", internal_dims="D N ZQ")

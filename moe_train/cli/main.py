@@ -36,7 +36,6 @@ from moe_train.cli.terminal import print_json, print_mapping, print_table, progr
 from moe_train.cli.training import training_commands
 from moe_train.machine import processes
 from moe_train.machine.backend import backend_failure
-from moe_train.machine.freed_memory import keep_freed_memory
 from moe_train.machine.interrupts import ends_after_signals
 from moe_train.machine.program import program, runnable
 
@@ -95,7 +94,6 @@ def quickstart_command() -> None:
     It trains on the Python standard library's documentation, in runs/quickstart of the current directory.
     If it is interrupted, the same command continues.
     """
-    keep_freed_memory()
     from moe_train.commands.quickstart import quickstart
     from moe_train.machine.compile_cache import use_compile_cache
 

@@ -10,7 +10,6 @@ import typer
 
 from moe_train.cli.arguments import TRAINING, AsJson, ConfigPath, Overrides, help_examples, read_config
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
-from moe_train.machine.freed_memory import keep_freed_memory
 from moe_train.machine.program import runnable
 
 training_commands = typer.Typer()
@@ -28,7 +27,6 @@ def train_command(config_path: ConfigPath, overrides: Overrides = None) -> None:
     """Train the run that CONFIG describes; an interrupted run continues from its last checkpoint."""
     # Read before the import below, which takes seconds (jax), so that a mistake in the config is reported at once.
     config = read_config(config_path, overrides)
-    keep_freed_memory()
     from moe_train.commands.train import train
     from moe_train.machine.compile_cache import use_compile_cache
     from moe_train.run.bucket import working_folder
@@ -167,7 +165,6 @@ def bench_command(
 ) -> None:
     """Measure the speed of CONFIG's training step on these devices, with random weights and tokens."""
     config = read_config(config_path, overrides)
-    keep_freed_memory()
     from moe_train.commands.bench import bench
     from moe_train.machine.compile_cache import use_compile_cache
     from moe_train.machine.processes import process_started

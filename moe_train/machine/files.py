@@ -82,6 +82,8 @@ def refuse_existing(path: Path) -> None:
     scheme = path.parts[0] if path.parts else ""
     if scheme.endswith(":") and len(scheme) > 2:  # a Windows drive has one letter
         raise ValueError(f"{path} is a URL, but a directory is needed; write to a file system, and copy the result")
+    if path.is_file():
+        raise FileExistsError(f"{path} already exists; remove it, or choose another name")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} already exists and is not empty; remove it, or choose another directory")
 

@@ -1,6 +1,6 @@
 """Three tasks, a gate, a planted regression and the harness on a real model: SmolLM2-135M before and after a short LoRA.
 
-    taskset -c 0 python tests/benchmarks/arithmetic_gate.py SMOLLM2_GGUF [--steps 40] [--items 48] [--gsm8k FOLDER] [--harness]
+    taskset -c 0 python -m tests.benchmarks.arithmetic_gate SMOLLM2_GGUF [--steps 40] [--items 48] [--gsm8k FOLDER] [--harness]
 
 The tasks (`small_tasks.py`) are additions answered as in GSM8K (`47 + 8 = 55` and `#### 55`), calls of a tool as JSON, and short
 answers; a hash of each question decides whether it is trained on or asked. The fine-tuned model has to pass
@@ -22,14 +22,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from small_tasks import write_harness_tasks, write_tasks
+from tests.benchmarks.small_tasks import write_harness_tasks, write_tasks
 
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = {
-    "name": "small_tasks",
+    "name": "arithmetic",
     "lora": {"targets": [{"modules": ["attention.*", "ffn.*"], "rank": 16, "alpha": 32}]},
     "optimizer": {"name": "adamw", "learning_rate": 1e-3, "schedule": {"name": "linear", "warmup_steps": 4}},
 }
+SUITE: dict[str, Any] = {
+    "name": "arithmetic",
+    "items": "held_out.jsonl",
+    "generation": {"max_tokens": 24},
+    "grader": {"name": "number", "after": "####"},
+    "batch_size": 32,
+}
+"""The suite of the additions that `write_problems` writes."""
 HARNESS_ITEMS = 16
 
 
@@ -41,6 +49,13 @@ def moe_train(*arguments: str | Path, expected: int = 0) -> str:
     if done.returncode != expected:
         raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}, not {expected}")
     return done.stdout
+
+
+def write_problems(folder: Path, items: int) -> None:
+    """Write additions to train on (`train.jsonl`) and `items` others to ask (`held_out.jsonl`)."""
+    write_tasks(folder, ["arithmetic"], items)
+    (folder / "arithmetic.jsonl").rename(folder / "held_out.jsonl")
+    (folder / "arithmetic.yaml").unlink()
 
 
 def write_config(folder: Path, gguf: Path, steps: int, seq_len: int) -> Path:
@@ -97,15 +112,16 @@ def compare_with_harness(folder: Path, export: Path) -> None:
     )
 
 
-def main(gguf: Path, tasks: list[str], steps: int, seq_len: int, items: int, gsm8k: Path | None, harness: bool) -> None:
+def main(options: argparse.Namespace) -> None:
+    gguf = options.gguf
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        suites = write_tasks(folder, tasks, items)
-        moe_train("train", write_config(folder, gguf, steps, seq_len))
+        suites = write_tasks(folder, options.tasks, options.items)
+        moe_train("train", write_config(folder, gguf, options.steps, options.seq_len))
         tuned = folder / "run"
         asked = [word for file in suites for word in ("--suite", file)]
         # So small a model may not learn parity, for which every digit but the last is noise: it is reported alone.
-        gates = [word for task in tasks if task != "parity" for word in ("--require", f"{task} >= base")]
+        gates = [word for task in options.tasks if task != "parity" for word in ("--require", f"{task} >= base")]
         show(json.loads(moe_train("evaluate", tuned, *asked, "--json", "--against", gguf, *gates, "--out", folder / "result")))
         # One suite is enough to be caught.
         first = asked[:2], gates[:2]
@@ -116,11 +132,11 @@ def main(gguf: Path, tasks: list[str], steps: int, seq_len: int, items: int, gsm
         for check in checks["checks"]:
             if check["name"].startswith("answers to"):
                 print(f"{check['name']}: {check['said']}", flush=True)
-        if harness:
+        if options.harness:
             compare_with_harness(folder, folder / "merged")
-        if gsm8k is not None:
+        if options.gsm8k is not None:
             overrides = ("items=train.jsonl", "limit=50", "prompt={chat: true}")
-            reported = ("--suite", ROOT / "configs/suites/gsm8k.yaml", "--suite-data", gsm8k, "--json")
+            reported = ("--suite", ROOT / "configs/suites/gsm8k.yaml", "--suite-data", options.gsm8k, "--json")
             show(json.loads(moe_train("evaluate", tuned, *overrides, *reported, "--against", gguf)))
 
 
@@ -133,4 +149,4 @@ if __name__ == "__main__":
     parser.add_argument("--items", type=int, default=48)
     parser.add_argument("--gsm8k", type=Path)
     parser.add_argument("--harness", action="store_true")
-    main(**vars(parser.parse_args()))
+    main(parser.parse_args())

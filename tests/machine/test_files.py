@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.machine.files import new_directory, write_text
+from moe_train.machine.files import new_directory, refuse_existing, write_text
 
 
 def test_it_appears_when_it_is_complete(tmp_path: Path) -> None:
@@ -45,6 +45,12 @@ def test_what_is_there_is_refused_before_the_work_and_after_it(tmp_path: Path) -
         (tmp_path / "raced").mkdir()
         (tmp_path / "raced" / "file").write_text("first")
     assert [(p / "file").read_text() for p in sorted(tmp_path.iterdir())] == ["first", "first"]
+
+
+def test_a_file_is_refused_as_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out.yaml").write_text("a: 1\n")
+    with pytest.raises(FileExistsError, match=r"out.yaml already exists; remove it, or choose another name"):
+        refuse_existing(tmp_path / "out.yaml")
 
 
 def test_a_file_brings_its_folder(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 The roofline is that of Williams et al. (doi:10.1145/1498765.1498785). Matrix products, HBM traffic and those collectives that
 the compiler starts early overlap, so the slowest of them counts. Products wait for tokens sent to experts, for activations
 summed over `tensor`, for keys and values, and, as XLA:TPU compiles our programs for all chips but v5p, for gathered weights
-(`_is_hidden`), so these add up:
+(`_hidden_share`), so these add up:
 
     step = max(FLOPs / peak, HBM bytes / bandwidth, overlapping bytes / network) + waited-for bytes / network
 
@@ -191,9 +191,12 @@ def step_time(work: Work, flows: list[Flow], run: config.Run, topology: Topology
     outside_seconds = {True: 0.0, False: 0.0}
     for flow in flows:
         outside_bytes = _bytes_between_slices(flow, sizes, topology.devices_per_slice)
-        hidden = _is_hidden(flow, device)
-        inside_seconds[hidden] += (flow.bytes - outside_bytes) / (_bandwidth(flow, sizes, topology, device) / share)
-        outside_seconds[hidden] += outside_bytes / (device.dcn_bandwidth / share)
+        hidden_share = _hidden_share(flow, sizes, device)
+        inside = (flow.bytes - outside_bytes) / (_bandwidth(flow, sizes, topology, device) / share)
+        outside = outside_bytes / (device.dcn_bandwidth / share)
+        for hidden, part in ((True, hidden_share), (False, 1 - hidden_share)):
+            inside_seconds[hidden] += part * inside
+            outside_seconds[hidden] += part * outside
     return Time(
         compute=work.flops / (device.flops[run.compute.dtype] / share),
         hbm=work.hbm_bytes / (device.hbm_bandwidth / share),
@@ -204,18 +207,29 @@ def step_time(work: Work, flows: list[Flow], run: config.Run, topology: Topology
     )
 
 
-def _is_hidden(flow: Flow, device: Device) -> bool:
-    """Return whether a collective runs beside matrix products.
+HIDDEN_IN_STAGES = 0.6
+"""Share of the weights gathered over all chips of a v5p slice that arrives beside products: Mixtral 8x7B, fsdp 64, compiled.
+
+Such a gather has two stages (`collectives`), of which the first, and the second of one expert matrix of three, are waited for.
+"""
+
+
+def _hidden_share(flow: Flow, sizes: dict[str, int], device: Device) -> float:
+    """Return the share of a collective's bytes that is received beside matrix products.
 
     On TPUs only what compiled programs show counts: XLA:TPU fuses an asynchronous collective with a product of its own, while
     ours are in Pallas kernels, so collectives are synchronous, and so is the sum of gradients after the last product. SparseCores
     of a v5p gather weights and scatter gradients along fsdp meanwhile (98% and 99% of their bytes, `compiler_options`). On GPUs,
     for which nothing was compiled, whatever can overlap is assumed to.
     """
+    if not flow.overlaps:
+        return 0.0
     if device.torus_dims == 0:
-        return flow.overlaps
-    on_sparse_cores = flow.axis == "fsdp" and flow.kind in ("all-gather", "reduce-scatter") and "v5p" in device.kinds
-    return flow.overlaps and on_sparse_cores
+        return 1.0
+    if flow.axis != "fsdp" or flow.kind not in ("all-gather", "reduce-scatter") or "v5p" not in device.kinds:
+        return 0.0
+    is_only_axis = all(size == 1 for axis, size in sizes.items() if axis not in ("data", "fsdp"))
+    return HIDDEN_IN_STAGES if is_only_axis and flow.kind == "all-gather" else 1.0
 
 
 def _bandwidth(flow: Flow, sizes: dict[str, int], topology: Topology, device: Device) -> float:

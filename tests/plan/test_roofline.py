@@ -66,6 +66,12 @@ def test_only_what_compiled_programs_start_early_is_hidden(chip: str, kind: str,
     assert step_time(NOTHING, [flow._replace(overlaps=False)], small("mesh.fsdp=8"), topology, DEVICES[chip]).network == 0
 
 
+def test_a_part_of_what_is_gathered_over_a_whole_slice_is_waited_for() -> None:
+    flow = Flow("weights", "all-gather", "fsdp", 1e9, True)
+    time = step_time(NOTHING, [flow], small("mesh.fsdp=8"), parse_topology("v5p:2x2x2"), DEVICES["v5p"])
+    assert time.network == pytest.approx(1.5 * time.waited)
+
+
 def test_what_crosses_hosts_goes_over_the_slow_network() -> None:
     """Of an all-gather of 16 over two hosts of 8, half of a whole, shared by 8 devices, comes from outside: a sixteenth."""
     run, device = small("mesh.fsdp=16"), dataclasses.replace(DEVICES["h100"], link_bandwidth=1.0, dcn_bandwidth=1.0)

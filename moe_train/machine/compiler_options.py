@@ -14,6 +14,8 @@ Tried without benefit (two layers):
 
 from __future__ import annotations
 
+import jax
+
 V5P = ("TPU v5", "TPU v5p")
 """Names of the v5p that the compiler and the device use."""
 
@@ -41,5 +43,8 @@ def brief_options(platform: str) -> dict[str, int | bool]:
         # XLA's plain loops in place of its fusion emitters, at LLVM's second level: the random weights of workload S
         # (tests/benchmarks) take 1.3 CPU seconds of compilation in place of 6.0, and its self-tests 1.7 in place of 2.7. The
         # program that draws the weights runs as fast, and every bit of them is the same.
-        return {"xla_backend_optimization_level": 2, "xla_cpu_use_fusion_emitters": False}
+        options: dict[str, int | bool] = {"xla_backend_optimization_level": 2}
+        if jax.__version_info__ < (0, 12):
+            options["xla_cpu_use_fusion_emitters"] = False  # newer ones have no choice, and refuse the option
+        return options
     return {}

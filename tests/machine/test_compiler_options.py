@@ -19,5 +19,5 @@ def test_scatters_and_gathers_run_on_the_sparse_cores_of_a_v5p(device_kind: str)
 
 
 def test_only_on_cpus_is_compilation_itself_what_takes_the_time() -> None:
-    assert brief_options("cpu") == {"xla_backend_optimization_level": 2, "xla_cpu_use_fusion_emitters": False}
+    assert brief_options("cpu")["xla_backend_optimization_level"] == 2
     assert brief_options("tpu") == brief_options("gpu") == {}

@@ -82,7 +82,11 @@ def test_a_capacity_is_part_of_the_structure(structure: Any, weights: Parameters
 def test_initial_parameters_have_the_bits_of_a_program_with_all_optimizations() -> None:
     """Their own program is compiled with fewer, which takes a third of the time."""
     with jax.set_mesh(ONE):
-        plain = jax.jit(lambda: parameters(init_model(3, MIXTRAL, config.Compute(), LORA))[1])()
+        # Tests compile with fewer by default.
+        options: dict[str, int | bool] = {"xla_backend_optimization_level": 3}
+        if jax.__version_info__ < (0, 12):
+            options["xla_cpu_use_fusion_emitters"] = True
+        plain = jax.jit(lambda: parameters(init_model(3, MIXTRAL, config.Compute(), LORA))[1], compiler_options=options)()
         paths = plain.keys() - {f"{GATE}.weight"}
         initial = initial_parameters(lambda: init_model(3, MIXTRAL, config.Compute(), LORA), paths)
     assert initial.keys() == paths

@@ -148,6 +148,10 @@ def test_it_is_what_plan_recommends_or_says_why_not(path: Path) -> None:
         assert ratio < 1.02, f"{path.name}: state `# Plan: CHOICE needs {1 - 1 / ratio:.0%} less time …` and why it was not taken"
     else:
         assert float(stated[1]) == pytest.approx(100 * (1 - 1 / ratio), abs=1)
+    hours = 1e9 / (run.train.batch_size * run.train.seq_len) * recipe.time.step / 3600
+    readme = (path.parents[1] / "README.md").read_text(encoding="utf-8")
+    for row in re.findall(rf"^\| .*`{path.stem}`.* \| ([\d.]+) \|$", readme, re.M):
+        assert float(row) == pytest.approx(hours, abs=0.06), "hours for a billion tokens in README.md"
 
 
 SUITES = Path(__file__).parents[2] / "configs/suites"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from moe_train.config.conversion import arguments
 from moe_train.config.conversion.draft import EVERY_LINEAR, Draft, local_model, modules
+from moe_train.config.conversion.objectives import Pairs, objective_name, pair_record, put_marks, put_pairs, put_reward
 from moe_train.config.strict_yaml import shown
 
 
@@ -15,6 +18,7 @@ def read(draft: Draft, devices: int) -> None:
     draft.put("init_from", local_model(draft, str(draft.take("base_model", default="models/BASE"))))
     draft.take("model_type", "base_model_config", "tokenizer_type", "is_mistral_derived_model", "strict")
     _read_lora(draft)
+    _read_objective(draft)
     _read_data(draft)
     draft.put("train.seq_len", draft.whole("sequence_len", default=2048))
     arguments.read_length_and_batch(draft, devices, epochs=1)
@@ -24,6 +28,59 @@ def read(draft: Draft, devices: int) -> None:
     if draft.flag("sample_packing") or draft.flag("pad_to_sequence_len"):
         draft.note("sample_packing", "left out: examples are always packed, and never attend to each other")
     draft.take("flash_attention", "sdp_attention", "xformers_attention", "attn_implementation", "train_on_inputs")
+
+
+_DEFAULTS = (("roles_to_train", ["assistant"]), ("roles_to_train", ["gpt", "assistant"]), ("train_on_eos", "turn"))
+"""Settings of a data set that state what holds here anyway."""
+_PAIR_TYPES: Mapping[str, tuple[str | None, str, str]] = MappingProxyType(
+    {
+        "intel": ("question", "chosen", "rejected"),
+        "argilla": ("instruction", "chosen_response", "rejected_response"),
+        "icr": ("input", "chosen", "rejected"),
+        "prompt_pairs": ("prompt", "chosen", "rejected"),
+        "argilla_chat": (None, "chosen", "rejected"),
+        "ultra": (None, "chosen", "rejected"),
+    }
+)
+"""Last part of a type of preference pairs -> the columns of prompt and answers; None if the answers begin with the prompt."""
+_MARKED_TYPES: Mapping[str, dict[str, str]] = MappingProxyType(
+    {
+        "intel": {"prompt": "question"},
+        "argilla": {"prompt": "instruction"},
+        "icr": {"prompt": "input"},
+        "argilla_chat": {"messages": "completion"},
+    }
+)
+"""Last part of a type of marked answers -> our record's columns, where they are not `prompt` and `completion`."""
+
+
+def _read_objective(draft: Draft) -> None:
+    kind = draft.take("rl")
+    if draft.flag("reward_model"):
+        put_reward(draft)
+        return
+    if kind in (None, False):
+        return
+    beta = draft.number("rl_beta", "dpo_beta", default=0.1) or 0.1
+    if kind == "kto":
+        weights = draft.number("kto_desirable_weight", default=1.0), draft.number("kto_undesirable_weight", default=1.0)
+        put_marks(draft, beta, weights[0] or 1.0, weights[1] or 1.0)
+        return
+    sft_weight = draft.number("rpo_alpha", default=0.0) or 0.0
+    loss = str(kind)
+    if kind == "orpo":
+        beta = draft.number("orpo_alpha", default=0.1) or 0.1
+    elif kind == "simpo":
+        # The default of TRL's CPO, on which axolotl's SimPO stands.
+        sft_weight = draft.number("cpo_alpha", default=1.0) or 0.0
+    elif kind in ("dpo", True):
+        loss = str(draft.take("dpo_loss_type", default="sigmoid")).strip("[]'")
+        loss = "sigmoid_norm" if draft.flag("dpo_norm_loss") else loss
+    elif kind != "ipo":
+        draft.note("rl", f"{kind} is not supported; dpo, ipo, simpo, orpo and kto are; written is the next-token objective")
+        return
+    margin = draft.number("simpo_gamma", default=0.5)
+    put_pairs(draft, "rl", Pairs(loss, beta, draft.number("dpo_label_smoothing", default=0.0) or 0.0, sft_weight, margin))
 
 
 def _read_lora(draft: Draft) -> None:
@@ -75,7 +132,9 @@ def _source(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return our source for an entry of `datasets`."""
     known = {"path", "data_files", "ds_type", "type", "split", "name", "field", "conversation", "train_on_split"}
     known |= {"field_messages", "message_field_role", "message_field_content", "message_property_mappings", "roles"}
-    for name in sorted(set(entry) - known):
+    if objective_name(draft) != "next_token":
+        known |= {"field_chosen", "field_rejected", "field_prompt", "field_completion", "field_label"}
+    for name in sorted(name for name in set(entry) - known if (name, entry[name]) not in _DEFAULTS):
         draft.note(f"{key}.{name}", f"no such setting here (value {shown(entry[name])}); check with `moe-train data show`")
     path = str(entry.get("path", ""))
     record = _record(draft, key, entry)
@@ -92,12 +151,17 @@ def _source(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 def _record(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return our record section for the `type` of a data set."""
+    objective = objective_name(draft)
+    if objective in ("preference", "reward"):
+        return _pair_record(draft, key, entry)
+    if objective == "unpaired_preference":
+        return _marked_record(entry)
     kind = entry.get("type", "completion")
     if isinstance(kind, dict):
         question, answer = kind.get("field_instruction", "instruction"), kind.get("field_output", "output")
         draft.note(f"{key}.type", "a format of one's own: prompts are written by the chat template instead")
         return {"name": "completion", "prompt": question, "completion": answer}
-    if kind in ("chat_template", "sharegpt", "messages") or kind.startswith("chat_template"):
+    if kind in ("sharegpt", "messages") or kind.startswith("chat_template"):
         record: dict[str, Any] = {"name": "chat"}
         mapping = entry.get("message_property_mappings") or {}
         role = entry.get("message_field_role") or mapping.get("role")
@@ -116,3 +180,32 @@ def _record(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
         return {"name": "completion", "prompt": "instruction", "completion": "output"}
     draft.note(f"{key}.type", f"{kind} is not known; written is a chat; see `moe-train explain data.train.record`")
     return {"name": "chat"}
+
+
+def _pair_record(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """Return our record section for preference pairs."""
+    kind = entry.get("type") or ""
+    fields: dict[str, Any] = kind if isinstance(kind, dict) else entry
+    chosen, rejected = fields.get("field_chosen", "chosen"), fields.get("field_rejected", "rejected")
+    if isinstance(kind, dict):
+        draft.note(f"{key}.type", "a format of one's own: prompts are written by the chat template instead")
+        return pair_record(kind.get("field_prompt", "prompt"), chosen, rejected)
+    template, _, suffix = kind.rpartition(".")
+    if template == "bradley_terry":
+        return pair_record("input", chosen, rejected)
+    if kind.startswith("chat_template") and not suffix.startswith("argilla"):
+        return pair_record(entry.get("field_messages", "messages"), chosen, rejected)
+    if kind == "chat_template.argilla":
+        suffix = "argilla_chat"
+    if kind and suffix not in _PAIR_TYPES:
+        draft.note(f"{key}.type", f"{kind} is not known; written are the columns prompt, chosen and rejected")
+    return pair_record(*_PAIR_TYPES.get(suffix, ("prompt", chosen, rejected)))
+
+
+def _marked_record(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return our record section for answers marked as good or bad."""
+    kind = entry.get("type") or ""
+    if isinstance(kind, dict):
+        fields = {"prompt": "field_prompt", "completion": "field_completion", "label": "field_label"}
+        return {"name": "labelled", **{name: kind.get(field, name) for name, field in fields.items()}}
+    return {"name": "labelled", **_MARKED_TYPES.get(kind.rpartition(".")[2], {})}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.conversion.draft import Draft
+from moe_train.config.conversion.objectives import pair_record
 
 FILE_NAME = "dataset_info.json"
 """Name of the file in the folder of the data."""
@@ -49,11 +50,13 @@ def source_of(draft: Draft, name: str, entry: dict[str, Any], folder: str, stage
         name: the data set's name.
         entry: what dataset_info.json states about it.
         folder: `dataset_dir` of the config.
-        stage: `pt` for plain text.
+        stage: what is learned: `pt` for plain text, `dpo` and `rm` for pairs of answers, `kto` for marked ones, `sft` for others.
     """
-    for remark in _remarks(entry):
+    for remark in _remarks(entry, stage):
         draft.note(f"dataset {name}", remark)
     record = _record(entry, stage)
+    if stage == "sft" and (entry.get("columns") or {}).get("images"):
+        draft.put("vision", {})
     if "file_name" in entry:
         return {"name": "files", "files": [f"{folder}/{entry['file_name']}"], "record": record}
     hub = str(entry.get("hf_hub_url", name))
@@ -68,12 +71,20 @@ def _record(entry: dict[str, Any], stage: str) -> dict[str, Any]:
     columns = entry.get("columns") or {}
     if stage == "pt":
         return {"name": "text", "column": columns.get("prompt", "text")}
-    if entry.get("formatting", "alpaca") != "sharegpt":
-        # Alpaca's key `input` is read after the instruction without being named.
-        prompt = columns.get("prompt", "instruction")
-        return {"name": "completion", "prompt": prompt, "completion": columns.get("response", "output")}
+    is_chat = entry.get("formatting", "alpaca") != "alpaca"
+    messages = columns.get("messages", "conversations")
+    # Alpaca's key `input` is read after the instruction without being named.
+    prompt = columns.get("prompt", "instruction")
+    answer = columns.get("response", "output")
+    if stage in ("dpo", "rm"):
+        return pair_record(messages if is_chat else prompt, columns.get("chosen", "chosen"), columns.get("rejected", "rejected"))
+    if stage == "kto":
+        answers = {"messages": messages} if is_chat else {"prompt": prompt, "completion": answer}
+        return {"name": "labelled", "label": columns.get("kto_tag", "kto_tag"), **answers}
+    if not is_chat:
+        return {"name": "completion", "prompt": prompt, "completion": answer}
     tags = entry.get("tags") or {}
-    record: dict[str, Any] = {"name": "chat", "column": columns.get("messages", "conversations")}
+    record: dict[str, Any] = {"name": "chat", "column": messages}
     record |= {"role": tags.get("role_tag", "from"), "content": tags.get("content_tag", "value")}
     roles = {}
     for tag, role in _ROLES.items():
@@ -83,15 +94,16 @@ def _record(entry: dict[str, Any], stage: str) -> dict[str, Any]:
     return {**record, "roles": roles} if roles else record
 
 
-def _remarks(entry: dict[str, Any]) -> Iterator[str]:
+def _remarks(entry: dict[str, Any], stage: str) -> Iterator[str]:
     """Yield what of an entry has no equivalent, or needs a look."""
     columns = entry.get("columns") or {}
-    if entry.get("ranking"):
-        yield "its records are pairs of answers; written is how their conversations are read, see objective and record: preference"
-    for key, usual in (("query", "input"), ("system", "system"), ("tools", "tools")):
+    if entry.get("ranking") and stage not in ("dpo", "rm"):
+        yield f"its records are pairs of answers, of which stage {stage} reads none; see objective and record: preference"
+    for key, usual in (("query", "input"), ("system", "system"), ("tools", "tools"), ("images", "images")):
         if columns.get(key, usual) != usual:
             yield f"the column {columns[key]} ({key}) has to be named {usual} to be read"
-    for key in ("history", "images", "videos", "audios", "kto_tag"):
+    unread = ("history", "videos", "audios") if stage == "kto" else ("history", "videos", "audios", "kto_tag")
+    for key in unread:
         if columns.get(key):
             yield f"the column {columns[key]} ({key}) is not read"
     if (entry.get("tags") or {}).get("function_tag"):

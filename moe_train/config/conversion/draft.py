@@ -61,6 +61,12 @@ class Draft:
         """Return whether a key is true; `auto`, which several trainers have, counts as true."""
         return self.take(*names, default=False) in (True, "true", "True", "auto")
 
+    def assume(self, **defaults: Any) -> None:
+        """Take these values for keys that theirs leaves out, whose default is not ours."""
+        for name, value in defaults.items():
+            if self._unread.get(name) is None:
+                self._unread[name] = value
+
     def put(self, path: str, value: Any) -> None:
         """Set one of our keys, given its dotted path, unless the value is None."""
         if value is None:

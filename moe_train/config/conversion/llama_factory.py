@@ -7,13 +7,13 @@ from typing import Any
 from moe_train.config.conversion import arguments
 from moe_train.config.conversion.dataset_info import read_dataset_info, source_of
 from moe_train.config.conversion.draft import EVERY_LINEAR, Draft, local_model, modules
+from moe_train.config.conversion.objectives import Pairs, put_marks, put_pairs, put_reward
 
 
 def read(draft: Draft, devices: int) -> None:
     """Read a config of LLaMA-Factory into the draft; `devices` is the number of devices that it ran on."""
-    stage = draft.take("stage", default="sft")
-    if stage not in ("sft", "pt"):
-        draft.note("stage", f"{stage} is not supported here; written is the next-token objective")
+    stage = str(draft.take("stage", default="sft"))
+    _read_objective(draft, stage)
     draft.put("init_from", local_model(draft, str(draft.take("model_name_or_path", default="models/BASE"))))
     _read_lora(draft)
     _read_data(draft, stage)
@@ -26,6 +26,27 @@ def read(draft: Draft, devices: int) -> None:
         draft.note("packing", "left out: examples are always packed, and never attend to each other")
     draft.take("do_train", "do_eval", "do_predict", "overwrite_output_dir", "overwrite_cache", "plot_loss", "flash_attn")
     draft.take("ddp_timeout", "per_device_eval_batch_size", "save_only_model", "train_on_prompt")
+
+
+def _read_objective(draft: Draft, stage: str) -> None:
+    if stage == "rm":
+        put_reward(draft)
+    elif stage in ("dpo", "kto"):
+        beta = draft.number("pref_beta", "dpo_beta", "kto_beta", default=0.1) or 0.1
+        if stage == "kto":
+            weights = draft.number("kto_chosen_weight", default=1.0), draft.number("kto_rejected_weight", default=1.0)
+            put_marks(draft, beta, weights[0] or 1.0, weights[1] or 1.0)
+        else:
+            pairs = Pairs(
+                str(draft.take("pref_loss", "dpo_loss", default="sigmoid")),
+                beta,
+                draft.number("dpo_label_smoothing", default=0.0) or 0.0,
+                draft.number("pref_ftx", "dpo_ftx", default=0.0) or 0.0,
+                draft.number("simpo_gamma", default=0.5),
+            )
+            put_pairs(draft, "pref_loss", pairs)
+    elif stage not in ("sft", "pt"):
+        draft.note("stage", f"{stage} is not supported; written is the next-token objective")
 
 
 def _read_lora(draft: Draft) -> None:
@@ -73,5 +94,7 @@ def _source(draft: Draft, name: str, entries: dict[str, dict[str, Any]] | None, 
     if entries is not None and isinstance(entries.get(name), dict):
         return source_of(draft, name, entries[name], folder, stage)
     reason = "is not in dataset_info.json" if entries is not None else "is described by dataset_info.json"
-    draft.note(f"dataset {name}", f"{reason}; state its file_name, and record: {{name: chat}} if its format is sharegpt")
+    draft.note(
+        f"dataset {name}", f"{reason}; state its file_name and its record; written is LLaMA-Factory's default format, alpaca"
+    )
     return source_of(draft, name, {"file_name": f"{name}.json"}, folder, stage)

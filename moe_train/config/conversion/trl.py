@@ -1,19 +1,29 @@
-"""The arguments of TRL's SFT script as YAML (`trl sft --config FILE`)."""
+"""The arguments of TRL's scripts as YAML (`trl sft --config FILE`, and `dpo`, `kto`, `reward` alike)."""
 
 from __future__ import annotations
 
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from moe_train.config.conversion import arguments
 from moe_train.config.conversion.draft import Draft, local_model, modules
+from moe_train.config.conversion.objectives import Pairs, objective_name, pair_record, put_marks, put_pairs, put_reward
+
+LEARNING_RATES = MappingProxyType({"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "reward": 1e-4})
+"""Script of TRL 1.16 -> its default learning rate."""
 
 
 def read(draft: Draft, devices: int) -> None:
     """Read arguments of TRL into the draft; `devices` is the number of devices that they ran on."""
     draft.put("init_from", local_model(draft, str(draft.take("model_name_or_path", default="models/BASE"))))
     _read_lora(draft)
+    kind = _read_objective(draft)
     _read_data(draft)
+    # Defaults of TRL 1.16 that are not those of transformers.
+    draft.assume(learning_rate=LEARNING_RATES[kind], gradient_checkpointing=True, logging_steps=10)
+    if not draft.flag("fp16"):
+        draft.assume(bf16=True)
     draft.put("train.seq_len", draft.whole("max_length", "max_seq_length", default=1024))
     arguments.read_length_and_batch(draft, devices)
     arguments.read_optimizer(draft)
@@ -23,6 +33,51 @@ def read(draft: Draft, devices: int) -> None:
         draft.note("packing", "left out: examples are always packed, and never attend to each other")
     draft.take("torch_dtype", "dtype", "attn_implementation", "do_train", "do_eval", "per_device_eval_batch_size")
     draft.take("completion_only_loss", "assistant_only_loss", "overwrite_output_dir")
+    draft.take("disable_dropout", "precompute_ref_log_probs", "precompute_ref_batch_size", "remove_unused_columns")
+
+
+def _read_objective(draft: Draft) -> str:
+    """Read what is learned, and return the script; a config does not name it, but each has settings of its own."""
+    losses = draft.take("loss_type", default=[])
+    names = [str(name) for name in losses] if isinstance(losses, list) else [str(losses)]
+    if "center_rewards_coefficient" in draft:
+        put_reward(draft)
+        return "reward"
+    if "kto" in names or "desirable_weight" in draft or "undesirable_weight" in draft:
+        weights = draft.number("desirable_weight", default=1.0), draft.number("undesirable_weight", default=1.0)
+        put_marks(draft, draft.number("beta", default=0.1) or 0.1, weights[0] or 1.0, weights[1] or 1.0)
+        return "kto"
+    if "num_generations" in draft or "reward_funcs" in draft:
+        draft.note("num_generations", "GRPO and RLOO are not supported; written is the next-token objective")
+        return "sft"
+    signs = ("beta", "precompute_ref_log_probs", "label_smoothing", "rpo_alpha", "f_divergence_type", "cpo_alpha", "simpo_gamma")
+    if not any(name in draft for name in signs) and set(names) <= {"nll", "chunked_nll", "dft"}:
+        if "dft" in names:
+            draft.note("loss_type", "dft is not supported; written is the next-token objective")
+        return "sft"
+    if not names:
+        draft.note("objective", "a config of TRL does not name its script; written is DPO, since beta or a like setting is stated")
+    _read_pairs(draft, names or ["sigmoid"])
+    return "dpo"
+
+
+def _read_pairs(draft: Draft, names: list[str]) -> None:
+    """Read the losses of DPO and CPO, of which several are added up with weights."""
+    stated: Any = draft.take("loss_weights")
+    weights = dict(zip(names, stated if isinstance(stated, list) else [1.0] * len(names), strict=False))
+    sft_weight = float(weights.pop("sft", 0.0)) or draft.number("rpo_alpha", default=0.0) or 0.0
+    if "simpo" in names or "cpo_alpha" in draft:
+        sft_weight = draft.number("cpo_alpha", default=1.0) or 0.0
+    first = next(iter(weights), "sigmoid")
+    for name in list(weights)[1:]:
+        draft.note("loss_type", f"{name} is not added to {first}; one loss and sft are possible")
+    scale = float(weights.get(first, 1.0))
+    if scale not in (0.0, 1.0):
+        draft.note("loss_weights", f"{first} has the weight 1, and sft {sft_weight / scale:g}, which has the same minimum")
+        sft_weight /= scale
+    smoothing = draft.number("label_smoothing", default=0.0) or 0.0
+    beta = draft.number("beta", default=0.1) or 0.1
+    put_pairs(draft, "loss_type", Pairs(first, beta, smoothing, sft_weight, draft.number("simpo_gamma", default=0.5)))
 
 
 def _read_lora(draft: Draft) -> None:
@@ -53,8 +108,17 @@ def _read_data(draft: Draft) -> None:
     split = draft.take("dataset_train_split", default="train")
     held_out_split = draft.take("dataset_test_split", default="test")
     column = draft.take("dataset_text_field")
-    record: dict[str, Any] = {"name": "text", "column": column} if column else {"name": "chat"}
-    if not column:
+    objective = objective_name(draft)
+    record: dict[str, Any]
+    if objective in ("preference", "reward"):
+        record = pair_record("prompt")
+        draft.note("dataset_name", "state record.prompt: null if its pairs have no column prompt, as in many data sets of TRL")
+    elif objective == "unpaired_preference":
+        record = {"name": "labelled"}
+    elif column:
+        record = {"name": "text", "column": column}
+    else:
+        record = {"name": "chat"}
         draft.note("dataset_name", "records are read as conversations (messages); see `moe-train explain data.train.record`")
     if PurePosixPath(name).suffix or name.startswith((".", "/")):
         draft.put("data.train", [{"name": "files", "files": [name.removeprefix("./")], "record": record}])
@@ -66,4 +130,5 @@ def _read_data(draft: Draft) -> None:
         draft.note("dataset_name", f"{name} is a data set of the hub; state its commit as revision, or download it and name files")
         if draft.take("eval_strategy") not in (None, "no"):
             draft.put("data.eval", [{**source, "split": held_out_split}])
+    draft.put("data.chat_template", draft.take("chat_template_path"))
     draft.put("data.num_proc", draft.whole("dataset_num_proc"))

@@ -31,8 +31,8 @@ class StepFlags(NamedTuple):
     weights: Flags
     """Flags by parameter path; () or (repeats,)."""
     outputs: Flags
-    """Flags by path of the module (`embed`, `stacks.0.layers.0.attention`, `final_norm`); (B, T) or (repeats, B, T). Padding counts as
-    finite. Empty for a batch type without tokens, positions and segments.
+    """Flags by path of the module (`embed`, `stacks.0.layers.0.attention`, `final_norm`); (B, T) or (repeats, B, T). Padding counts
+    as finite. Empty for a batch type without tokens, positions and segments.
     """
     loss: Bool[Array, ""]
     gradients: Flags

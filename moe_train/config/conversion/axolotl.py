@@ -10,6 +10,7 @@ from typing import Any
 from moe_train.config.conversion import arguments
 from moe_train.config.conversion.draft import EVERY_LINEAR, Draft, local_model, modules
 from moe_train.config.conversion.objectives import Pairs, objective_name, pair_record, put_marks, put_pairs, put_reward
+from moe_train.config.conversion.values import as_files, as_mapping, as_mappings, as_names, as_text
 from moe_train.config.strict_yaml import shown
 
 
@@ -27,7 +28,10 @@ def read(draft: Draft, devices: int) -> None:
     arguments.read_evaluation_and_saving(draft)
     if draft.flag("sample_packing") or draft.flag("pad_to_sequence_len"):
         draft.note("sample_packing", "left out: examples are always packed, and never attend to each other")
-    draft.take("flash_attention", "sdp_attention", "xformers_attention", "attn_implementation", "train_on_inputs")
+    if draft.take("fsdp"):
+        draft.note("fsdp", "use mesh.fsdp: parameters, gradients and optimizer are sharded over the mesh")
+    draft.take("flash_attention", "sdp_attention", "xformers_attention", "attn_implementation")
+    arguments.note_trained_prompts(draft, "train_on_inputs")
 
 
 _DEFAULTS = (("roles_to_train", ["assistant"]), ("roles_to_train", ["gpt", "assistant"]), ("train_on_eos", "turn"))
@@ -89,6 +93,7 @@ def _read_lora(draft: Draft) -> None:
     eight_bits = draft.flag("load_in_8bit")
     every_linear = draft.flag("lora_target_linear")
     names = draft.take("lora_target_modules", default=[])
+    names = as_names("lora_target_modules", names) + as_names("lora_target_parameters", draft.take("lora_target_parameters"))
     in_full = draft.take("lora_modules_to_save", default=[])
     start = draft.take("lora_model_dir")
     if adapter not in ("lora", "qlora"):
@@ -110,9 +115,15 @@ def _read_lora(draft: Draft) -> None:
 
 
 def _read_data(draft: Draft) -> None:
-    draft.put("data.train", [_source(draft, "datasets", entry) for entry in draft.take("datasets", default=[])])
-    held_out = [_source(draft, "test_datasets", entry) for entry in draft.take("test_datasets", default=[])]
-    draft.put("data.eval", held_out or None)
+    entries: Any = draft.take("pretraining_dataset", default=[])
+    sources = []
+    for entry in entries if isinstance(entries, list) else [entries]:
+        # A text alone is the name of a data set.
+        named = entry if isinstance(entry, dict) else {"path": entry}
+        sources.append(_source(draft, "pretraining_dataset", {**named, "type": "pretrain"}))
+    sources += _sources(draft, "datasets")
+    draft.put("data.train", sources)
+    draft.put("data.eval", _sources(draft, "test_datasets") or None)
     share = draft.number("val_set_size", default=0.0)
     if share:
         draft.note("val_set_size", f"held-out data are sources of their own (data.eval); split off {share:g} of the records")
@@ -128,9 +139,14 @@ def _read_data(draft: Draft) -> None:
     draft.take("dataset_prepared_path")
 
 
+def _sources(draft: Draft, key: str) -> list[dict[str, Any]]:
+    """Return our sources for a list of data sets."""
+    return [_source(draft, key, entry) for entry in as_mappings(key, draft.take(key))]
+
+
 def _source(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return our source for an entry of `datasets`."""
-    known = {"path", "data_files", "ds_type", "type", "split", "name", "field", "conversation", "train_on_split"}
+    known = {"text_column", "path", "data_files", "ds_type", "type", "split", "name", "field", "conversation", "train_on_split"}
     known |= {"field_messages", "message_field_role", "message_field_content", "message_property_mappings", "roles"}
     if objective_name(draft) != "next_token":
         known |= {"field_chosen", "field_rejected", "field_prompt", "field_completion", "field_label"}
@@ -140,8 +156,7 @@ def _source(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
     record = _record(draft, key, entry)
     files = entry.get("data_files") or ([path] if PurePosixPath(path).suffix or path.startswith((".", "/")) else None)
     if files is not None:
-        names = [files] if isinstance(files, str) else list(files)
-        return {"name": "files", "files": [name.removeprefix("./") for name in names], "record": record}
+        return {"name": "files", "files": as_files(f"{key}.data_files", files), "record": record}
     draft.note(f"{key}.path", f"{path} is a data set of the hub; state its commit as revision, or download it and name files")
     hub = {"name": "hub", "dataset": path, "split": entry.get("split", "train"), "revision": "STATE-THE-COMMIT", "record": record}
     if entry.get("name"):
@@ -155,26 +170,33 @@ def _record(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
     if objective in ("preference", "reward"):
         return _pair_record(draft, key, entry)
     if objective == "unpaired_preference":
-        return _marked_record(entry)
-    kind = entry.get("type", "completion")
+        return _marked_record(key, entry)
+    kind = _kind(key, entry) or "completion"
     if isinstance(kind, dict):
         question, answer = kind.get("field_instruction", "instruction"), kind.get("field_output", "output")
         draft.note(f"{key}.type", "a format of one's own: prompts are written by the chat template instead")
+        for field, usual in (("field_input", "input"), ("field_system", "system")):
+            if kind.get(field) not in (None, "", usual):
+                draft.note(f"{key}.type.{field}", f"the column {kind[field]} has to be named {usual} to be read")
+        if kind.get("system_prompt"):
+            draft.note(f"{key}.type.system_prompt", "a system message for all records has to stand in a column system")
         return {"name": "completion", "prompt": question, "completion": answer}
     if kind in ("sharegpt", "messages") or kind.startswith("chat_template"):
         record: dict[str, Any] = {"name": "chat"}
-        mapping = entry.get("message_property_mappings") or {}
+        mapping = as_mapping(f"{key}.message_property_mappings", entry.get("message_property_mappings"))
         role = entry.get("message_field_role") or mapping.get("role")
         content = entry.get("message_field_content") or mapping.get("content")
         for name, value in (("column", entry.get("field_messages")), ("role", role), ("content", content)):
             if value:
                 record[name] = value
-        roles = {spelling: ours for ours, spellings in (entry.get("roles") or {}).items() for spelling in spellings}
+        roles: dict[str, str] = {}
+        for role_name, spellings in as_mapping(f"{key}.roles", entry.get("roles")).items():
+            roles |= dict.fromkeys(as_names(f"{key}.roles.{role_name}", spellings), role_name)
         if roles:
             record["roles"] = roles
         return record
-    if kind == "completion" or kind == "pretrain":
-        return {"name": "text", "column": entry.get("field", "text")}
+    if kind in ("completion", "pretrain", "pretraining"):
+        return {"name": "text", "column": entry.get("field") or entry.get("text_column") or "text"}
     if kind.startswith("alpaca") or kind in ("gpteacher", "oasst"):
         draft.note(f"{key}.type", f"{kind}: the chat template writes the prompt, not Alpaca's headings")
         return {"name": "completion", "prompt": "instruction", "completion": "output"}
@@ -182,9 +204,15 @@ def _record(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
     return {"name": "chat"}
 
 
+def _kind(key: str, entry: dict[str, Any]) -> str | dict[str, Any] | None:
+    """Return the type of a data set: a name, or a format of one's own; None if it states none."""
+    kind = entry.get("type")
+    return kind if kind is None or isinstance(kind, dict) else as_text(f"{key}.type", kind)
+
+
 def _pair_record(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return our record section for preference pairs."""
-    kind = entry.get("type") or ""
+    kind = _kind(key, entry) or ""
     fields: dict[str, Any] = kind if isinstance(kind, dict) else entry
     chosen, rejected = fields.get("field_chosen", "chosen"), fields.get("field_rejected", "rejected")
     if isinstance(kind, dict):
@@ -202,9 +230,9 @@ def _pair_record(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, Any
     return pair_record(*_PAIR_TYPES.get(suffix, ("prompt", chosen, rejected)))
 
 
-def _marked_record(entry: dict[str, Any]) -> dict[str, Any]:
+def _marked_record(key: str, entry: dict[str, Any]) -> dict[str, Any]:
     """Return our record section for answers marked as good or bad."""
-    kind = entry.get("type") or ""
+    kind = _kind(key, entry) or ""
     if isinstance(kind, dict):
         fields = {"prompt": "field_prompt", "completion": "field_completion", "label": "field_label"}
         return {"name": "labelled", **{name: kind.get(field, name) for name, field in fields.items()}}

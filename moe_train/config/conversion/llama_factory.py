@@ -8,6 +8,7 @@ from moe_train.config.conversion import arguments
 from moe_train.config.conversion.dataset_info import read_dataset_info, source_of
 from moe_train.config.conversion.draft import EVERY_LINEAR, Draft, local_model, modules
 from moe_train.config.conversion.objectives import Pairs, put_marks, put_pairs, put_reward
+from moe_train.config.conversion.values import as_names, as_number
 
 
 def read(draft: Draft, devices: int) -> None:
@@ -25,7 +26,11 @@ def read(draft: Draft, devices: int) -> None:
     if draft.flag("packing") or draft.flag("neat_packing"):
         draft.note("packing", "left out: examples are always packed, and never attend to each other")
     draft.take("do_train", "do_eval", "do_predict", "overwrite_output_dir", "overwrite_cache", "plot_loss", "flash_attn")
-    draft.take("ddp_timeout", "per_device_eval_batch_size", "save_only_model", "train_on_prompt")
+    draft.take("ddp_timeout", "per_device_eval_batch_size", "save_only_model")
+    arguments.note_trained_prompts(draft, "train_on_prompt")
+    if draft.flag("pure_bf16"):
+        draft.put("compute.dtype", "bfloat16")
+        draft.put("compute.param_dtype", "bfloat16")
 
 
 def _read_objective(draft: Draft, stage: str) -> None:
@@ -58,7 +63,7 @@ def _read_lora(draft: Draft) -> None:
     if method != "lora":
         draft.take("lora_rank", "lora_alpha", "lora_dropout")
         if method != "full":
-            draft.note("finetuning_type", f"{method} is not supported; lora and full are")
+            draft.note("finetuning_type", f"{method} is not supported; written is full training; lora and full are there")
         return
     target = arguments.read_lora_numbers(draft, ("lora_rank",), 8, None)
     patterns = modules(draft, "lora_target", targets)
@@ -80,13 +85,28 @@ def _read_data(draft: Draft, stage: str) -> None:
     for key, section in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         value = draft.take(key)
         if value is not None:
-            names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
-            draft.put(section, [_source(draft, name, entries, folder, stage) for name in names])
+            draft.put(section, [_source(draft, name, entries, folder, stage) for name in as_names(key, value)])
+    _read_weights(draft)
     share = draft.number("val_size", default=0.0)
     if share:
         draft.note("val_size", f"held-out data are sources of their own (data.eval); split off {share:g} of the records")
     draft.put("data.num_proc", draft.whole("preprocessing_num_workers"))
     draft.take("dataloader_num_workers")
+
+
+def _read_weights(draft: Draft) -> None:
+    """Read the shares in which data sets are mixed."""
+    stated = draft.take("interleave_probs")
+    if stated is None:
+        return
+    texts = as_names("interleave_probs", str(stated) if isinstance(stated, int | float) else stated)
+    sources = draft.tree.get("data", {}).get("train", [])
+    if len(texts) != len(sources):
+        draft.note("interleave_probs", f"{len(texts)} shares for {len(sources)} data sets; state weight in the sources")
+        return
+    for source, text in zip(sources, texts, strict=True):
+        source["weight"] = as_number("interleave_probs", text)
+    draft.take("mix_strategy")
 
 
 def _source(draft: Draft, name: str, entries: dict[str, dict[str, Any]] | None, folder: str, stage: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any
 from moe_train.config.conversion import arguments
 from moe_train.config.conversion.draft import Draft, local_model, modules
 from moe_train.config.conversion.objectives import Pairs, objective_name, pair_record, put_marks, put_pairs, put_reward
+from moe_train.config.conversion.values import as_files, as_mappings, as_names, as_number
+from moe_train.config.strict_yaml import shown
 
 LEARNING_RATES = MappingProxyType({"sft": 2e-5, "dpo": 1e-6, "kto": 1e-6, "reward": 1e-4})
 """Script of TRL 1.16 -> its default learning rate."""
@@ -38,8 +40,7 @@ def read(draft: Draft, devices: int) -> None:
 
 def _read_objective(draft: Draft) -> str:
     """Read what is learned, and return the script; a config does not name it, but each has settings of its own."""
-    losses = draft.take("loss_type", default=[])
-    names = [str(name) for name in losses] if isinstance(losses, list) else [str(losses)]
+    names = as_names("loss_type", draft.take("loss_type"))
     if "center_rewards_coefficient" in draft:
         put_reward(draft)
         return "reward"
@@ -63,15 +64,15 @@ def _read_objective(draft: Draft) -> str:
 
 def _read_pairs(draft: Draft, names: list[str]) -> None:
     """Read the losses of DPO and CPO, of which several are added up with weights."""
-    stated: Any = draft.take("loss_weights")
-    weights = dict(zip(names, stated if isinstance(stated, list) else [1.0] * len(names), strict=False))
-    sft_weight = float(weights.pop("sft", 0.0)) or draft.number("rpo_alpha", default=0.0) or 0.0
+    stated = as_names("loss_weights", draft.take("loss_weights")) or ["1"] * len(names)
+    weights = {name: as_number("loss_weights", text) for name, text in zip(names, stated, strict=False)}
+    sft_weight = weights.pop("sft", 0.0) or draft.number("rpo_alpha", default=0.0) or 0.0
     if "simpo" in names or "cpo_alpha" in draft:
         sft_weight = draft.number("cpo_alpha", default=1.0) or 0.0
     first = next(iter(weights), "sigmoid")
     for name in list(weights)[1:]:
         draft.note("loss_type", f"{name} is not added to {first}; one loss and sft are possible")
-    scale = float(weights.get(first, 1.0))
+    scale = weights.get(first, 1.0)
     if scale not in (0.0, 1.0):
         draft.note("loss_weights", f"{first} has the weight 1, and sft {sft_weight / scale:g}, which has the same minimum")
         sft_weight /= scale
@@ -103,32 +104,53 @@ def _read_lora(draft: Draft) -> None:
 
 
 def _read_data(draft: Draft) -> None:
-    name = str(draft.take("dataset_name", default=""))
-    subset = draft.take("dataset_config", "dataset_config_name")
     split = draft.take("dataset_train_split", default="train")
     held_out_split = draft.take("dataset_test_split", default="test")
-    column = draft.take("dataset_text_field")
-    objective = objective_name(draft)
-    record: dict[str, Any]
-    if objective in ("preference", "reward"):
-        record = pair_record("prompt")
-        draft.note("dataset_name", "state record.prompt: null if its pairs have no column prompt, as in many data sets of TRL")
-    elif objective == "unpaired_preference":
-        record = {"name": "labelled"}
-    elif column:
-        record = {"name": "text", "column": column}
-    else:
-        record = {"name": "chat"}
-        draft.note("dataset_name", "records are read as conversations (messages); see `moe-train explain data.train.record`")
-    if PurePosixPath(name).suffix or name.startswith((".", "/")):
-        draft.put("data.train", [{"name": "files", "files": [name.removeprefix("./")], "record": record}])
-    else:
-        source = {"name": "hub", "dataset": name, "split": split, "revision": "STATE-THE-COMMIT", "record": record}
-        if subset:
-            source["subset"] = subset
-        draft.put("data.train", [source])
-        draft.note("dataset_name", f"{name} is a data set of the hub; state its commit as revision, or download it and name files")
-        if draft.take("eval_strategy") not in (None, "no"):
-            draft.put("data.eval", [{**source, "split": held_out_split}])
+    mixture = as_mappings("datasets", draft.take("datasets"))
+    entries = mixture
+    if not entries:
+        subset = draft.take("dataset_config", "dataset_config_name")
+        entries = [{"path": draft.take("dataset_name", default=""), "name": subset, "split": split}]
+    record = _record(draft)
+    draft.put("data.train", [_source(draft, entry, record) for entry in entries])
+    is_evaluated = draft.peek("eval_strategy") not in (None, "no")
+    if is_evaluated and not mixture and draft.tree["data"]["train"][0]["name"] == "hub":
+        draft.put("data.eval", [{**draft.tree["data"]["train"][0], "split": held_out_split}])
+    share = draft.number("test_split_size", default=0.0)
+    if share:
+        draft.note("test_split_size", f"held-out data are sources of their own (data.eval); split off {share:g} of the records")
     draft.put("data.chat_template", draft.take("chat_template_path"))
     draft.put("data.num_proc", draft.whole("dataset_num_proc"))
+
+
+def _record(draft: Draft) -> dict[str, Any]:
+    """Return our record section, which all data sets of theirs share."""
+    column = draft.take("dataset_text_field")
+    objective = objective_name(draft)
+    if objective in ("preference", "reward"):
+        draft.note("dataset_name", "state record.prompt: null if its pairs have no column prompt, as in many data sets of TRL")
+        return pair_record("prompt")
+    if objective == "unpaired_preference":
+        return {"name": "labelled"}
+    if column:
+        return {"name": "text", "column": column}
+    draft.note("dataset_name", "records are read as conversations (messages); see `moe-train explain data.train.record`")
+    return {"name": "chat"}
+
+
+def _source(draft: Draft, entry: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Return our source for a data set: files, or a set of the hub with a placeholder for its commit."""
+    for key in sorted(set(entry) - {"path", "name", "split", "columns", "data_files"}):
+        draft.note(f"datasets.{key}", f"no such setting here (value {shown(entry[key])}); check with `moe-train data show`")
+    path = str(entry.get("path", ""))
+    files = entry.get("data_files")
+    if files is None and (PurePosixPath(path).suffix or path.startswith((".", "/"))):
+        files = path
+    if files is not None:
+        return {"name": "files", "files": as_files("datasets.data_files", files), "record": record}
+    draft.note("dataset_name", f"{path} is a data set of the hub; state its commit as revision, or download it and name files")
+    split = entry.get("split", "train")
+    source = {"name": "hub", "dataset": path, "split": split, "revision": "STATE-THE-COMMIT", "record": record}
+    if entry.get("name"):
+        source["subset"] = entry["name"]
+    return source

@@ -144,3 +144,29 @@ def test_settings_of_a_data_set_that_hold_anyway_are_no_remarks(tmp_path: Path, 
     _, conversion = converted(tmp_path, f"{LEARNED}datasets: [{entry}]\n")
     assert not any("roles_to_train" in line for line in conversion.remarks)
     assert any("train_on_eos" in line for line in conversion.remarks) == is_named
+
+
+def test_pretraining_data_are_texts(tmp_path: Path) -> None:
+    text = """pretraining_dataset:
+  - {path: a/b, name: en, text_column: body}
+  - c/d
+datasets: [{path: more.txt, type: pretraining}]
+fsdp: [full_shard]
+lora_target_parameters: [mlp.experts.gate_up_proj]
+train_on_inputs: true
+adapter: lora
+"""
+    ours, conversion = converted(tmp_path, f"{LEARNED}{text}")
+    assert ours.data is not None and ours.lora is not None
+    columns = [source.model_dump()["record"] for source in ours.data.train]
+    assert [record["name"] for record in columns] == ["text"] * 3 and columns[0]["column"] == "body"
+    assert ours.lora.targets[0].modules == ("ffn.gate_proj", "ffn.up_proj")
+    remarks = "\n".join(conversion.remarks)
+    assert "fsdp: use mesh.fsdp" in remarks and "train_on_inputs: prompts are not trained on here" in remarks
+
+
+def test_columns_of_a_format_of_ones_own_are_named(tmp_path: Path) -> None:
+    kind = "{field_instruction: q, field_input: ctx, field_system: system, system_prompt: Be brief., field_output: a}"
+    _, conversion = converted(tmp_path, f"{LEARNED}datasets: [{{path: a.jsonl, type: {kind}}}]\n")
+    remarks = "\n".join(conversion.remarks)
+    assert "the column ctx has to be named input" in remarks and "system_prompt" in remarks and "field_system" not in remarks

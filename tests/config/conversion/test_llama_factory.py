@@ -134,3 +134,13 @@ def test_dataset_info_states_files_columns_and_roles(tmp_path: Path) -> None:
     (tmp_path / "data/dataset_info.json").write_text("{")
     with pytest.raises(ValueError, match=r"dataset_info\.json is not JSON"):
         convert_config(tmp_path / "theirs.yaml", tmp_path / "other.yaml")
+
+
+@pytest.mark.parametrize(("shares", "weights"), [("0.7,0.3", [0.7, 0.3]), ("[2, 1]", [2, 1]), ("0.5", [None, None])])
+def test_shares_become_weights(tmp_path: Path, shares: str, weights: list[float | None]) -> None:
+    text = f"model_name_or_path: m\ndataset: a,b\ncutoff_len: 8\nstage: sft\ninterleave_probs: {shares}\n"
+    ours, conversion = converted(tmp_path, f"{text}train_on_prompt: true\npure_bf16: true\nfinetuning_type: freeze\n")
+    assert ours.data is not None and [source.weight for source in ours.data.train] == weights
+    assert ours.compute.param_dtype == "bfloat16"
+    named = {line.partition(":")[0] for line in conversion.remarks}
+    assert {"train_on_prompt", "finetuning_type"} <= named and ("interleave_probs" in named) == (weights[0] is None)

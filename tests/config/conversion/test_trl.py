@@ -83,3 +83,22 @@ def test_losses_that_are_not_there_are_named(tmp_path: Path) -> None:
     remarks = "\n".join(conversion.remarks)
     for part in ("aot is not supported; written is sigmoid", "bco_pair is not added to aot", "label_smoothing: aot has none here"):
         assert part in remarks
+
+
+def test_a_mixture_of_data_sets(tmp_path: Path) -> None:
+    text = """
+model_name_or_path: m
+max_length: 64
+eval_strategy: epoch
+test_split_size: 0.1
+datasets:
+  - {path: a/b, name: small, split: "train[:90%]", columns: [messages]}
+  - {path: json, data_files: ./more.jsonl, data_dir: d}
+"""
+    ours, conversion = converted(tmp_path, text, "trl")
+    assert ours.data is not None and not ours.data.eval
+    hub, files = ours.data.train
+    assert isinstance(hub, config.HubSource) and (hub.dataset, hub.subset, hub.split) == ("a/b", "small", "train[:90%]")
+    assert isinstance(files, config.FileSource) and files.files == ("more.jsonl",)
+    named = {line.partition(":")[0] for line in conversion.remarks}
+    assert {"datasets.data_dir", "test_split_size", "eval_strategy"} <= named

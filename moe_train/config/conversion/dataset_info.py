@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_train.config.conversion.draft import Draft
 from moe_train.config.conversion.objectives import pair_record
+from moe_train.config.conversion.values import as_mapping, as_text
 
 FILE_NAME = "dataset_info.json"
 """Name of the file in the folder of the data."""
 _ROLES = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system"}
 """Tag of LLaMA-Factory -> our role."""
 _USUAL_ROLES = {"user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation", "system_tag": "system"}
+_CALL_ROLE = "function_call"
+"""Role of a turn that calls a tool, as ShareGPT's records have it."""
+_READ_COLUMNS = {"query": "input", "history": "history", "system": "system", "tools": "tools", "images": "images"}
+"""Column of LLaMA-Factory -> the name under which it is read."""
 _KNOWN = {"file_name", "formatting", "columns", "tags", "hf_hub_url", "subset", "split", "ranking"}
 
 
@@ -52,10 +57,10 @@ def source_of(draft: Draft, name: str, entry: dict[str, Any], folder: str, stage
         folder: `dataset_dir` of the config.
         stage: what is learned: `pt` for plain text, `dpo` and `rm` for pairs of answers, `kto` for marked ones, `sft` for others.
     """
-    for remark in _remarks(entry, stage):
+    for remark in _remarks(name, entry, stage):
         draft.note(f"dataset {name}", remark)
-    record = _record(entry, stage)
-    if stage == "sft" and (entry.get("columns") or {}).get("images"):
+    record = _record(name, entry, stage)
+    if stage == "sft" and _names(name, entry, "columns").get("images"):
         draft.put("vision", {})
     if "file_name" in entry:
         return {"name": "files", "files": [f"{folder}/{entry['file_name']}"], "record": record}
@@ -67,8 +72,14 @@ def source_of(draft: Draft, name: str, entry: dict[str, Any], folder: str, stage
     return source
 
 
-def _record(entry: dict[str, Any], stage: str) -> dict[str, Any]:
-    columns = entry.get("columns") or {}
+def _names(name: str, entry: dict[str, Any], section: Literal["columns", "tags"]) -> dict[str, str]:
+    """Return LLaMA-Factory's names of columns or tags -> those of the file. Raises ValueError if they are none."""
+    texts = as_mapping(f"dataset {name}: {section}", entry.get(section))
+    return {key: as_text(f"dataset {name}: {section}.{key}", text) for key, text in texts.items() if text is not None}
+
+
+def _record(name: str, entry: dict[str, Any], stage: str) -> dict[str, Any]:
+    columns = _names(name, entry, "columns")
     if stage == "pt":
         return {"name": "text", "column": columns.get("prompt", "text")}
     is_chat = entry.get("formatting", "alpaca") != "alpaca"
@@ -83,7 +94,7 @@ def _record(entry: dict[str, Any], stage: str) -> dict[str, Any]:
         return {"name": "labelled", "label": columns.get("kto_tag", "kto_tag"), **answers}
     if not is_chat:
         return {"name": "completion", "prompt": prompt, "completion": answer}
-    tags = entry.get("tags") or {}
+    tags = _names(name, entry, "tags")
     record: dict[str, Any] = {"name": "chat", "column": messages}
     record |= {"role": tags.get("role_tag", "from"), "content": tags.get("content_tag", "value")}
     roles = {}
@@ -94,19 +105,20 @@ def _record(entry: dict[str, Any], stage: str) -> dict[str, Any]:
     return {**record, "roles": roles} if roles else record
 
 
-def _remarks(entry: dict[str, Any], stage: str) -> Iterator[str]:
+def _remarks(name: str, entry: dict[str, Any], stage: str) -> Iterator[str]:
     """Yield what of an entry has no equivalent, or needs a look."""
-    columns = entry.get("columns") or {}
+    columns = _names(name, entry, "columns")
     if entry.get("ranking") and stage not in ("dpo", "rm"):
         yield f"its records are pairs of answers, of which stage {stage} reads none; see objective and record: preference"
-    for key, usual in (("query", "input"), ("system", "system"), ("tools", "tools"), ("images", "images")):
+    for key, usual in _READ_COLUMNS.items():
         if columns.get(key, usual) != usual:
             yield f"the column {columns[key]} ({key}) has to be named {usual} to be read"
-    unread = ("history", "videos", "audios") if stage == "kto" else ("history", "videos", "audios", "kto_tag")
+    unread = ("videos", "audios") if stage == "kto" else ("videos", "audios", "kto_tag")
     for key in unread:
         if columns.get(key):
             yield f"the column {columns[key]} ({key}) is not read"
-    if (entry.get("tags") or {}).get("function_tag"):
-        yield "tool calls are turns of the assistant with tool_calls; see the guide on your own data"
+    call_role = _names(name, entry, "tags").get("function_tag", _CALL_ROLE)
+    if call_role != _CALL_ROLE:
+        yield f"turns of the role {call_role} are calls of tools only if the role is named {_CALL_ROLE}"
     for key in entry.keys() - _KNOWN:
         yield f"{key} has no equivalent"

@@ -129,7 +129,7 @@ def test_dataset_info_states_files_columns_and_roles(tmp_path: Path) -> None:
     assert chats["record"] == {"name": "chat", "column": "conversations", "role": "from", "content": "value"}
     assert other["files"] == ["data/other.json"]
     text = "\n".join(conversion.remarks)
-    assert "dataset faq: the column before (history) is not read" in text
+    assert "dataset faq: the column before (history) has to be named history to be read" in text
     assert "dataset other: is not in dataset_info.json" in text and "a/chats is a data set of the hub" in text
     (tmp_path / "data/dataset_info.json").write_text("{")
     with pytest.raises(ValueError, match=r"dataset_info\.json is not JSON"):
@@ -144,3 +144,22 @@ def test_shares_become_weights(tmp_path: Path, shares: str, weights: list[float 
     assert ours.compute.param_dtype == "bfloat16"
     named = {line.partition(":")[0] for line in conversion.remarks}
     assert {"train_on_prompt", "finetuning_type"} <= named and ("interleave_probs" in named) == (weights[0] is None)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"columns": ["a"]}, {"columns": {"messages": 1}}, {"formatting": "sharegpt", "tags": {"user_tag": []}}]
+)
+def test_an_entry_of_another_form_is_one_line(tmp_path: Path, entry: dict[str, object]) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps({"faq": entry, "identity": {}}))
+    with pytest.raises(ValueError, match=r"dataset faq: (columns|tags)"):
+        converted(tmp_path, LORA)
+
+
+@pytest.mark.parametrize(("role", "is_named"), [("function_call", False), ("call", True)])
+def test_turns_that_call_tools_have_one_role(tmp_path: Path, role: str, is_named: bool) -> None:
+    (tmp_path / "data").mkdir()
+    entry = {"file_name": "a.json", "formatting": "sharegpt", "tags": {"function_tag": role}}
+    (tmp_path / "data/dataset_info.json").write_text(json.dumps({"faq": entry, "identity": {}}))
+    _, conversion = converted(tmp_path, LORA)
+    assert any("calls of tools only if" in line for line in conversion.remarks) == is_named

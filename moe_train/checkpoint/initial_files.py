@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe_train import config
 from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.weights import external
 from moe_train.weights.on_disk import Carried
+
+
+def runs_from(source: str | Path) -> list[config.Run]:
+    """Return the run in `source` and the runs that it started from, one after the other; [] for an external model."""
+    seen: set[Path] = set()
+    runs: list[config.Run] = []
+    path: Path | None = Path(source)
+    # `seen` ends the loop if configs name each other's runs.
+    while path is not None and is_run(path) and path not in seen:
+        seen.add(path)
+        run = read_run(path)
+        runs.append(run)
+        path = None if run.init_from is None else Path(run.init_from)
+    return runs
 
 
 def first_path(source: str | Path) -> Path | None:

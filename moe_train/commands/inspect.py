@@ -44,7 +44,7 @@ def inspect(written: config.Config) -> Report:
     """
     run = resolve(written, jax.device_count())
     shapes = abstract_parameters(run)
-    trainable, _ = partition(shapes, run.lora)
+    trainable, _ = partition(shapes, run.lora, run.trained_vision)
     rows = [
         {
             "path": path,

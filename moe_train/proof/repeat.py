@@ -17,6 +17,8 @@ from moe_train.proof.carried import CarriedFrom, check_carried, is_audio, text_t
 from moe_train.proof.checks import Check, Fault, Finding, NotChecked, ProofRecord, first_and_count, run
 from moe_train.proof.compare_adapter import AdapterFiles, examine_adapter, summarize_deltas
 from moe_train.proof.compare_logits import Reference, compare_logits
+from moe_train.proof.expected_tensor import ExpectedTensor
+from moe_train.proof.expected_vision import vision_tensors
 from moe_train.proof.prove_adapter import check_names, scale_in_file
 from moe_train.weights import external
 from moe_train.weights.external_adapter import read_external_lora
@@ -78,7 +80,7 @@ def repeat(
         checks.append(run("base", partial(base_fp8.check_base, base)))
     checks.append(run("merge" if is_model else "deltas", partial(_check_weights, directory, record, model, trained, base)))
     if "carried" in record:
-        checks.append(run("carried", partial(_check_carried, directory, record, base)))
+        checks.append(run("carried", partial(_check_carried, directory, record, model, base)))
     if is_model:
         checks.append(run("answers", partial(_check_logits, directory, depth, record, model)))
     checks.append(run("template", partial(_check_template, directory, record)))
@@ -106,7 +108,8 @@ def _check_tensors(directory: Path, record: ProofRecord, model: config.Model) ->
     recorded = record["tensors"]
     if _is_model(record):
         carried = _carried_names(record)
-        expected_tensors = text_tensors(record["format"], model, bool(carried), is_audio(carried))
+        expected_tensors = text_tensors(record["format"], model, "carried" in record, is_audio(carried))
+        expected_tensors += _trained_vision(record, model)
         left_out = fp8.unquantized_modules(directory, record["format"])
         expected_kinds = {w.name: compare.stored_kind(record["format"], w, record["dtype"], left_out) for w in expected_tensors}
         of_text = {name: tensor for name, tensor in stored.items() if name not in carried}
@@ -129,11 +132,21 @@ def _carried_names(record: ProofRecord) -> set[str]:
     return set(record["carried"]["tensors"]) if "carried" in record else set()
 
 
-def _check_carried(directory: Path, record: ProofRecord, base: WeightFiles | None) -> Finding:
-    """Compare the tower and projector with those of the base, if that is given and multimodal."""
+def _trained_vision(record: ProofRecord, model: config.Model) -> list[ExpectedTensor]:
+    """Return the tensors of a vision tower and its projector that were trained."""
+    if "vision" not in record:
+        return []
+    encoder = config.VisionEncoder.model_validate_json(json.dumps(record["vision"]["encoder"]))
+    return vision_tensors(record["format"], encoder, model.model_dim, record["vision"]["trained"])
+
+
+def _check_carried(directory: Path, record: ProofRecord, model: config.Model, base: WeightFiles | None) -> Finding:
+    """Compare the tower and projector with those of the base, if that is given and multimodal, except for what was trained."""
     if base is None or base.carried is None:
         raise NotChecked("compared by hash alone (tensors); give the multimodal base (--base) to compare with its files")
-    return check_carried(CarriedFrom(base.path, base.carried.layout), record["format"], directory, dict(record, tensors={}))
+    trained = {tensor.name for tensor in _trained_vision(record, model)}
+    origin = CarriedFrom(base.path, base.carried.layout)
+    return check_carried(origin, record["format"], directory, dict(record, tensors={}), trained)
 
 
 def _check_weights(
@@ -159,7 +172,7 @@ def _check_weights(
         if check["name"] == "merge":
             untrained = check["figures"].get("untrained", 0)
     carried = _carried_names(record)
-    expected_tensors = text_tensors(record["format"], base.model, bool(carried), is_audio(carried))
+    expected_tensors = text_tensors(record["format"], base.model, "carried" in record, is_audio(carried))
     return against_base.compare_with_base(expected_tensors, reread.tensors(directory), base, lora, untrained)
 
 

@@ -22,6 +22,7 @@ from moe_train.commands.show import rows_of_run
 from moe_train.commands.show_page import page
 from moe_train.commands.text_generator import ChatSettings
 from moe_train.commands.train import train
+from moe_train.commands.verify import verify
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.batches.picture_batch import picture_batch
@@ -133,10 +134,50 @@ def test_a_trained_model_answers_about_pictures_that_it_has_not_seen(trained: Pa
 def test_exports_carry_the_tower_as_it_was(trained: Path, ready: Path, tmp_path: Path) -> None:
     export(trained, tmp_path / "hf", options=ExportOptions(depth="tensors"))
     before = safetensors.numpy.load_file(ready / "base" / "model.safetensors")
-    after: dict[str, np.ndarray] = {}
-    for file in (tmp_path / "hf").glob("*.safetensors"):
-        after |= safetensors.numpy.load_file(file)
+    after = tensors_of(tmp_path / "hf")
     assert all(np.array_equal(before[name], after[name].astype(np.float32)) for name in TOWER)
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a model's files."""
+    tensors: dict[str, np.ndarray] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.numpy.load_file(file)
+    return tensors
+
+
+def failed(folder: Path, **options: Any) -> dict[str, str]:
+    return {check.name: check.summary for check in verify(folder, **options)[1] if check.passed is False}
+
+
+def test_a_trained_projector_and_tower_are_saved_resumed_and_exported(ready: Path, tmp_path: Path) -> None:
+    short = config.Train(steps=2, batch_size=4, microbatches=2, seq_len=32)
+    vision = config.Vision(patches_per_row=32, train=("vision.projector.*", "vision.tower.layers.ffn.*"))
+    first = written(ready, run_dir=str(tmp_path / "run"), train=short, vision=vision)
+    assert train(first) == loop.FINISHED
+    before = safetensors.numpy.load_file(ready / "base" / "model.safetensors")
+    export(tmp_path / "run", tmp_path / "hf")
+    after = tensors_of(tmp_path / "hf")
+    moved = {name for name in TOWER if not np.array_equal(before[name], after[name])}
+    assert moved == {name for name in TOWER if "projector" in name or "feed_forward" in name}
+    assert not failed(tmp_path / "hf", run=tmp_path / "run") and not failed(tmp_path / "hf", base=ready / "base")
+    # Mistral's own layout and back is exact.
+    export(tmp_path / "run", tmp_path / "native", "mistral", options=ExportOptions(depth="tensors"))
+    assert not failed(tmp_path / "native", run=tmp_path / "run", depth="tensors")
+    export(tmp_path / "native", tmp_path / "again", options=ExportOptions(depth="tensors"))
+    assert all(np.array_equal(after[name], x) for name, x in tensors_of(tmp_path / "again").items())
+    # A further run on the first has its tower, which it carries when it is frozen again.
+    second = written(ready, run_dir=str(tmp_path / "second"), init_from=str(tmp_path / "run"), train=short)
+    assert train(second) == loop.FINISHED
+    export(tmp_path / "second", tmp_path / "of_second", options=ExportOptions(depth="tensors"))
+    assert all(np.array_equal(after[name], tensors_of(tmp_path / "of_second")[name]) for name in TOWER)
+    # The run goes on from its own tower; a damaged file of the export is found.
+    longer = first.model_copy(update={"train": short.model_copy(update={"steps": 3})})
+    assert train(longer) == loop.FINISHED
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    after["multi_modal_projector.linear_1.weight"][0, 0] += 1
+    safetensors.numpy.save_file(after, file, {"format": "pt"})
+    assert "tensors" in failed(tmp_path / "hf", run=tmp_path / "run", depth="tensors")
 
 
 @pytest.mark.slow

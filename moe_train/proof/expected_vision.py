@@ -1,4 +1,4 @@
-"""What the files of an export must contain of a vision tower and its projector that were trained, stated a second time.
+"""What files must contain of a vision tower and its projector that were trained, stated a second time for the proof alone.
 
 Nothing here comes from `weights.wrappers`. Names are those of transformers (modeling_pixtral.py, modeling_mistral3.py,
 modeling_llava.py); `carried_names` has what stands for them in Mistral's own layout.
@@ -20,7 +20,7 @@ _PROJECTOR = "multi_modal_projector."
 
 
 def vision_tensors(
-    layout: Literal["hf", "mistral"], encoder: config.VisionEncoder, text_dim: int, trained: Container[str]
+    layout: Literal["hf", "mistral"], encoder: config.VisionEncoder, text_dim: int, trained: Container[str] | None = None
 ) -> list[ExpectedTensor]:
     """List the tensors of a tower and its projector that were trained, under their names in the files of a whole model.
 
@@ -28,9 +28,9 @@ def vision_tensors(
         layout: layout of the files.
         encoder: sizes of the tower.
         text_dim: width of the text model.
-        trained: paths of the trained weights.
+        trained: paths of the trained weights; None for all.
     """
-    tensors = [tensor for tensor in _tensors(encoder, text_dim) if tensor.parts[0].path in trained]
+    tensors = [tensor for tensor in _tensors(encoder, text_dim) if trained is None or tensor.parts[0].path in trained]
     if layout == "hf":
         return tensors
     native: list[ExpectedTensor] = []

@@ -132,11 +132,19 @@ def _carried_names(record: ProofRecord) -> set[str]:
     return set(record["carried"]["tensors"]) if "carried" in record else set()
 
 
+def _encoder(record: ProofRecord) -> config.VisionEncoder | None:
+    """Return the sizes of the vision tower of which something was trained; None if nothing was."""
+    if "vision" not in record:
+        return None
+    return config.VisionEncoder.model_validate_json(json.dumps(record["vision"]["encoder"]))
+
+
 def _trained_vision(record: ProofRecord, model: config.Model) -> list[ExpectedTensor]:
     """Return the tensors of a vision tower and its projector that were trained."""
     if "vision" not in record:
         return []
-    encoder = config.VisionEncoder.model_validate_json(json.dumps(record["vision"]["encoder"]))
+    encoder = _encoder(record)
+    assert encoder is not None
     return vision_tensors(record["format"], encoder, model.model_dim, record["vision"]["trained"])
 
 
@@ -186,7 +194,7 @@ def _compare_with_trained(directory: Path, record: ProofRecord, trained: prove.E
     layout = record["format"]
     stored = reread.tensors(directory)
     scale = scale_in_file(layout, directory)
-    files = AdapterFiles(layout, stored, scale, bool(record.get("in_wrapper")))
+    files = AdapterFiles(layout, stored, scale, bool(record.get("in_wrapper")), encoder=_encoder(record))
     results, deltas = examine_adapter(files, trained.model, trained.parameters, trained.lora)
     results.raise_faults()
     return summarize_deltas(deltas)

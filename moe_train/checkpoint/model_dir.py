@@ -352,42 +352,51 @@ def _trained_shapes(run: config.Run) -> dict[str, Any]:
     return trainable
 
 
-def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
+def read_adapter(source: str | Path, model: config.Model, encoder: config.VisionEncoder | None = None) -> config.Lora:
     """Return the `lora` section of the adapters of a run or of external files.
 
     Args:
         source: A run, or a folder of external adapter files.
         model: The architecture that the adapters have to fit.
+        encoder: The vision tower that they may adapt; None to refuse adapters of one.
 
     Raises:
         ValueError: If the adapters belong to another model, or the run has none.
         FileNotFoundError: If there are no adapters.
     """
     if not is_run(source):
-        return external_adapter.read_external_lora(source, model)
+        return external_adapter.read_external_lora(source, model, encoder)
     run = read_run(source)
     if run.lora is None:
         raise ValueError(f"{source} is a run without adapters: it was trained in full; name a run with a section `lora`")
     if run.model != model:
         raise ValueError(f"the adapters of {source} belong to a model of another architecture; name the base they were trained on")
+    if run.lora.trains_vision and encoder is None:
+        raise ValueError(
+            f"the adapters of {source} include modules of a vision tower, which only training with a section vision reads; "
+            "export the run with --merge, and use the merged model"
+        )
     return run.lora
 
 
-def load_adapter(origin: WeightOrigin, model: config.Model, abstract: Mapping[str, Any]) -> Parameters:
+def load_adapter(
+    origin: WeightOrigin, model: config.Model, abstract: Mapping[str, Any], encoder: config.VisionEncoder | None = None
+) -> Parameters:
     """Load adapters, and the weights that were trained in full with them, from a run or from external files.
 
     Args:
         origin: Where the adapters are.
         model: The architecture.
         abstract: Shapes, dtypes and shardings of the arrays.
+        encoder: The vision tower that they may adapt; None to refuse adapters of one.
 
     Returns:
         The arrays of `abstract` whose paths are trained by the `lora` section that `read_adapter` returns, and no others.
     """
-    lora = read_adapter(origin.source, model)
+    lora = read_adapter(origin.source, model, encoder)
     trained_shapes = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(lora)}
     if is_run(origin.source):
         # The recorded step takes precedence, since the run may have newer checkpoints by now.
         step = named_step(origin.source) if origin.step is None else origin.step
         return load_params(run_folder(origin.source), trained_shapes, step).params
-    return external_adapter.load_external_adapter(origin.source, model, trained_shapes)
+    return external_adapter.load_external_adapter(origin.source, model, trained_shapes, encoder)

@@ -12,7 +12,20 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
-from moe_train.proof import against_base, base_fp8, base_modules, compare, expected, fp8, logits, prove, reread, surroundings, texts
+from moe_train.proof import (
+    against_base,
+    base_fp8,
+    base_modules,
+    compare,
+    expected,
+    fp8,
+    logits,
+    pictures,
+    prove,
+    reread,
+    surroundings,
+    texts,
+)
 from moe_train.proof.carried import CarriedFrom, check_carried, is_audio, text_tensors
 from moe_train.proof.checks import Check, Fault, Finding, NotChecked, ProofRecord, first_and_count, run
 from moe_train.proof.compare_adapter import AdapterFiles, examine_adapter, summarize_deltas
@@ -81,6 +94,7 @@ def repeat(
     checks.append(run("merge" if is_model else "deltas", partial(_check_weights, directory, record, model, trained, base)))
     if "carried" in record:
         checks.append(run("carried", partial(_check_carried, directory, record, model, base)))
+        checks.append(run("pictures", partial(_check_pictures, directory, depth, record, model)))
     if is_model:
         checks.append(run("answers", partial(_check_logits, directory, depth, record, model)))
     checks.append(run("template", partial(_check_template, directory, record)))
@@ -157,6 +171,17 @@ def _check_carried(directory: Path, record: ProofRecord, model: config.Model, ba
     return check_carried(origin, record["format"], directory, dict(record, tensors={}), trained)
 
 
+def _check_pictures(directory: Path, depth: prove.Depth, record: ProofRecord, model: config.Model) -> Finding:
+    """Compare the features of the probe picture with those of the export."""
+    if depth == "tensors":
+        raise NotChecked("skipped by --proof tensors: the tower was not run")
+    if "pictures" not in record:
+        raise NotChecked("the export was proved without a tower that can be computed, so there are no features to compare with")
+    encoder = config.VisionEncoder.model_validate_json(json.dumps(record["pictures"]["encoder"]))
+    tower = pictures.Tower(encoder, model)
+    return pictures.check_features_again(directory, tower, record["pictures"]["features"], REPEAT_TOLERANCE)
+
+
 def _check_weights(
     directory: Path, record: ProofRecord, model: config.Model, trained: prove.Export | None, base: WeightFiles | None
 ) -> Finding:
@@ -167,7 +192,7 @@ def _check_weights(
         raise NotChecked("neither the exported weights nor their base are given; use --run, --base, or --base with --adapter")
     prove.check_architecture(base.model, model, "mistral")  # a family with the same mathematics is accepted
     if not _is_model(record):
-        read_external_lora(directory, model)
+        read_external_lora(directory, model, _encoder(record))
         if record["format"] == "peft" and (base.path / "config.json").is_file():
             check_names(directory, base_modules.read_base_modules(base.path))
         return Finding("the adapter fits the base; its deltas are compared with --run")

@@ -201,7 +201,7 @@ def _with_adapter(lora: config.Lora, source: str, model: config.Model, encoder: 
     """Return the section with the targets of the adapter that it starts from. Raises ValueError if the two contradict."""
     from moe_train.checkpoint.model_dir import read_adapter
 
-    saved = read_adapter(source, model)
+    saved = read_adapter(source, model, encoder)
     if not lora.targets:
         lora = lora.model_copy(update={"targets": saved.targets, "rslora": saved.rslora})
     if not lora.train:

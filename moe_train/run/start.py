@@ -131,7 +131,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         # A copy, since the step donates the trained weights while the base weights must stay.
         loaded = jax.tree.map(jnp.copy, base_weights)
         if adapter is not None:
-            loaded |= model_dir.load_adapter(adapter, run.model, learned)
+            loaded |= model_dir.load_adapter(adapter, run.model, learned, run.encoder)
         state = new_state(initial_parameters(model, learned.keys() - loaded) | loaded)
     guard = None
     if run.train.spike_guard is not None:

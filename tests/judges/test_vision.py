@@ -176,6 +176,12 @@ def test_an_adapter_of_the_tower_works_in_peft(kind: str, lora: config.Lora, tmp
         prove_adapter(
             AdapterExport(tmp_path / "adapter", "peft", weights, model, lora, None, None, base=tmp_path / "base", encoder=encoder)
         )
+        # Read again, from the names on the wrapper.
+        section = peft.read_lora(tmp_path / "adapter", model, encoder)
+        likes = {path: like for path, like in shapes.items() if ParameterPath.parse(path).is_trained(section)}
+        read = peft.load_adapter(tmp_path / "adapter", model, likes, encoder)
+        assert read.keys() == shapes.keys() - frozen.keys()
+        assert all(np.array_equal(read[path], weights[path]) for path in read)
 
     def logits_of(judge: Any) -> np.ndarray:
         outputs = []

@@ -33,6 +33,17 @@ def vision_adapters(shapes: Mapping[str, AdapterShape]) -> dict[str, AdapterShap
     return {module: shape for module, shape in shapes.items() if of_module(module).is_vision}
 
 
+def adaptable_vision(encoder: config.VisionEncoder, model: config.Model) -> list[WeightPiece]:
+    """List A and B, in turn, of every weight of a tower that can have an adapter; their rank is a placeholder."""
+    modules = {ParameterPath.parse(piece.path).module for piece in vision_pieces.pieces_in_memory(encoder, model)}
+    return vision_pieces.adapter_pieces(encoder, model, dict.fromkeys(modules, 1))
+
+
+def saved_vision(encoder: config.VisionEncoder, model: config.Model) -> list[WeightPiece]:
+    """List every full weight of a tower that modules_to_save can contain."""
+    return [replace(piece, name=f"{_PREFIX}{piece.name}") for piece in vision_pieces.pieces_in_memory(encoder, model)]
+
+
 def tower_of(encoder: config.VisionEncoder, model: config.Model, lora: config.Lora, shapes: Mapping[str, AdapterShape]) -> Tower:
     """Return what PEFT files have of a tower.
 

@@ -185,7 +185,7 @@ def adapter_pieces(encoder: config.VisionEncoder, model: config.Model, ranks: Ma
         a = Row(f"{stem}.lora_A.weight", f"J {' '.join(ins)}", f"{module}.lora_a", f"{internal_in} J")
         b = Row(f"{stem}.lora_B.weight", f"{out} J", f"{module}.lora_b", f"J {internal_out}")
         if is_kernel:
-            b = b._replace(file_dims=f"{out} J I K", internal_dims=f"J {internal_out}IK")
+            b = b._replace(file_dims=f"{out} J I K", internal_dims=f"JIK {internal_out}")
         sizes = {**_sizes(settings, model.model_dim), "J": ranks[module], "I": 1, "K": 1}
         table += [piece_of(sizes, a, lead), piece_of(sizes, b, lead)]
     return table

@@ -222,7 +222,7 @@ def _with_adapter(lora: config.Lora, source: str, model: config.Model, encoder: 
     return lora
 
 
-def _modules(model: config.Model, encoder: config.VisionEncoder | None) -> list[str]:
+def _modules(model: config.Model, encoder: config.VisionEncoder | None = None) -> list[str]:
     """Return the names of all modules with weights, each once, such as `attention.q_proj`."""
     # Module names do not depend on the mesh, so one abstract device is enough.
     with jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1))):

@@ -14,6 +14,7 @@ import safetensors.numpy
 from PIL import Image
 
 from moe_train import config
+from moe_train.commands.chat import Chat
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.generate import GenerationRequest, Sampling, generate
@@ -225,6 +226,19 @@ def test_patterns_of_the_tower_have_to_have_an_effect(ready: Path) -> None:
         written(ready, vision=None, lora=config.Lora(targets=targets, train=("vision.projector.*",)))
     with pytest.raises(ValueError, match=r"'vision.projektor' names no module; there are vision.projector.in_proj"):
         resolve(written(ready, vision=config.Vision(train=("vision.projektor",))), 8)
+
+
+@pytest.mark.slow
+def test_a_chat_sees_the_picture_that_it_is_shown(trained: Path, tmp_path: Path) -> None:
+    chat = Chat(trained, Sampling(8), ChatSettings())
+    with pytest.raises(ValueError, match=r"there is no picture .*0\.png"):
+        chat.show(str(tmp_path / "0.png"))
+    for i, name in enumerate(("blue", "red")):
+        save_picture(tmp_path / f"{i}.png", name, 100 + i)
+        chat.show(str(tmp_path / f"{i}.png"))
+        assert "".join(chat.answer("Colour?")) == name
+        assert not chat.pictures
+        chat.reset()
 
 
 @pytest.mark.slow

@@ -214,8 +214,8 @@ def chat_command(
 ) -> None:
     """Talk to a run or a model in the terminal, or through a pipe: a question per line.
 
-    /image FILE shows a picture with the next question, /reset begins a new conversation, /messages prints it as JSON, /exit ends the
-    command.
+    /image FILE shows a picture with the next question, /reset begins a new conversation, /messages prints it as JSON, and /exit
+    ends the command.
     """
     from moe_train.commands.at_step import at_step
     from moe_train.commands.generate import Sampling

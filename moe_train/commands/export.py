@@ -140,7 +140,9 @@ def export(
     with jax.set_mesh(opened.mesh):
         loaded = opened.to_export()
         origin = _origin_of(opened, loaded)
-        documents = documents_of_export(opened, loaded, Path(out_dir).name, layout, merge)
+        # Files of llama.cpp hold the text model alone.
+        carried = None if options.text_only or layout in ("gguf", "gguf-lora") else carried_of(opened.directory)
+        documents = documents_of_export(opened, loaded, Path(out_dir).name, layout, merge, carried)
         origin = origin._replace(texts=origin.texts._replace(documents=documents))
         match layout:
             case "hf" | "mistral" | "gguf":

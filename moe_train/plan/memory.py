@@ -80,14 +80,14 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
         optimizer=layout.optimizer_bytes + _average_bytes(run, trained, sizes),
         batch=M * shape.tokens * bytes_per_row // run.train.seq_len,
         gradients=gradients,
-        saved=_saved_bytes(run, stacked, sizes, shape),
+        saved=_saved_bytes(run, stacked, sizes, shape) + _saved_vision_bytes(run, shape),
         layer=max(layer, _vision_bytes(run, sizes, shape)),
         loss=loss,
     )
 
 
 def _vision_bytes(run: config.Run, sizes: dict[str, int], shape: MicrobatchShape) -> int:
-    """Return the bytes that the forward pass of a frozen vision tower needs at its peak, before that of the text model."""
+    """Return the bytes that a layer of a vision tower needs at its peak, at a time when the text model needs none for a layer."""
     if run.pictures is None:
         return 0
     encoder = run.pictures.encoder
@@ -98,7 +98,32 @@ def _vision_bytes(run: config.Run, sizes: dict[str, int], shape: MicrobatchShape
     layer = 2 * D + max(4 * D, 3 * encoder.ffn_dim) // t
     features = run.model.model_dim // encoder.patches_per_token
     weights = (4 * D * D + 3 * D * encoder.ffn_dim) // t
+    if _trains_tower(run):  # each array of the forward pass has a gradient, and most are needed once more
+        layer *= 3
+        weights *= 2
     return (patches * (layer + features) + weights) * shape.itemsize
+
+
+def _trains_tower(run: config.Run) -> bool:
+    """Return whether gradients flow into the vision tower, and not into its projector alone."""
+    patterns: list[str] = [*run.trained_vision]
+    if run.lora is not None:
+        patterns += [*run.lora.train, *(pattern for target in run.lora.targets for pattern in target.modules)]
+    # A pattern such as `vision.*` reaches the tower too.
+    return any(pattern.startswith("vision.") and not pattern.startswith("vision.projector.") for pattern in patterns)
+
+
+def _saved_vision_bytes(run: config.Run, shape: MicrobatchShape) -> int:
+    """Return the bytes that a vision tower and its projector keep for the backward pass; 0 if they are frozen."""
+    if run.pictures is None or not run.trains_vision:
+        return 0
+    encoder = run.pictures.encoder
+    patches = shape.tokens * run.pictures.patches_per_row // run.train.seq_len
+    # Of the projector: its input and the merged squares, and both sides of its activation.
+    saved = patches * 2 * encoder.tower_dim + patches // encoder.patches_per_token * 2 * run.model.model_dim
+    if _trains_tower(run):
+        saved += (encoder.num_layers + 1) * patches * encoder.tower_dim  # inputs of the layers, and the first norm's
+    return saved * shape.itemsize
 
 
 def _average_bytes(run: config.Run, trained: list[ShardedWeight], sizes: dict[str, int]) -> int:

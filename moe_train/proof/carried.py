@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -90,7 +90,9 @@ def carries_quantized(origin: CarriedFrom | None) -> bool:
     return any(tensor.stored.kind.startswith("F8") for tensor in _expected(origin, origin.layout))
 
 
-def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: Path, record: ProofRecord) -> Finding:
+def check_carried(
+    origin: CarriedFrom, layout: expected.ModelLayout, directory: Path, record: ProofRecord, trained: Collection[str] = ()
+) -> Finding:
     """Compare everything that is carried with the base.
 
     Args:
@@ -98,6 +100,7 @@ def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: 
         layout: layout of the export.
         directory: the export.
         record: receives the hashes of the tensors, in the base and in the export.
+        trained: names, in the export, of tensors that were trained and so are not the base's.
 
     Raises:
         Fault: a tensor is missing or differs, or the settings of the tower are not the base's.
@@ -107,6 +110,8 @@ def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: 
     descriptions: dict[str, dict[str, str]] = {}
     num_bytes = 0
     for tensor in _expected(origin, layout):
+        if tensor.name in trained:
+            continue
         if tensor.name not in stored:
             faults.append(f"{tensor.name} is missing")
             continue

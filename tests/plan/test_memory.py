@@ -75,6 +75,15 @@ def test_a_vision_tower_counts() -> None:
     # Pixels, places, picture and the index of a token's feature, on 32 rows of a device.
     assert after.batch - before.batch == 32 * (96 * (12 + 2 + 1) + 128) * 4
     assert after.optimizer == before.optimizer and after.gradients == before.gradients
+    # A trained projector has moments, gradients and saved inputs; a trained tower the inputs of its layers too.
+    projector = seeing.model_copy(update={"vision": vision.model_copy(update={"train": ("vision.projector.*",)})})
+    everything = seeing.model_copy(update={"vision": vision.model_copy(update={"train": ("vision.*",)})})
+    trained, whole = (memory(run, layout(run)) for run in (projector, everything))
+    assert whole.gradients - before.gradients == sum(shards) > trained.gradients - before.gradients > 0
+    assert whole.optimizer > trained.optimizer > before.optimizer
+    patches = 32 * 96
+    assert trained.saved - after.saved == (patches * 2 * 32 + patches // 4 * 2 * plain.model.model_dim) * 2  # bfloat16
+    assert whole.saved - trained.saved == 3 * patches * 32 * 2
 
 
 def test_microbatches_trade_saved_activations_for_sums_of_gradients() -> None:

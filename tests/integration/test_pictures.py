@@ -157,6 +157,7 @@ PLAIN = config.Mesh(data=8)
 TENSORS = ExportOptions(depth="tensors")
 
 
+@pytest.mark.slow
 def test_a_trained_projector_and_tower_are_saved_resumed_and_exported(ready: Path, tmp_path: Path) -> None:
     vision = config.Vision(patches_per_row=32, train=("vision.projector.*", "vision.tower.layers.ffn.*"))
     first = written(ready, run_dir=str(tmp_path / "run"), train=SHORT, vision=vision, mesh=PLAIN)

@@ -324,3 +324,28 @@ def test_adapters_of_a_tower_are_exported_for_peft_alone(small_tokenizer: Huggin
     for adapter in (run, tmp_path / "peft"):
         with pytest.raises(ValueError, match="vision"):
             merge_into(tmp_path / "base", adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("lora", [LORA, ADAPTED], ids=["text", "tower"])
+def test_an_adapter_on_native_files_has_the_names_of_their_export(
+    lora: config.Lora, small_tokenizer: HuggingFace, tmp_path: Path
+) -> None:
+    """transformers loads a base in Mistral's own layout only after an export, which is the whole wrapper."""
+    with jax.set_mesh(ONE):
+        save_wrapper(tmp_path / "hf", random_parameters(TEXT))
+        for file in small_tokenizer.files:
+            shutil.copyfile(file, tmp_path / "hf" / file.name)
+    export(tmp_path / "hf", tmp_path / "base", "mistral", options=TENSORS)
+    with jax.set_mesh(ONE):
+        encoder = external.read_vision_encoder(tmp_path / "base")
+        weights = random_parameters(TEXT, lora=lora, encoder=encoder, seed=3)
+        sections = {"model": TEXT, "mesh": config.Mesh(), "loss": config.Loss(), "lora": lora}
+        sections |= {"vision": config.Vision(patches_per_row=16, encoder=encoder)}
+        runs.save_run(tmp_path / "run", weights, small_tokenizer, init_from=str(tmp_path / "base"), **sections)
+    record = export(tmp_path / "run", tmp_path / "peft", "peft")
+    assert record["in_wrapper"] and {check["name"]: check["passed"] for check in record["checks"]}["names"]
+    names = safetensors.numpy.load_file(tmp_path / "peft/adapter_model.safetensors").keys()
+    prefixes = {".".join(name.split(".")[3:4]) for name in names}
+    assert prefixes == ({"language_model"} if lora is LORA else {"language_model", "vision_tower", "multi_modal_projector"})
+    export(tmp_path / "base", tmp_path / "exported", options=TENSORS)
+    assert not failed(verify(tmp_path / "peft", base=tmp_path / "exported")[1])

@@ -229,7 +229,6 @@ def test_patterns_of_the_tower_have_to_have_an_effect(ready: Path) -> None:
         resolve(written(ready, vision=config.Vision(train=("vision.projektor",))), 8)
 
 
-@pytest.mark.slow
 def test_a_chat_sees_the_picture_that_it_is_shown(trained: Path, tmp_path: Path) -> None:
     chat = Chat(trained, Sampling(8), ChatSettings())
     with pytest.raises(ValueError, match=r"there is no picture .*0\.png"):

@@ -147,6 +147,7 @@ def export(
         origin = origin._replace(texts=origin.texts._replace(documents=documents))
         match layout:
             case "hf" | "mistral" | "gguf":
+                write_and_prove.check_dtype(layout, dtype)
                 lost = left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
                 wrapping, mmproj, of_base = multimodal_base.parts_of_export(opened, loaded, layout, dtype, options.text_only)
                 write_options = write_and_prove.WriteOptions(

@@ -84,8 +84,10 @@ def parts_of_export(
             raise ValueError("--text-only has no effect with --format gguf, which always has the text model alone; leave it out")
         mmproj = find_mmproj(source, bool(trained_vision) or _trains_embeddings(opened))
         return PartsOfExport(None, mmproj.file, mmproj.to_json())
-    # Tensors of a tower are no linear maps of the text model, which alone become FP8.
-    tower = TrainedTower(trained_vision, opened.lora, jnp.dtype("bfloat16" if dtype == "fp8" else dtype))
+    tower = None
+    if trained_vision:
+        # Tensors of a tower are no linear maps of the text model, which alone become FP8.
+        tower = TrainedTower(trained_vision, opened.lora, jnp.dtype("bfloat16" if dtype == "fp8" else dtype))
     text = TextOfExport(opened.model, opened.tokenizer, opened.chat_template)
     wrapping = find_wrapping(source, layout, text, loaded.about, text_only, tower)
     lost: JsonObject = {}

@@ -293,6 +293,10 @@ def test_a_trained_tower_is_exported_and_proved(kind: str, small_tokenizer: Hugg
     # Another layout and back is exact, as without training.
     export(tmp_path / "native", tmp_path / "again", options=TENSORS)
     assert bytes_of(tmp_path / "again") == after
+    if kind == "projector alone":  # which stays bfloat16 beside a text model in FP8
+        export(run, tmp_path / "fp8", options=ExportOptions(depth="tensors", dtype="fp8"))
+        assert bytes_of(tmp_path / "fp8")["multi_modal_projector.linear_1.weight"][0] == "bfloat16"
+        assert not failed(verify(tmp_path / "fp8", run=run, depth="tensors")[1])
     # llama.cpp's file of the base's tower would be that of another one.
     (base / "mmproj-F16.gguf").write_bytes(b"GGUF of the tower")
     assert "command" in export(run, tmp_path / "gguf", "gguf", merge=merge, options=TENSORS)["mmproj"]

@@ -115,7 +115,6 @@ def _open(directory: Path, model: config.Model) -> _Opened:
     stored = safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS)
     if modules := unselected_modules(stored, settings):
         _warn_of_unselected(str(directory), modules[0], len(modules))
-    check_ranks(directory / ADAPTER_WEIGHTS, stored, settings)
     layout = matrix_for_each_expert(names.detect_adapted(stored, model), model)
     tensors = _tensors_in_layers(directory, settings, stored, model, layout)
     # Files with fused adapters state alphas under the fused names, which are split here like the tensors.
@@ -129,6 +128,7 @@ def _open(directory: Path, model: config.Model) -> _Opened:
             f"{directory / ADAPTER_WEIGHTS} has {unknown[0]}, which this model has no place for; name the base that it "
             f"was trained on, or {MERGE_FIRST}"
         )
+    check_ranks(directory / ADAPTER_WEIGHTS, stored, settings)
     lora = config.Lora(
         targets=stacks.targets,
         rslora=bool(settings.get("use_rslora")),
@@ -184,7 +184,7 @@ def _tensors_in_layers(
             name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
         tensors[name] = tensor
     if isinstance(model.ffn, config.MoeFfn):
-        tensors = fused.split_fused(directory / ADAPTER_WEIGHTS, tensors, model, settings.get("peft_version"))
+        tensors = fused.split_fused(directory / ADAPTER_WEIGHTS, tensors, model, settings)
     return tensors
 
 

@@ -21,6 +21,8 @@ _STEM = re.compile(r"(base_model\.model\.)?(?P<module>.*?)(\.base_layer)*\.lora_
 _LAYER = re.compile(r"\.(?P<pattern>[^.]*)\.(?P<layer>\d+)\.")
 _CONVERTED = (".experts", "block_sparse_moe", ".mlp.gate")
 """Parts of the names of experts and routers, whose targets PEFT converts between the names of two versions of transformers."""
+_FUSED = ".mlp.experts"
+"""End of the name of a module that holds all experts, whose rank its shape alone does not show."""
 _ENDS = ("embed_tokens", "lm_head")
 
 
@@ -40,7 +42,7 @@ def unselected_modules(tensors: Collection[str], settings: Mapping[str, Any]) ->
 
 
 def check_ranks(file: Path, tensors: Mapping[str, FileTensor], settings: JsonObject) -> None:
-    """Raise ValueError if an adapter has another rank than the settings state; experts and routers are not looked at.
+    """Raise ValueError if an adapter has another rank than the settings state; `fused` does so for all experts in one matrix.
 
     Args:
         file: the tensors' file, for messages.
@@ -49,7 +51,7 @@ def check_ranks(file: Path, tensors: Mapping[str, FileTensor], settings: JsonObj
     """
     for name, tensor in tensors.items():
         match = _STEM.fullmatch(name)
-        if match is None or any(part in match["module"] for part in _CONVERTED) or len(tensor.shape) != 2:
+        if match is None or match["module"].endswith(_FUSED) or len(tensor.shape) != 2:
             continue
         rank = tensor.shape[0 if match["matrix"] == "A" else 1]
         stated = rank_of(settings, match["module"])

@@ -64,6 +64,10 @@ def test_a_file_with_some_experts_or_other_ranks_fills_zeros_up(tmp_path: Path) 
             if "experts.3." in name:
                 small[name] = np.ascontiguousarray(small[name][:2] if "lora_A" in name else small[name][:, :2])
         safetensors.numpy.save_file(small, weights)
+        with pytest.raises(ValueError, match=r"experts\.3\.w1\.lora_A\.weight has rank 2, but .* state 3 for it"):
+            peft.read_lora(tmp_path / "out", MIXTRAL)
+        settings = settings_in(tmp_path / "out") | {"rank_pattern": {r"experts\.3\.w[123]": 2}}
+        (tmp_path / "out/adapter_config.json").write_text(json.dumps(settings))
         read = peft.read_lora(tmp_path / "out", MIXTRAL)
         assert {(t.rank, t.experts) for t in read.targets} == {(3, (0, 2)), (2, (3,))}
         like = trained(read)

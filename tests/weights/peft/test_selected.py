@@ -66,12 +66,12 @@ class Tensor:
         ({"r": 3, "rank_pattern": {r"model\.layers\.0\..*": 2}}, None),
         ({"r": 2}, "o_proj.lora_A.weight has rank 3, but .* state 2"),
         ({"r": 64, "rank_pattern": {"o_proj": 3}}, "q_proj.lora_A.weight has rank 2, but .* state 64"),
+        ({"r": 2, "rank_pattern": {"o_proj": 3, "w1": 4}}, "experts.0.w1.lora_A.weight has rank 2, but .* state 4"),
         ({}, "has rank 2, but .* state 8"),  # PEFT's default
     ],
 )
 def test_other_ranks_than_the_settings_state_are_refused(settings: dict[str, Any], refused: str | None) -> None:
-    # An expert's is not looked at.
-    shapes = {Q: 2, OUT: 3, EXPERT: 9}
+    shapes = {Q: 2, OUT: 3, EXPERT: 2}
     tensors = {f"base_model.model.{module}.lora_A.weight": Tensor(rank, 8) for module, rank in shapes.items()}
     tensors |= {f"base_model.model.{module}.lora_B.weight": Tensor(8, rank) for module, rank in shapes.items()}
     if refused is None:

@@ -196,7 +196,7 @@ def names_in_patterns(module: str) -> tuple[str, ...]:
     """Return the names under which PEFT looks for a module in its patterns, that of transformers 4 first.
 
     Routed experts and routers have another name in transformers 5. There gate and up are one parameter, whose rank and alpha PEFT
-    takes from r and lora_alpha, whatever the patterns say (`_convert_peft_config_moe` in peft/utils/transformers_weight_conversion.py).
+    takes from r and lora_alpha, whatever the patterns say (`_convert_peft_config_moe` in transformers_weight_conversion.py).
     """
     renamed = module.replace(".block_sparse_moe.", ".mlp.")
     if expert := re.fullmatch(r"(.*\.mlp\.experts)\.\d+\.(w2|down_proj)", renamed):

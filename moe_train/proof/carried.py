@@ -193,7 +193,7 @@ def _expected(origin: CarriedFrom, layout: expected.ModelLayout) -> list[_Expect
 
 
 def _kind_of_weights(origin: CarriedFrom) -> str:
-    """Return the dtype to which the FP8 weights of a base are dequantized: what a config with a quantization states, or bfloat16."""
+    """Return the dtype to which a base's FP8 weights are dequantized: what a config with a quantization states, or bfloat16."""
     fields = read_object(origin.base / ("config.json" if origin.layout == "hf" else "params.json"))
     levels = (fields.get("text_config") or {}, fields)
     if not any(level.get(key) for level in levels for key in ("quantization", "quantization_config")):

@@ -29,7 +29,7 @@ from moe_train.weights.peft.pieces import (
     saved_pieces,
     tied_head,
 )
-from moe_train.weights.peft.selected import check_ranks, unselected_modules
+from moe_train.weights.peft.selected import check_ranks, num_modules, unselected_modules
 from moe_train.weights.peft.settings import MERGE_FIRST, read_settings
 from moe_train.weights.peft.stacks import Stacks, stacks_of
 
@@ -114,6 +114,11 @@ def _open(directory: Path, model: config.Model) -> _Opened:
     settings = read_settings(directory)
     stored = safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS)
     if modules := unselected_modules(stored, settings):
+        if len(modules) == num_modules(stored):
+            raise ValueError(
+                f"{directory / ADAPTER_CONFIG} selects no module that {ADAPTER_WEIGHTS} adapts (such as {modules[0]}), with "
+                "which PEFT cannot load it; correct target_modules, exclude_modules or layers_to_transform"
+            )
         _warn_of_unselected(str(directory), modules[0], len(modules))
     layout = matrix_for_each_expert(names.detect_adapted(stored, model), model)
     tensors = _tensors_in_layers(directory, settings, stored, model, layout)

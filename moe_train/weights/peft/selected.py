@@ -33,12 +33,18 @@ def unselected_modules(tensors: Collection[str], settings: Mapping[str, Any]) ->
         tensors: names of the tensors.
         settings: adapter_config.json.
     """
-    modules: set[str] = set()
-    for name in tensors:
-        match = _STEM.fullmatch(name)
-        if match and not any(part in match["module"] for part in _CONVERTED):
-            modules.add(match["module"])
+    modules = {module for module in _modules(tensors) if not any(part in module for part in _CONVERTED)}
     return sorted(module for module in modules if not _is_selected(module, settings))
+
+
+def num_modules(tensors: Collection[str]) -> int:
+    """Return the number of modules with adapters, given the names of the tensors."""
+    return len(_modules(tensors))
+
+
+def _modules(tensors: Collection[str]) -> set[str]:
+    matches = (_STEM.fullmatch(name) for name in tensors)
+    return {match["module"] for match in matches if match}
 
 
 def check_ranks(file: Path, tensors: Mapping[str, FileTensor], settings: JsonObject) -> None:

@@ -91,7 +91,7 @@ def read_settings(directory: Path) -> JsonObject:
     for name in settings.get("target_parameters") or ():
         # PEFT matches a name against the end of a parameter's name, from a dot on. The tensors show which weights these are.
         is_fused = any(f"model.layers.0.{parameter}".endswith(f".{_in_first_layer(name)}") for parameter in _FUSED_PARAMETERS)
-        if not is_fused and not name.endswith(".weight"):
+        if not is_fused and (not name.endswith(".weight") or name.endswith("norm.weight")):
             supported = ", ".join(_FUSED_PARAMETERS)
             raise ValueError(
                 f"{file}: target_parameters has {name!r}; supported are {supported}, ends of these, and weights of linear maps; "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_train.weights.peft.selected import check_ranks, unselected_modules
+from moe_train.weights.peft.selected import check_ranks, num_modules, unselected_modules
 
 Q, OUT = (f"model.layers.{layer}.self_attn.{leaf}" for layer, leaf in ((0, "q_proj"), (1, "o_proj")))
 EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1"
@@ -37,7 +37,7 @@ TENSORS = [f"base_model.model.{module}.lora_{x}.weight" for module in (Q, OUT, E
     ],
 )
 def test_modules_that_the_settings_do_not_select_are_named(settings: dict[str, Any], unselected: list[str]) -> None:
-    assert unselected_modules(TENSORS, settings) == sorted(unselected)
+    assert unselected_modules(TENSORS, settings) == sorted(unselected) and num_modules(TENSORS) == 3
 
 
 def test_both_ends_of_a_tied_table_are_selected_by_one() -> None:

@@ -45,7 +45,8 @@ def gpu_layer_bytes(
 
 def _counts(run: config.Run, ffn: config.Ffn, stacked: list[ShardedWeight]) -> tuple[int, int]:
     """Return how many arrays of hidden activations, and of rows of model_dim, are there at the peak."""
-    if isinstance(ffn, config.MoeFfn) and run.compute.remat == "full":
-        return 12, 4
+    if run.compute.remat == "full":
+        return (12, 4) if isinstance(ffn, config.MoeFfn) else (6, 6)
+    # The saved results of gate and up are not among them; adapters need more of what follows.
     has_adapters = any(w.path.is_adapter and w.path.is_ffn for w in stacked)
     return (6, 6) if has_adapters else (3, 6)

@@ -115,7 +115,11 @@ class TextGenerator:
         """Raise ValueError if a prompt is empty, too long for `max_tokens` more (see `check_lengths`), or has pictures in vain."""
         check_lengths([prompt.tokens for prompt in prompts], max_tokens, self._opened.model, names)
         if any(prompt.pictures for prompt in prompts):
-            self._opened.check_pictures()
+            self.check_pictures()
+
+    def check_pictures(self) -> None:
+        """Raise ValueError if the model sees no pictures."""
+        self._opened.check_pictures()
 
     def stream(
         self,

@@ -9,7 +9,14 @@ from pydantic import Field, model_validator
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model
 from moe_train.config.average import Average, LastCheckpoints, NoAverage
-from moe_train.config.checks import check_batch, check_local, check_model, check_objective_of_pictures, check_rounding
+from moe_train.config.checks import (
+    check_batch,
+    check_local,
+    check_model,
+    check_objective_of_pictures,
+    check_rounding,
+    check_trained_vision,
+)
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
 from moe_train.config.objective import NextToken, Objective, check_records
@@ -34,7 +41,7 @@ class Config(Section):
     """Name of the run, in logs and records."""
     run_dir: RunDirectory
     """Folder for checkpoints, metrics and records. All hosts must see it. A second start with the same folder continues the run.
-    A job of a single process may state a bucket (gs://BUCKET/runs/NAME, s3://…).
+    It may be in a bucket (gs://BUCKET/runs/NAME, s3://…): the job works in a folder, from where the first process copies.
     """
     seed: Seed = 0
     """Seed of the initial weights, the order of data and dropout."""
@@ -90,10 +97,15 @@ class Config(Section):
         check_batch(self)
         if self.vision is not None:
             check_objective_of_pictures(self.objective)
+            check_trained_vision(self.vision, self.lora)
             if self.init_from is None:
                 raise ValueError(
                     "vision needs init_from, a multimodal model whose tower sees the pictures; state it, or leave vision out"
                 )
+        elif self.lora is not None and self.lora.trains_vision:
+            raise ValueError(
+                "lora names modules of a vision tower, but there is no section vision, whose pictures train them; add vision: {}"
+            )
         if self.network == "none":
             check_local(self.data, self.metrics)
         if isinstance(self.average, LastCheckpoints) and self.checkpoint.keep_last < self.average.count - 1:

@@ -17,6 +17,7 @@ from moe_train.plan.attention_sizes import attention_sizes
 from moe_train.plan.gpu_memory import gpu_layer_bytes
 from moe_train.plan.topology import Platform
 from moe_train.plan.traffic import MicrobatchShape, microbatch_shape
+from moe_train.plan.vision_memory import saved_vision_bytes, vision_bytes
 from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes, is_nf4, numbers_per_element
 from moe_train.train.logits import CHUNK_ELEMENTS
 from moe_train.train.objectives.choose import objective_of
@@ -85,25 +86,10 @@ def memory(run: config.Run, layout: WeightLayout, platform: Platform = "tpu") ->
         optimizer=layout.optimizer_bytes + _average_bytes(run, trained, sizes),
         batch=M * shape.tokens * bytes_per_row // run.train.seq_len,
         gradients=gradients,
-        saved=_saved_bytes(run, stacked, sizes, shape, platform),
-        layer=max(layer, _vision_bytes(run, sizes, shape)),
+        saved=_saved_bytes(run, stacked, sizes, shape, platform) + saved_vision_bytes(run, shape),
+        layer=max(layer, vision_bytes(run, sizes, shape)),
         loss=loss,
     )
-
-
-def _vision_bytes(run: config.Run, sizes: dict[str, int], shape: MicrobatchShape) -> int:
-    """Return the bytes that the forward pass of a frozen vision tower needs at its peak, before that of the text model."""
-    if run.pictures is None:
-        return 0
-    encoder = run.pictures.encoder
-    patches = shape.tokens * run.pictures.patches_per_row // run.train.seq_len
-    D = encoder.tower_dim
-    t = sizes["tensor"]
-    # Input, norm, and either queries, keys, values and their sum, or gate, up and their product; and the features.
-    layer = 2 * D + max(4 * D, 3 * encoder.ffn_dim) // t
-    features = run.model.model_dim // encoder.patches_per_token
-    weights = (4 * D * D + 3 * D * encoder.ffn_dim) // t
-    return (patches * (layer + features) + weights) * shape.itemsize
 
 
 def _average_bytes(run: config.Run, trained: list[ShardedWeight], sizes: dict[str, int]) -> int:

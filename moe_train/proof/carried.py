@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -101,7 +101,9 @@ def carries_quantized(origin: CarriedFrom | None, layout: expected.ModelLayout) 
     return any(tensor.kind.startswith("F8") for tensor in _expected(origin, layout))
 
 
-def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: Path, record: ProofRecord) -> Finding:
+def check_carried(
+    origin: CarriedFrom, layout: expected.ModelLayout, directory: Path, record: ProofRecord, trained: Collection[str] = ()
+) -> Finding:
     """Compare everything that is carried with the base.
 
     Args:
@@ -109,6 +111,7 @@ def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: 
         layout: layout of the export.
         directory: the export.
         record: receives the hashes of the tensors, in the base and in the export.
+        trained: names, in the export, of tensors that were trained and so are not the base's.
 
     Raises:
         Fault: a tensor is missing or differs, or the settings of the tower are not the base's.
@@ -119,7 +122,7 @@ def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: 
     faults: list[str] = []
     descriptions: dict[str, dict[str, str]] = {}
     num_bytes = 0
-    tensors = _expected(origin, layout)
+    tensors = [tensor for tensor in _expected(origin, layout) if tensor.name not in trained]
     for tensor in tensors:
         if tensor.name not in stored:
             faults.append(f"{tensor.name} is missing")

@@ -60,7 +60,7 @@ class StoredTensor(FileTensor, Protocol):
 
 
 class Carried(NamedTuple):
-    """The parts of a multimodal model around its text model, which are not trained; exports carry them unchanged."""
+    """The parts of a multimodal model around its text model. Exports carry unchanged what of them is not trained."""
 
     parts: str
     """What they are, for messages: vision tower and projector."""

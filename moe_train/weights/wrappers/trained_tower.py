@@ -12,7 +12,7 @@ from moe_train.model.paths import ParameterPath
 from moe_train.weights import merge
 from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.names import WeightPiece
-from moe_train.weights.on_disk import Carried, FileTensor
+from moe_train.weights.on_disk import Carried, FileTensor, StoredTensor
 from moe_train.weights.wrappers import vision_pieces
 
 
@@ -25,6 +25,11 @@ class TrainedTensor(NamedTuple):
     piece: WeightPiece
     parameters: LazyParameters
     lora: config.Lora | None
+
+    @property
+    def file(self) -> object:
+        """What takes the place of the file, for messages."""
+        return "the trained weights"
 
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Return the part at `index`, with the adapter merged and rounded once; () is the whole tensor."""
@@ -56,7 +61,7 @@ def with_trained(
     weights = vision_weights(parameters)
     if not weights:
         return carried
-    tensors: dict[str, FileTensor] = dict(carried.tensors)
+    tensors: dict[str, StoredTensor] = dict(carried.tensors)
     for piece in vision_pieces.pieces_of(carried, model):
         if piece.path in weights:
             tensors[piece.name] = TrainedTensor(piece.name, tensors[piece.name].shape, dtype, piece, weights, lora)

@@ -256,6 +256,11 @@ def _compile_request(request_path: Path) -> dict[str, Any]:
         reply = asdict(compile_on(run, make_mesh(run.mesh, devices)))
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         return {"error": str(error).splitlines()[0]}
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        remedy = "pip install nvidia-cudnn-cu12 (nvidia-cudnn-cu13 for CUDA 13), or plan with --no-compile"
+        return {"error": f"attention is compiled for cuDNN, which is not installed beside JAX's CUDA plugin; run: {remedy}"}
     reply.pop("warnings")  # only the parent process sees the compiler's output
     return reply
 

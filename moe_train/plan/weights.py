@@ -163,3 +163,13 @@ def divisions(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 def _divisors(number: int) -> list[int]:
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
+
+
+def numbers_per_element(w: ShardedWeight, run: config.Run) -> int:
+    """Return how many numbers a stored element holds: NF4 packs two quantized values in a byte."""
+    return 2 if w.path.part == "codes" and is_nf4(run) else 1
+
+
+def is_nf4(run: config.Run) -> bool:
+    """Return whether the frozen weights of a run are quantized to NF4."""
+    return run.lora is not None and isinstance(run.lora.quantize, config.Nf4)

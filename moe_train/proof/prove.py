@@ -231,7 +231,7 @@ def check_tensors(export: Export, out: list[compare.TensorResults], carried: Col
     left_out = fp8.unquantized_modules(export.directory, export.layout)
     expected_kinds = {w.name: compare.stored_kind(export.layout, w, export.dtype, left_out) for w in expected_tensors}
     compare.check_names(stored, expected_tensors, expected_kinds)
-    if not carries_quantized(export.carried_from):
+    if not carries_quantized(export.carried_from, export.layout):
         fp8.check_claim(export.directory, export.layout, stored)
     results = compare.examine_tensors(stored, expected_tensors, export.parameters, export.lora)
     out.append(results)

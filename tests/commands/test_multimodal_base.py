@@ -81,6 +81,24 @@ def test_a_merged_export_is_the_whole_model(run_dir: Path, caplog: pytest.LogCap
     assert "left_out" not in again and bytes_of(run_dir / "again") == bytes_of(run_dir / "base")
 
 
+def test_a_quantized_tower_is_dequantized_in_mistrals_own_layout(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As vLLM reads it: names without scales, of an unquantized tower."""
+    record = export(run_dir / "run", run_dir / "native", "mistral", merge=True, options=TENSORS)
+    (check,) = (check for check in record["checks"] if check["name"] == "carried")
+    assert check["passed"] and check["figures"]["dequantized"] == 1 and "are FP8 and are written dequantized" in caplog.text
+    up = "vision_encoder.transformer.layers.0.feed_forward.w3.weight"
+    halves = np.full((12, 8), 0.5, ml_dtypes.bfloat16).tobytes()
+    assert bytes_of(run_dir / "native", "consolidated")[up] == ("bfloat16", (12, 8), halves)
+    assert "quantization" not in json.loads((run_dir / "native/params.json").read_text())
+    assert not failed(verify(run_dir / "native", base=run_dir / "base", depth="tensors")[1])
+    file = run_dir / "native/consolidated.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    tensors[up] *= 2  # the codes as a reader without scales would take them
+    safetensors.numpy.save_file(tensors, file)
+    reasons = failed(verify(run_dir / "native", base=run_dir / "base", depth="tensors")[1])
+    assert f"{up} in consolidated.safetensors does not have the dequantized numbers of" in reasons["carried"]
+
+
 NAME = f"{LAYER}attention.k_proj.weight"
 
 

@@ -29,7 +29,7 @@ from moe_train.weights.peft.pieces import (
     saved_pieces,
     tied_head,
 )
-from moe_train.weights.peft.selected import check_ranks, unselected_modules
+from moe_train.weights.peft.selected import check_ranks, num_modules, unselected_modules
 from moe_train.weights.peft.settings import MERGE_FIRST, read_settings
 from moe_train.weights.peft.stacks import Stacks, stacks_of
 from moe_train.weights.peft.vision_tower import adaptable_vision, saved_vision
@@ -131,8 +131,12 @@ def _open(directory: Path, model: config.Model, encoder: config.VisionEncoder | 
     settings = read_settings(directory)
     stored = safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS)
     if modules := unselected_modules(stored, settings):
+        if len(modules) == num_modules(stored):
+            raise ValueError(
+                f"{directory / ADAPTER_CONFIG} selects no module that {ADAPTER_WEIGHTS} adapts (such as {modules[0]}), with "
+                "which PEFT cannot load it; correct target_modules, exclude_modules or layers_to_transform"
+            )
         _warn_of_unselected(str(directory), modules[0], len(modules))
-    check_ranks(directory / ADAPTER_WEIGHTS, stored, settings)
     layout = matrix_for_each_expert(names.detect_adapted(stored, model), model)
     if encoder is None:
         _refuse_tower(directory, stored)
@@ -153,6 +157,7 @@ def _open(directory: Path, model: config.Model, encoder: config.VisionEncoder | 
             f"{directory / ADAPTER_WEIGHTS} has {unknown[0]}, which this model has no place for; name the base that it "
             f"was trained on, or {MERGE_FIRST}"
         )
+    check_ranks(directory / ADAPTER_WEIGHTS, stored, settings)
     lora = config.Lora(
         targets=stacks.targets,
         rslora=bool(settings.get("use_rslora")),
@@ -212,7 +217,7 @@ def _tensors_in_layers(
             name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
         tensors[name] = tensor
     if isinstance(model.ffn, config.MoeFfn):
-        tensors = fused.split_fused(directory / ADAPTER_WEIGHTS, tensors, model, settings.get("peft_version"))
+        tensors = fused.split_fused(directory / ADAPTER_WEIGHTS, tensors, model, settings)
     return tensors
 
 

@@ -64,6 +64,8 @@ def stacks_of(
             raise ValueError(f"{directory / ADAPTER_WEIGHTS} lacks {missing[0]}; save the adapter again")
         shape = None
         if not missing:
+            if 0 in tensors[piece_a.name].shape:
+                raise ValueError(f"{directory / ADAPTER_WEIGHTS}: {piece_a.name} has no numbers; save the adapter again")
             stem = piece_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
             shape = AdapterShape(tensors[piece_a.name].shape[0], alpha_of(settings, stem))
         expert = piece_a.lead[1] if len(piece_a.lead) == 2 else None

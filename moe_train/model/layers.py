@@ -123,28 +123,40 @@ class Linear(Adapted):
         w, y = self.equation.split(",")[1].split("->")
         return max(i for i, letter in enumerate(w) if letter not in y) - len(w)
 
-    def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None = None) -> Float[Array, "..."]:
+    def __call__(
+        self, x: Float[Array, "..."], key: Key[Array, ""] | None = None, equation: str | None = None
+    ) -> Float[Array, "..."]:
         """Apply the map and, if there is one, the LoRA adapter.
 
         Args:
             x: input with the dims of the equation's first operand.
             key: PRNG key for the dropout on the adapter's input; None for no dropout.
+            equation: the same map with other letters, since `einsum` sums over dims in the order of the alphabet; None for the
+                layer's own.
         """
-        return self.apply(x, self.apply_dropout(x, key))
+        return self.apply(x, self.apply_dropout(x, key), equation=equation)
 
-    def apply(self, x: Float[Array, "*dims"], adapter_input: Float[Array, "*dims"], saved: bool = True) -> Float[Array, "..."]:
+    def apply(
+        self,
+        x: Float[Array, "*dims"],
+        adapter_input: Float[Array, "*dims"],
+        saved: bool = True,
+        equation: str | None = None,
+    ) -> Float[Array, "..."]:
         """Apply the map to x, and the LoRA adapter, if there is one, to `adapter_input`, which is x after dropout.
 
         Args:
             x: input with the dims of the equation's first operand.
             adapter_input: input of the adapter.
             saved: whether remat `minimal` keeps the results for the backward pass.
+            equation: as for a call.
         """
-        y = fsdp.project(self.equation, x, self.weight[...], saved)
+        equation = equation or self.equation
+        y = fsdp.project(equation, x, self.weight[...], saved)
         adapter = self.adapter()
         if adapter is not None:
             a, b = adapter
-            to_rank, from_rank = lora_equations(self.equation)
+            to_rank, from_rank = lora_equations(equation)
             low_rank = fsdp.project(to_rank, adapter_input, a, saved)
             y += fsdp.project(from_rank, low_rank, b, saved)
         return y

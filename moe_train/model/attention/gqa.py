@@ -68,8 +68,7 @@ class GroupedQueryAttention(nnx.Module):
         self.q_proj = Linear(rngs, "BTD,DNH->BTNH", (D, N, H), P("fsdp", split_axes(N), None), std, dtype)
         self.k_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), kv_spec, std, dtype)
         self.v_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), kv_spec, std, dtype)
-        # einsum sums over N and W in the order of the alphabet, which is that in memory: neither operand is copied.
-        self.o_proj = Linear(rngs, "BTNW,NWD->BTD", (N, H, D), P(split_axes(N), None, "fsdp"), std, dtype)
+        self.o_proj = Linear(rngs, "BTNH,NHD->BTD", (N, H, D), P(split_axes(N), None, "fsdp"), std, dtype)
         self.rope = model.rope
         self.query_scaling = attention.query_scaling
         self.window = window
@@ -129,4 +128,7 @@ class GroupedQueryAttention(nnx.Module):
             values = extend_values(cache.v_BKSH, v_BTKH, positions_BT, _HEADS)
             y_BTNH = attend_slots(q_BTNH, keys, values, positions_BT, self.window, _HEADS)
             cache = KeyValueCache(keys, values)
+            # Summed over N and then W, as they are in memory: XLA:CPU copies no weight for a token. Not in training, where it would
+            # then round differently with adapters that add nothing and without, as for the reference of a preference run.
+            return self.o_proj(y_BTNH, o_key, "BTNW,NWD->BTD"), cache
         return self.o_proj(y_BTNH, o_key), cache

@@ -18,6 +18,7 @@ from moe_train.checkpoint.initial_files import first_files, first_path
 from moe_train.checkpoint.load_params import load_params
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, survey
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
+from moe_train.data.batches.sound_batch import check_sizes
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
@@ -62,15 +63,31 @@ class OpenedModel(NamedTuple):
     """The mesh to load the weights onto."""
 
     @property
-    def encoder(self) -> config.VisionEncoder | None:
-        """The vision tower that the run was trained with, or that the external model has; None without one that is computed."""
+    def encoder(self) -> config.VisionEncoder | config.AudioEncoder | None:
+        """The tower that the run was trained with, or that the external model has; None without one that is computed."""
         if self.run is not None:
             return self.run.encoder
-        return external.find_vision_encoder(self.directory)
+        return external.find_encoder(self.directory)
+
+    def check_media(self) -> None:
+        """Raise ValueError if the model takes no pictures or sound as its tokenizer states them."""
+        if self.tokenizer.sound is not None:
+            self._check_sound()
+        else:
+            self.check_pictures()
+
+    def _check_sound(self) -> None:
+        """Raise ValueError if the model hears no sound, or hears it in other sizes than its tokenizer states."""
+        if not isinstance(self.encoder, config.AudioEncoder):
+            raise ValueError(
+                f"{self.directory} has no audio tower that can be computed, so it hears no sound; name a multimodal model with "
+                "an unquantized tower, or a run with a section audio"
+            )
+        check_sizes(self.encoder, self.tokenizer.sound, self.directory)
 
     def check_pictures(self) -> None:
         """Raise ValueError if the model sees no pictures, or sees them in other sizes than its tokenizer states."""
-        if self.encoder is None:
+        if not isinstance(self.encoder, config.VisionEncoder):
             raise ValueError(
                 f"{self.directory} has no vision tower that can be computed, so it sees no pictures; name a multimodal model with "
                 "an unquantized tower, or a run with a section vision"
@@ -85,10 +102,10 @@ class OpenedModel(NamedTuple):
             )
 
     def load_with_tower(self) -> tuple[Any, Parameters, int | None]:
-        """Load as `load_with_step` does, with the vision tower. The model has to have one (`encoder`)."""
+        """Load as `load_with_step` does, with the tower. The model has to have one (`encoder`)."""
         structure, shapes = parameters(abstract_model(self.model, self.compute, self.lora, self.encoder))
         check_host_memory(shapes, str(self.directory))
-        tower = {path: shapes.pop(path) for path in list(shapes) if ParameterPath.parse(path).is_vision}
+        tower = {path: shapes.pop(path) for path in list(shapes) if ParameterPath.parse(path).is_tower}
         loaded = load_weights(self.directory, shapes)
         return structure, {**cast(Parameters, loaded.weights), **load_tower(self.directory, tower)}, loaded.step
 
@@ -272,7 +289,7 @@ def load_parameters(
 
 
 def load_tower(directory: str | Path, abstract: Abstract) -> Parameters:
-    """Load the vision tower and projector of a multimodal model, or of the one that a run started from.
+    """Load the tower and projector of a multimodal model, or of the one that a run started from.
 
     Args:
         directory: The model or run.
@@ -280,13 +297,11 @@ def load_tower(directory: str | Path, abstract: Abstract) -> Parameters:
 
     Raises:
         FileNotFoundError: If the files that the run started from are no longer there.
-        ValueError: If they have no vision tower.
+        ValueError: If they have no such tower.
     """
     files = first_files(directory)
     if files is None:
-        raise FileNotFoundError(
-            f"the vision tower of {directory} is in {first_path(directory)}, which does not exist; copy it there"
-        )
+        raise FileNotFoundError(f"the tower of {directory} is in {first_path(directory)}, which does not exist; copy it there")
     return external.load_external_parameters(files, abstract)
 
 

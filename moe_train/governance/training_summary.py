@@ -17,6 +17,7 @@ _RECORD_KINDS = {
     "completion": "prompts with completions",
     "preference": "pairs of answers, one preferred",
     "labelled": "answers with a label",
+    "transcription": "sound with its transcripts",
 }
 """Kind of record in a config -> what it holds."""
 

@@ -125,6 +125,11 @@ class ParameterPath:
         return self.module.startswith("vision.")
 
     @property
+    def is_tower(self) -> bool:
+        """Whether the array belongs to a vision or audio tower or its projector."""
+        return self.is_vision or self.module.startswith("audio.")
+
+    @property
     def is_ffn(self) -> bool:
         """Whether the array belongs to the feed-forward part of a layer, including its router."""
         return self.module.startswith("ffn.")
@@ -159,7 +164,7 @@ class ParameterPath:
     def is_trained(self, lora: config.Lora) -> bool:
         """Return whether LoRA training changes the array: it is an adapter, or its module is trained in full."""
         # A tower is frozen, whatever the patterns that are meant for the text model would match in it.
-        return not self.is_vision and (self.is_adapter or lora.trains_in_full(self.module))
+        return not self.is_tower and (self.is_adapter or lora.trains_in_full(self.module))
 
 
 def in_layer(position: config.LayerPosition, name: str) -> str:

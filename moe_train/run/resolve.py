@@ -18,6 +18,7 @@ from moe_train.machine.network import forbid_network
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
+from moe_train.run.resolve_audio import audio_with_encoder
 
 
 def resolve(written: config.Config, device_count: int | None = None) -> config.Run:
@@ -51,6 +52,8 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
         changes["data"] = config.with_targets(_with_tokenizer(written.data, written.init_from), written.objective)
     if written.vision is not None:
         changes["vision"] = _with_encoder(written.vision, written)
+    if written.audio is not None:
+        changes["audio"] = audio_with_encoder(written.audio, written, changes["mesh"].context)
     # model_copy validates nothing, so the checks below are needed.
     complete = written.model_copy(update=changes)
     # Again, although `Config` has checked what it could: the architecture and the mesh are only known now.
@@ -59,6 +62,8 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
     run = config.run_of(complete)
     if run.pictures is not None:
         config.check_vision(complete, run.pictures.encoder, run.pictures.patches_per_row)
+    if isinstance(run.audio, config.RunAudio):
+        config.check_audio(complete, run.audio.encoder, run.audio.chunks_per_row)
     return run
 
 

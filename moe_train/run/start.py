@@ -93,7 +93,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     model = partial(init_model, run.seed, run.model, run.compute, run.lora)
     structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
     # A tower is always frozen, and has no part in what is trained or compared with the base model.
-    tower = {path: shapes.pop(path) for path in list(shapes) if ParameterPath.parse(path).is_vision}
+    tower = {path: shapes.pop(path) for path in list(shapes) if ParameterPath.parse(path).is_tower}
     learned, frozen = partition(shapes, run.lora)
     optimizer = make_optimizer(run.optimizer, total_steps)
     new_state = jax.jit(partial(create_state, optimizer=optimizer), compiler_options=brief_options(platform()) or None)
@@ -163,7 +163,7 @@ def _in_base(run: config.Run, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 _DECIDED_AT_START = (
-    *("seed", "model", "lora", "vision", "objective", "train.batch_size", "train.seq_len", "compute.param_dtype"),
+    *("seed", "model", "lora", "vision", "audio", "objective", "train.batch_size", "train.seq_len", "compute.param_dtype"),
     *("optimizer.name", "optimizer.min_dim_size_to_factor", "optimizer.rounding"),
 )
 """Settings that a run cannot change: its checkpoint would no longer fit, or its batches would differ."""

@@ -53,10 +53,10 @@ def partition(params: dict[str, Leaf], lora: config.Lora | None) -> tuple[dict[s
     """Split the parameters into (learned, frozen).
 
     With a `lora` section, the adapters and the modules that it trains in full are learned; without one, everything is but a
-    vision tower and its projector. A router's bias goes with its router.
+    tower and its projector. A router's bias goes with its router.
     """
     if lora is None:
-        learned = {path: x for path, x in params.items() if not ParameterPath.parse(path).is_vision}
+        learned = {path: x for path, x in params.items() if not ParameterPath.parse(path).is_tower}
     else:
         learned = {path: x for path, x in params.items() if ParameterPath.parse(path).is_trained(lora)}
     return learned, {path: x for path, x in params.items() if path not in learned}

@@ -17,7 +17,8 @@ from moe_train.weights.hf.config_keys import CONFIG_FILE
 from moe_train.weights.mistral.files import STEM
 from moe_train.weights.mistral.params_json import PARAMS_FILE
 from moe_train.weights.on_disk import WeightFiles
-from moe_train.weights.wrappers import vision_pieces
+from moe_train.weights.wrappers import audio_pieces, vision_pieces
+from moe_train.weights.wrappers.whisper import WhisperSettings
 
 
 def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
@@ -127,18 +128,23 @@ def load_external_parameters(path: str | Path, abstract: Abstract) -> Parameters
     Args:
         path: the model.
         abstract: {path: shape, dtype and sharding}. It may contain only some of the weights; adapters are not among them.
-            Those of a vision tower are read from the files of a multimodal model.
+            Those of a tower are read from the files of a multimodal model.
 
     Raises:
         ValueError: the tensors are not those of the architecture, or do not fill every array.
     """
-    of_text = {name: like for name, like in abstract.items() if not ParameterPath.parse(name).is_vision}
-    of_tower = {name: like for name, like in abstract.items() if name not in of_text}
+    of_text = {name: like for name, like in abstract.items() if not ParameterPath.parse(name).is_tower}
+    of_vision = {name: like for name, like in abstract.items() if ParameterPath.parse(name).is_vision}
+    of_audio = {name: like for name, like in abstract.items() if name not in of_text and name not in of_vision}
     weights = _open_and_check(path, of_text) if of_text else open_external_weights(path)
     loaded = fill(of_text, weights.pieces, weights.tensors)
-    if of_tower:
+    if of_vision:
         carried = vision_pieces.require_tower(path, weights.carried)
-        loaded |= fill(of_tower, vision_pieces.pieces_of(carried, weights.model), carried.tensors)
+        loaded |= fill(of_vision, vision_pieces.pieces_of(carried, weights.model), carried.tensors)
+    if of_audio:
+        carried = audio_pieces.require_audio_tower(path, weights.carried)
+        pieces = audio_pieces.audio_pieces_of(carried, weights.model)
+        loaded |= fill(of_audio, pieces, audio_pieces.audio_tensors(carried))
     return loaded
 
 
@@ -160,6 +166,24 @@ def find_vision_encoder(path: str | Path) -> config.VisionEncoder | None:
         return None
     assert weights.carried is not None
     return vision_pieces.encoder_of(weights.carried, weights.model, Path(path))
+
+
+def read_audio_encoder(path: str | Path) -> config.AudioEncoder:
+    """Return the sizes of the audio tower and the projector of the multimodal model at `path`.
+
+    Raises:
+        ValueError: the model has no audio tower, or one that this package cannot compute.
+    """
+    carried = audio_pieces.require_audio_tower(path, open_external_weights(path).carried)
+    return audio_pieces.audio_encoder_of(carried, Path(path))
+
+
+def find_encoder(path: str | Path) -> config.VisionEncoder | config.AudioEncoder | None:
+    """Return the sizes of the tower of the model at `path`; None for a text model, or one with a quantized tower."""
+    carried = open_external_weights(path).carried
+    if carried is None or not isinstance(carried.settings, WhisperSettings):
+        return find_vision_encoder(path)
+    return None if audio_pieces.audio_fault(carried) is not None else audio_pieces.audio_encoder_of(carried, Path(path))
 
 
 def open_external_lazily(path: str | Path, abstract: Abstract) -> dict[str, LazyArray]:

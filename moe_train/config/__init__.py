@@ -69,6 +69,7 @@ from moe_train.config.graders import (
     PerplexityGrader,
     RegexGrader,
     ToolCallsGrader,
+    WordErrorRateGrader,
 )
 from moe_train.config.heads import Classification, HeadObjective, LabelSet, Reward
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
@@ -265,6 +266,7 @@ __all__ = [
     "Vision",
     "VisionEncoder",
     "WandbTracker",
+    "WordErrorRateGrader",
     "WsdSchedule",
     "YarnRope",
     "check_audio",

@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from moe_train import config
 from moe_train.commands.evaluate import evaluate_model
+from moe_train.commands.evaluate_suite import evaluate_suites
 from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.generate import GenerationRequest, Sampling, generate
 from moe_train.commands.prompt_file import read_prompt_file
@@ -86,7 +87,7 @@ def written(folder: Path, **changes: Any) -> config.Config:
         "init_from": str(folder / "base"),
         "audio": config.Audio(chunks_per_row=4),
         "data": config.Data(tokenizer=tokenizer, train=sources, cache_dir=str(folder / "cache")),
-        "mesh": config.Mesh(context=2),
+        "mesh": config.Mesh(data=2, context=2, tensor=2),
         "train": config.Train(steps=100, batch_size=4, microbatches=2, seq_len=48),
         "optimizer": config.AdamW(name="adamw", learning_rate=2e-2),
         "loss": config.Loss(),
@@ -133,6 +134,12 @@ def test_a_trained_model_answers_about_sound_that_it_has_not_heard(trained: Path
     records = [{"audio": f"{i}.wav", "text": word, "language": "en"} for i, word in enumerate(words)]
     held_out.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert evaluate_model(trained, [held_out])["loss"] < 0.1
+    items = [{"audio": f"{i}.wav", "answer": word, "language": "en"} for i, word in enumerate(words[:3])]
+    items.append({"audio": "3.wav", "answer": "low", "language": "en"})  # which it is not
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (tmp_path / "suite.yaml").write_text("name: words\nitems: items.jsonl\ngrader: {name: word_error_rate}\n")
+    (scored,) = evaluate_suites(trained, [tmp_path / "suite.yaml"])["suites"]
+    assert scored["word_error_rate"] == 0.25 and scored["score"] == 0.75
 
 
 def test_exports_carry_the_tower_as_it_was(trained: Path, ready: Path, tmp_path: Path) -> None:

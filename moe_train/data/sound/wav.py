@@ -13,7 +13,7 @@ _FLOATS = 3
 _EXTENSIBLE = 0xFFFE
 _UNKNOWN_SIZE = 0xFFFFFFFF
 """Size of the data in a file that was written into a pipe: they go to the end."""
-_FLOAT_DTYPES = {32: np.dtype("<f4"), 64: np.dtype("<f8")}
+_FLOAT_DTYPES: dict[int, np.dtype] = {32: np.dtype("<f4"), 64: np.dtype("<f8")}
 _INTEGER_BITS = (8, 16, 24, 32)
 
 

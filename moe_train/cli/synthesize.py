@@ -12,6 +12,20 @@ from moe_train.cli.terminal import print_json, print_mapping, print_table, progr
 
 synthesize_commands = typer.Typer()
 
+# Options of both commands.
+Keep = Annotated[
+    str | None,
+    typer.Option("--keep", metavar="GRADER", help="Name of a grader, or its settings as YAML. Default: the grader of the suite."),
+]
+MinScore = Annotated[float, typer.Option(min=0, max=1, help="Smallest score of an accepted answer.")]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer. Default: the suite's, or 256.")]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Number of answers that are generated together. Default: the suite's, or 8.")
+]
+SuiteData = Annotated[Path | None, typer.Option(help="Folder that a suite's items are relative to.")]
+GraderFiles = Annotated[list[Path] | None, typer.Option("--grader", help="Python file whose function may grade; may be repeated.")]
+JudgeAddress = Annotated[str | None, typer.Option(help="Endpoint of a judge, such as http://localhost:8000/v1.")]
+
 
 @synthesize_commands.command(
     "synthesize",
@@ -28,28 +42,19 @@ def synthesize_command(
         Path, typer.Option("--out", metavar="DIR", help="Directory to create: records.jsonl, origins.jsonl and manifest.json.")
     ],
     n: Annotated[int, typer.Option("--n", min=1, help="Number of answers to each question.")] = 4,
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            "--keep", metavar="GRADER", help="Name of a grader, or its settings as YAML. Default: the grader of the suite."
-        ),
-    ] = None,
+    keep: Keep = None,
     form: Annotated[
         Literal["sft", "pairs", "kto"],
         typer.Option("--as", help="sft: accepted answers; pairs: a good and a worse one; kto: all answers, marked good or bad."),
     ] = "sft",
-    min_score: Annotated[float, typer.Option(min=0, max=1, help="Smallest score of an accepted answer.")] = 1.0,
+    min_score: MinScore = 1.0,
     temperature: Annotated[float, typer.Option(min=0, help="Temperature of sampling.")] = 1.0,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer. Default: the suite's, or 256.")] = None,
+    max_tokens: MaxTokens = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling; another seed gives other answers.")] = 0,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Number of answers that are generated together. Default: the suite's, or 8.")
-    ] = None,
-    suite_data: Annotated[Path | None, typer.Option(help="Folder that a suite's items are relative to.")] = None,
-    grader: Annotated[
-        list[Path] | None, typer.Option("--grader", help="Python file whose function may grade; may be repeated.")
-    ] = None,
-    judge: Annotated[str | None, typer.Option(help="Endpoint of a judge, such as http://localhost:8000/v1.")] = None,
+    batch_size: BatchSize = None,
+    suite_data: SuiteData = None,
+    grader: GraderFiles = None,
+    judge: JudgeAddress = None,
     chat_template: ChatTemplate = None,
     as_json: AsJson = False,
 ) -> None:
@@ -102,23 +107,14 @@ def improve_command(
         typer.Option(metavar="RUN_OR_MODEL_DIR", help="Run or model that answers in the first round. Default: init_from."),
     ] = None,
     n: Annotated[int, typer.Option("--n", min=2, help="Number of answers to each question.")] = 4,
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            "--keep", metavar="GRADER", help="Name of a grader, or its settings as YAML. Default: the grader of the suite."
-        ),
-    ] = None,
-    min_score: Annotated[float, typer.Option(min=0, max=1, help="Smallest score of an accepted answer.")] = 1.0,
+    keep: Keep = None,
+    min_score: MinScore = 1.0,
     temperature: Annotated[float, typer.Option(min=0.01, help="Temperature of sampling.")] = 1.0,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer. Default: the suite's, or 256.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Number of answers that are generated together. Default: the suite's, or 8.")
-    ] = None,
-    suite_data: Annotated[Path | None, typer.Option(help="Folder that a suite's items are relative to.")] = None,
-    grader: Annotated[
-        list[Path] | None, typer.Option("--grader", help="Python file whose function may grade; may be repeated.")
-    ] = None,
-    judge: Annotated[str | None, typer.Option(help="Endpoint of a judge, such as http://localhost:8000/v1.")] = None,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize = None,
+    suite_data: SuiteData = None,
+    grader: GraderFiles = None,
+    judge: JudgeAddress = None,
     as_json: AsJson = False,
 ) -> None:
     """Repeat: sample answers of the model, grade them, train CONFIG on them, and compare the result (online DPO by repetition).

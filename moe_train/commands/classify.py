@@ -24,7 +24,7 @@ class _Entry(NamedTuple):
     """A line of the file."""
 
     id: Any
-    """Its own id; None if it has none."""
+    """The id of the text; None if it has none."""
     text: NamedText
 
 

@@ -14,10 +14,17 @@ from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected
 from moe_train.weights import serve
 from moe_train.weights.arrays import LazyParameters
+from moe_train.weights.on_disk import Carried
+from moe_train.weights.wrappers.towers import PixtralSettings
 
 
 def documents_of_export(
-    opened: OpenedModel, loaded: LoadedWeights, name: str, layout: serve.ExportFormat, merge: bool
+    opened: OpenedModel,
+    loaded: LoadedWeights,
+    name: str,
+    layout: serve.ExportFormat,
+    merge: bool,
+    carried: Carried | None,
 ) -> dict[str, str]:
     """Return file name -> text of the documents that are written beside the weights.
 
@@ -27,6 +34,7 @@ def documents_of_export(
         name: name of the export.
         layout: format of its files.
         merge: whether adapters are merged into the model.
+        carried: the tower that the files, or the base of an adapter, have besides the text model; None for a text model.
     """
     lora = opened.lora if merge or layout in get_args(expected.AdapterLayout) else None
     training = None
@@ -34,6 +42,8 @@ def documents_of_export(
         training = training_of(run_folder(opened.directory), opened.run, loaded.about, loaded.step)
     num_parameters = _num_parameters(loaded.weights, lora, merge)
     lineage = Lineage(name, layout, opened.model, lora, num_parameters, str(opened.directory), training)
+    if carried is not None:
+        lineage = lineage._replace(carried_input="image" if isinstance(carried.settings, PixtralSettings) else "audio")
     bill = json.dumps(ml_bom.ml_bom(lineage), indent=1, ensure_ascii=False) + "\n"
     return {model_card.MODEL_CARD_FILE: model_card.model_card(lineage), ml_bom.ML_BOM_FILE: bill}
 

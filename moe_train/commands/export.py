@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 
 from moe_train import config
-from moe_train.checkpoint.initial_files import first_files
+from moe_train.checkpoint.initial_files import carried_of, first_files
 from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run, run_folder, saved_config
 from moe_train.commands import left_out, multimodal_base, write_and_prove
@@ -141,7 +141,9 @@ def export(
     with jax.set_mesh(opened.mesh):
         loaded = opened.to_export()
         origin = _origin_of(opened, loaded)
-        documents = documents_of_export(opened, loaded, Path(out_dir).name, layout, merge)
+        # Files of llama.cpp hold the text model alone.
+        carried = None if options.text_only or layout in ("gguf", "gguf-lora") else carried_of(opened.directory)
+        documents = documents_of_export(opened, loaded, Path(out_dir).name, layout, merge, carried)
         origin = origin._replace(texts=origin.texts._replace(documents=documents))
         match layout:
             case "hf" | "mistral" | "gguf":

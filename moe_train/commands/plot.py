@@ -102,7 +102,7 @@ def plot(run_dirs: list[Path], out: Path) -> None:
                 panel.axvline(step, color=color, linestyle=":", linewidth=0.8)
     loss.legend(fontsize="small")
     titles = {
-        loss: "loss, nats per token (dotted: resumed)",
+        loss: "loss (dotted: resumed)",
         speed: "tokens/s",
         norms: "norm of the gradient before clipping",
         balance: "load of the busiest expert (1: even)",

@@ -118,7 +118,7 @@ def _curves(records: RunRecords) -> list[str]:
         return chart(title, [Curve(key, _points(train, key))], marks, log_scale)
 
     return [
-        chart("loss, nats per token (dotted lines: resumed)", losses, marks),
+        chart("loss (dotted lines: resumed)", losses, marks),
         one("norm of the gradient before clipping", "grad_norm", log_scale=True),
         one("learning rate", "learning_rate"),
         one("tokens per second", "tokens_per_second"),

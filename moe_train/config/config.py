@@ -42,7 +42,7 @@ class Config(Section):
     """Name of the run, in logs and records."""
     run_dir: RunDirectory
     """Folder for checkpoints, metrics and records. All hosts must see it. A second start with the same folder continues the run.
-    A job of a single process may state a bucket (gs://BUCKET/runs/NAME, s3://…).
+    It may be in a bucket (gs://BUCKET/runs/NAME, s3://…): the job works in a folder, from where the first process copies.
     """
     seed: Seed = 0
     """Seed of the initial weights, the order of data and dropout."""

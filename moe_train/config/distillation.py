@@ -19,6 +19,8 @@ class Distillation(Section):
 
     records: ClassVar[tuple[str, ...]] = ("text", "chat", "completion")
     """Names of the record kinds that the objective reads."""
+    loss_unit: ClassVar[str] = "divergence from the teacher in nats a token"
+    """What the loss is, in documents and charts."""
 
     name: Literal["distillation"]
     divergence: Literal["forward", "reverse", "js"] = "forward"

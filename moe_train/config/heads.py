@@ -33,6 +33,8 @@ class Classification(Section):
 
     records: ClassVar[tuple[str, ...]] = ("classification",)
     """Names of the record kinds that the objective reads."""
+    loss_unit: ClassVar[str] = "cross-entropy in nats a text"
+    """What the loss is, in documents and charts."""
 
     name: Literal["classification"]
     labels: Annotated[dict[Label, Annotated[LabelSet, BeforeValidator(_as_label_set)]], Field(min_length=1)]
@@ -62,6 +64,8 @@ class Reward(Section):
 
     records: ClassVar[tuple[str, ...]] = ("preference",)
     """Names of the record kinds that the objective reads."""
+    loss_unit: ClassVar[str] = "loss of a pair of answers"
+    """What the loss is, in documents and charts."""
 
     name: Literal["reward"]
     center_weight: Annotated[float, Field(ge=0)] = 0.0

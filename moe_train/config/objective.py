@@ -19,6 +19,8 @@ class NextToken(Section):
 
     records: ClassVar[tuple[str, ...]] = ("text", "chat", "completion", "transcription")
     """Names of the record kinds that the objective reads."""
+    loss_unit: ClassVar[str] = "cross-entropy in nats a token"
+    """What the loss is, in documents and charts."""
 
     name: Literal["next_token"]
 

@@ -98,7 +98,9 @@ RENAMED = {
     "train.seq_len": (
         "max_seq_length max_length sequence_len seq_length max_target_length cutoff_len model_max_length train_seq_len"
     ),
-    "loss.load_balance_loss_coef": "router_aux_loss_coef moe_aux_loss_coeff load_balance_loss_weight aux_loss_alpha lbl_coef",
+    "loss.load_balance_loss_coef": (
+        "router_aux_loss_coef moe_aux_loss_coeff moe_aux_loss_coef load_balance_loss_weight aux_loss_alpha lbl_coef"
+    ),
     "loss.bias_update_rate": "moe_router_bias_update_rate routed_bias_update_rate",
     "loss.router_z_loss_coef": "moe_z_loss_coeff rzl_coef",
     "compute.dtype": "bf16 fp16 mixed_precision mixed_precision_param torch_dtype",
@@ -152,6 +154,7 @@ REMARKS = {
     "gradient_checkpointing": "minimal or full",
     "router_aux_loss_coef": _ROUTER,
     "moe_aux_loss_coeff": _ROUTER,
+    "moe_aux_loss_coef": _ROUTER,
     "scaling": "alpha = scaling x rank",
     "lora_target_linear": 'modules: ["*"] is all of them',
     "modules_to_save": "modules trained in full, such as embed, head, *_norm, ffn.router",

@@ -25,6 +25,8 @@ class Preference(Section):
 
     records: ClassVar[tuple[str, ...]] = ("preference",)
     """Names of the record kinds that the objective reads."""
+    loss_unit: ClassVar[str] = "loss of a pair of answers"
+    """What the loss is, in documents and charts."""
 
     name: Literal["preference"]
     loss: PairLoss = "sigmoid"
@@ -74,6 +76,8 @@ class UnpairedPreference(Section):
 
     records: ClassVar[tuple[str, ...]] = ("labelled",)
     """Names of the record kinds that the objective reads."""
+    loss_unit: ClassVar[str] = "loss of an answer"
+    """What the loss is, in documents and charts."""
 
     name: Literal["unpaired_preference"]
     loss: Literal["kto"] = "kto"

@@ -35,6 +35,13 @@ def sets_table(training: Training) -> str:
     return table(("files", "records", "tokens", "trained on", "licence", "origin", "hash"), rows)
 
 
+def modalities(training: Training) -> list[str]:
+    """Return the kinds of content that were trained on, text first."""
+    has_pictures = any(manifest.pictures is not None for manifest in training.data)
+    has_sound = any(manifest.sound is not None for manifest in training.data)
+    return ["text", *(["image"] if has_pictures else []), *(["audio"] if has_sound else [])]
+
+
 def settings(training: Training) -> dict[str, str]:
     """Return how the weights were trained."""
     run = training.run
@@ -57,7 +64,7 @@ def held_out_table(training: Training) -> str:
     best = min(training.held_out, key=lambda measured: measured.loss)
     named = (("first", training.held_out[0]), ("best", best), ("last", training.held_out[-1]))
     rows = [(name, f"{measured.step}", f"{measured.loss:.4f}") for name, measured in named]
-    return table(("held-out loss", "step", "nats a token"), rows)
+    return table(("held-out loss", "step", training.run.objective.loss_unit), rows)
 
 
 def machines(training: Training) -> list[str]:

@@ -34,7 +34,7 @@ class SearchedSet(NamedTuple):
     sha256: str
     """Hash of the set."""
     path: str | None
-    """Its folder; None if it is not in the run's cache any more."""
+    """Folder of the set; None if it is not in the run's cache any more."""
     records: tuple[LocatedRecord, ...]
     not_searched: tuple[str, ...]
     """Raw files that could not be searched, with the reason."""

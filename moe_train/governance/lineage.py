@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from moe_train import config
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin
@@ -23,7 +23,7 @@ class HeldOut(NamedTuple):
 
     step: int
     loss: float
-    """Mean over the tokens that bear loss, in nats."""
+    """Mean loss of the held-out data; the objective says of what."""
 
 
 class Training(NamedTuple):
@@ -62,6 +62,20 @@ class Lineage(NamedTuple):
     """The run or model that was exported."""
     training: Training | None
     """None if the source is no run."""
+    carried_input: Literal["image", "audio"] | None = None
+    """What the files take besides text, through the tower of a multimodal base; None for a text model."""
+
+    @property
+    def inputs(self) -> list[str]:
+        """Kinds of content that the files take."""
+        return ["text"] if self.carried_input is None else ["text", self.carried_input]
+
+    @property
+    def task(self) -> str:
+        """Name of the task on the hub."""
+        if self.model.scores is not None:
+            return "text-classification"
+        return {None: "text-generation", "image": "image-text-to-text", "audio": "audio-text-to-text"}[self.carried_input]
 
     @property
     def is_adapter(self) -> bool:

@@ -46,11 +46,11 @@ def ml_bom(lineage: Lineage) -> JsonObject:
 def _model_component(lineage: Lineage) -> JsonObject:
     """Return the entry of the model, with its model card."""
     parameters: JsonObject = {
-        "task": "text-generation",
+        "task": lineage.task,
         "architectureFamily": "transformer, mixture of experts" if isinstance(lineage.model.ffn, config.MoeFfn) else "transformer",
         "modelArchitecture": lineage.model.family,
-        "inputs": [{"format": "text"}],
-        "outputs": [{"format": "text"}],
+        "inputs": [{"format": kind} for kind in lineage.inputs],
+        "outputs": [{"format": "text" if lineage.model.scores is None else "scores"}],
     }
     card: JsonObject = {"modelParameters": parameters}
     properties = [
@@ -64,7 +64,8 @@ def _model_component(lineage: Lineage) -> JsonObject:
         parameters["datasets"] = [{"ref": component["bom-ref"]} for component in _data_components(training)]
         if training.held_out:
             last = training.held_out[-1]
-            metric = {"type": "held-out cross-entropy in nats a token", "value": f"{last.loss:.6g}", "slice": f"step {last.step}"}
+            unit = training.run.objective.loss_unit
+            metric = {"type": f"held-out {unit}", "value": f"{last.loss:.6g}", "slice": f"step {last.step}"}
             card["quantitativeAnalysis"] = {"performanceMetrics": [metric]}
         properties += [
             {"name": "moe_train:run", "value": training.run.name},

@@ -55,7 +55,7 @@ def _front_matter(lineage: Lineage) -> str:
     metadata: JsonObject = {"license": "other", "license_name": TODO, "license_link": TODO, "language": [TODO]}
     if lineage.layout in _LIBRARIES:
         metadata["library_name"] = _LIBRARIES[lineage.layout]
-    metadata["pipeline_tag"] = "text-generation"
+    metadata["pipeline_tag"] = lineage.task
     metadata["tags"] = ["moe_train", lineage.model.family, *(["lora"] if lineage.lora else [])]
     training = lineage.training
     if training is not None:
@@ -66,16 +66,18 @@ def _front_matter(lineage: Lineage) -> str:
         if hub_sets:
             metadata["datasets"] = hub_sets
         if training.held_out:
-            metadata["model-index"] = [{"name": lineage.name, "results": [_held_out_result(training)]}]
+            metadata["model-index"] = [{"name": lineage.name, "results": [_held_out_result(training, lineage.task)]}]
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _held_out_result(training: Training) -> JsonObject:
+def _held_out_result(training: Training, task: str) -> JsonObject:
     """Return the last held-out loss as the hub's metadata state a result."""
     last = training.held_out[-1]
-    metric = {"type": "cross-entropy", "name": f"held-out loss at step {last.step}, nats a token", "value": last.loss}
+    unit = training.run.objective.loss_unit
+    kind = "cross-entropy" if unit.startswith("cross-entropy") else "loss"
+    metric = {"type": kind, "name": f"held-out loss at step {last.step}: {unit}", "value": last.loss}
     return {
-        "task": {"type": "text-generation"},
+        "task": {"type": task},
         "dataset": {"type": "held-out", "name": f"held-out data of the run {training.run.name}"},
         "metrics": [metric],
     }

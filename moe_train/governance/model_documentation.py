@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from moe_train import config
-from moe_train.governance.descriptions import architecture, held_out_table, machines, sets_table, settings
+from moe_train.governance.descriptions import architecture, held_out_table, machines, modalities, sets_table, settings
 from moe_train.governance.ledger import Ledger
 from moe_train.governance.lineage import Training
 from moe_train.governance.markdown import TODO, mapping_table, table
@@ -126,7 +126,7 @@ def _data_rows(training: Training) -> dict[str, str]:
     records = sum(manifest.records for manifest in training.data)
     tokens = sum(manifest.tokens for manifest in training.data)
     return {
-        "type and modality": "text",
+        "type and modality": ", ".join(modalities(training)),
         "provenance": f"origin in the table above; {TODO}: its description",
         "how the data were obtained and selected": TODO,
         "number of data points": f"{records:,} records, {tokens:,} tokens" if training.data else TODO,

@@ -5,7 +5,7 @@ The template is C(2025) 8311 of 5 December 2025. A field is filled from a record
 
 from __future__ import annotations
 
-from moe_train.governance.descriptions import sets_table
+from moe_train.governance.descriptions import modalities, sets_table
 from moe_train.governance.lineage import Training, hub_sets_of
 from moe_train.governance.markdown import TODO, mapping_table
 
@@ -18,6 +18,7 @@ _RECORD_KINDS = {
     "preference": "pairs of answers, one preferred",
     "labelled": "answers with a label",
     "transcription": "sound with its transcripts",
+    "classification": "texts with labels",
 }
 """Kind of record in a config -> what it holds."""
 
@@ -90,8 +91,8 @@ def _modality_rows(training: Training) -> dict[str, str]:
     kinds = sorted({_kind_of_set(manifest.rules.record.get("name", "")) for manifest in training.data})
     return {
         "text": f"{size_of_text(training)}. Types of content: {', '.join(kinds) or TODO}; {TODO}: subjects",
-        "image": "none is trained on",
-        "audio": "none is trained on",
+        "image": f"pictures in records; {TODO}: number and kinds" if "image" in modalities(training) else "none is trained on",
+        "audio": f"sound in records; {TODO}: length and kinds" if "audio" in modalities(training) else "none is trained on",
         "video": "none is trained on",
         "other": "none is trained on",
     }

@@ -3,7 +3,7 @@
     v5p:4x4x4      one slice, by its shape in chips; v5e:4x4, v6e:8x8, tpu7x:2x2x2
     v5p-64         the same by its cloud name: v5p and tpu7x count TensorCores, two per chip, so this has 32 chips;
                    v5litepod-16 (or v5e-16) and v6e-16 count chips
-    h100x8         one host with 8 GPUs; l40sx8, mi300xx8 (or mi300x8)
+    h100x8         one host with 8 GPUs; l40sx8, mi300xx8 (or mi300x8), rtx4090x2 (or 4090x2)
     2xv5p:4x4x4    two slices, 4xh100x8 four hosts (also 2*v5p:4x4x4, which shells need quoted)
 
 Shapes of slices: https://cloud.google.com/tpu/docs/v5p, …/v5e, …/v6e, …/tpu7x ("Configurations").
@@ -119,10 +119,11 @@ def _slice(name: str) -> tuple[str, tuple[int, ...]]:
         if shape not in slice_shapes(device):
             raise _missing_slice(name, device, math.prod(shape), "chips")
         return device, shape
-    by_gpus = re.fullmatch(r"([a-z]+\d+[a-z]?)x(\d+)", name)
+    by_gpus = re.fullmatch(r"([a-z]*\d+[a-z]?)x(\d+)", name)
     if by_gpus:
-        # The name of an MI300X ends in an x itself, which is easily left out: mi300x8 is mi300xx8.
-        device = f"{by_gpus[1]}x" if f"{by_gpus[1]}x" in GPU_DEVICES else by_gpus[1]
+        # The name of an MI300X ends in an x itself, which is easily left out, as the first letters of an RTX 4090 are.
+        spellings = (f"{by_gpus[1]}x", f"rtx{by_gpus[1]}")
+        device = next((spelling for spelling in spellings if spelling in GPU_DEVICES), by_gpus[1])
         count = int(by_gpus[2])
         _check_known(device, GPU_DEVICES, name)
         if count not in GPUS_PER_HOST:

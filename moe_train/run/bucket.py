@@ -12,9 +12,11 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import jax
 from moe_train import config
 from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER, steps_on_disk
 from moe_train.data.prepared.bucket import fault, open_files
+from moe_train.machine.agreement import exchange
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +34,15 @@ COMPLETE_FOLDER = "complete"
 """Folder in the bucket of the objects that make checkpoints count."""
 SYNC_SECONDS = 10.0
 """Seconds between two looks at what is new."""
+COPY_SECONDS = 6 * 3600.0
+"""Seconds that processes wait for the first one to fetch a run, or to copy its end."""
+SIGN_FILE = ".first_process"
+"""File of the working folder by which the other processes know that they see the folder of the first."""
+SIGN_SECONDS = 10.0
+"""Seconds after which a shared file system shows a file that another host has written."""
 WORK_VARIABLE = "MOE_TRAIN_WORK_DIR"
 """Variable that names the folder in which runs of buckets work on this machine."""
-_NOT_COPIED = frozenset({CHECKPOINTS_FOLDER, COMPLETE_FOLDER, "compile", ".lock"})
+_NOT_COPIED = frozenset({CHECKPOINTS_FOLDER, COMPLETE_FOLDER, "compile", ".lock", SIGN_FILE})
 """Entries of a run's folder that are not records: checkpoints are copied on their own, compiled programs belong to a machine."""
 
 
@@ -56,25 +65,57 @@ def working_folder(run_dir: str) -> Path:
 def in_working_folder(run: config.Run) -> Iterator[config.Run]:
     """Yield the run with a folder of this machine; for a run in a bucket, copy what is new to it while the block runs.
 
+    Several processes work in the folder of the first one, which fetches and copies for all; so all of them must see it.
+
     Raises:
-        ValueError: the URL cannot be opened, or the job has several processes.
+        ValueError: the URL cannot be opened, or a process does not see the folder of the first one.
         OSError: the bucket cannot be read, or what the run has made cannot be copied at its end. It stays in the folder then, and
             the next start on this machine copies it.
+        ConnectionError: another process of the job does not answer.
     """
     if not is_url(run.run_dir):
         yield run
         return
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"run_dir {run.run_dir} is in a bucket, which works for a single process, and this job has {jax.process_count()}; "
-            "state a folder that all hosts see, such as the bucket mounted with gcsfuse or mountpoint-s3"
-        )
     folder = working_folder(run.run_dir)
-    print(f"run_dir {run.run_dir}: the run works in {folder}, from where it is copied", file=sys.stderr)
-    copy = BucketCopy(run.run_dir, folder)
-    copy.fetch()
-    with copy.copying():
-        yield run.model_copy(update={"run_dir": str(folder)})
+    local_run = run.model_copy(update={"run_dir": str(folder)})
+    if jax.process_index() == 0:
+        print(f"run_dir {run.run_dir}: the run works in {folder}, from where it is copied", file=sys.stderr)
+        copy = BucketCopy(run.run_dir, folder)
+        copy.fetch()
+        _require_shared(run.run_dir, folder)
+        with copy.copying():
+            yield local_run
+    else:
+        _require_shared(run.run_dir, folder)
+        yield local_run
+    # The first process ends a job; the others would end before its last copy.
+    exchange("", f"on the end of the copy to {run.run_dir}", COPY_SECONDS)
+
+
+def _require_shared(run_dir: str, folder: Path) -> None:
+    """Raise ValueError in all processes if one of them does not see the working folder of the first.
+
+    The first process calls this when the folder is as it should be, and the others return after that.
+    """
+    if jax.process_count() == 1:
+        return
+    sign = folder / SIGN_FILE
+    text = ""
+    if jax.process_index() == 0:
+        text = secrets.token_hex(16)
+        folder.mkdir(parents=True, exist_ok=True)
+        sign.write_text(text)
+    expected = exchange(text, f"on the working folder of {run_dir}", COPY_SECONDS)[0]
+    deadline = time.monotonic() + SIGN_SECONDS
+    while not (is_seen := sign.is_file() and sign.read_text() == expected) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    answers = [json.loads(answer) for answer in exchange(json.dumps(is_seen), f"on the working folder of {run_dir}")]
+    if not all(answers):
+        raise ValueError(
+            f"run_dir {run_dir} is in a bucket, and process {answers.index(False)} of {len(answers)} does not see {folder}, where "
+            f"the first process works; let {WORK_VARIABLE} name a folder that all hosts see, or mount the bucket with gcsfuse or "
+            "mountpoint-s3 and state its folder as run_dir"
+        )
 
 
 class BucketCopy:

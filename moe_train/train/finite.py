@@ -29,14 +29,14 @@ class StepFlags(NamedTuple):
     """What is finite in a step, replicated over all devices."""
 
     weights: Flags
-    """By parameter path; () or (repeats,)."""
+    """Flags by parameter path; () or (repeats,)."""
     outputs: Flags
-    """By path of the module (`embed`, `stacks.0.layers.0.attention`, `final_norm`); (B, T) or (repeats, B, T). Padding counts as
-    finite. Empty for a batch type without tokens, positions and segments.
+    """Flags by path of the module (`embed`, `stacks.0.layers.0.attention`, `final_norm`); (B, T) or (repeats, B, T). Padding counts
+    as finite. Empty for a batch type without tokens, positions and segments.
     """
     loss: Bool[Array, ""]
     gradients: Flags
-    """By parameter path; () or (repeats,)."""
+    """Flags by parameter path; () or (repeats,)."""
 
 
 def step_flags(

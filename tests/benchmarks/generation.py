@@ -1,11 +1,15 @@
 """Tokens per CPU second of generation, ours and transformers' `generate` with its cache, in turn, and the ratio pair by pair.
 
     python tests/benchmarks/generation.py [--workload S | --model DIR] [--batches 1 8 32] [--pairs 3] [--cores 0]
+    python tests/benchmarks/generation.py --model DIR --gguf FILE --llama-server BINARY [--batches 1 8] [--pairs 3] [--cores 0]
 
 Each turn is a process of its own that takes prompts of 64 tokens and generates 128 more, greedily, several times, and reports
 its fastest time for each batch: CPU seconds of the whole process, which other work on the machine moves less than the clock.
 Of transformers' implementations of experts, the fastest for each batch counts. A workload has random weights; DIR is a model in
 Hugging Face's format. Ratios above 1 are in our favour. Needs the extra `judges`.
+
+With --llama-server the peer is llama.cpp instead: FILE is the same model as GGUF with float32 weights, whose caches are float32
+too, and a batch is as many requests at once.
 """
 
 from __future__ import annotations
@@ -123,6 +127,65 @@ def theirs(arguments: argparse.Namespace) -> dict[int, float]:
     return {batch: batch * fastest(lambda b=batch: generate(b)) for batch in arguments.batches}
 
 
+def llama_cpp(arguments: argparse.Namespace) -> dict[int, float]:
+    """Measure llama.cpp's server, whose process has a slot for each request of a batch."""
+    import urllib.request
+    from concurrent.futures import ThreadPoolExecutor
+
+    from moe_train.checkpoint.model_dir import open_model
+
+    vocab_size = open_model(arguments.model).model.vocab_size
+    port = 20000 + os.getpid() % 10000
+    rates = {}
+    for batch in arguments.batches:
+        size = batch * (PROMPT_TOKENS + NEW_TOKENS + 8)
+        command = [arguments.llama_server, "-m", arguments.gguf, "--port", str(port), "-np", str(batch), "-c", str(size)]
+        command += ["-t", str(len(os.sched_getaffinity(0))), "-ctk", "f32", "-ctv", "f32", "-fa", "off", "-dev", "none"]
+        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        def post(prompt: list[int]) -> int:
+            body = {"prompt": prompt, "n_predict": NEW_TOKENS, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+            request = urllib.request.Request(f"http://127.0.0.1:{port}/completion", json.dumps(body).encode())
+            with urllib.request.urlopen(request) as answer:
+                return json.load(answer)["tokens_predicted"]
+
+        try:
+            _await_server(f"http://127.0.0.1:{port}/health")
+            seconds = []
+            with ThreadPoolExecutor(batch) as threads:
+                for _ in range(1 + REPEATS):
+                    begin = _cpu_seconds(server.pid)
+                    assert list(threads.map(post, prompts(vocab_size, batch))) == [NEW_TOKENS] * batch
+                    seconds.append(_cpu_seconds(server.pid) - begin)
+            rates[batch] = batch * NEW_TOKENS / min(seconds[1:])
+        finally:
+            server.kill()
+            server.wait()
+    return rates
+
+
+def _await_server(url: str) -> None:
+    """Wait until a server answers."""
+    import urllib.error
+    import urllib.request
+
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(url):
+                return
+        except (urllib.error.URLError, ConnectionError):
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _cpu_seconds(process: int) -> float:
+    """Return the processor time that a process has taken."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(side: str, experts: str, cores: str) -> dict[str, float]:
     """Run one turn in a process of its own."""
     threads = str(len(cores.split(",")))
@@ -135,10 +198,11 @@ def measure(side: str, experts: str, cores: str) -> dict[str, float]:
 def compare(arguments: argparse.Namespace) -> None:
     """Take turns, and print the tokens per second and the median of the ratios for each batch."""
     implementations = EXPERTS if arguments.model is None else ("eager",)
+    peer_side = "theirs" if arguments.llama_server is None else "llama_cpp"
     ratios: dict[int, list[float]] = {batch: [] for batch in arguments.batches}
     for _ in range(arguments.pairs):
         own = measure("ours", "eager", arguments.cores)
-        peers = [measure("theirs", experts, arguments.cores) for experts in implementations]
+        peers = [measure(peer_side, experts, arguments.cores) for experts in implementations]
         for batch in arguments.batches:
             peer = max(result[str(batch)] for result in peers)
             ratios[batch].append(own[str(batch)] / peer)
@@ -154,7 +218,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--cores", default="0")
-    parser.add_argument("--side", choices=("ours", "theirs"))
+    parser.add_argument("--gguf")
+    parser.add_argument("--llama-server")
+    parser.add_argument("--side", choices=("ours", "theirs", "llama_cpp"))
     parser.add_argument("--experts", default="eager")
     arguments = parser.parse_args()
     match arguments.side:
@@ -162,6 +228,8 @@ def main() -> None:
             print(json.dumps(ours(arguments)))
         case "theirs":
             print(json.dumps(theirs(arguments)))
+        case "llama_cpp":
+            print(json.dumps(llama_cpp(arguments)))
         case _:
             compare(arguments)
 

@@ -38,8 +38,8 @@ NUM_HELD_OUT = 32
 NUM_QUESTIONS = {"pairs": (40, 8), "labelled": (20, 6)}
 """Additions whose answers become records, of training and held out, for DPO and for KTO."""
 SFT_STEPS = 8
-STUDENT_STEPS = 12
-HEAD_STEPS = 8
+STUDENT_STEPS = 24
+HEAD_STEPS = 40
 PHRASES = {
     "insult": {
         "train": (
@@ -95,9 +95,9 @@ class Commands:
         for row in (trained[0], trained[len(trained) // 2], trained[-1], *(row for row in rows if row["kind"] == "eval")):
             print(json.dumps({key: value for key, value in row.items() if _is_of_objective(key, value)}), flush=True)
 
-    def export(self, run_dir: str, out: str) -> None:
-        """Write a merged export, with logits that `verify` compares with."""
-        self.make(out, "export", run_dir, out, "--merge", "--dtype", "float32")
+    def export(self, run_dir: str, out: str, *options: str) -> None:
+        """Write an export, with answers that `verify` compares with."""
+        self.make(out, "export", run_dir, out, *options, "--dtype", "float32")
 
     def verify(self, directory: str) -> None:
         """Verify an export in a process of its own, logits included."""
@@ -146,7 +146,7 @@ def preferences(commands: Commands, gguf: Path) -> None:
                 f"data/{data}_{part}", "synthesize", questions, "--teacher", base, *options, "--out", f"data/{data}_{part}"
             )
         commands.train(ROOT / f"configs/{recipe}.yaml")
-        commands.export(f"runs/{recipe}", f"models/{recipe}")
+        commands.export(f"runs/{recipe}", f"models/{recipe}", "--merge")
         # The merged files, which answer faster than the run with its adapters.
         gate = ("--suite", "suite.yaml", "--against", base, "--require", "arithmetic >= base - 0.2", "--out", f"results/{recipe}")
         commands.make(f"results/{recipe}", "evaluate", f"models/{recipe}", *gate)
@@ -240,7 +240,7 @@ def head(commands: Commands, gguf: Path, gsm8k: Path) -> None:
     }
     commands.train(write_config(work, "moderation", sections))
     print(commands.run("evaluate", "runs/moderation", "--data", "moderation_heldout.jsonl"), flush=True)
-    commands.export("runs/moderation", "models/moderation")
+    commands.export("runs/moderation", "models/moderation", "--merge")
     commands.verify("models/moderation")
 
 

@@ -31,3 +31,9 @@ def test_it_is_valid_by_the_schema(tmp_path, case):
         lineage = lineage._replace(training=None)
     fault = validation.JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(ml_bom(lineage)))
     assert fault is None, fault
+
+
+def test_inputs_and_task_are_those_of_the_files(tmp_path):
+    lineage = lineage_of(tmp_path)._replace(carried_input="image")
+    parameters = ml_bom(lineage)["components"][0]["modelCard"]["modelParameters"]
+    assert parameters["inputs"] == [{"format": "text"}, {"format": "image"}] and parameters["task"] == "image-text-to-text"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from moe_train import config
 from moe_train.governance.model_card import model_card
 from tests.governance.lineages import lineage_of
 
@@ -28,3 +29,38 @@ def test_a_model_that_was_not_trained_here_says_so(tmp_path):
     text = model_card(lineage)
     assert "from models/base; its weights were not trained here." in text
     assert "## Training" not in text and "base_model" not in text
+
+
+@pytest.mark.parametrize(
+    ("objective", "metric", "name"),
+    [
+        (config.NextToken(name="next_token"), "cross-entropy", "held-out loss at step 3: cross-entropy in nats a token"),
+        (config.Preference(name="preference"), "loss", "held-out loss at step 3: loss of a pair of answers"),
+        (config.Reward(name="reward"), "loss", "held-out loss at step 3: loss of a pair of answers"),
+        (
+            config.Classification.model_validate({"name": "classification", "labels": {"t": ["a", "b"]}}, strict=False),
+            "cross-entropy",
+            "held-out loss at step 3: cross-entropy in nats a text",
+        ),
+    ],
+)
+def test_the_held_out_loss_is_that_of_the_objective(tmp_path, objective, metric, name):
+    lineage = lineage_of(tmp_path)
+    run = lineage.training.run.model_copy(update={"objective": objective})
+    scores = getattr(objective, "scores", None)
+    model = lineage.model.model_copy(update={"scores": scores})
+    text = model_card(lineage._replace(training=lineage.training._replace(run=run), model=model))
+    metadata = yaml.safe_load(text.split("---\n", 2)[1])
+    task = "text-generation" if scores is None else "text-classification"
+    (result,) = metadata["model-index"][0]["results"]
+    assert metadata["pipeline_tag"] == task and result["task"] == {"type": task}
+    assert (result["metrics"][0]["type"], result["metrics"][0]["name"]) == (metric, name)
+    assert f"| held-out loss | step | {objective.loss_unit} |" in text
+
+
+@pytest.mark.parametrize(
+    ("carried_input", "task"), [("image", "image-text-to-text"), ("audio", "audio-text-to-text"), (None, "text-generation")]
+)
+def test_the_task_of_a_multimodal_model_is_its_own(tmp_path, carried_input, task):
+    lineage = lineage_of(tmp_path)._replace(carried_input=carried_input)
+    assert yaml.safe_load(model_card(lineage).split("---\n", 2)[1])["pipeline_tag"] == task

@@ -28,6 +28,8 @@ from moe_train.plan.topology import GPU_DEVICES, parse_topology, slice_shapes
         ("l40sx4", "l40sx4", 4, 4),
         ("2xmi300xx8", "2xmi300xx8", 16, 16),
         ("mi300x8", "mi300xx8", 8, 8),
+        ("4090x2", "rtx4090x2", 2, 2),
+        ("4xrtx4090x8", "4xrtx4090x8", 32, 32),
     ],
 )
 def test_what_a_name_stands_for(name: str, canonical: str, chips: int, devices: int) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -156,12 +158,60 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder = working_folder("gs://bucket/runs/a/")
     assert folder.parent == tmp_path and folder.name.startswith("a-") and folder == working_folder("gs://bucket/runs/a")
     assert folder != working_folder("gs://other/runs/a")
-    run: Any = SimpleNamespace(run_dir="unknown://bucket/run")
+    run: Any = SimpleNamespace(run_dir="unknown://bucket/run", model_copy=lambda update: SimpleNamespace(**update))
     with pytest.raises(ValueError, match="unknown://bucket/run cannot be opened: "), in_working_folder(run):
         pass
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_processes_work_in_the_folder_of_the_first(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, is_shared: bool
+) -> None:
+    """Two threads stand for two processes; those of different hosts have different working folders."""
+    monkeypatch.setattr(bucket, "SIGN_SECONDS", 0.2)
+    process = threading.local()
+    texts: dict[str, list[str]] = {"first": [], "second": []}
+    barrier = threading.Barrier(2)
+
+    def exchange(text: str, *_: object) -> list[str]:
+        texts[process.name].append(text)
+        barrier.wait(20)
+        both = [texts["first"][-1], texts["second"][-1]]
+        barrier.wait(20)
+        return both
+
+    monkeypatch.setattr(bucket, "exchange", exchange)
     monkeypatch.setattr(bucket.jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="works for a single process, and this job has 2"), in_working_folder(run):
-        pass
+    monkeypatch.setattr(bucket.jax, "process_index", lambda: int(process.name == "second"))
+    monkeypatch.setattr(bucket, "working_folder", lambda _: tmp_path / ("work" if is_shared else f"work_{process.name}"))
+    outcomes: dict[str, object] = {}
+
+    def work(name: str) -> None:
+        process.name = name
+        run: Any = SimpleNamespace(run_dir=url, model_copy=lambda update: SimpleNamespace(**update))
+        try:
+            with in_working_folder(run) as local_run:
+                if name == "first":
+                    make_folder(Path(local_run.run_dir), [2])
+                outcomes[name] = local_run.run_dir
+        except ValueError as error:
+            outcomes[name] = str(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if is_shared:
+        assert outcomes == {"first": str(tmp_path / "work"), "second": str(tmp_path / "work")}
+        assert set(content(tmp_path / "bucket" / "run")) >= {"complete/2.json", "checkpoints/2/params/d/0", "metrics.jsonl"}
+        assert not list((tmp_path / "bucket" / "run").glob(".*"))
+    else:
+        assert outcomes["first"] != outcomes["second"]  # each names its own folder
+        for message in outcomes.values():
+            assert re.search(
+                "process 1 of 2 does not see .*; let MOE_TRAIN_WORK_DIR name a folder that all hosts see", str(message)
+            )
 
 
 # --- a real store, and a real run ------------------------------------------------------------------------------------
@@ -238,3 +288,28 @@ def test_a_run_that_is_killed_continues_on_another_machine(
     events = json.loads(files.cat_file(f"{root}/run.json"))["events"]
     assert [event["event"] for event in events] == ["start", "resume", "stop"] and events[-1]["reason"] == "finished"
     assert events[1]["step"] == newest and files.exists(f"{root}/complete/{newest + 20}.json")
+
+
+@pytest.mark.slow
+def test_two_processes_copy_one_run_and_one_continues_it(
+    tmp_path: Path, s3: str, small_run: Callable[..., config.Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job of two processes on one host, whose checkpoint in the bucket is continued by one process with another folder."""
+    run = small_run(tmp_path / "unused", mesh={"fsdp": 2}, checkpoint={"every_steps": 20})
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml_file.dump(run))
+    root = Path(__file__).parents[2]
+
+    def start(machine: str, command: list[str], devices: int, steps: int) -> subprocess.CompletedProcess[str]:
+        env = {**os.environ, "MOE_TRAIN_WORK_DIR": str(tmp_path / machine), "PYTHONPATH": str(root), "PYTHON": sys.executable}
+        env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        arguments = [*command, "train", str(file), f"run_dir={s3}", f"train.steps={steps}"]
+        return subprocess.run(arguments, cwd=root, env=env, capture_output=True, text=True, timeout=300)
+
+    both = start("first", ["bash", "launch/local.sh", "2", "--"], 1, 20)
+    assert both.returncode == 0, both.stderr
+    files, folder = bucket.open_files(s3)
+    files.invalidate_cache()
+    assert files.exists(f"{folder}/complete/20.json")
+    alone = start("second", [sys.executable, "-m", "moe_train"], 2, 24)
+    assert alone.returncode == 0 and "continuing after step 20" in alone.stderr, alone.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_train.config.conversion.draft import Draft
+from moe_train.config.conversion.values import as_mapping, as_names, as_number
 
 TRACKERS = ("wandb", "mlflow", "trackio")
 """Trackers that both sides know, by the same names."""
@@ -60,13 +61,15 @@ def read_optimizer(draft: Draft, schedule: str = "linear") -> None:
 
 def _read_schedule(draft: Draft, name: str) -> None:
     """Read the learning rate's schedule, whose kind in their words is `name`."""
-    arguments: Any = draft.take("lr_scheduler_kwargs", default={})
+    # JSON is possible as well, which says nothing that would be written.
+    stated = draft.take("lr_scheduler_kwargs")
+    arguments = {} if isinstance(stated, str) else as_mapping("lr_scheduler_kwargs", stated)
     ratio = draft.number("cosine_min_lr_ratio", "min_lr_ratio")
-    if ratio is None and isinstance(arguments, dict):
-        ratio = arguments.get("min_lr_rate")
+    if ratio is None and arguments.get("min_lr_rate") is not None:
+        ratio = as_number("lr_scheduler_kwargs.min_lr_rate", arguments["min_lr_rate"])
     section: dict[str, Any]
     if name.startswith("cosine"):
-        section = {"name": "cosine", "final_fraction": 0.0 if ratio is None else float(ratio)}
+        section = {"name": "cosine", "final_fraction": 0.0 if ratio is None else ratio}
         if "restarts" in name:
             draft.note("lr_scheduler", f"{name}: restarts are not supported; written is one cosine")
     elif name.startswith("constant"):
@@ -119,8 +122,7 @@ def read_evaluation_and_saving(draft: Draft) -> None:
 
 def _read_trackers(draft: Draft) -> None:
     """Read where metrics are sent to; axolotl names a project in place of the tracker."""
-    stated = draft.take("report_to", default=[])
-    names = [str(name) for name in stated] if isinstance(stated, list) else [str(stated)]
+    names = as_names("report_to", draft.take("report_to"))
     projects = {"wandb": draft.take("wandb_project"), "mlflow": draft.take("mlflow_experiment_name")}
     names += [name for name, project in projects.items() if project and name not in names]
     entity = draft.take("wandb_entity")
@@ -156,6 +158,12 @@ def _read_interval(draft: Draft, kind: str, path: str) -> None:
         draft.put(path, int(interval))
     elif interval is not None:
         draft.note(f"{kind}_steps", f"{path} is a number of steps, and {interval:g} a share of the run")
+
+
+def note_trained_prompts(draft: Draft, key: str) -> None:
+    """Note that prompts bear no loss here, if theirs says that they do."""
+    if draft.flag(key):
+        draft.note(key, "prompts are not trained on here: the loss covers the assistant's turns; of plain text it covers all")
 
 
 def read_lora_numbers(draft: Draft, rank_names: tuple[str, ...], default_rank: int, default_alpha: int | None) -> dict[str, Any]:

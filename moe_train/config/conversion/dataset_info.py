@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moe_train.config.conversion.draft import Draft
+from moe_train.config.conversion.objectives import pair_record
+from moe_train.config.conversion.values import as_mapping, as_text
 
 FILE_NAME = "dataset_info.json"
 """Name of the file in the folder of the data."""
 _ROLES = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool", "system_tag": "system"}
 """Tag of LLaMA-Factory -> our role."""
 _USUAL_ROLES = {"user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation", "system_tag": "system"}
+_CALL_ROLE = "function_call"
+"""Role of a turn that calls a tool, as ShareGPT's records have it."""
+_READ_COLUMNS = {"query": "input", "history": "history", "system": "system", "tools": "tools", "images": "images"}
+"""Column of LLaMA-Factory -> the name under which it is read."""
 _KNOWN = {"file_name", "formatting", "columns", "tags", "hf_hub_url", "subset", "split", "ranking"}
 
 
@@ -49,11 +55,13 @@ def source_of(draft: Draft, name: str, entry: dict[str, Any], folder: str, stage
         name: the data set's name.
         entry: what dataset_info.json states about it.
         folder: `dataset_dir` of the config.
-        stage: `pt` for plain text.
+        stage: what is learned: `pt` for plain text, `dpo` and `rm` for pairs of answers, `kto` for marked ones, `sft` for others.
     """
-    for remark in _remarks(entry):
+    for remark in _remarks(name, entry, stage):
         draft.note(f"dataset {name}", remark)
-    record = _record(entry, stage)
+    record = _record(name, entry, stage)
+    if stage == "sft" and _names(name, entry, "columns").get("images"):
+        draft.put("vision", {})
     if "file_name" in entry:
         return {"name": "files", "files": [f"{folder}/{entry['file_name']}"], "record": record}
     hub = str(entry.get("hf_hub_url", name))
@@ -64,16 +72,30 @@ def source_of(draft: Draft, name: str, entry: dict[str, Any], folder: str, stage
     return source
 
 
-def _record(entry: dict[str, Any], stage: str) -> dict[str, Any]:
-    columns = entry.get("columns") or {}
+def _names(name: str, entry: dict[str, Any], section: Literal["columns", "tags"]) -> dict[str, str]:
+    """Return LLaMA-Factory's names of columns or tags -> those of the file. Raises ValueError if they are none."""
+    texts = as_mapping(f"dataset {name}: {section}", entry.get(section))
+    return {key: as_text(f"dataset {name}: {section}.{key}", text) for key, text in texts.items() if text is not None}
+
+
+def _record(name: str, entry: dict[str, Any], stage: str) -> dict[str, Any]:
+    columns = _names(name, entry, "columns")
     if stage == "pt":
         return {"name": "text", "column": columns.get("prompt", "text")}
-    if entry.get("formatting", "alpaca") != "sharegpt":
-        # Alpaca's key `input` is read after the instruction without being named.
-        prompt = columns.get("prompt", "instruction")
-        return {"name": "completion", "prompt": prompt, "completion": columns.get("response", "output")}
-    tags = entry.get("tags") or {}
-    record: dict[str, Any] = {"name": "chat", "column": columns.get("messages", "conversations")}
+    is_chat = entry.get("formatting", "alpaca") != "alpaca"
+    messages = columns.get("messages", "conversations")
+    # Alpaca's key `input` is read after the instruction without being named.
+    prompt = columns.get("prompt", "instruction")
+    answer = columns.get("response", "output")
+    if stage in ("dpo", "rm"):
+        return pair_record(messages if is_chat else prompt, columns.get("chosen", "chosen"), columns.get("rejected", "rejected"))
+    if stage == "kto":
+        answers = {"messages": messages} if is_chat else {"prompt": prompt, "completion": answer}
+        return {"name": "labelled", "label": columns.get("kto_tag", "kto_tag"), **answers}
+    if not is_chat:
+        return {"name": "completion", "prompt": prompt, "completion": answer}
+    tags = _names(name, entry, "tags")
+    record: dict[str, Any] = {"name": "chat", "column": messages}
     record |= {"role": tags.get("role_tag", "from"), "content": tags.get("content_tag", "value")}
     roles = {}
     for tag, role in _ROLES.items():
@@ -83,18 +105,20 @@ def _record(entry: dict[str, Any], stage: str) -> dict[str, Any]:
     return {**record, "roles": roles} if roles else record
 
 
-def _remarks(entry: dict[str, Any]) -> Iterator[str]:
+def _remarks(name: str, entry: dict[str, Any], stage: str) -> Iterator[str]:
     """Yield what of an entry has no equivalent, or needs a look."""
-    columns = entry.get("columns") or {}
-    if entry.get("ranking"):
-        yield "its records are pairs of answers; written is how their conversations are read, see objective and record: preference"
-    for key, usual in (("query", "input"), ("system", "system"), ("tools", "tools")):
+    columns = _names(name, entry, "columns")
+    if entry.get("ranking") and stage not in ("dpo", "rm"):
+        yield f"its records are pairs of answers, of which stage {stage} reads none; see objective and record: preference"
+    for key, usual in _READ_COLUMNS.items():
         if columns.get(key, usual) != usual:
             yield f"the column {columns[key]} ({key}) has to be named {usual} to be read"
-    for key in ("history", "images", "videos", "audios", "kto_tag"):
+    unread = ("videos", "audios") if stage == "kto" else ("videos", "audios", "kto_tag")
+    for key in unread:
         if columns.get(key):
             yield f"the column {columns[key]} ({key}) is not read"
-    if (entry.get("tags") or {}).get("function_tag"):
-        yield "tool calls are turns of the assistant with tool_calls; see the guide on your own data"
+    call_role = _names(name, entry, "tags").get("function_tag", _CALL_ROLE)
+    if call_role != _CALL_ROLE:
+        yield f"turns of the role {call_role} are calls of tools only if the role is named {_CALL_ROLE}"
     for key in entry.keys() - _KNOWN:
         yield f"{key} has no equivalent"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from moe_train.config.conversion.values import as_names, as_number
 from moe_train.config.other_trainers import remark
 from moe_train.config.strict_yaml import shown
 
@@ -29,6 +30,10 @@ class Draft:
         """Return whether a key of theirs is stated and not read yet."""
         return self._unread.get(name) is not None
 
+    def peek(self, name: str) -> Any:
+        """Return the value of a key that is read elsewhere; None if it is not stated, or was read."""
+        return self._unread.get(name)
+
     def take(self, *names: str, default: Any = None) -> Any:
         """Return the value of the first of these keys that is stated and not null, and mark all of them as read."""
         result = default
@@ -45,10 +50,7 @@ class Draft:
         value = self.take(*names, default=default)
         if value is None:
             return None
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{names[0]} has to be a number (value {shown(value)})") from None
+        return as_number(names[0], value)
 
     def whole(self, *names: str, default: int | None = None) -> int | None:
         """Return the value of a key as a whole number."""
@@ -60,6 +62,12 @@ class Draft:
     def flag(self, *names: str) -> bool:
         """Return whether a key is true; `auto`, which several trainers have, counts as true."""
         return self.take(*names, default=False) in (True, "true", "True", "auto")
+
+    def assume(self, **defaults: Any) -> None:
+        """Take these values for keys that theirs leaves out, whose default is not ours."""
+        for name, value in defaults.items():
+            if self._unread.get(name) is None:
+                self._unread[name] = value
 
     def put(self, path: str, value: Any) -> None:
         """Set one of our keys, given its dotted path, unless the value is None."""
@@ -125,10 +133,8 @@ EVERY_LINEAR = ("attention.*", "ffn.*")
 
 def modules(draft: Draft, key: str, value: Any) -> list[str]:
     """Return our names of modules that a list, a comma-separated text or `all-linear` names."""
-    names = value.split(",") if isinstance(value, str) else list(value)
     result: list[str] = []
-    for name in names:
-        word = str(name).strip()
+    for word in as_names(key, value):
         if word in ("all", "all-linear"):
             return list(EVERY_LINEAR)
         ours = LAYERS.get(word.rpartition(".")[2])

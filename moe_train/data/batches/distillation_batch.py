@@ -15,7 +15,7 @@ class _Arrays(NamedTuple):
     """Numpy arrays of shape (B, T), or (B, T, k) for what a teacher says."""
 
     tokens: np.ndarray
-    """As in `Batch`, like the next four."""
+    """Input tokens; this and the next four arrays are those of `Batch`."""
     targets: np.ndarray
     loss_mask: np.ndarray
     segment_ids: np.ndarray

@@ -146,9 +146,9 @@ class PictureResult(TypedDict):
     pictures: int
     tokens: int
     median_tokens: int
-    """Of a picture."""
+    """Median of the tokens of a picture."""
     most_tokens: int
-    """Of a picture."""
+    """Tokens of the largest picture."""
 
 
 class SoundResult(TypedDict):

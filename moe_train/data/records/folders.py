@@ -34,9 +34,9 @@ class FolderFiles(NamedTuple):
     """The files of a folder or an archive."""
 
     files: list[Path]
-    """Those that hold records, sorted; an archive that cannot be read is among them."""
+    """Files that hold records, sorted; an archive that cannot be read is among them."""
     left_out: list[Path]
-    """Those of other formats, which may hold records all the same."""
+    """Files of other formats, which may hold records all the same."""
 
 
 def files_of(root: Path, suffixes: Iterable[str] | None) -> FolderFiles:

@@ -53,7 +53,7 @@ class PreferencePair(NamedTuple):
     chosen: list[Message]
     rejected: list[Message]
     margin: float = 0.0
-    """By how much the preferred one is better; 0 if the record does not say."""
+    """The lead of the preferred answer; 0 if the record does not state one."""
 
 
 class LabelledAnswer(NamedTuple):

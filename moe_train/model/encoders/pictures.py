@@ -43,7 +43,7 @@ class PictureFeatures(NamedTuple):
 
     features_BMD: Float[Array, "B M D"]
     feature_index_BT: Int[Array, "B T"]
-    """As in `Pictures`."""
+    """Index of a token's feature in its row, as in `Pictures`."""
 
 
 def write_features(

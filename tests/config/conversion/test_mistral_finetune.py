@@ -42,3 +42,21 @@ def test_one_file_has_no_weight_and_full_finetuning_no_adapters(tmp_path: Path) 
     text = "data: {data: t.jsonl}\nmodel_id_or_path: m\nfull_finetuning: true\noptim: {}\n"
     ours, _ = converted(tmp_path, text)
     assert ours.lora is None and ours.data is not None and ours.data.train[0].weight is None
+
+
+def test_what_is_off_stays_off_and_trackers_are_kept(tmp_path: Path) -> None:
+    text = """
+data: {instruct_data: a.jsonl, eval_instruct_data: b.jsonl}
+model_id_or_path: m
+optim: {}
+eval_freq: 1
+no_eval: true
+no_ckpt: true
+world_size: 8
+mlflow: {tracking_uri: "http://x", experiment_name: e}
+"""
+    ours, conversion = converted(tmp_path, text)
+    assert ours.data is not None and not ours.data.eval
+    assert [(section.name, section.project) for section in ours.metrics.trackers] == [("mlflow", "e")]
+    remarks = "\n".join(conversion.remarks)
+    assert "no_ckpt: left out" in remarks and "convert again with --devices 8" in remarks

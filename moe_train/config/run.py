@@ -106,7 +106,7 @@ class Run(Section):
     train: Train
     optimizer: Optimizer
     vision: RunVision | NoVision
-    audio: RunAudio | NoAudio = NoAudio()
+    audio: RunAudio | NoAudio
     loss: Loss
     compute: Compute
     mesh: Mesh

@@ -88,7 +88,7 @@ def written(folder: Path, **changes: Any) -> config.Config:
         "audio": config.Audio(chunks_per_row=4),
         "data": config.Data(tokenizer=tokenizer, train=sources, cache_dir=str(folder / "cache")),
         "mesh": config.Mesh(data=2, context=2, tensor=2),
-        "train": config.Train(steps=100, batch_size=4, microbatches=2, seq_len=48),
+        "train": config.Train(steps=100, batch_size=4, seq_len=48),
         "optimizer": config.AdamW(name="adamw", learning_rate=2e-2),
         "loss": config.Loss(),
     }
@@ -202,6 +202,10 @@ def test_a_check_names_all_sound_that_cannot_be_used(tmp_path: Path) -> None:
     assert problems.keys() == {f"{file}:{line}" for line in reasons}
     assert all(reason in problems[f"{file}:{line}"] for line, reason in reasons.items())
     # Of 0.2 to 0.41 s, which are one or two chunks of four tokens each, and one that begins them.
+    assert not [problem for problem in result["problems"] if problem["rule"] == "empty-user"]
+    spoken = check_data([CheckedSource((str(tmp_path / "data" / "transcripts.jsonl"),))], tokenizer, CheckSettings(seq_len=48))
+    # A clip alone is a question, so sound is all that is wrong.
+    assert {problem["rule"] for problem in spoken["problems"]} == {"sound"}
     assert result["sound"] == {"clips": 4, "tokens": 28, "median_tokens": 9, "most_tokens": 9} and result["pictures"] is None
 
 

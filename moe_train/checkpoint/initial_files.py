@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe_train import config
 from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.weights import external
 from moe_train.weights.on_disk import Carried
+
+
+def runs_from(source: str | Path) -> list[config.Run]:
+    """Return the run in `source` and the runs that it started from, one after the other; [] for an external model."""
+    seen: set[Path] = set()
+    runs: list[config.Run] = []
+    path: Path | None = Path(source)
+    # `seen` ends the loop if configs name each other's runs.
+    while path is not None and is_run(path) and path not in seen:
+        seen.add(path)
+        run = read_run(path)
+        runs.append(run)
+        path = None if run.init_from is None else Path(run.init_from)
+    return runs
 
 
 def first_path(source: str | Path) -> Path | None:
@@ -39,12 +54,16 @@ def carried_of(source: str | Path) -> Carried | None:
     return None if files is None else external.open_external_weights(files).carried
 
 
-def describe_initial_files(source: str | Path) -> list[str]:
+def describe_initial_files(source: str | Path, trains_vision: bool = False) -> list[str]:
     """Describe, in a line each, what of the files that a run starts from is not trained.
 
     Args:
         source: `init_from` of the run. Without its weights, such as on a machine that only plans, nothing is said.
+        trains_vision: whether the run trains modules of a vision tower or its projector.
     """
+    outcome = "are not trained; exports carry them unchanged"
+    if trains_vision:
+        outcome = "are trained where the config names their modules; exports have them as trained"
     files = first_files(source)
     if files is None or not external.has_weights(files):
         return []
@@ -53,7 +72,5 @@ def describe_initial_files(source: str | Path) -> list[str]:
         lines.append(chosen)
     carried = carried_of(files)
     if carried is not None:
-        lines.append(
-            f"{carried.description} of {files} are not trained; exports carry them unchanged (--text-only leaves them out)"
-        )
+        lines.append(f"{carried.description} of {files} {outcome} (--text-only leaves them out)")
     return lines

@@ -13,11 +13,11 @@ import jax
 from jax.sharding import Mesh
 
 from moe_train import config
-from moe_train.checkpoint.identity import check_base
-from moe_train.checkpoint.initial_files import first_files, first_path
+from moe_train.checkpoint.identity import check_base, check_tower
 from moe_train.checkpoint.load_params import load_params
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, survey
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
+from moe_train.checkpoint.trained_vision import trained_vision_paths
 from moe_train.data.batches.sound_batch import check_sizes
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
@@ -103,11 +103,7 @@ class OpenedModel(NamedTuple):
 
     def load_with_tower(self) -> tuple[Any, Parameters, int | None]:
         """Load as `load_with_step` does, with the tower. The model has to have one (`encoder`)."""
-        structure, shapes = parameters(abstract_model(self.model, self.compute, self.lora, self.encoder))
-        check_host_memory(shapes, str(self.directory))
-        tower = {path: shapes.pop(path) for path in list(shapes) if ParameterPath.parse(path).is_tower}
-        loaded = load_weights(self.directory, shapes)
-        return structure, {**cast(Parameters, loaded.weights), **load_tower(self.directory, tower)}, loaded.step
+        return self._load(self.lora, self.encoder)
 
     def load(self) -> tuple[Any, Parameters]:
         """Load the weights, adapters included; `mesh` has to be in force.
@@ -120,15 +116,28 @@ class OpenedModel(NamedTuple):
 
     def load_with_step(self) -> tuple[Any, Parameters, int | None]:
         """Load as `load` does; returns the model's structure, its weights, and the step of a run's checkpoint they are from."""
+        return self._load(None if self.lora is None else self.lora.of_text(), None)
+
+    def _load(
+        self, lora: config.Lora | None, encoder: config.VisionEncoder | config.AudioEncoder | None
+    ) -> tuple[Any, Parameters, int | None]:
+        """Load the parts of the model that the arguments describe."""
         # Only shapes are computed, so the seed does not matter.
-        structure, shapes = parameters(abstract_model(self.model, self.compute, self.lora))
+        structure, shapes = parameters(abstract_model(self.model, self.compute, lora, encoder))
         check_host_memory(shapes, str(self.directory))
         loaded = load_weights(self.directory, shapes)
         return structure, cast(Parameters, loaded.weights), loaded.step  # the default loader reads all arrays
 
     def to_export(self) -> LoadedWeights:
-        """Return the weights for an export, adapters included; weights of external files are read lazily (see `load_lazily`)."""
-        _, shapes = parameters(abstract_model(self.model, self.compute, self.lora))
+        """Return the weights for an export, adapters included; weights of external files are read lazily (see `load_lazily`).
+
+        Of a vision tower and its projector they have what training may have changed: the rest is carried as bytes.
+        """
+        encoder, names = trained_vision_paths(self.directory)
+        _, shapes = parameters(abstract_model(self.model, self.compute, self.lora, encoder))
+        for path in list(shapes):
+            if ParameterPath.parse(path).is_vision and path not in names:
+                del shapes[path]
         return load_weights(self.directory, shapes, load=load_lazily)
 
 
@@ -288,23 +297,6 @@ def load_parameters(
     return load_weights(directory, abstract, step, load=load).weights
 
 
-def load_tower(directory: str | Path, abstract: Abstract) -> Parameters:
-    """Load the tower and projector of a multimodal model, or of the one that a run started from.
-
-    Args:
-        directory: The model or run.
-        abstract: Shapes, dtypes and shardings by path.
-
-    Raises:
-        FileNotFoundError: If the files that the run started from are no longer there.
-        ValueError: If they have no such tower.
-    """
-    files = first_files(directory)
-    if files is None:
-        raise FileNotFoundError(f"the tower of {directory} is in {first_path(directory)}, which does not exist; copy it there")
-    return external.load_external_parameters(files, abstract)
-
-
 def load_weights(
     directory: str | Path,
     abstract: Mapping[str, Any],
@@ -316,7 +308,7 @@ def load_weights(
     if not is_run(directory):
         return LoadedWeights(load(directory, abstract), None, None)
     run = read_run(directory)
-    trainable, frozen = partition(dict(abstract), run.lora)
+    trainable, frozen = partition(dict(abstract), run.lora, run.trained_vision)
 
     # Checkpoints hold unquantized weights; each part is quantized as soon as it is read if `abstract` asks for it.
     def convert(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
@@ -333,7 +325,12 @@ def load_weights(
         return LoadedWeights(params, loaded_step, about)
     if about.base is None:
         raise ValueError(f"{directory} has frozen weights, but its checkpoint does not state where they came from; start a new run")
-    check_base(about.base)
+    # All of a run's checkpoint is one base; in other files the text model and the tower are checked apart.
+    tower = [path for path in frozen if ParameterPath.parse(path).is_tower]
+    if len(tower) < len(frozen) or about.base.step is not None:
+        check_base(about.base)
+    if tower:
+        check_tower(about.base)
     # The base may itself be a run, whose frozen weights have a base of their own: hence the recursion.
     base_weights = load_parameters(about.base.source, frozen, about.base.step, load=load)
     return LoadedWeights({**params, **base_weights}, loaded_step, about)
@@ -343,47 +340,56 @@ def _trained_shapes(run: config.Run) -> dict[str, Any]:
     """Return the shapes of what a run trains, which is what its checkpoints hold, on the mesh in force."""
     # Checkpoints hold unquantized weights, also where the run trains on a quantized base.
     lora = run.lora and run.lora.model_copy(update={"quantize": None})
-    _, shapes = parameters(abstract_model(run.model, run.compute, lora))
-    trainable, _ = partition(shapes, lora)
+    _, shapes = parameters(abstract_model(run.model, run.compute, lora, run.encoder))
+    trainable, _ = partition(shapes, lora, run.trained_vision)
     return trainable
 
 
-def read_adapter(source: str | Path, model: config.Model) -> config.Lora:
+def read_adapter(source: str | Path, model: config.Model, encoder: config.VisionEncoder | None = None) -> config.Lora:
     """Return the `lora` section of the adapters of a run or of external files.
 
     Args:
         source: A run, or a folder of external adapter files.
         model: The architecture that the adapters have to fit.
+        encoder: The vision tower that they may adapt; None to refuse adapters of one.
 
     Raises:
         ValueError: If the adapters belong to another model, or the run has none.
         FileNotFoundError: If there are no adapters.
     """
     if not is_run(source):
-        return external_adapter.read_external_lora(source, model)
+        return external_adapter.read_external_lora(source, model, encoder)
     run = read_run(source)
     if run.lora is None:
         raise ValueError(f"{source} is a run without adapters: it was trained in full; name a run with a section `lora`")
     if run.model != model:
         raise ValueError(f"the adapters of {source} belong to a model of another architecture; name the base they were trained on")
+    if run.lora.trains_vision and encoder is None:
+        raise ValueError(
+            f"the adapters of {source} include modules of a vision tower, which only training with a section vision reads; "
+            "export the run with --merge, and use the merged model"
+        )
     return run.lora
 
 
-def load_adapter(origin: WeightOrigin, model: config.Model, abstract: Mapping[str, Any]) -> Parameters:
+def load_adapter(
+    origin: WeightOrigin, model: config.Model, abstract: Mapping[str, Any], encoder: config.VisionEncoder | None = None
+) -> Parameters:
     """Load adapters, and the weights that were trained in full with them, from a run or from external files.
 
     Args:
         origin: Where the adapters are.
         model: The architecture.
         abstract: Shapes, dtypes and shardings of the arrays.
+        encoder: The vision tower that they may adapt; None to refuse adapters of one.
 
     Returns:
         The arrays of `abstract` whose paths are trained by the `lora` section that `read_adapter` returns, and no others.
     """
-    lora = read_adapter(origin.source, model)
+    lora = read_adapter(origin.source, model, encoder)
     trained_shapes = {path: like for path, like in abstract.items() if ParameterPath.parse(path).is_trained(lora)}
     if is_run(origin.source):
         # The recorded step takes precedence, since the run may have newer checkpoints by now.
         step = named_step(origin.source) if origin.step is None else origin.step
         return load_params(run_folder(origin.source), trained_shapes, step).params
-    return external_adapter.load_external_adapter(origin.source, model, trained_shapes)
+    return external_adapter.load_external_adapter(origin.source, model, trained_shapes, encoder)

@@ -14,6 +14,7 @@ from moe_train.cli.arguments import MODELS, AsJson, ChatTemplate, ModelDir, Step
 from moe_train.cli.terminal import print_json, progress_line
 
 if TYPE_CHECKING:
+    from moe_train.commands.chat import Chat
     from moe_train.commands.generate import GeneratedText, GenerationRequest, Sampling
     from moe_train.commands.text_generator import ChatSettings
 
@@ -213,7 +214,8 @@ def chat_command(
 ) -> None:
     """Talk to a run or a model in the terminal, or through a pipe: a question per line.
 
-    /reset begins a new conversation, /messages prints it as JSON, /exit ends the command.
+    /image FILE shows a picture with the next question, /reset begins a new conversation, /messages prints it as JSON, and /exit
+    ends the command.
     """
     from moe_train.commands.at_step import at_step
     from moe_train.commands.generate import Sampling
@@ -246,15 +248,29 @@ def _converse(directory: Path, sampling: Sampling, settings: ChatSettings) -> No
                 conversation.reset()
             case "/messages":
                 print_json(conversation.messages)
-            case command if command.startswith("/"):
-                print(f"moe-train: {command.split()[0]}: no such command; use /reset, /messages or /exit", file=sys.stderr)
+            case command if command.startswith("/") and command.split()[0] != "/image":
+                print(
+                    f"moe-train: {command.split()[0]}: no such command; use /image FILE, /reset, /messages or /exit",
+                    file=sys.stderr,
+                )
             case question:
                 try:
-                    for piece in conversation.answer(question):
-                        print(piece, end="", flush=True)
-                    print(flush=True)
+                    _answer_line(conversation, question)
                 except ValueError as error:
                     # The conversation stays as it was. Through a pipe nobody could correct the question.
                     if not is_terminal:
                         raise
                     print(f"moe-train: {error}", file=sys.stderr)
+
+
+def _answer_line(conversation: Chat, line: str) -> None:
+    """Show the picture that a line /image FILE names, or print the answer to a question."""
+    if line.split()[0] == "/image":
+        file = line.removeprefix("/image").strip()
+        if not file:
+            raise ValueError("/image names no file; write /image FILE")
+        conversation.show(file)
+        return
+    for piece in conversation.answer(line):
+        print(piece, end="", flush=True)
+    print(flush=True)

@@ -229,7 +229,8 @@ def _leave(code: int) -> NoReturn:
 
 def _print_usage_error(error: typer.BadParameter) -> None:
     """Print one line about a wrong argument, and where to find help."""
-    message = error.format_message()
+    # Typer checks choices and limits through pydantic, which puts the kind of the error before what it says.
+    message = error.format_message().replace(": Value error, ", ": ")
     # The message is empty if help was printed instead, for a group without a command.
     if message:
         command = error.ctx.command_path if error.ctx else program()

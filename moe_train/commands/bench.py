@@ -25,7 +25,7 @@ from moe_train.model.transformer import abstract_model, init_model
 from moe_train.run.resolve import resolve
 from moe_train.run.self_test import run_self_tests
 from moe_train.train.optimizer import make_optimizer_of_any_length
-from moe_train.train.state import create_state, partition, trained_in_full
+from moe_train.train.state import partition, state_of_learned, trained_in_full
 from moe_train.train.step import compile_step
 from moe_train.train.step_definition import definition_of
 
@@ -122,9 +122,9 @@ def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
     model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.encoder)
     structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
     optimizer = make_optimizer_of_any_length(run.optimizer)
-    trainable, frozen = partition(initial_parameters(model, shapes.keys()), run.lora)
+    trainable, frozen = partition(initial_parameters(model, shapes.keys()), run.lora, run.trained_vision)
     options = brief_options(platform()) or None
-    state = jax.jit(lambda params: create_state(params, optimizer), donate_argnums=0, compiler_options=options)(trainable)
+    state = jax.jit(lambda params: state_of_learned(params, optimizer), donate_argnums=0, compiler_options=options)(trainable)
     return state._replace(frozen=frozen), structure, optimizer
 
 

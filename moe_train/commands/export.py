@@ -20,6 +20,7 @@ from moe_train import config
 from moe_train.checkpoint.initial_files import carried_of, first_files
 from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run, run_folder, saved_config
+from moe_train.checkpoint.trained_vision import trained_vision_paths
 from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
 from moe_train.commands.documents import documents_of_export
@@ -147,8 +148,9 @@ def export(
         origin = origin._replace(texts=origin.texts._replace(documents=documents))
         match layout:
             case "hf" | "mistral" | "gguf":
+                write_and_prove.check_dtype(layout, dtype)
                 lost = left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
-                wrapping, mmproj, of_base = multimodal_base.parts_of_export(opened, loaded.about, layout, options.text_only)
+                wrapping, mmproj, of_base = multimodal_base.parts_of_export(opened, loaded, layout, dtype, options.text_only)
                 write_options = write_and_prove.WriteOptions(
                     dtype=dtype,
                     layout=layout,
@@ -162,6 +164,7 @@ def export(
                     wrapping=wrapping,
                     mmproj=mmproj,
                     base=left_out.fp8_base(source),
+                    encoder=None if wrapping is None else trained_vision_paths(source).encoder,
                 )
                 record = write_and_prove.export_model(loaded.weights, opened.model, out_dir, write_options)
             case "peft" | "mistral-lora" | "gguf-lora":
@@ -205,6 +208,11 @@ def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) 
             f"{opened.directory} scores texts with a head of its own, which --format {layout} cannot hold; export the whole model "
             "with --format hf, and with --merge if it has adapters"
         )
+    if layout in ("mistral-lora", "gguf-lora") and opened.lora is not None and opened.lora.trains_vision:
+        raise ValueError(
+            f"{opened.directory} trained modules of a vision tower, which --format {layout} cannot hold; use --format peft, or "
+            "--format hf --merge"
+        )
     if layout in get_args(expected.ModelLayout) or (opened.lora is not None and not merge):
         return
     if merge:
@@ -242,6 +250,8 @@ def _export_adapter(
             origin.conversations,
             origin.about,
             _hugging_face_base(opened),
+            _is_on_wrapper(opened),
+            opened.encoder if lora.trains_vision else None,
         )
         # Within the block, so that an adapter that fails its checks never appears as `out_dir`.
         record = prove_adapter(exported)
@@ -262,7 +272,15 @@ def _write_adapter(directory: Path, files: _AdapterFiles, weights: LazyParameter
         case "peft":
             names_of_base = _names_of_base(opened)
             peft.export_adapter(
-                weights, model, lora, directory, base_model=base, layout=names_of_base, texts=texts, server=files.server
+                weights,
+                model,
+                lora,
+                directory,
+                base_model=base,
+                layout=names_of_base,
+                encoder=run.encoder if lora.trains_vision else None,
+                texts=texts,
+                server=files.server,
             )
         case "mistral-lora":
             dtype = write_and_prove.checked_float_dtype(files.layout, files.dtype)
@@ -281,9 +299,14 @@ def _hugging_face_base(opened: OpenedModel) -> Path | None:
 
 def _names_of_base(opened: OpenedModel) -> names.TensorLayout:
     """Return the names that transformers gives to the modules of a run's base."""
-    base = _hugging_face_base(opened)
     # Within a wrapper with a vision tower, the modules of the text model have another prefix.
-    return names.WRAPPED if base is not None and hf.is_wrapper(base) else names.HUGGING_FACE
+    return names.WRAPPED if _is_on_wrapper(opened) else names.HUGGING_FACE
+
+
+def _is_on_wrapper(opened: OpenedModel) -> bool:
+    """Return whether transformers loads a run's base, or the export of it, as a multimodal model."""
+    base = _hugging_face_base(opened)
+    return hf.is_wrapper(base) if base is not None else carried_of(opened.directory) is not None
 
 
 def _check_options(layout: serve.ExportFormat, options: ExportOptions) -> None:

@@ -8,18 +8,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from moe_train import config
 from moe_train.checkpoint.initial_files import carried_of, first_files, first_path
 from moe_train.checkpoint.metadata import CheckpointMetadata
-from moe_train.checkpoint.model_dir import OpenedModel
+from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel
 from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.commands.left_out import report_left_out
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected
-from moe_train.weights import external, gguf
+from moe_train.weights import external, gguf, together
+from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.on_disk import Carried
+from moe_train.weights.wrappers import trained_tower
 from moe_train.weights.wrappers.carry import Wrapping, WrappingLayout, carry
 
 log = logging.getLogger(__name__)
@@ -33,6 +39,16 @@ class TextOfExport(NamedTuple):
     chat_template: str | None
 
 
+class TrainedTower(NamedTuple):
+    """What was trained of a tower and its projector."""
+
+    weights: LazyParameters
+    """Weights by path, with the adapters and what these adapt."""
+    lora: config.Lora | None
+    dtype: np.dtype
+    """Dtype of the trained tensors in the export."""
+
+
 class PartsOfExport(NamedTuple):
     """What a whole model has of a multimodal base besides the text model; all empty for a text model."""
 
@@ -44,27 +60,36 @@ class PartsOfExport(NamedTuple):
 
 
 def parts_of_export(
-    opened: OpenedModel, about: CheckpointMetadata | None, layout: expected.ModelLayout, text_only: bool
+    opened: OpenedModel, loaded: LoadedWeights, layout: expected.ModelLayout, dtype: str, text_only: bool
 ) -> PartsOfExport:
     """Return what an export carries of the multimodal model that a run started from, or of the model itself; says so in a line.
 
     Args:
         opened: the run or the model.
-        about: metadata of the run's checkpoint; None for an external model.
+        loaded: its weights, those of a trained tower included.
         layout: layout of the export.
+        dtype: dtype of the export, which trained tensors of the tower have.
         text_only: whether the text model is exported alone.
 
     Raises:
         ValueError, FileNotFoundError: see `find_wrapping`.
     """
     source = opened.directory
+    trained_vision = trained_tower.vision_weights(loaded.weights)
+    if jax.process_count() > 1:
+        # The first process alone writes what is carried in Mistral's own layout.
+        trained_vision = together.gather_on_each_process(trained_vision)
     if layout == "gguf":
         if text_only:
             raise ValueError("--text-only has no effect with --format gguf, which always has the text model alone; leave it out")
-        mmproj = find_mmproj(source, _trains_embeddings(opened))
+        mmproj = find_mmproj(source, bool(trained_vision) or _trains_embeddings(opened))
         return PartsOfExport(None, mmproj.file, mmproj.to_json())
+    tower = None
+    if trained_vision:
+        # Tensors of a tower are no linear maps of the text model, which alone become FP8.
+        tower = TrainedTower(trained_vision, opened.lora, jnp.dtype("bfloat16" if dtype == "fp8" else dtype))
     text = TextOfExport(opened.model, opened.tokenizer, opened.chat_template)
-    wrapping = find_wrapping(source, layout, text, about, text_only)
+    wrapping = find_wrapping(source, layout, text, loaded.about, text_only, tower)
     lost: JsonObject = {}
     if text_only:
         lost = report_left_out(source, "--text-only exports the text model alone")
@@ -81,7 +106,12 @@ def _trains_embeddings(opened: OpenedModel) -> bool:
 
 
 def find_wrapping(
-    source: str | Path, layout: WrappingLayout, text: TextOfExport, about: CheckpointMetadata | None, text_only: bool
+    source: str | Path,
+    layout: WrappingLayout,
+    text: TextOfExport,
+    about: CheckpointMetadata | None,
+    text_only: bool,
+    tower: TrainedTower | None = None,
 ) -> Wrapping | None:
     """Return what an export of `source` carries of the multimodal model that it started from; says so in a line.
 
@@ -91,6 +121,7 @@ def find_wrapping(
         text: the text model and texts of the export.
         about: metadata of the run's checkpoint; None for an external model.
         text_only: whether the text model is exported alone.
+        tower: what was trained of the tower and projector; None for nothing.
 
     Returns:
         The wrapping; None for a text model, or if `text_only` is set.
@@ -111,8 +142,15 @@ def find_wrapping(
         return None
     files = first_path(source)
     assert files is not None  # `carried` was found there
+    description = carried.description
+    if tower is not None:
+        carried = trained_tower.with_trained(carried, text.model, tower.weights, tower.lora, tower.dtype)
     wrapping = carry(files, carried, layout, text.model, text.tokenizer, text.chat_template)
-    log.info("%s of %s are carried into the export unchanged; --text-only leaves them out", carried.description, files)
+    trained = len(trained_tower.trained_names(carried.tensors))
+    if trained:
+        log.info("%d tensors of the %s are written as trained, the others unchanged", trained, description)
+    else:
+        log.info("%s of %s are carried into the export unchanged; --text-only leaves them out", description, files)
     return wrapping
 
 

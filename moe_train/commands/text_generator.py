@@ -117,6 +117,10 @@ class TextGenerator:
         if any(prompt.pictures for prompt in prompts):
             self._opened.check_media()
 
+    def check_pictures(self) -> None:
+        """Raise ValueError if the model sees no pictures."""
+        self._opened.check_pictures()
+
     def stream(
         self,
         prompts: Sequence[RenderedPrompt],

@@ -61,6 +61,8 @@ class WriteOptions:
     """llama.cpp's file of the base's tower, which is copied into a GGUF export; None for none."""
     base: WeightFiles | None = None
     """The files that training started from, if they are FP8 (`left_out.fp8_base`)."""
+    encoder: config.VisionEncoder | None = None
+    """Sizes of a vision tower of which the parameters have trained weights; None if nothing of it was trained."""
 
 
 def export_model(parameters: LazyParameters, model: config.Model, out_dir: str | Path, options: WriteOptions) -> JsonObject:
@@ -88,7 +90,9 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
     check_dtype(options.layout, options.dtype)
     lora = options.lora if options.merge else None
     # Adapters take no space of their own in a whole model: they are merged.
-    num_values = sum(array.size for path, array in parameters.items() if not ParameterPath.parse(path).is_adapter)
+    paths = {path: ParameterPath.parse(path) for path in parameters}
+    # Nor what was trained of a tower, which counts with what is carried.
+    num_values = sum(x.size for name, x in parameters.items() if not (paths[name].is_adapter or paths[name].is_vision))
     if options.dtype == "fp8" and options.wrapping is not None and options.wrapping.is_quantized:
         raise ValueError(
             f"the {options.wrapping.parts} of {options.wrapping.source} is FP8 with scales of its own, and files state one "
@@ -123,6 +127,7 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
             options.about,
             None if options.wrapping is None else CarriedFrom(options.wrapping.source, options.wrapping.layout_of_base),
             options.base,
+            options.encoder,
         )
         # Within the block, so that an export that fails its checks never appears as `out_dir`.
         record = prove.prove(exported, options.depth)

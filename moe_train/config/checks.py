@@ -13,7 +13,7 @@ from moe_train.config.data import Data, HubSource, PreparedSource
 from moe_train.config.objective import NextToken, Objective
 from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.training import Evaluation, Metrics, Train
-from moe_train.config.vision import VisionEncoder
+from moe_train.config.vision import Vision, VisionEncoder
 
 
 class Sections(Protocol):
@@ -160,6 +160,21 @@ def check_objective_of_pictures(objective: Objective) -> None:
     """Raise ValueError if an objective takes no pictures."""
     if not isinstance(objective, NextToken):
         raise ValueError(f"vision has no effect on objective {objective.name}, only next_token takes pictures; leave vision out")
+
+
+def check_trained_vision(vision: Vision, lora: Lora | None) -> None:
+    """Raise ValueError if the section `vision` names what it cannot train."""
+    for pattern in vision.train:
+        if not pattern.startswith("vision."):
+            raise ValueError(
+                f"vision.train: pattern {pattern!r} names no module of the tower; patterns begin with vision., such as "
+                "vision.projector.* or vision.tower.*"
+            )
+    if vision.train and lora is not None:
+        raise ValueError(
+            f"vision.train has no effect with a section lora, which freezes whatever it does not name; move {list(vision.train)} "
+            "to lora.train, or to lora.targets for adapters"
+        )
 
 
 def check_vision(sections: Sections, encoder: VisionEncoder, patches_per_row: int) -> None:

@@ -145,6 +145,16 @@ class Run(Section):
         """The vision or audio tower; None if the records have neither pictures nor sound."""
         return None if self.media is None else self.media.encoder
 
+    @property
+    def trained_vision(self) -> tuple[str, ...]:
+        """Patterns of the modules of the vision tower that full training trains."""
+        return () if self.pictures is None else self.pictures.train
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether a module of the vision tower or its projector is trained, in full or through an adapter."""
+        return bool(self.trained_vision) or (self.lora is not None and self.lora.trains_vision)
+
     def training_data(self) -> RunData:
         """Return the data section. Raises ValueError, which names the remedy, if there is none."""
         if isinstance(self.data, NoData):

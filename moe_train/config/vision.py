@@ -63,11 +63,17 @@ class VisionEncoder(Section):
 
 
 class Vision(Section):
-    """Pictures in the records of training. The tower of `init_from` is frozen; exports carry it unchanged."""
+    """Pictures in the records of training. The tower of `init_from` and its projector are frozen unless patterns name their
+    modules: in full training `vision.train`, with a `lora` section `lora.targets` and `lora.train`. Exports carry what is frozen.
+    """
 
     patches_per_row: Positive | None = None
     """Patches of pictures that a row of a batch has room for. The tower computes as many for every row, so a smaller number saves
     time where rows have more text than pictures; null: as many as fit into `train.seq_len` tokens.
+    """
+    train: tuple[str, ...] = ()
+    """Patterns of the modules of tower and projector that full training trains with the text model, such as `vision.projector.*` or
+    `vision.tower.*`. With a `lora` section, name them there: it freezes whatever it does not name.
     """
     encoder: VisionEncoder | None = None
     """Sizes of the tower and the projector. Leave it out: `init_from` states them."""

@@ -20,7 +20,7 @@ V5P = ("TPU v5", "TPU v5p")
 """Names of the v5p that the compiler and the device use."""
 
 
-def compiler_options(device_kind: str) -> dict[str, str | bool]:
+def compiler_options(device_kind: str) -> dict[str, str | bool | int]:
     """Return the options of `jax.stages.Lowered.compile` for a kind of device; empty for the defaults."""
     if device_kind in V5P:
         return {
@@ -34,6 +34,10 @@ def compiler_options(device_kind: str) -> dict[str, str | bool]:
             # scheduler finds no product for 4.4 GB of the gradients and 2.9 GB of the weights.
             "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": True,
         }
+    if device_kind.startswith("NVIDIA"):
+        # Several collectives may be under way. Otherwise each starts when the one before has ended, and of the gathered bytes of
+        # expert weights at most a third is received beside products (docs/measurements.md, "Eight H100").
+        return {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
     return {}
 
 

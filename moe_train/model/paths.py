@@ -163,8 +163,7 @@ class ParameterPath:
 
     def is_trained(self, lora: config.Lora) -> bool:
         """Return whether LoRA training changes the array: it is an adapter, or its module is trained in full."""
-        # A tower is frozen, whatever the patterns that are meant for the text model would match in it.
-        return not self.is_tower and (self.is_adapter or lora.trains_in_full(self.module))
+        return self.is_adapter or lora.trains_in_full(self.module)
 
 
 def in_layer(position: config.LayerPosition, name: str) -> str:

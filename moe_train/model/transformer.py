@@ -281,7 +281,8 @@ class Transformer(nnx.Module):
         segment_ids_BT = place(segment_ids_BT, "BT")
         x_BTD = self.embed(tokens_BT, self.dtype)
         if pictures is not None:
-            x_BTD = self.with_pictures(x_BTD, pictures)
+            # No key of a layer: those come from `split`.
+            x_BTD = self.with_pictures(x_BTD, pictures, None if key is None else jax.random.fold_in(key, 0))
         if sound is not None:
             x_BTD = self.with_sound(x_BTD, sound)
         # One key per repeat over all stacks, so that no two layers drop the same entries.
@@ -296,8 +297,15 @@ class Transformer(nnx.Module):
             first += stack.repeats
         return plain_on_one_device(self.final_norm(x_BTD)), _concatenate(stats)
 
-    def with_pictures(self, x_BTD: Float[Array, "B T D"], pictures: Pictures) -> Float[Array, "B T D"]:
+    def with_pictures(
+        self, x_BTD: Float[Array, "B T D"], pictures: Pictures, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
         """Return embeddings in which the tokens that stand for pictures have the features of these.
+
+        Args:
+            x_BTD: embeddings.
+            pictures: pictures.
+            key: PRNG key for the dropout of the tower's adapters; None for no dropout.
 
         Raises:
             ValueError: the model has no vision tower.
@@ -305,7 +313,7 @@ class Transformer(nnx.Module):
         if self.vision is None:
             raise ValueError("the model has no vision tower, so it takes no pictures; build it with an encoder")
         placed = pictures.placed()
-        return write_features(x_BTD, self.vision(placed), placed.feature_index_BT)
+        return write_features(x_BTD, self.vision(placed, key), placed.feature_index_BT)
 
     def with_sound(self, x_BTD: Float[Array, "B T D"], sound: Sound) -> Float[Array, "B T D"]:
         """Return embeddings in which the tokens that stand for sound have the features of it.
@@ -437,7 +445,8 @@ def _build(
             linear_maps = [
                 (name, module)
                 for name, module in adaptable(transformer)
-                if isinstance(module, Linear | ExpertLinear) and not lora.trains_in_full(name)
+                # A vision tower is small, and stays as it is.
+                if isinstance(module, Linear | ExpertLinear) and not lora.trains_in_full(name) and not name.startswith("vision.")
             ]
             quantize_weights(linear_maps, lora.quantize)
     return transformer

@@ -103,7 +103,7 @@ def model_choice(run: config.Run, topology: Topology) -> Choice:
     transfers = flows(run, weight_layout, topology.platform)
     work = step_work(run, weight_layout, transfers, topology)
     time = step_time(work, transfers, run, topology, DEVICES[topology.device])
-    return Choice(run, memory(run, weight_layout), transfers, work, time, device_limit(topology))
+    return Choice(run, memory(run, weight_layout, topology.platform), transfers, work, time, device_limit(topology))
 
 
 def share_of_peak(choice: Choice, topology: Topology) -> float:

@@ -194,7 +194,9 @@ def abstract_step(run: config.Run, mesh: Mesh) -> AbstractStep:
 
     optimizer = make_optimizer_of_any_length(run.optimizer)
     structure, params = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
-    state = jax.eval_shape(lambda params: create_state(params, optimizer, run.lora), jax.tree.map(placed, params))
+    state = jax.eval_shape(
+        lambda params: create_state(params, optimizer, run.lora, run.trained_vision), jax.tree.map(placed, params)
+    )
     state = jax.tree.map(placed, state)
     sharding = NamedSharding(mesh, P(BATCH, "context"))
     definition = definition_of(run, structure, optimizer)
@@ -254,6 +256,11 @@ def _compile_request(request_path: Path) -> dict[str, Any]:
         reply = asdict(compile_on(run, make_mesh(run.mesh, devices)))
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         return {"error": str(error).splitlines()[0]}
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        remedy = "pip install nvidia-cudnn-cu12 (nvidia-cudnn-cu13 for CUDA 13), or plan with --no-compile"
+        return {"error": f"attention is compiled for cuDNN, which is not installed beside JAX's CUDA plugin; run: {remedy}"}
     reply.pop("warnings")  # only the parent process sees the compiler's output
     return reply
 

@@ -9,7 +9,7 @@ from moe_train.machine.devices import DEVICES, GIB, chip_name
 from moe_train.plan.describe import PART_NAMES, changed_settings
 from moe_train.plan.memory import Memory, memory
 from moe_train.plan.nearest import nearest_that_fits
-from moe_train.plan.topology import Topology
+from moe_train.plan.topology import Platform, Topology
 from moe_train.plan.weights import layout
 
 MODEL_ERROR_FACTOR = 1.1
@@ -27,7 +27,7 @@ def check_fits(run: config.Run, device: jax.Device) -> None:
     limit = bytes_limit(device)
     if limit is None:
         return
-    needed = memory(run, layout(run))
+    needed = memory(run, layout(run), _platform(device))
     # The model is not exact, so only a clear excess is refused.
     if needed.total <= MODEL_ERROR_FACTOR * limit:
         return
@@ -35,6 +35,10 @@ def check_fits(run: config.Run, device: jax.Device) -> None:
         f"this run needs about {needed.total / GIB:.2f} GiB on each device, which has {limit / GIB:.2f}: "
         f"{describe_largest_parts(needed)}; {_remedy(run, device, limit)}"
     )
+
+
+def _platform(device: jax.Device) -> Platform:
+    return "gpu" if device.platform == "gpu" else "tpu"
 
 
 def bytes_limit(device: jax.Device) -> int | None:
@@ -59,7 +63,7 @@ def _remedy(run: config.Run, device: jax.Device, limit: int) -> str:
     num_chips = jax.device_count() // DEVICES[kind].devices_per_chip
     topology = Topology(
         name=f"{jax.device_count()} x {kind}",
-        platform="gpu" if device.platform == "gpu" else "tpu",
+        platform=_platform(device),
         device=kind,
         # The slice's sides are unknown here; they decide only whether the torus of a small slice closes (`roofline._bandwidth`).
         shape=(num_chips,),

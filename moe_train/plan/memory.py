@@ -3,7 +3,8 @@
 State is counted from the arrays themselves. Temporaries are counted at their peak in the backward pass, when gradients exist
 too (activations after Korthikanti et al., arXiv:2205.05198, section 4, for the layers of this model). The forward pass and
 the loss reuse the space of gradients: this is how XLA:TPU was observed to place its buffers (libtpu of JAX 0.10; the buffer
-assignments of two dozen programs, 2 to 32 layers).
+assignments of two dozen programs, 2 to 32 layers). XLA:GPU pads no weights, casts none ahead, and keeps other arrays of a layer
+(`gpu_memory`).
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from typing import NamedTuple
 from moe_train import config
 from moe_train.model.sharding.collectives import LANES
 from moe_train.plan.attention_sizes import attention_sizes
+from moe_train.plan.gpu_memory import gpu_layer_bytes
+from moe_train.plan.topology import Platform
 from moe_train.plan.traffic import MicrobatchShape, microbatch_shape
-from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes
+from moe_train.plan.vision_memory import saved_vision_bytes, vision_bytes
+from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes, is_nf4, numbers_per_element
 from moe_train.train.logits import CHUNK_ELEMENTS
 from moe_train.train.objectives.choose import objective_of
 
@@ -47,12 +51,13 @@ class Memory(NamedTuple):
         return self.parameters + self.optimizer + self.batch
 
 
-def memory(run: config.Run, layout: WeightLayout) -> Memory:
+def memory(run: config.Run, layout: WeightLayout, platform: Platform = "tpu") -> Memory:
     """Model the memory of a step of a resolved run whose mesh has no -1.
 
     Args:
         run: the resolved run.
         layout: the weights of the run with their shardings.
+        platform: the platform that the step is compiled for.
     """
     model = run.model
     sizes = axis_sizes(run.mesh)
@@ -64,41 +69,27 @@ def memory(run: config.Run, layout: WeightLayout) -> Memory:
     stacks = config.stacks(model)
     trained = [w for w in layout.weights if w.trainable]
 
-    gradients = sum(_padded_bytes(w, sizes) for w in trained)
+    gradients = sum(_padded_bytes(w, sizes, platform) for w in trained)
+    layer_bytes = gpu_layer_bytes if platform == "gpu" else _layer_bytes
     # Layers run one after the other, so only the largest counts.
     layer = max(
-        _layer_bytes(run, model, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
+        layer_bytes(run, stack.ffn, [w for w in stacked if w.path.stack == i], sizes, shape.in_layer(stack.ffn))
         for i, stack in enumerate(stacks)
     )
     at_loss = _loss_bytes(model, layout, sizes, shape) - gradients - layer
     at_end = _table_gradient_bytes(model, layout, sizes, shape) - layer
     loss = max(0, at_loss, at_end)
     if M > 1:  # the sum so far, in float32, in the same layout
-        gradients += sum(_padded_bytes(w, sizes) * 4 // w.itemsize for w in trained)
+        gradients += sum(_padded_bytes(w, sizes, platform) * 4 // w.itemsize for w in trained)
     return Memory(
         parameters=sum(w.stored_bytes(sizes) for w in layout.weights),
         optimizer=layout.optimizer_bytes + _average_bytes(run, trained, sizes),
         batch=M * shape.tokens * bytes_per_row // run.train.seq_len,
         gradients=gradients,
-        saved=_saved_bytes(run, stacked, sizes, shape),
-        layer=max(layer, _vision_bytes(run, sizes, shape), _audio_bytes(run, sizes, shape)),
+        saved=_saved_bytes(run, stacked, sizes, shape, platform) + saved_vision_bytes(run, shape),
+        layer=max(layer, vision_bytes(run, sizes, shape), _audio_bytes(run, sizes, shape)),
         loss=loss,
     )
-
-
-def _vision_bytes(run: config.Run, sizes: dict[str, int], shape: MicrobatchShape) -> int:
-    """Return the bytes that the forward pass of a frozen vision tower needs at its peak, before that of the text model."""
-    if run.pictures is None:
-        return 0
-    encoder = run.pictures.encoder
-    patches = shape.tokens * run.pictures.patches_per_row // run.train.seq_len
-    D = encoder.tower_dim
-    t = sizes["tensor"]
-    # Input, norm, and either queries, keys, values and their sum, or gate, up and their product; and the features.
-    layer = 2 * D + max(4 * D, 3 * encoder.ffn_dim) // t
-    features = run.model.model_dim // encoder.patches_per_token
-    weights = (4 * D * D + 3 * D * encoder.ffn_dim) // t
-    return (patches * (layer + features) + weights) * shape.itemsize
 
 
 def _audio_bytes(run: config.Run, sizes: dict[str, int], shape: MicrobatchShape) -> int:
@@ -125,41 +116,54 @@ def _average_bytes(run: config.Run, trained: list[ShardedWeight], sizes: dict[st
     return sum(w.stored_bytes(sizes) for w in trained)
 
 
-def _saved_bytes(run: config.Run, stacked: list[ShardedWeight], sizes: dict[str, int], shape: MicrobatchShape) -> int:
+def _saved_bytes(
+    run: config.Run, stacked: list[ShardedWeight], sizes: dict[str, int], shape: MicrobatchShape, platform: Platform
+) -> int:
     """Return the bytes of what exists for all layers at once: saved activations, and weights that are cast or padded."""
     b = shape.itemsize
     saved = 0
     for stack in config.stacks(run.model):
         saved += stack.repeats * shape.tokens * run.model.model_dim * b  # inputs of each period
         if run.compute.remat == "minimal":
-            saved += stack.num_layers * _named_activation_bytes(run.model, stack.ffn, sizes, shape.in_layer(stack.ffn))
+            named = _named_activation_bytes(run.model, stack.ffn, sizes, shape.in_layer(stack.ffn))
+            if platform == "gpu" and b == 2:  # cuDNN's attention is computed again
+                named -= _attention_bytes(run.model, sizes, shape)
+            saved += stack.num_layers * named
     if run.compute.remat == "minimal":
         saved += sum(_saved_adapter_bytes(w, sizes, shape) for w in stacked)
-    for w in stacked:
-        # XLA casts these weights for all layers before the loop over layers, and pads those whose last dim fills no lanes.
+    for w in stacked if platform == "tpu" else ():
+        # XLA:TPU casts these weights for all layers before the loop over layers, and pads those whose last dim fills no lanes.
         if w.kind == "linear" and not w.path.part and w.itemsize > b:
             saved += w.layers * w.elements(sizes) * b
         if _is_narrow(w):
-            saved += _padded_bytes(w, sizes)
+            saved += _padded_bytes(w, sizes, platform)
     return saved
+
+
+def _attention_bytes(model: config.Model, sizes: dict[str, int], shape: MicrobatchShape) -> int:
+    """Return the bytes of the results of a layer's attention, and of its log-sum-exps in float32."""
+    a = attention_sizes(model)
+    return shape.tokens * (a.outputs * shape.itemsize + a.num_heads * 4) // sizes["tensor"]
 
 
 def _saved_adapter_bytes(w: ShardedWeight, sizes: dict[str, int], shape: MicrobatchShape) -> int:
     """Return the bytes that remat `minimal` keeps for the adapter of a linear map with this B: its result, and that of A.
 
-    Both are results of projections like the weight's own. Experts add their adapters before the sum is named.
+    Both are results of projections like the weight's own, of which the last one of a layer is not needed: the next layer's input is
+    there. Experts add their adapters before the sum is named.
     """
     if w.path.leaf != "lora_b" or w.kind == "expert" or not w.path.in_layer:
         return 0
     rank = w.shape[0]
     # `tensor` splits the outputs of projections to heads, and nothing else of them.
     outputs = w.elements(sizes, ("data", "fsdp", "expert", "context")) // rank
-    return w.layers * shape.tokens * (outputs + rank) * shape.itemsize
+    is_last = w.path.is_ffn and w.path.module.endswith("down_proj")
+    return w.layers * shape.tokens * (rank if is_last else outputs + rank) * shape.itemsize
 
 
-def _padded_bytes(w: ShardedWeight, sizes: dict[str, int]) -> int:
-    """Return the bytes of a weight of all layers, or of its gradient, in the padded layout that kernels use."""
-    if _is_narrow(w):
+def _padded_bytes(w: ShardedWeight, sizes: dict[str, int], platform: Platform) -> int:
+    """Return the bytes of a weight of all layers, or of its gradient, in the padded layout that kernels for TPUs use."""
+    if platform == "tpu" and _is_narrow(w):
         return w.stored_bytes(sizes) * LANES // w.shape[-1]
     return w.stored_bytes(sizes)
 
@@ -181,8 +185,8 @@ def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[st
     a = attention_sizes(model)
     # Along `context` keys and values are computed again from the gathered latents.
     heads = a.queries if a.key_latent and sizes["context"] > 1 else a.projections_of_heads
-    # Results of all projections, attention, and log-sum-exps in float32.
-    saved = m * (a.latents + (heads + a.outputs) // t + D) * b + m * a.num_heads // t * 4
+    # Results of all projections, and attention.
+    saved = m * (a.latents + heads // t + D) * b + _attention_bytes(model, sizes, shape)
     f = ffn.ffn_dim // t
     if not isinstance(ffn, config.MoeFfn):
         return saved + m * 2 * f * b
@@ -195,17 +199,13 @@ def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[st
 
 
 def _layer_bytes(
-    run: config.Run,
-    model: config.Model,
-    ffn: config.Ffn,
-    stacked: list[ShardedWeight],
-    sizes: dict[str, int],
-    shape: MicrobatchShape,
+    run: config.Run, ffn: config.Ffn, stacked: list[ShardedWeight], sizes: dict[str, int], shape: MicrobatchShape
 ) -> int:
-    """Return the bytes that the backward pass of one period of layers of one stack needs at its peak.
+    """Return the bytes that the backward pass of one period of layers of one stack needs at its peak on a TPU.
 
     Saved activations and gradients are not included.
     """
+    model = run.model
     m = shape.tokens
     b = shape.itemsize
     t = sizes["tensor"]
@@ -252,11 +252,11 @@ def _experts_bytes(
     matrices = [w for w in stacked if w.kind == "expert" and not w.path.is_adapter and w.path.part != "scales"]
     gathered = 0
     for w in matrices:
-        gathered += w.elements(sizes, ("fsdp",)) * _numbers_per_element(w, run) * b
+        gathered += w.elements(sizes, ("fsdp",)) * numbers_per_element(w, run) * b
     weights = gathered
     if shape.recomputes_experts and any(w.trainable for w in matrices):  # their gradients are summed over chunks
         weights += gathered
-    if _is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
+    if is_nf4(run):  # dequantizes one matrix at a time: the halves of its blocks, one byte per number
         weights += gathered // 3 // b
     inputs = shape.rows * D * b * (3 if shape.recomputes_experts else 2)
     # The gathered tokens of all devices along `expert`.
@@ -272,18 +272,9 @@ def _dense_ffn_bytes(
     weights = 0
     for w in stacked:
         if w.kind == "linear" and w.path.is_ffn and not w.path.is_adapter and w.path.part != "scales":
-            weights += w.elements(sizes, _GATHER_AXES) * _numbers_per_element(w, run) * b
+            weights += w.elements(sizes, _GATHER_AXES) * numbers_per_element(w, run) * b
     product = shape.tokens * (ffn.ffn_dim // sizes["tensor"]) * b
     return _FfnBytes(weights, product, shape.tokens * run.model.model_dim * b)
-
-
-def _numbers_per_element(w: ShardedWeight, run: config.Run) -> int:
-    """Return how many numbers a stored element holds: NF4 packs two quantized values in a byte."""
-    return 2 if w.path.part == "codes" and _is_nf4(run) else 1
-
-
-def _is_nf4(run: config.Run) -> bool:
-    return run.lora is not None and isinstance(run.lora.quantize, config.Nf4)
 
 
 def _loss_bytes(model: config.Model, layout: WeightLayout, sizes: dict[str, int], shape: MicrobatchShape) -> int:

@@ -21,6 +21,9 @@ from typing import Literal
 
 from moe_train.machine.devices import DEVICES
 
+Platform = Literal["tpu", "gpu"]
+"""Platforms that a step can be planned for."""
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -28,7 +31,7 @@ class Topology:
 
     name: str
     """A name that `parse_topology` reads, with the shape instead of a cloud name: v5p:4x4x4, 2xv5p:4x4x4, h100x8."""
-    platform: Literal["tpu", "gpu"]
+    platform: Platform
     device: str
     """The key of its row in `devices.DEVICES`."""
     shape: tuple[int, ...]
@@ -99,7 +102,7 @@ def parse_topology(name: str) -> Topology:
     if count < 1:
         raise ValueError(f"topology {name} has {count} slices; use at least 1")
     device, shape = _slice(slice_name)
-    platform: Literal["tpu", "gpu"] = "gpu" if device in GPU_DEVICES else "tpu"
+    platform: Platform = "gpu" if device in GPU_DEVICES else "tpu"
     canonical_name = _name(device, shape)
     topology = Topology(canonical_name if count == 1 else f"{count}x{canonical_name}", platform, device, shape, count)
     if topology.num_chips > MAX_CHIPS:

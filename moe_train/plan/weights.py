@@ -17,7 +17,7 @@ from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
 from moe_train.train.optimizer import make_optimizer_of_any_length
-from moe_train.train.state import create_state, partition
+from moe_train.train.state import partition, state_of_learned
 
 WeightKind = Literal["expert", "linear", "table", "small"]
 """Kinds of weights by how they are sharded and gathered; see `ShardedWeight.kind`."""
@@ -83,7 +83,7 @@ def layout(run: config.Run) -> WeightLayout:
     """
     # Settings that change no weight keep their defaults, so that more searches hit the cache.
     compute = config.Compute(dtype=run.compute.dtype, param_dtype=run.compute.param_dtype)
-    return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh, run.encoder))
+    return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh, run.encoder, run.trained_vision))
 
 
 class _Inputs(NamedTuple):
@@ -96,6 +96,7 @@ class _Inputs(NamedTuple):
     """Only dtypes are stated, since kernels and transports change no weight."""
     mesh: config.Mesh
     encoder: config.VisionEncoder | config.AudioEncoder | None
+    trained_vision: tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -105,9 +106,9 @@ def _layout(inputs: _Inputs) -> WeightLayout:
     with jax.sharding.use_abstract_mesh(abstract_mesh(sizes)):
         model = abstract_model(inputs.model, inputs.compute, inputs.lora, inputs.encoder)
         _, shapes = parameters(model)
-        trained, _ = partition(shapes, inputs.lora)
+        trained, _ = partition(shapes, inputs.lora, inputs.trained_vision)
         # Only shapes are computed: a model of any size takes milliseconds and no memory.
-        state = jax.eval_shape(lambda trained: create_state(trained, optimizer), trained)
+        state = jax.eval_shape(lambda trained: state_of_learned(trained, optimizer), trained)
     weights = tuple(_weight(ParameterPath.parse(path), x, path in state.trainable) for path, x in shapes.items())
     moments = sum(_local_bytes(x) for x in jax.tree.leaves(state.opt_state))
     return WeightLayout(weights, moments, state.trainable)
@@ -162,3 +163,13 @@ def divisions(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 def _divisors(number: int) -> list[int]:
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
+
+
+def numbers_per_element(w: ShardedWeight, run: config.Run) -> int:
+    """Return how many numbers a stored element holds: NF4 packs two quantized values in a byte."""
+    return 2 if w.path.part == "codes" and is_nf4(run) else 1
+
+
+def is_nf4(run: config.Run) -> bool:
+    """Return whether the frozen weights of a run are quantized to NF4."""
+    return run.lora is not None and isinstance(run.lora.quantize, config.Nf4)

@@ -51,7 +51,7 @@ def check_base(base: WeightFiles) -> Finding:
     """
     stored = _read_headers(base)
     names = quantized_names(base)
-    block = _stated_block(base.path)
+    block = stated_block(base.path)
     with ThreadPoolExecutor() as pool:
         faults = [fault for fault in pool.map(partial(_compare, base, stored, block), names) if fault]
     if faults:
@@ -63,22 +63,34 @@ def check_base(base: WeightFiles) -> Finding:
 
 def _compare(base: WeightFiles, stored: Mapping[str, Stored], block: tuple[int, int] | None, name: str) -> str | None:
     """Compare one tensor; returns what is wrong, or None."""
-    tensor = stored[name]
     read = base.tensors[name]
+    for index, values in dequantize(stored, name, block):
+        if read.read(index).tobytes() != values.astype(read.dtype).tobytes():
+            return f"{name} in {stored[name].file.name}: what was read is not its FP8 numbers times their scales"
+    return None
+
+
+def dequantize(
+    stored: Mapping[str, Stored], name: str, block: tuple[int, int] | None
+) -> Iterator[tuple[tuple[int | slice, ...], np.ndarray]]:
+    """Yield the numbers of an FP8 tensor in float32, about a MiB of the file at a time, with their place in the tensor.
+
+    Args:
+        stored: the tensors of the files, scales among them.
+        name: the tensor.
+        block: outputs and inputs of a block, where a config states them.
+    """
+    tensor = stored[name]
     *lead, outputs, inputs = tensor.shape
-    scales = _scales(stored, name, tensor.shape)
     with tensor.file.open("rb") as file:
-        for e, scales_of_matrix in enumerate(scales):
+        for e, scales_of_matrix in enumerate(_scales(stored, name, tensor.shape)):
             steps = _steps(scales_of_matrix, (outputs, inputs), block)
             for start in range(0, outputs, max(1, _ROWS_BYTES // inputs)):
                 stop = min(start + max(1, _ROWS_BYTES // inputs), outputs)
                 codes = np.frombuffer(tensor.read(file.fileno(), e * outputs + start, e * outputs + stop), np.uint8)
                 of_rows = scales_of_matrix[np.arange(start, stop) // steps[0]]
                 values = fp8.NUMBERS[codes].astype(np.float32).reshape(-1, inputs) * of_rows[:, np.arange(inputs) // steps[1]]
-                index = (e, slice(start, stop)) if lead else (slice(start, stop),)
-                if read.read(index).tobytes() != values.astype(read.dtype).tobytes():
-                    return f"{name} in {tensor.file.name}: what was read is not its FP8 numbers times their scales"
-    return None
+                yield ((e, slice(start, stop)) if lead else (slice(start, stop),)), values
 
 
 def _scales(stored: Mapping[str, Stored], name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -110,7 +122,7 @@ def _steps(scales: np.ndarray, shape: tuple[int, int], stated: tuple[int, int] |
     return rows, columns
 
 
-def _stated_block(directory: Path) -> tuple[int, int] | None:
+def stated_block(directory: Path) -> tuple[int, int] | None:
     """Return the block that a config states anywhere in its section of the quantization; None without one."""
     for name in ("config.json", "params.json"):
         if not (directory / name).is_file():

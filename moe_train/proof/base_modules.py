@@ -15,6 +15,7 @@ from moe_train import config
 from moe_train.machine.files import read_object
 from moe_train.proof import expected, reread
 from moe_train.proof.checks import Fault, Finding
+from moe_train.proof.expected_vision import vision_tensors
 
 WRAPPERS = {
     "Mistral3ForConditionalGeneration": "mistral3",
@@ -71,12 +72,23 @@ def read_base_modules(base: Path) -> BaseModules:
     return BaseModules(architecture, is_wrapper, frozenset(weights), str(model_type))
 
 
-def exported_modules(model: config.Model) -> BaseModules:
-    """Return the modules of a base that has to be exported to Hugging Face's layout before transformers can load it."""
+def exported_modules(model: config.Model, is_wrapper: bool = False, encoder: config.VisionEncoder | None = None) -> BaseModules:
+    """Return the modules of a base that has to be exported to Hugging Face's layout before transformers can load it.
+
+    Args:
+        model: the text model.
+        is_wrapper: whether the export is a multimodal model.
+        encoder: sizes of its vision tower; None if the adapter has nothing of that.
+    """
     weights = {"lm_head.weight"}
-    for tensor in expected.model_tensors("hf", model):
+    tensors = expected.model_tensors("hf", model)
+    if is_wrapper:
+        tensors = [expected.in_wrapper(tensor) for tensor in tensors]
+    for tensor in vision_tensors("hf", encoder, model.model_dim) if encoder is not None else ():
+        tensors.append(tensor._replace(name=_in_memory(tensor.name)))
+    for tensor in tensors:
         weights.update(_weights_in_memory(tensor.name, tensor.shape, model.family))
-    return BaseModules("its export with --format hf", False, frozenset(weights), model.family)
+    return BaseModules("its export with --format hf", is_wrapper, frozenset(weights), model.family)
 
 
 def _in_memory(name: str) -> str:
@@ -184,6 +196,8 @@ def _adapted_parameters(settings: Mapping[str, Any], base: BaseModules) -> dict[
 
 def _saved_module(name: str, base: BaseModules) -> str:
     """Return the module of a weight that was trained in full."""
+    if name in base.weights and name.endswith(".bias"):
+        return name.removesuffix(".bias")
     return (_old_router(name) if base.model_type == "mixtral" else name).removesuffix(".weight")
 
 

@@ -1,14 +1,15 @@
 """Compare what an export carries of its multimodal base, its tower and projector, with the files of the base.
 
 The names of both layouts and the order of rows are stated here a second time; nothing comes from `weights.wrappers`. Tensors are
-compared by their bytes, whatever their dtype.
+compared by their bytes, whatever their dtype. FP8 tensors keep theirs only from one Hugging Face folder to another; in other
+exports they are the base's numbers times their scales, rounded once to the dtype of the base's config, and are no longer FP8.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,8 +18,9 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
-from moe_train.proof import expected, reread
+from moe_train.proof import base_fp8, expected, reread
 from moe_train.proof.carried_names import POSITIONS, ROTATED, converted_name
+from moe_train.proof.carried_rows import reordered, rows_of
 from moe_train.proof.checks import Fault, Finding, ProofRecord, first_and_count
 from moe_train.proof.expected_tensor import ExpectedTensor
 from moe_train.proof.reread import Stored
@@ -30,6 +32,8 @@ _OUTSIDE_TEXT = {
     "mistral": r"(vision_|patch_merger\.|pre_mm_projector_norm\.|mm_whisper_embeddings\.(?!tok_embeddings\.))",
 }
 """Beginnings of the names of tensors that are carried, by the base's layout."""
+_SCALES = ("scale_inv", "weight_scale", "activation_scale", "input_scale", "qscale_weight", "qscale_act")
+"""Ends of the names of scales, which dequantized tensors no longer have."""
 _OWN_KEYS = {"text_config", "dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "transformers_version"}
 """Keys of config.json that describe the export as a whole or its text model."""
 
@@ -49,6 +53,13 @@ class _Expected(NamedTuple):
     stored: Stored
     heads: int
     """Number of heads if the rows of each change places; 0 if the bytes stay."""
+    kind: str
+    """Dtype in the export."""
+
+    @property
+    def is_dequantized(self) -> bool:
+        """Whether it is FP8 in the base alone."""
+        return self.kind != self.stored.kind
 
 
 def text_tensors(layout: expected.ModelLayout, model: config.Model, carried: bool, audio: bool = False) -> list[ExpectedTensor]:
@@ -83,14 +94,16 @@ def carried_names(origin: CarriedFrom, layout: expected.ModelLayout) -> list[str
     return carried
 
 
-def carries_quantized(origin: CarriedFrom | None) -> bool:
-    """Return whether a tensor of the base's tower or projector is FP8, so that the export states a quantization for these alone."""
+def carries_quantized(origin: CarriedFrom | None, layout: expected.ModelLayout) -> bool:
+    """Return whether a tensor of the tower or projector is FP8 in an export, which then states a quantization for these alone."""
     if origin is None:
         return False
-    return any(tensor.stored.kind.startswith("F8") for tensor in _expected(origin, origin.layout))
+    return any(tensor.kind.startswith("F8") for tensor in _expected(origin, layout))
 
 
-def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: Path, record: ProofRecord) -> Finding:
+def check_carried(
+    origin: CarriedFrom, layout: expected.ModelLayout, directory: Path, record: ProofRecord, trained: Collection[str] = ()
+) -> Finding:
     """Compare everything that is carried with the base.
 
     Args:
@@ -98,26 +111,34 @@ def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: 
         layout: layout of the export.
         directory: the export.
         record: receives the hashes of the tensors, in the base and in the export.
+        trained: names, in the export, of tensors that were trained and so are not the base's.
 
     Raises:
         Fault: a tensor is missing or differs, or the settings of the tower are not the base's.
     """
     stored = reread.tensors(directory)
+    of_base = _of_layout(origin)
+    block = base_fp8.stated_block(origin.base)
     faults: list[str] = []
     descriptions: dict[str, dict[str, str]] = {}
     num_bytes = 0
-    for tensor in _expected(origin, layout):
+    tensors = [tensor for tensor in _expected(origin, layout) if tensor.name not in trained]
+    for tensor in tensors:
         if tensor.name not in stored:
             faults.append(f"{tensor.name} is missing")
             continue
         copy = stored[tensor.name]
         base_sha256 = _sha256(tensor.stored)
-        wanted_sha256 = base_sha256 if not tensor.heads else _sha256_of_reordered(tensor, layout == "mistral")
+        expected_sha256 = base_sha256
+        if tensor.heads or tensor.is_dequantized:
+            rows = rows_of(tensor.stored, tensor.kind, of_base, block)
+            expected_sha256 = hashlib.sha256(reordered(rows, tensor.heads, layout == "mistral").tobytes()).hexdigest()
         sha256 = _sha256(copy)
-        if (copy.kind, copy.shape) != (tensor.stored.kind, tensor.stored.shape):
-            faults.append(f"{tensor.name} is {copy.kind} {copy.shape}, not {tensor.stored.kind} {tensor.stored.shape}")
-        elif sha256 != wanted_sha256:
-            faults.append(f"{tensor.name} in {copy.file.name} does not have the bytes of {tensor.stored.name} in {origin.base}")
+        if (copy.kind, copy.shape) != (tensor.kind, tensor.stored.shape):
+            faults.append(f"{tensor.name} is {copy.kind} {copy.shape}, not {tensor.kind} {tensor.stored.shape}")
+        elif sha256 != expected_sha256:
+            content = "dequantized numbers" if tensor.is_dequantized else "bytes"
+            faults.append(f"{tensor.name} in {copy.file.name} does not have the {content} of {tensor.stored.name} in {origin.base}")
         num_bytes += copy.nbytes
         descriptions[tensor.name] = {"base_name": tensor.stored.name, "base_sha256": base_sha256}
         record["tensors"][tensor.name] = {"file": copy.file.name, "dtype": copy.kind, "shape": copy.shape, "sha256": sha256}
@@ -137,9 +158,11 @@ def check_carried(origin: CarriedFrom, layout: expected.ModelLayout, directory: 
     faults += _faults_of_settings(origin, layout, directory)
     if faults:
         raise Fault(first_and_count(faults))
+    num_dequantized = sum(tensor.is_dequantized for tensor in tensors)
+    dequantized = f", {num_dequantized:,} FP8 ones dequantized" if num_dequantized else ""
     return Finding(
-        f"{len(descriptions):,} tensors of the tower and projector have the bytes of {origin.base}",
-        {"count": len(descriptions), "bytes": num_bytes},
+        f"{len(descriptions):,} tensors of the tower and projector have the bytes of {origin.base}{dequantized}",
+        {"count": len(descriptions), "bytes": num_bytes, "dequantized": num_dequantized},
     )
 
 
@@ -152,19 +175,37 @@ def _expected(origin: CarriedFrom, layout: expected.ModelLayout) -> list[_Expect
     of_tower = {name: stored for name, stored in _of_layout(origin).items() if pattern.match(name)}
     audio = _is_tower_of_audio(of_tower)
     heads = 0 if layout == origin.layout or audio else _heads(origin)
+    dequantized_kind = None
+    if not layout == origin.layout == "hf" and any(stored.kind.startswith("F8") for stored in of_tower.values()):
+        dequantized_kind = _kind_of_weights(origin)
+        of_tower = {name: stored for name, stored in of_tower.items() if not name.endswith(_SCALES)}
     tensors: list[_Expected] = []
     for name, stored in of_tower.items():
         in_files = name.removeprefix("model.")  # transformers writes no such prefix
+        kind = dequantized_kind if dequantized_kind and stored.kind.startswith("F8") else stored.kind
         if layout == origin.layout:
-            tensors.append(_Expected(in_files, stored, 0))
+            tensors.append(_Expected(in_files, stored, 0, kind))
             continue
         if in_files == POSITIONS:
             continue
         assert layout != "gguf"  # which has the text model alone
         converted = converted_name(in_files, layout, audio)
         native = converted if layout == "mistral" else in_files
-        tensors.append(_Expected(converted, stored, heads if ROTATED.fullmatch(native) else 0))
+        tensors.append(_Expected(converted, stored, heads if ROTATED.fullmatch(native) else 0, kind))
     return tensors
+
+
+def _kind_of_weights(origin: CarriedFrom) -> str:
+    """Return the dtype to which a base's FP8 weights are dequantized: what a config with a quantization states, or bfloat16."""
+    fields = read_object(origin.base / ("config.json" if origin.layout == "hf" else "params.json"))
+    levels = (fields.get("text_config") or {}, fields)
+    if not any(level.get(key) for level in levels for key in ("quantization", "quantization_config")):
+        return "BF16"
+    for level in levels:
+        for key in ("dtype", "torch_dtype"):
+            if level.get(key):
+                return {"float32": "F32", "float16": "F16"}.get(level[key], "BF16")
+    return "BF16"
 
 
 def _positions(origin: CarriedFrom, layout: expected.ModelLayout, directory: Path) -> Stored | None:
@@ -230,20 +271,6 @@ def _sha256(stored: Stored) -> str:
         for start in range(0, stored.rows, step):
             total.update(stored.read(file.fileno(), start, min(start + step, stored.rows)))
     return total.hexdigest()
-
-
-def _sha256_of_reordered(tensor: _Expected, to_native: bool) -> str:
-    """Hash a matrix after its rows have changed places within each head."""
-    rows = tensor.stored.rows
-    with tensor.stored.file.open("rb") as file:
-        raw = tensor.stored.read(file.fileno(), 0, rows)
-    row_bytes = np.frombuffer(raw, np.uint8).reshape(rows, -1)
-    size = rows // tensor.heads
-    order = np.arange(rows).reshape(tensor.heads, size)
-    # Row 2i of a head in Mistral's own layout is row i in Hugging Face's, and row 2i + 1 is row size / 2 + i.
-    native_to_half = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
-    order = order[:, np.argsort(native_to_half)] if to_native else order[:, native_to_half]
-    return hashlib.sha256(row_bytes[order.reshape(-1)].tobytes()).hexdigest()
 
 
 def _faults_of_settings(origin: CarriedFrom, layout: expected.ModelLayout, directory: Path) -> list[str]:

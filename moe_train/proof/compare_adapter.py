@@ -19,6 +19,7 @@ from moe_train.proof.compare import (
     hash_only,
 )
 from moe_train.proof.expected_tensor import ExpectedTensor, Part
+from moe_train.proof.expected_vision import vision_tensors
 from moe_train.proof.reread import Stored
 from moe_train.proof.rounding import MANTISSA
 from moe_train.weights.arrays import LazyParameters
@@ -49,6 +50,16 @@ class AdapterFiles(NamedTuple):
     """Whether the base is the text model inside a vision wrapper, and the adapter has the names of that."""
     parameters: tuple[str, ...] = ()
     """PEFT's target_parameters."""
+    encoder: config.VisionEncoder | None = None
+    """Sizes of the vision tower that has adapters or trained weights; None if none has."""
+
+    def expected_tensors(self, model: config.Model) -> Iterator[ExpectedTensor]:
+        """Yield the weights of a model that can be adapted, under the names that the layout's own tools give to them."""
+        for tensor in expected.adapted_tensors(self.layout, model):
+            yield expected.in_wrapper(tensor) if self.in_wrapper else tensor
+        if self.encoder is not None:
+            for tensor in vision_tensors("hf", self.encoder, model.model_dim):
+                yield tensor._replace(name=f"model.{tensor.name}")
 
     def names_of(self, weight: str) -> tuple[str, str]:
         """Return the names of A and B of a weight's adapter."""
@@ -85,9 +96,7 @@ def examine_adapter(
     remaining = dict(stored)
     deltas: list[DeltaResult] = []
     full_weights: list[ExpectedTensor] = []
-    for tensor in expected.adapted_tensors(layout, model):
-        if files.in_wrapper:
-            tensor = expected.in_wrapper(tensor)
+    for tensor in files.expected_tensors(model):
         name_a, name_b = files.names_of(tensor.name)
         path = ParameterPath.parse(tensor.parts[0].path)
         has_adapter = any(ParameterPath.parse(part.path).has_adapter(parameters) for part in tensor.parts)
@@ -97,7 +106,7 @@ def examine_adapter(
             a = remaining.pop(name_a)
             b = remaining.pop(name_b)
             for i, factors in enumerate(_read_factors(layout, tensor, a, b)):
-                scale = files.scale(tensor.name, len(factors.a_Ji))
+                scale = files.scale(tensor.name, factors.rank)
                 # A scale may have been multiplied into B, so it is applied before the comparison.
                 scaled_factors = factors._replace(b_oJ=factors.b_oJ * scale)
                 part_path = ParameterPath.parse(tensor.parts[i].path)
@@ -124,12 +133,22 @@ class _Factors(NamedTuple):
 
     a_Ji: np.ndarray
     b_oJ: np.ndarray
+    product_rank: int | None = None
+    """Rank of the adapter if `b_oJ` is its product already; None if it is the length of `a_Ji`."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of the adapter."""
+        return len(self.a_Ji) if self.product_rank is None else self.product_rank
 
 
 def _read_factors(layout: expected.AdapterLayout, tensor: ExpectedTensor, a: Stored, b: Stored) -> Iterator[_Factors]:
     """Yield A and B of each part of a tensor. Raises Fault if their shapes are not those of its adapter."""
     if layout == "peft" and len(tensor.parts) > 1:
         yield from _read_fused_factors(tensor, a, b)
+        return
+    if len(tensor.shape) == len(a.shape) == len(b.shape) == 4:
+        yield _read_kernel(tensor, a, b)
         return
     for i in range(len(tensor.parts)):
         a_Ji = _read_part(a, i, len(tensor.parts))
@@ -140,6 +159,20 @@ def _read_factors(layout: expected.AdapterLayout, tensor: ExpectedTensor, a: Sto
         if (len(b_oJ), a_Ji.shape[1]) != tensor.shape[-2:] or len(a_Ji) != b_oJ.shape[1]:
             raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are not an adapter of a weight {tensor.shape[-2:]}")
         yield _Factors(a_Ji, b_oJ)
+
+
+def _read_kernel(tensor: ExpectedTensor, a: Stored, b: Stored) -> _Factors:
+    """Return the delta of a convolution's kernel, (out, colour, row, column), in rows of its last dim, as a product.
+
+    A is a kernel of the same size with the ranks as outputs, and B, (out, J, 1, 1), takes these to the outputs.
+    """
+    rank = a.shape[0]
+    if a.shape != (rank, *tensor.shape[1:]) or b.shape != (tensor.shape[0], rank, 1, 1):
+        raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are not an adapter of {tensor.name} {tensor.shape}")
+    a_Ji = _read_part(a, 0, 1).reshape(rank, -1)
+    b_oJ = _read_part(b, 0, 1).reshape(-1, rank)
+    rows = (b_oJ @ a_Ji).reshape(-1, tensor.shape[-1])
+    return _Factors(np.eye(tensor.shape[-1]), rows, rank)
 
 
 def _read_fused_factors(tensor: ExpectedTensor, a: Stored, b: Stored) -> Iterator[_Factors]:

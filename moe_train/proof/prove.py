@@ -23,10 +23,12 @@ from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.revision import code_revision
 from moe_train.model.paths import ParameterPath
-from moe_train.proof import base_fp8, compare, expected, fp8, logits, reread, texts
+from moe_train.proof import base_fp8, compare, expected, fp8, logits, pictures, reread, texts
 from moe_train.proof.carried import CarriedFrom, carried_names, carries_quantized, check_carried, is_audio, text_tensors
 from moe_train.proof.checks import Check, Fault, Finding, MetricValue, NotChecked, ProofRecord, require, run
 from moe_train.proof.compare_logits import Difference, compare_logits, to_reference
+from moe_train.proof.expected_tensor import ExpectedTensor
+from moe_train.proof.expected_vision import vision_tensors
 from moe_train.proof.round_weights import round_weights
 from moe_train.proof.rounding import QUANTIZATION_BOUNDS
 from moe_train.proof.softmax_scale import check_softmax_scale
@@ -67,6 +69,15 @@ class Export(NamedTuple):
     """The multimodal base whose tower and projector are in the directory; None for a text model alone."""
     base: WeightFiles | None = None
     """The files that training started from, if they are FP8, so that they are dequantized a second time."""
+    encoder: config.VisionEncoder | None = None
+    """Sizes of the vision tower in the files of which `parameters` has trained weights; None if nothing of it was trained."""
+
+    @property
+    def trained_vision(self) -> list[ExpectedTensor]:
+        """The tensors of the tower and its projector that were trained."""
+        if self.encoder is None or self.layout == "gguf":
+            return []
+        return vision_tensors(self.layout, self.encoder, self.model.model_dim, self.parameters)
 
 
 def prove(export: Export, depth: Depth) -> ProofRecord:
@@ -98,8 +109,13 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
     # `check_tensors` fills this list, which `_check_merge` and the record read, so the order of the checks matters.
     tensors: list[compare.TensorResults] = []
     carried: list[str] = []
+    of_tower: set[str] = set()
     if export.carried_from is not None:
-        carried = carried_names(export.carried_from, export.layout)
+        if export.encoder is not None:
+            paths = sorted(path for path in export.parameters if ParameterPath.parse(path).is_vision)
+            record["vision"] = {"encoder": export.encoder.model_dump(mode="json"), "trained": paths}
+        of_tower = {tensor.name for tensor in export.trained_vision}
+        carried = [name for name in carried_names(export.carried_from, export.layout) if name not in of_tower]
     checks.append(run("tensors", partial(check_tensors, export, tensors, carried)))
     checks.append(run("merge", partial(_check_merge, export, tensors)))
     if isinstance(export.model.attention, config.MultiHeadLatentAttention):
@@ -115,7 +131,9 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
     record["lora"] = None if export.lora is None else export.lora.model_dump(mode="json")
     record["tensors"] = describe_tensors(tensors)
     if export.carried_from is not None:
-        checks.append(run("carried", partial(check_carried, export.carried_from, export.layout, export.directory, record)))
+        check = partial(check_carried, export.carried_from, export.layout, export.directory, record, of_tower)
+        checks.append(run("carried", check))
+        checks.append(run("pictures", partial(_check_pictures, export, export.carried_from, depth, record)))
     return record | finish_record(export.directory, checks, start)
 
 
@@ -207,11 +225,13 @@ def check_tensors(export: Export, out: list[compare.TensorResults], carried: Col
     """
     stored = reread.tensors(export.directory)
     stored = {name: tensor for name, tensor in stored.items() if name not in carried}
-    expected_tensors = text_tensors(export.layout, export.model, bool(carried), is_audio(carried))
+    trained_vision = export.trained_vision
+    expected_tensors = text_tensors(export.layout, export.model, bool(carried or trained_vision), is_audio(carried))
+    expected_tensors += trained_vision
     left_out = fp8.unquantized_modules(export.directory, export.layout)
     expected_kinds = {w.name: compare.stored_kind(export.layout, w, export.dtype, left_out) for w in expected_tensors}
     compare.check_names(stored, expected_tensors, expected_kinds)
-    if not carries_quantized(export.carried_from):
+    if not carries_quantized(export.carried_from, export.layout):
         fp8.check_claim(export.directory, export.layout, stored)
     results = compare.examine_tensors(stored, expected_tensors, export.parameters, export.lora)
     out.append(results)
@@ -250,17 +270,19 @@ def _check_logits(export: Export, depth: Depth, record: ProofRecord) -> Finding:
     dtype = numpy_dtype_name(export.dtype)
     tolerance = TOLERANCES.get(dtype)
     prompts = logits.fixed_prompts(model, export.tokenizer)
-    trained, _ = logits.structure_and_shapes(model, export.lora, "float32")
-    trained_logits = logits.probe_logits(trained, export.parameters, prompts)
+    lora = None if export.lora is None else export.lora.of_text()
+    parameters = {path: x for path, x in export.parameters.items() if not ParameterPath.parse(path).is_vision}
+    trained, _ = logits.structure_and_shapes(model, lora, "float32")
+    trained_logits = logits.probe_logits(trained, parameters, prompts)
     compared_logits = trained_logits
     compared_with = "the trainer's weights"
-    is_rounded = dtype in ("bfloat16", "float16") and _is_rounded_by_writing(export.parameters)
+    is_rounded = dtype in ("bfloat16", "float16") and _is_rounded_by_writing(parameters)
     if is_rounded:
         plain, _ = logits.structure_and_shapes(model, None, "float32")
         as_in_file = partial(
-            round_weights, lora=export.lora, dtype=jnp.dtype(dtype), keep_small=export.layout == "gguf" and dtype == "float16"
+            round_weights, lora=lora, dtype=jnp.dtype(dtype), keep_small=export.layout == "gguf" and dtype == "float16"
         )
-        compared_logits = logits.probe_logits(plain, export.parameters, prompts, as_in_file)
+        compared_logits = logits.probe_logits(plain, parameters, prompts, as_in_file)
         compared_with = f"the trainer's weights, merged and rounded to {dtype}"
     file_logits = logits_of_files(export.directory, model, dtype, prompts)
     # Without a tolerance every differing router choice counts as a near-tie, since nothing is judged.
@@ -282,6 +304,20 @@ def _check_logits(export: Export, depth: Depth, record: ProofRecord) -> Finding:
     if tolerance is None:
         summary += f"; measured, not judged: no tolerance is known for {dtype}"
     return Finding(summary, metrics)
+
+
+def _check_pictures(export: Export, origin: CarriedFrom, depth: Depth, record: ProofRecord) -> Finding:
+    """Compare the features of a probe picture through the tower of the files; adds them to `record`."""
+    if depth == "tensors":
+        raise NotChecked("skipped by --proof tensors: the tower was not run")
+    tower = pictures.Tower(pictures.encoder_in_files(export.directory), export.model, export.lora)
+    trained = {path: x for path, x in export.parameters.items() if ParameterPath.parse(path).is_vision}
+    finding, features = pictures.check_pictures(export.directory, origin, tower, trained, export.dtype, TOLERANCES["float32"])
+    record["pictures"] = {
+        "encoder": tower.encoder.model_dump(mode="json"),
+        "features": features[:, : pictures.STORED_NUMBERS].tolist(),
+    }
+    return finding
 
 
 def _is_rounded_by_writing(parameters: LazyParameters) -> bool:

@@ -40,6 +40,10 @@ class AdapterExport(NamedTuple):
     """What else the record states."""
     base: Path | None = None
     """The base in Hugging Face's layout; None if it has to be exported to that before transformers can load it."""
+    on_wrapper: bool = False
+    """Whether that export is a multimodal model; with `base`, its files decide."""
+    encoder: config.VisionEncoder | None = None
+    """Sizes of the vision tower that has adapters or trained weights; None if none has."""
 
 
 def prove_adapter(export: AdapterExport) -> ProofRecord:
@@ -60,14 +64,20 @@ def prove_adapter(export: AdapterExport) -> ProofRecord:
     }
     tensors: list[compare.TensorResults] = []
     deltas: list[DeltaResult] = []
-    base = base_modules.exported_modules(export.model) if export.base is None else base_modules.read_base_modules(export.base)
+    if export.base is None:
+        base = base_modules.exported_modules(export.model, export.on_wrapper, export.encoder)
+    else:
+        base = base_modules.read_base_modules(export.base)
     in_wrapper = export.layout == "peft" and base.is_wrapper
     record["in_wrapper"] = in_wrapper
+    if export.encoder is not None:
+        record["vision"] = {"encoder": export.encoder.model_dump(mode="json")}
 
     def check_tensors() -> Finding:
         stored = reread.tensors(export.directory)
         scale = scale_in_file(export.layout, export.directory)
         files = AdapterFiles(export.layout, stored, scale, in_wrapper, _target_parameters(export.layout, export.directory))
+        files = files._replace(encoder=export.encoder)
         results, delta_results = examine_adapter(files, export.model, export.parameters, export.lora)
         tensors.append(results)
         deltas.extend(delta_results)

@@ -12,11 +12,26 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.files import read_object
-from moe_train.proof import against_base, base_fp8, base_modules, compare, expected, fp8, logits, prove, reread, surroundings, texts
+from moe_train.proof import (
+    against_base,
+    base_fp8,
+    base_modules,
+    compare,
+    expected,
+    fp8,
+    logits,
+    pictures,
+    prove,
+    reread,
+    surroundings,
+    texts,
+)
 from moe_train.proof.carried import CarriedFrom, check_carried, is_audio, text_tensors
 from moe_train.proof.checks import Check, Fault, Finding, NotChecked, ProofRecord, first_and_count, run
 from moe_train.proof.compare_adapter import AdapterFiles, examine_adapter, summarize_deltas
 from moe_train.proof.compare_logits import Reference, compare_logits
+from moe_train.proof.expected_tensor import ExpectedTensor
+from moe_train.proof.expected_vision import vision_tensors
 from moe_train.proof.prove_adapter import check_names, scale_in_file
 from moe_train.weights import external
 from moe_train.weights.external_adapter import read_external_lora
@@ -78,7 +93,8 @@ def repeat(
         checks.append(run("base", partial(base_fp8.check_base, base)))
     checks.append(run("merge" if is_model else "deltas", partial(_check_weights, directory, record, model, trained, base)))
     if "carried" in record:
-        checks.append(run("carried", partial(_check_carried, directory, record, base)))
+        checks.append(run("carried", partial(_check_carried, directory, record, model, base)))
+        checks.append(run("pictures", partial(_check_pictures, directory, depth, record, model)))
     if is_model:
         checks.append(run("answers", partial(_check_logits, directory, depth, record, model)))
     checks.append(run("template", partial(_check_template, directory, record)))
@@ -106,7 +122,8 @@ def _check_tensors(directory: Path, record: ProofRecord, model: config.Model) ->
     recorded = record["tensors"]
     if _is_model(record):
         carried = _carried_names(record)
-        expected_tensors = text_tensors(record["format"], model, bool(carried), is_audio(carried))
+        expected_tensors = text_tensors(record["format"], model, "carried" in record, is_audio(carried))
+        expected_tensors += _trained_vision(record, model)
         left_out = fp8.unquantized_modules(directory, record["format"])
         expected_kinds = {w.name: compare.stored_kind(record["format"], w, record["dtype"], left_out) for w in expected_tensors}
         of_text = {name: tensor for name, tensor in stored.items() if name not in carried}
@@ -129,11 +146,40 @@ def _carried_names(record: ProofRecord) -> set[str]:
     return set(record["carried"]["tensors"]) if "carried" in record else set()
 
 
-def _check_carried(directory: Path, record: ProofRecord, base: WeightFiles | None) -> Finding:
-    """Compare the tower and projector with those of the base, if that is given and multimodal."""
+def _encoder(record: ProofRecord) -> config.VisionEncoder | None:
+    """Return the sizes of the vision tower of which something was trained; None if nothing was."""
+    if "vision" not in record:
+        return None
+    return config.VisionEncoder.model_validate_json(json.dumps(record["vision"]["encoder"]))
+
+
+def _trained_vision(record: ProofRecord, model: config.Model) -> list[ExpectedTensor]:
+    """Return the tensors of a vision tower and its projector that were trained."""
+    if "vision" not in record:
+        return []
+    encoder = _encoder(record)
+    assert encoder is not None
+    return vision_tensors(record["format"], encoder, model.model_dim, record["vision"]["trained"])
+
+
+def _check_carried(directory: Path, record: ProofRecord, model: config.Model, base: WeightFiles | None) -> Finding:
+    """Compare the tower and projector with those of the base, if that is given and multimodal, except for what was trained."""
     if base is None or base.carried is None:
         raise NotChecked("compared by hash alone (tensors); give the multimodal base (--base) to compare with its files")
-    return check_carried(CarriedFrom(base.path, base.carried.layout), record["format"], directory, dict(record, tensors={}))
+    trained = {tensor.name for tensor in _trained_vision(record, model)}
+    origin = CarriedFrom(base.path, base.carried.layout)
+    return check_carried(origin, record["format"], directory, dict(record, tensors={}), trained)
+
+
+def _check_pictures(directory: Path, depth: prove.Depth, record: ProofRecord, model: config.Model) -> Finding:
+    """Compare the features of the probe picture with those of the export."""
+    if depth == "tensors":
+        raise NotChecked("skipped by --proof tensors: the tower was not run")
+    if "pictures" not in record:
+        raise NotChecked("the export was proved without a tower that can be computed, so there are no features to compare with")
+    encoder = config.VisionEncoder.model_validate_json(json.dumps(record["pictures"]["encoder"]))
+    tower = pictures.Tower(encoder, model)
+    return pictures.check_features_again(directory, tower, record["pictures"]["features"], REPEAT_TOLERANCE)
 
 
 def _check_weights(
@@ -146,7 +192,7 @@ def _check_weights(
         raise NotChecked("neither the exported weights nor their base are given; use --run, --base, or --base with --adapter")
     prove.check_architecture(base.model, model, "mistral")  # a family with the same mathematics is accepted
     if not _is_model(record):
-        read_external_lora(directory, model)
+        read_external_lora(directory, model, _encoder(record))
         if record["format"] == "peft" and (base.path / "config.json").is_file():
             check_names(directory, base_modules.read_base_modules(base.path))
         return Finding("the adapter fits the base; its deltas are compared with --run")
@@ -159,7 +205,7 @@ def _check_weights(
         if check["name"] == "merge":
             untrained = check["figures"].get("untrained", 0)
     carried = _carried_names(record)
-    expected_tensors = text_tensors(record["format"], base.model, bool(carried), is_audio(carried))
+    expected_tensors = text_tensors(record["format"], base.model, "carried" in record, is_audio(carried))
     return against_base.compare_with_base(expected_tensors, reread.tensors(directory), base, lora, untrained)
 
 
@@ -173,7 +219,7 @@ def _compare_with_trained(directory: Path, record: ProofRecord, trained: prove.E
     layout = record["format"]
     stored = reread.tensors(directory)
     scale = scale_in_file(layout, directory)
-    files = AdapterFiles(layout, stored, scale, bool(record.get("in_wrapper")))
+    files = AdapterFiles(layout, stored, scale, bool(record.get("in_wrapper")), encoder=_encoder(record))
     results, deltas = examine_adapter(files, trained.model, trained.parameters, trained.lora)
     results.raise_faults()
     return summarize_deltas(deltas)

@@ -36,7 +36,7 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"export: none, since no file format can express {config.without_format(run.model)}")
     for line in _describe_objective(run):
         say(line)
-    for line in describe_initial_files(run.init_from) if run.init_from else ():
+    for line in describe_initial_files(run.init_from, run.trains_vision) if run.init_from else ():
         say(line)
     loader = inputs.train
     examples = "" if loader.num_examples == loader.num_records else f", {loader.num_examples:,} examples"

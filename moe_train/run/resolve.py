@@ -44,14 +44,17 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
         device_count = jax.device_count()
     model = _architecture(written)
     changes: dict[str, Any] = {"model": model, "mesh": mesh_sizes(written.mesh, device_count)}
+    encoder: config.VisionEncoder | None = None
+    if written.vision is not None:
+        changes["vision"] = _with_encoder(written.vision, written)
+        encoder = changes["vision"].encoder
+        _check_trained_vision(written.vision, model, encoder)
     if written.lora is not None and written.lora.init_from is not None:
-        changes["lora"] = _with_adapter(written.lora, written.lora.init_from, model)
+        changes["lora"] = _with_adapter(written.lora, written.lora.init_from, model, encoder)
     if written.lora is not None and model.scores is not None:
         changes["lora"] = _with_trained_head(changes.get("lora", written.lora))
     if written.data is not None:
         changes["data"] = config.with_targets(_with_tokenizer(written.data, written.init_from), written.objective)
-    if written.vision is not None:
-        changes["vision"] = _with_encoder(written.vision, written)
     if written.audio is not None:
         changes["audio"] = audio_with_encoder(written.audio, written, changes["mesh"].context)
     # model_copy validates nothing, so the checks below are needed.
@@ -144,6 +147,16 @@ def _with_encoder(vision: config.Vision, written: config.Config) -> config.Visio
     return vision.model_copy(update={"encoder": encoder, "patches_per_row": patches})
 
 
+def _check_trained_vision(vision: config.Vision, model: config.Model, encoder: config.VisionEncoder | None) -> None:
+    """Raise ValueError if a pattern of `vision.train` names no module."""
+    if not vision.train:
+        return
+    modules = [module for module in _modules(model, encoder) if module.startswith("vision.")]
+    for pattern in vision.train:
+        if not any(config.names_module(pattern, module) for module in modules):
+            raise ValueError(f"vision.train: pattern {pattern!r} names no module; there are {', '.join(modules)}")
+
+
 def _with_trained_head(lora: config.Lora) -> config.Lora:
     """Return the section with the head among what is trained in full, since it starts from random weights.
 
@@ -189,16 +202,16 @@ def _with_tokenizer(data: config.Data, init_from: str | None) -> config.Data:
     return data.model_copy(update=changes)
 
 
-def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config.Lora:
+def _with_adapter(lora: config.Lora, source: str, model: config.Model, encoder: config.VisionEncoder | None) -> config.Lora:
     """Return the section with the targets of the adapter that it starts from. Raises ValueError if the two contradict."""
     from moe_train.checkpoint.model_dir import read_adapter
 
-    saved = read_adapter(source, model)
+    saved = read_adapter(source, model, encoder)
     if not lora.targets:
         lora = lora.model_copy(update={"targets": saved.targets, "rslora": saved.rslora})
     if not lora.train:
         lora = lora.model_copy(update={"train": saved.train})
-    for module in _modules(model):
+    for module in _modules(model, encoder):
         stated = _module_adapters(lora, module)
         expected = _module_adapters(saved, module)
         if stated != expected:
@@ -214,11 +227,11 @@ def _with_adapter(lora: config.Lora, source: str, model: config.Model) -> config
     return lora
 
 
-def _modules(model: config.Model) -> list[str]:
+def _modules(model: config.Model, encoder: config.VisionEncoder | None = None) -> list[str]:
     """Return the names of all modules with weights, each once, such as `attention.q_proj`."""
     # Module names do not depend on the mesh, so one abstract device is enough.
     with jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1))):
-        shapes = parameters(abstract_model(model, config.Compute()))[1]
+        shapes = parameters(abstract_model(model, config.Compute(), None, encoder))[1]
     return sorted({ParameterPath.parse(path).module for path in shapes})
 
 

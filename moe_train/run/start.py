@@ -26,7 +26,7 @@ from moe_train.model.quantize import unquantized_shapes
 from moe_train.model.transformer import abstract_model, init_model
 from moe_train.train.optimizer import make_optimizer, rate_arrays
 from moe_train.train.spike_guard import guard_of_json
-from moe_train.train.state import TrainState, create_state, partition
+from moe_train.train.state import TrainState, partition, state_of_learned
 
 
 class Start(NamedTuple):
@@ -90,13 +90,13 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         ValueError: the config, the data or the base differ from the checkpoint's.
     """
     # Shapes are computed first, so that at most one copy of the weights is ever allocated.
-    model = partial(init_model, run.seed, run.model, run.compute, run.lora)
+    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.encoder)
     structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
-    # A tower is always frozen, and has no part in what is trained or compared with the base model.
-    tower = {path: shapes.pop(path) for path in list(shapes) if ParameterPath.parse(path).is_tower}
-    learned, frozen = partition(shapes, run.lora)
+    learned, frozen = partition(shapes, run.lora, run.trained_vision)
+    # A tower that is frozen has no part in what is compared with the base model.
+    tower = {path: frozen.pop(path) for path in list(frozen) if ParameterPath.parse(path).is_tower}
     optimizer = make_optimizer(run.optimizer, total_steps)
-    new_state = jax.jit(partial(create_state, optimizer=optimizer), compiler_options=brief_options(platform()) or None)
+    new_state = jax.jit(partial(state_of_learned, optimizer=optimizer), compiler_options=brief_options(platform()) or None)
     learned_state = jax.eval_shape(new_state, learned)
     check_host_memory((learned_state, frozen, tower), run.name)
 
@@ -108,7 +108,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     weights: Parameters = {}
     # Checkpoints hold only what is trained, so frozen weights are loaded anew at every start.
     if base is not None and frozen:
-        base_shapes = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_adapter}
+        base_shapes = {path: x for path, x in shapes.items() if path not in tower and not ParameterPath.parse(path).is_adapter}
         weights = model_dir.load_parameters(base.source, _in_base(run, base_shapes), base.step)
         # A new head for scores is not in the base; the base model is compared with as if it had the same.
         weights |= initial_parameters(model, base_shapes.keys() - weights)
@@ -118,7 +118,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         assert base is not None  # `Config` requires init_from
         if last is not None:
             identity.check_tower(base)
-        tower_weights = model_dir.load_tower(base.source, tower)
+        tower_weights = model_dir.load_parameters(base.source, tower, base.step)
 
     restored = restore(checkpoints, learned_state)
     if restored is not None:
@@ -131,7 +131,8 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         # A copy, since the step donates the trained weights while the base weights must stay.
         loaded = jax.tree.map(jnp.copy, base_weights)
         if adapter is not None:
-            loaded |= model_dir.load_adapter(adapter, run.model, learned)
+            encoder = None if run.pictures is None else run.pictures.encoder
+            loaded |= model_dir.load_adapter(adapter, run.model, learned, encoder)
         state = new_state(initial_parameters(model, learned.keys() - loaded) | loaded)
     guard = None
     if run.train.spike_guard is not None:
@@ -148,7 +149,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         adapter,
         changed,
         {} if restored is None else restored.damaged,
-        (sum(x.size for x in unquantized_shapes(shapes | tower).values()), sum(x.size for x in learned.values())),
+        (sum(x.size for x in unquantized_shapes(shapes).values()), sum(x.size for x in learned.values())),
         None if restored is None else int(state.step),
         None if restored is None else restored.held_out_loss,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
@@ -49,16 +50,28 @@ class TrainState(NamedTuple):
         return self.trainable | self.buffers
 
 
-def partition(params: dict[str, Leaf], lora: config.Lora | None) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
+def partition(
+    params: dict[str, Leaf], lora: config.Lora | None, trained_vision: Collection[str] = ()
+) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """Split the parameters into (learned, frozen).
 
-    With a `lora` section, the adapters and the modules that it trains in full are learned; without one, everything is but a
-    tower and its projector. A router's bias goes with its router.
+    With a `lora` section, the adapters and the modules that it trains in full are learned; without one, all text parameters are,
+    and the modules of a vision tower and its projector that a pattern names. A router's bias goes with its router.
+
+    Args:
+        params: parameters, or their shapes, by path.
+        lora: the section of the adapters; None for full training.
+        trained_vision: patterns of full training (`vision.train`).
     """
-    if lora is None:
-        learned = {path: x for path, x in params.items() if not ParameterPath.parse(path).is_tower}
-    else:
-        learned = {path: x for path, x in params.items() if ParameterPath.parse(path).is_trained(lora)}
+    learned: dict[str, Leaf] = {}
+    for name, x in params.items():
+        path = ParameterPath.parse(name)
+        if lora is not None:
+            is_learned = path.is_trained(lora)
+        else:
+            is_learned = not path.is_tower or any(config.names_module(pattern, path.module) for pattern in trained_vision)
+        if is_learned:
+            learned[name] = x
     return learned, {path: x for path, x in params.items() if path not in learned}
 
 
@@ -73,11 +86,21 @@ def trained_in_full(learned: dict[str, Leaf], lora: config.Lora | None) -> dict[
     return {} if lora is None else {path: x for path, x in learned.items() if not ParameterPath.parse(path).is_adapter}
 
 
-def create_state(params: Parameters, optimizer: optax.GradientTransformation, lora: config.Lora | None = None) -> TrainState:
-    """Create a state at step 0; the optimizer's moments inherit the sharding of their weights."""
-    learned, frozen = partition(params, lora)
+def create_state(
+    params: Parameters,
+    optimizer: optax.GradientTransformation,
+    lora: config.Lora | None = None,
+    trained_vision: Collection[str] = (),
+) -> TrainState:
+    """Create a state at step 0 from all parameters, which `partition` splits."""
+    learned, frozen = partition(params, lora, trained_vision)
+    return state_of_learned(learned, optimizer)._replace(frozen=frozen)
+
+
+def state_of_learned(learned: Parameters, optimizer: optax.GradientTransformation) -> TrainState:
+    """Create a state at step 0 without frozen parameters; the optimizer's moments inherit the sharding of their weights."""
     trainable, buffers = split_buffers(learned)
     # Two arrays and not one: a donated state must not contain the same buffer twice.
     step = jnp.zeros((), jnp.int32, out_sharding=P())
     skipped = jnp.zeros((), jnp.int32, out_sharding=P())
-    return TrainState(step, trainable, frozen, buffers, optimizer.init(trainable), skipped)
+    return TrainState(step, trainable, {}, buffers, optimizer.init(trainable), skipped)

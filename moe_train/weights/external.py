@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moe_train import config
 from moe_train.model.parameters import Parameters
@@ -16,7 +16,7 @@ from moe_train.weights.arrays import Abstract, LazyArray, fill, open_lazily
 from moe_train.weights.hf.config_keys import CONFIG_FILE
 from moe_train.weights.mistral.files import STEM
 from moe_train.weights.mistral.params_json import PARAMS_FILE
-from moe_train.weights.on_disk import WeightFiles
+from moe_train.weights.on_disk import FileTensor, WeightFiles
 from moe_train.weights.wrappers import audio_pieces, vision_pieces
 from moe_train.weights.wrappers.whisper import WhisperSettings
 
@@ -133,18 +133,9 @@ def load_external_parameters(path: str | Path, abstract: Abstract) -> Parameters
     Raises:
         ValueError: the tensors are not those of the architecture, or do not fill every array.
     """
-    of_text = {name: like for name, like in abstract.items() if not ParameterPath.parse(name).is_tower}
-    of_vision = {name: like for name, like in abstract.items() if ParameterPath.parse(name).is_vision}
-    of_audio = {name: like for name, like in abstract.items() if name not in of_text and name not in of_vision}
-    weights = _open_and_check(path, of_text) if of_text else open_external_weights(path)
-    loaded = fill(of_text, weights.pieces, weights.tensors)
-    if of_vision:
-        carried = vision_pieces.require_tower(path, weights.carried)
-        loaded |= fill(of_vision, vision_pieces.pieces_of(carried, weights.model), carried.tensors)
-    if of_audio:
-        carried = audio_pieces.require_audio_tower(path, weights.carried)
-        pieces = audio_pieces.audio_pieces_of(carried, weights.model)
-        loaded |= fill(of_audio, pieces, audio_pieces.audio_tensors(carried))
+    loaded: Parameters = {}
+    for part in _open_parts(path, abstract):
+        loaded |= fill(part.abstract, part.pieces, part.tensors)
     return loaded
 
 
@@ -188,8 +179,34 @@ def find_encoder(path: str | Path) -> config.VisionEncoder | config.AudioEncoder
 
 def open_external_lazily(path: str | Path, abstract: Abstract) -> dict[str, LazyArray]:
     """Return the weights as lazy arrays, each read when it is needed; otherwise like `load_external_parameters`."""
-    weights = _open_and_check(path, abstract)
-    return open_lazily(abstract, weights.pieces, weights.tensors)
+    opened: dict[str, LazyArray] = {}
+    for part in _open_parts(path, abstract):
+        opened |= open_lazily(part.abstract, part.pieces, part.tensors)
+    return opened
+
+
+class _Part(NamedTuple):
+    """Arrays of a model, and where they are in its files."""
+
+    abstract: Abstract
+    pieces: list[names.WeightPiece]
+    tensors: Mapping[str, FileTensor]
+
+
+def _open_parts(path: str | Path, abstract: Abstract) -> Iterator[_Part]:
+    """Yield the arrays of the text model, and those of its vision or audio tower if there are any."""
+    of_text = {name: like for name, like in abstract.items() if not ParameterPath.parse(name).is_tower}
+    of_vision = {name: like for name, like in abstract.items() if ParameterPath.parse(name).is_vision}
+    of_audio = {name: like for name, like in abstract.items() if name not in of_text and name not in of_vision}
+    weights = _open_and_check(path, of_text) if of_text else open_external_weights(path)
+    yield _Part(of_text, weights.pieces, weights.tensors)
+    if of_vision:
+        carried = vision_pieces.require_tower(path, weights.carried)
+        yield _Part(of_vision, vision_pieces.pieces_of(carried, weights.model), carried.tensors)
+    if of_audio:
+        carried = audio_pieces.require_audio_tower(path, weights.carried)
+        pieces = audio_pieces.audio_pieces_of(carried, weights.model)
+        yield _Part(of_audio, pieces, audio_pieces.audio_tensors(carried))
 
 
 def _open_and_check(path: str | Path, abstract: Abstract) -> WeightFiles:

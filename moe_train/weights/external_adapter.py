@@ -15,23 +15,39 @@ from moe_train.weights.mistral import lora as mistral_lora
 from moe_train.weights.mistral import params_json
 
 
-def read_external_lora(path: str | Path, model: config.Model) -> config.Lora:
-    """Return the section `lora` that describes the adapter at `path`. Raises FileNotFoundError if there is none."""
-    return _layout_of(path).read_lora(path, model)
+def read_external_lora(path: str | Path, model: config.Model, encoder: config.VisionEncoder | None = None) -> config.Lora:
+    """Return the section `lora` that describes the adapter at `path`.
+
+    Args:
+        path: the adapter.
+        model: the architecture of its base.
+        encoder: sizes of the vision tower of the base, which PEFT's adapters may adapt; None to refuse those.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+    """
+    layout = _layout_of(path)
+    return peft.read_lora(path, model, encoder) if layout is peft else layout.read_lora(path, model)
 
 
-def load_external_adapter(path: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
+def load_external_adapter(
+    path: str | Path, model: config.Model, abstract: Abstract, encoder: config.VisionEncoder | None = None
+) -> Parameters:
     """Read adapters, and the weights that were trained in full, into arrays.
 
     Args:
         path: the adapter.
         model: the architecture of its base.
-        abstract: {path: shape, dtype and sharding}, from a model with the section `read_external_lora(path, model)`.
+        abstract: {path: shape, dtype and sharding}, from a model with the section `read_external_lora(path, model, encoder)`.
+        encoder: as in `read_external_lora`.
 
     Raises:
         ValueError: the files belong to another base.
     """
-    return _layout_of(path).load_adapter(path, model, abstract)
+    layout = _layout_of(path)
+    if layout is peft:
+        return peft.load_adapter(path, model, abstract, encoder)
+    return layout.load_adapter(path, model, abstract)
 
 
 def hash_external_adapter(path: str | Path) -> dict[str, str]:

@@ -50,8 +50,17 @@ class FileTensor(Protocol):
         ...
 
 
+class StoredTensor(FileTensor, Protocol):
+    """A tensor in a file, with its file."""
+
+    @property
+    def file(self) -> object:
+        """The file, for messages."""
+        ...
+
+
 class Carried(NamedTuple):
-    """The parts of a multimodal model around its text model, which are not trained; exports carry them unchanged."""
+    """The parts of a multimodal model around its text model. Exports carry unchanged what of them is not trained."""
 
     parts: str
     """What they are, for messages: vision tower and projector."""
@@ -63,7 +72,7 @@ class Carried(NamedTuple):
     """The whole config.json or params.json."""
     settings: PixtralSettings | WhisperSettings
     """Sizes of the tower and the projector."""
-    tensors: Mapping[str, FileTensor]
+    tensors: Mapping[str, StoredTensor]
     """Tensors by name, of any dtype."""
 
     @property

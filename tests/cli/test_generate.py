@@ -90,6 +90,11 @@ class _Chat:
         self.messages.append(text)
         yield from (text.upper(), f" {len(self.messages)}")
 
+    def show(self, file: str) -> None:
+        if file == "none.png":
+            raise ValueError("there is no picture none.png")
+        self.messages.append(file)
+
     def reset(self) -> None:
         self.messages.clear()
 
@@ -100,7 +105,15 @@ def test_chat_answers_line_by_line_through_a_pipe(monkeypatch: pytest.MonkeyPatc
     assert run("chat", "runs/tiny") == 0
     out, err = capsys.readouterr()
     assert out == 'A 1\nB 2\n[\n  "a",\n  "b"\n]\nC 1\n'
-    assert err == "moe-train: /what: no such command; use /reset, /messages or /exit\n"
+    assert err == "moe-train: /what: no such command; use /image FILE, /reset, /messages or /exit\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nlong"))
     assert run("chat", "runs/tiny") == 2
     assert "the conversation has 99 tokens" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("/image a picture.png\nb\n/messages\n"))
+    assert run("chat", "runs/tiny") == 0
+    assert json.loads(capsys.readouterr().out.removeprefix("B 2")) == ["a picture.png", "b"]
+    for line, message in (("/image none.png", "there is no picture none.png"), ("/image ", "/image names no file")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\na\n"))
+        assert run("chat", "runs/tiny") == 2
+        out, err = capsys.readouterr()
+        assert not out and message in err and len(err.splitlines()) == 1

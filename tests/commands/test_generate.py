@@ -96,5 +96,7 @@ def test_a_chat_remembers_its_turns_until_it_is_reset(model_dir: tuple[Path, Tok
     assert len(chat.messages) == 4
     chat.reset()
     assert "".join(chat.answer("the quick")) == first
+    with pytest.raises(ValueError, match="has no vision tower that can be computed, so it sees no pictures"):
+        chat.show("picture.png")
     with pytest.raises(ValueError, match="leaves the system message out"):
         Chat(model, Sampling(2), ChatSettings("{{ messages[-1].content }}", system="jump"))

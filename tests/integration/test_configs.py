@@ -46,11 +46,29 @@ MINISTRAL3 = config.Model.model_validate_json(
     "attention": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
         "query_scaling": {"beta": 0.1, "original_max_seq_len": 16384}}, "ffn": {"name": "dense", "ffn_dim": 14336}}"""
 )
+MINISTRAL3_3B = config.Model.model_validate_json(
+    """{"family": "ministral3", "vocab_size": 131072, "model_dim": 3072, "num_layers": 26, "max_seq_len": 262144,
+    "rope": {"name": "yarn", "theta": 1e6, "factor": 16.0, "original_max_seq_len": 16384}, "tie_embeddings": true,
+    "attention": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
+        "query_scaling": {"beta": 0.1, "original_max_seq_len": 16384}}, "ffn": {"name": "dense", "ffn_dim": 9216}}"""
+)
+PIXTRAL = config.VisionEncoder(
+    tower_dim=1024,
+    ffn_dim=4096,
+    num_layers=24,
+    num_heads=16,
+    patch_size=14,
+    max_image_size=1540,
+    merge_size=2,
+    projector_norm=True,
+)
+"""The tower of Small 3.1 and of Ministral 3."""
 PUBLISHED = {
     "mixtral_8x7b": (MIXTRAL, 46.70e9, 12.88e9),
     "mistral_7b": (MISTRAL, 7.248e9, 7.248e9),
     "mistral_small4": (SMALL4, 118.97e9, 6.63e9),
     "ministral3_8b": (MINISTRAL3, 8.49e9, 8.49e9),
+    "ministral3_3b": (MINISTRAL3_3B, 3.43e9, 3.43e9),
 }
 
 
@@ -66,6 +84,11 @@ def model_of(path: Path, run: config.Config) -> config.Model:
     return PUBLISHED["_".join(path.stem.split("_")[:2])][0]
 
 
+def vision_of(run: config.Config) -> config.Vision | None:
+    """The section on pictures with the sizes that `init_from` would state."""
+    return None if run.vision is None else run.vision.model_copy(update={"encoder": PIXTRAL})
+
+
 ON_ACCELERATORS = [path for path in CONFIGS if not path.stem.startswith(("quickstart", "smollm2", "tool_dialogue"))]
 MOST = 1.4
 """Largest ratio of a recipe's predicted step to that of `plan`'s best choice."""
@@ -78,7 +101,7 @@ def test_there_are_recipes() -> None:
         for kind in ("pretrain_v5p", "lora_h100x8", "lora_v5e", "full_finetune"):
             assert any(stem.startswith(f"{size}_{kind}") for stem in stems), (size, kind)
     assert {"mistral_small4_lora_h100x8", "mistral_small4_lora_v5p", "mistral_small4_qlora_h100x2"} <= stems
-    assert "ministral3_8b_lora_h100x8" in stems
+    assert {"ministral3_8b_lora_h100x8", "ministral3_3b_documents_lora_h100x1"} <= stems
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -96,7 +119,7 @@ def test_it_fits_together(path: Path, tmp_path: Path) -> None:
     run = load_config(path)
     model = model_of(path, run)
     config.check_model(run, model)
-    resolved = run.model_copy(update={"model": model, "mesh": mesh_sizes(run.mesh, 8)})
+    resolved = run.model_copy(update={"model": model, "mesh": mesh_sizes(run.mesh, 8), "vision": vision_of(run)})
     shapes = abstract_parameters(config.run_of(resolved))
     adapters = [name for name in shapes if ".lora_" in name]
     assert bool(adapters) == (run.lora is not None)
@@ -114,7 +137,9 @@ def test_sizes_are_the_published_ones(stem: str) -> None:
     run = load_config(path)
     model, total, active = PUBLISHED["_".join(stem.split("_")[:2])]
     loss = run.loss if run.lora is None else config.Loss(load_balance_loss_coef=0.0, router_z_loss_coef=0.0)
-    report = inspect(run.model_copy(update={"model": model_of(path, run), "lora": None, "init_from": None, "loss": loss}))
+    report = inspect(
+        run.model_copy(update={"model": model_of(path, run), "lora": None, "init_from": None, "loss": loss, "vision": None})
+    )
     assert model_of(path, run) == model
     assert report.totals["total_parameters"] == pytest.approx(total, rel=1e-3)
     assert report.totals["active_parameters"] == pytest.approx(active, rel=1e-3)
@@ -132,7 +157,7 @@ def test_it_is_what_plan_recommends_or_says_why_not(path: Path) -> None:
     topology = parse_topology(f"{slice_shape[1]}:{slice_shape[2]}" if slice_shape else path.stem.split("_")[-1])
     written = load_config(path)
     mesh = mesh_sizes(written.mesh, topology.num_devices)
-    run = config.run_of(written.model_copy(update={"model": model_of(path, written), "mesh": mesh}))
+    run = config.run_of(written.model_copy(update={"model": model_of(path, written), "mesh": mesh, "vision": vision_of(written)}))
     choices, _ = model_all_choices(run, topology)
     recipe = model_choice(run, topology)
     best = ranked(choices)[0]

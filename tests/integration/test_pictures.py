@@ -14,6 +14,7 @@ import safetensors.numpy
 from PIL import Image
 
 from moe_train import config
+from moe_train.commands.chat import Chat
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.generate import GenerationRequest, Sampling, generate
@@ -22,6 +23,7 @@ from moe_train.commands.show import rows_of_run
 from moe_train.commands.show_page import page
 from moe_train.commands.text_generator import ChatSettings
 from moe_train.commands.train import train
+from moe_train.commands.verify import verify
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.batches.picture_batch import picture_batch
@@ -133,10 +135,110 @@ def test_a_trained_model_answers_about_pictures_that_it_has_not_seen(trained: Pa
 def test_exports_carry_the_tower_as_it_was(trained: Path, ready: Path, tmp_path: Path) -> None:
     export(trained, tmp_path / "hf", options=ExportOptions(depth="tensors"))
     before = safetensors.numpy.load_file(ready / "base" / "model.safetensors")
-    after: dict[str, np.ndarray] = {}
-    for file in (tmp_path / "hf").glob("*.safetensors"):
-        after |= safetensors.numpy.load_file(file)
+    after = tensors_of(tmp_path / "hf")
     assert all(np.array_equal(before[name], after[name].astype(np.float32)) for name in TOWER)
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a model's files."""
+    tensors: dict[str, np.ndarray] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.numpy.load_file(file)
+    return tensors
+
+
+def failed(folder: Path, **options: Any) -> dict[str, str]:
+    return {check.name: check.summary for check in verify(folder, **options)[1] if check.passed is False}
+
+
+SHORT = config.Train(steps=2, batch_size=8, seq_len=32)
+PLAIN = config.Mesh(data=8)
+"""The mesh whose program compiles fastest."""
+TENSORS = ExportOptions(depth="tensors")
+
+
+@pytest.mark.slow
+def test_a_trained_projector_and_tower_are_saved_resumed_and_exported(ready: Path, tmp_path: Path) -> None:
+    vision = config.Vision(patches_per_row=32, train=("vision.projector.*", "vision.tower.layers.ffn.*"))
+    first = written(ready, run_dir=str(tmp_path / "run"), train=SHORT, vision=vision, mesh=PLAIN)
+    assert train(first) == loop.FINISHED
+    before = tensors_of(ready / "base")
+    export(tmp_path / "run", tmp_path / "hf", options=TENSORS)
+    after = tensors_of(tmp_path / "hf")
+    moved = {name for name in TOWER if not np.array_equal(before[name], after[name])}
+    assert moved == {name for name in TOWER if "projector" in name or "feed_forward" in name}
+    for origin in ({"run": tmp_path / "run"}, {"base": ready / "base"}):
+        assert not failed(tmp_path / "hf", depth="tensors", **origin)
+    # Mistral's own layout and back is exact.
+    export(tmp_path / "run", tmp_path / "native", "mistral", options=TENSORS)
+    assert not failed(tmp_path / "native", run=tmp_path / "run", depth="tensors")
+    export(tmp_path / "native", tmp_path / "again", options=TENSORS)
+    assert all(np.array_equal(after[name], x) for name, x in tensors_of(tmp_path / "again").items())
+    # A further run on the first has its tower, which it carries when it is frozen again.
+    second = written(ready, run_dir=str(tmp_path / "second"), init_from=str(tmp_path / "run"), train=SHORT, mesh=PLAIN)
+    assert train(second) == loop.FINISHED
+    export(tmp_path / "second", tmp_path / "of_second", options=TENSORS)
+    assert all(np.array_equal(after[name], tensors_of(tmp_path / "of_second")[name]) for name in TOWER)
+    # The run goes on from its own tower; a damaged file of the export is found.
+    longer = first.model_copy(update={"train": SHORT.model_copy(update={"steps": 3})})
+    assert train(longer) == loop.FINISHED
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    after["multi_modal_projector.linear_1.weight"][0, 0] += 1
+    safetensors.numpy.save_file(after, file, {"format": "pt"})
+    assert "tensors" in failed(tmp_path / "hf", run=tmp_path / "run", depth="tensors")
+
+
+@pytest.mark.slow
+def test_adapters_of_the_tower_are_trained_resumed_merged_and_exported(ready: Path, tmp_path: Path) -> None:
+    lora = config.Lora(
+        targets=(config.LoraTarget(modules=("attention.*", "vision.tower.*_proj"), rank=2, alpha=4.0),),
+        train=("vision.projector.*",),
+        dropout=0.1,
+    )
+    written_run = written(ready, run_dir=str(tmp_path / "run"), train=SHORT, lora=lora)
+    assert train(written_run) == loop.FINISHED
+    longer = written_run.model_copy(update={"train": SHORT.model_copy(update={"steps": 3})})
+    assert train(longer) == loop.FINISHED
+    for name, layout in (("hf", "hf"), ("native", "mistral")):
+        export(tmp_path / "run", tmp_path / name, layout, merge=True)  # type: ignore[arg-type]
+        assert not failed(tmp_path / name, run=tmp_path / "run", depth="tensors")
+        assert not failed(tmp_path / name, base=ready / "base", depth="tensors")
+    before, after = tensors_of(ready / "base"), tensors_of(tmp_path / "hf")
+    same = {name for name in TOWER if np.array_equal(before[name], after[name])}
+    assert same == {name for name in TOWER if "vision_tower" in name and not name.endswith(("proj.weight", "conv.weight"))}
+    record = export(tmp_path / "run", tmp_path / "adapter", "peft")
+    assert {check["name"]: check["passed"] for check in record["checks"]}["names"]
+    assert not failed(tmp_path / "adapter", run=tmp_path / "run") and not failed(tmp_path / "adapter", base=ready / "base")
+    export(tmp_path / "run", tmp_path / "gguf", "gguf", merge=True, options=TENSORS)
+    with pytest.raises(ValueError, match="--format peft"):
+        export(tmp_path / "run", tmp_path / "lora", "mistral-lora")
+    # An adapter goes on in another run.
+    more = written(ready, run_dir=str(tmp_path / "more"), train=SHORT, lora=config.Lora(init_from=str(tmp_path / "run")))
+    assert train(more) == loop.FINISHED
+
+
+def test_patterns_of_the_tower_have_to_have_an_effect(ready: Path) -> None:
+    targets = (config.LoraTarget(modules=("attention.*",), rank=2, alpha=4.0),)
+    with pytest.raises(ValueError, match=r"pattern 'projector.\*' names no module.*vision.projector"):
+        written(ready, vision=config.Vision(train=("projector.*",)))
+    with pytest.raises(ValueError, match=r"vision.train has no effect with a section lora"):
+        written(ready, vision=config.Vision(train=("vision.projector.*",)), lora=config.Lora(targets=targets))
+    with pytest.raises(ValueError, match=r"no section vision.*add vision: \{\}"):
+        written(ready, vision=None, lora=config.Lora(targets=targets, train=("vision.projector.*",)))
+    with pytest.raises(ValueError, match=r"'vision.projektor' names no module; there are vision.projector.in_proj"):
+        resolve(written(ready, vision=config.Vision(train=("vision.projektor",))), 8)
+
+
+def test_a_chat_sees_the_picture_that_it_is_shown(trained: Path, tmp_path: Path) -> None:
+    chat = Chat(trained, Sampling(8), ChatSettings())
+    with pytest.raises(ValueError, match=r"there is no picture .*0\.png"):
+        chat.show(str(tmp_path / "0.png"))
+    for i, name in enumerate(("blue", "red")):
+        save_picture(tmp_path / f"{i}.png", name, 100 + i)
+        chat.show(str(tmp_path / f"{i}.png"))
+        assert "".join(chat.answer("Colour?")) == name
+        assert not chat.pictures
+        chat.reset()
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ def no_tpu_to_ask() -> Iterator[None]:
         patch.setenv("TPU_SKIP_MDS_QUERY", "1")
         patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
         patch.setenv("TPU_ACCELERATOR_TYPE", "v5p-8")
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile too
         yield
 
 

@@ -23,9 +23,11 @@ from moe_train.model import parameters as flat
 from moe_train.model.encoders.pictures import Pictures
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
-from moe_train.weights import external
+from moe_train.proof.prove_adapter import AdapterExport, prove_adapter
+from moe_train.weights import external, names, peft
+from moe_train.weights.wrappers import vision_pieces
 from tests.judges.test_transformers_and_peft import distance
-from tests.judges.test_wrappers import PLACEHOLDER, wrapper
+from tests.judges.test_wrappers import PLACEHOLDER, read_wrapper, wrapper
 
 pytestmark = pytest.mark.judges
 
@@ -120,6 +122,10 @@ def test_features_logits_and_gradients_equal_transformers(kind: str, text: str, 
         logits.append(output.detach().numpy())
     total.backward()
     theirs = {name.removeprefix("model."): x.grad.numpy() for name, x in judge.named_parameters() if x.grad is not None}
+    files = external.open_external_weights(tmp_path / "base")
+    assert files.carried is not None
+    pieces = vision_pieces.pieces_of(files.carried, files.model)
+    assert {piece.name for piece in pieces} == {name for name in theirs if not name.startswith(("language_model.", "lm_head."))}
     meshes = [make_mesh(config.Mesh(), jax.devices()[:1])]
     if text != "mistral4":
         meshes.append(make_mesh(config.Mesh(fsdp=2, context=2, tensor=2)))
@@ -129,17 +135,69 @@ def test_features_logits_and_gradients_equal_transformers(kind: str, text: str, 
         assert distance(found.features[0, : len(expected)], expected) < 1e-5
         expected = np.concatenate(logits)
         assert distance(found.logits[0, : len(expected)], expected) < 1e-4
-        of_embed = theirs["language_model.embed_tokens.weight"]
-        compare = {
-            "embed.weight": of_embed,
-            "vision.projector.in_proj.weight": theirs["multi_modal_projector.linear_1.weight"].T,
-            "vision.tower.patch_proj.weight": theirs["vision_tower.patch_conv.weight"].reshape(16, -1).T,
-            "vision.tower.layers.ffn_norm.scale": np.stack(
-                [theirs[f"vision_tower.transformer.layers.{layer}.ffn_norm.weight"] for layer in range(2)]
-            ),
-        }
-        for path, gradient in compare.items():
-            assert distance(found.gradients[path], gradient) < 1e-3, path
+        assert distance(found.gradients["embed.weight"], theirs["language_model.embed_tokens.weight"]) < 1e-3
+        for piece in pieces:  # gradients are laid out in files as their weights are
+            gradient = piece.to_file(found.gradients[piece.path][piece.lead])
+            assert distance(gradient, theirs[piece.name]) < 1e-3, piece.name
+
+
+ADAPTED = config.Lora(
+    targets=(
+        config.LoraTarget(modules=("attention.*",), rank=4, alpha=8.0),
+        config.LoraTarget(modules=("vision.tower.layers.attention.*", "vision.tower.patch_proj"), rank=2, alpha=3.0),
+        config.LoraTarget(modules=("vision.projector.in_proj",), rank=3, alpha=4.0),
+    ),
+    train=("*_norm", "vision.projector.out_proj", "vision.tower.layers.ffn.*", "vision.tower.layers.ffn_norm"),
+)
+"""Adapters of three shapes, and modules in full, in both parts."""
+OF_TOWER = config.Lora(targets=(config.LoraTarget(modules=("vision.tower.layers.ffn.up_proj",), rank=2, alpha=3.0),))
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("mistral3", ADAPTED), ("llava", ADAPTED), ("mistral3", OF_TOWER)])
+def test_an_adapter_of_the_tower_works_in_peft(kind: str, lora: config.Lora, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    PeftModel = pytest.importorskip("peft").PeftModel
+    wrapper(kind, "mistral").save_pretrained(tmp_path / "base")
+    encoder = external.read_vision_encoder(tmp_path / "base")
+    batch, segments = packed(encoder)
+    with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
+        model = external.read_external_model(tmp_path / "base")
+        structure, shapes = flat.parameters(abstract_model(model, config.Compute(), lora, encoder))
+        frozen = {path: like for path, like in shapes.items() if not ParameterPath.parse(path).is_trained(lora)}
+        weights = external.load_external_parameters(tmp_path / "base", frozen)
+        draw = np.random.default_rng(8)
+        for path, like in shapes.items():
+            if path not in weights:
+                weights[path] = jnp.asarray(draw.normal(0, 0.3, like.shape), like.dtype)
+        module = flat.combine(structure, weights)
+        hidden, _ = module(batch.tokens, batch.positions, batch.segment_ids, pictures=pictures_of(batch))
+        ours = np.asarray(module.logits(hidden))[0]
+        peft.export_adapter(weights, model, lora, tmp_path / "adapter", base_model="base", layout=names.WRAPPED, encoder=encoder)
+        prove_adapter(
+            AdapterExport(tmp_path / "adapter", "peft", weights, model, lora, None, None, base=tmp_path / "base", encoder=encoder)
+        )
+        # Read again, from the names on the wrapper.
+        section = peft.read_lora(tmp_path / "adapter", model, encoder)
+        likes = {path: like for path, like in shapes.items() if ParameterPath.parse(path).is_trained(section)}
+        read = peft.load_adapter(tmp_path / "adapter", model, likes, encoder)
+        assert read.keys() == shapes.keys() - frozen.keys()
+        assert all(np.array_equal(read[path], weights[path]) for path in read)
+
+    def logits_of(judge: Any) -> np.ndarray:
+        outputs = []
+        for tokens, pixels in segments:
+            inputs: dict[str, Any] = {}
+            if pixels is not None:
+                inputs = {"pixel_values": torch.tensor(pixels)[None], "image_sizes": torch.tensor([pixels.shape[1:]])}
+            with torch.no_grad():
+                outputs.append(judge(input_ids=torch.tensor(tokens)[None], **inputs).logits[0, :-1].numpy())
+        return np.concatenate(outputs)
+
+    judge = PeftModel.from_pretrained(read_wrapper(kind, tmp_path / "base"), tmp_path / "adapter").eval()
+    expected = logits_of(judge)
+    assert distance(ours[: len(expected)], expected) < 1e-4
+    assert distance(logits_of(judge.merge_and_unload()), expected) < 1e-4
+    assert distance(logits_of(read_wrapper(kind, tmp_path / "base")), expected) > 0.01
 
 
 def test_native_files_give_the_same_tower(tmp_path: Path) -> None:

@@ -69,3 +69,12 @@ def test_flops_of_a_vision_tower() -> None:
     of_projector = sum(matrices.values()) - of_tower
     expected = 2 * (64 * of_tower + 64 / 4 * of_projector) + 2 * 4 * 16 * 64 * 16
     assert flops.vision_flops(encoder, S.model_dim, 64) == pytest.approx(expected, rel=1e-12)
+    # Everything in full takes three times as much, the gradient of the pixels included; a projector in full, three times its own.
+    everything = flops.TrainedVision(None, ("vision.*",))
+    assert flops.vision_flops(encoder, S.model_dim, 64, everything) == pytest.approx(3 * expected, rel=1e-12)
+    projector = flops.TrainedVision(config.Lora(train=("vision.projector.*",)))
+    more = flops.vision_flops(encoder, S.model_dim, 64, projector) - expected
+    assert more == pytest.approx(2 * 2 * 64 / 4 * of_projector, rel=1e-12)
+    target = config.LoraTarget(modules=("vision.projector.out_proj",), rank=4, alpha=8.0)
+    adapted = flops.vision_flops(encoder, S.model_dim, 64, flops.TrainedVision(config.Lora(targets=(target,)))) - expected
+    assert adapted == pytest.approx(16 * (2 * S.model_dim**2 + 6 * 4 * 2 * S.model_dim), rel=1e-12)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -34,6 +37,18 @@ def test_a_compiler_that_is_not_installed_is_named_with_its_extra(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name in missing else find(name, *more))
     with pytest.raises(ValueError, match=rf"compiling for {topology} needs .* bash launch/install.sh {extra}, or .* --no-compile"):
         compile_config(small(), parse_topology(topology))
+
+
+def test_cudnn_that_is_not_installed_is_named_with_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_without_cudnn(*_: Any) -> Any:
+        raise RuntimeError("cuDNN not found.")
+
+    monkeypatch.setattr(compiler, "devices_of", lambda _: [])
+    monkeypatch.setattr(compiler, "make_mesh", lambda *_: None)
+    monkeypatch.setattr(compiler, "compile_on", compile_without_cudnn)
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"run": small().model_dump(mode="json"), "topology": "h100x8"}))
+    assert "cuDNN, which is not installed" in compiler._compile_request(request)["error"]
 
 
 def test_adapters_and_weights_in_few_bits_are_in_the_state() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from moe_train import config
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.parameters import parameters
-from moe_train.model.transformer import abstract_model, init_model
+from moe_train.model.transformer import init_model
 from moe_train.plan.choice import model_choice
 from moe_train.plan.compile import compile_config
 from moe_train.plan.memory import memory
@@ -60,21 +59,6 @@ def test_what_is_kept_between_steps_is_what_arrays_take(overrides: tuple[str, ..
 
 def on_first_device(device: jax.Device, tree: Any) -> int:
     return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == device)
-
-
-def test_a_vision_tower_counts() -> None:
-    plain = small("mesh={fsdp: 2}", "train.batch_size=64")
-    sizes = {"tower_dim": 32, "ffn_dim": 48, "num_layers": 2, "num_heads": 4, "patch_size": 2, "max_image_size": 8, "merge_size": 2}
-    vision = config.RunVision(encoder=config.VisionEncoder(**sizes), patches_per_row=96)
-    seeing = plain.model_copy(update={"vision": vision})
-    before, after = (memory(run, layout(run)) for run in (plain, seeing))
-    with jax.set_mesh(make_mesh(plain.mesh, jax.devices()[:2])):
-        tower = abstract_model(plain.model, plain.compute, encoder=vision.encoder).vision
-        shards = [math.prod(x.sharding.shard_shape(x.shape)) * 4 for x in jax.tree.leaves(tower)]
-    assert after.parameters - before.parameters == sum(shards)
-    # Pixels, places, picture and the index of a token's feature, on 32 rows of a device.
-    assert after.batch - before.batch == 32 * (96 * (12 + 2 + 1) + 128) * 4
-    assert after.optimizer == before.optimizer and after.gradients == before.gradients
 
 
 def test_microbatches_trade_saved_activations_for_sums_of_gradients() -> None:

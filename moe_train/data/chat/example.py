@@ -57,6 +57,8 @@ class MergedTurns(NamedTuple):
     """Number of tokens of the same turns with an example for each, which repeats the tokens before it."""
     restart: str | None = None
     """Why the turns could not be appended to the example before, such as `NEW_USER_TURN`; None for a conversation's first one."""
+    may_be_cut: bool = True
+    """Whether an example that is too long may be cut at `ends`; not with pictures, whose features would lack tokens."""
 
 
 NEW_USER_TURN = "a new user turn changes what stands before it"
@@ -73,7 +75,7 @@ def restart_reason(between: list[Message]) -> str:
 
 def fitting_tokens(merged: MergedTurns | None, limit: int) -> int:
     """Return how many tokens to keep so that at most `limit` remain and no turn is cut; 0 if no trained turn fits."""
-    ends = () if merged is None else merged.ends
+    ends = merged.ends if merged is not None and merged.may_be_cut else ()
     # A cut at the end of a turn keeps its end token, so the model still learns to stop.
     return max((end for end in ends if end <= limit), default=0)
 

@@ -6,7 +6,6 @@ import numpy as np
 from mistral_common.protocol.instruct.chunk import ImageChunk, ImageURLChunk
 from mistral_common.tokens.tokenizers.image import ImageConfig, ImageEncoder, ImageEncoding, SpecialImageIDs
 
-from moe_train.data.chat.example import uses_tools
 from moe_train.data.pictures.read import RULE, open_picture
 from moe_train.data.pictures.rules import PictureRules
 from moe_train.data.records.normal_form import Conversation
@@ -41,7 +40,7 @@ def picture_files(conversation: Conversation) -> list[str]:
 
 
 def check_pictures(conversation: Conversation, tokenizer: Mistral) -> None:
-    """Raise Problem if a conversation has pictures that cannot be written with this tokenizer, or not with its tools."""
+    """Raise Problem if a conversation has pictures that cannot be written with this tokenizer."""
     if not references_of(conversation):
         return
     if tokenizer.pictures is None:
@@ -49,5 +48,3 @@ def check_pictures(conversation: Conversation, tokenizer: Mistral) -> None:
         raise Problem(
             RULE, f"the record has pictures, and {name} states no sizes for them", "use the tokenizer of a model that sees"
         )
-    if uses_tools(conversation):
-        raise Problem(RULE, "the record has pictures and tools, which are not trained on together", "drop the record")

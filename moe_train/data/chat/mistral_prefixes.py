@@ -27,6 +27,15 @@ class TurnSpan(NamedTuple):
     """The tokens of the turn as the assistant generates them: calls have no ids."""
 
 
+class EncodedPrefix(NamedTuple):
+    """The conversation up to the end of a turn."""
+
+    tokens: list[int]
+    spans: list[TurnSpan]
+    pictures: tuple[bytes, ...]
+    """Content of the pictures that tokens stand for, in the order of the tokens."""
+
+
 class Prefixes:
     """Encodes prefixes of one conversation.
 
@@ -55,7 +64,7 @@ class Prefixes:
         for name in ("encode_user_message", "encode_assistant_message", "encode_tool_message", "encode_system_message"):
             vars(self._encoder)[name] = self._recorded(getattr(encoder, name))
 
-    def encode(self, numbers: range, end: int) -> tuple[list[int], list[TurnSpan]]:
+    def encode(self, numbers: range, end: int) -> EncodedPrefix:
         """Encode the conversation up to the end of a turn.
 
         Args:
@@ -63,12 +72,13 @@ class Prefixes:
             end: Number of messages to encode.
 
         Returns:
-            The tokens, with the ids of calls, and the spans of the turns.
+            The tokens, with the ids of calls, the spans of the turns, and the pictures.
         """
         prefix = self._request.model_copy(update={"messages": self._request.messages[:end]})
         normal = self._normalizer.from_chat_completion_request(prefix)
         self._segments.clear()
-        tokens = self._encoder.encode_instruct(normal).tokens
+        encoded = self._encoder.encode_instruct(normal)
+        tokens = encoded.tokens
         ends = list(itertools.accumulate(map(len, self._segments), initial=len(self._encoder.start())))
         # Both assertions guard the loss mask against another version of mistral-common that encodes differently.
         assert ends[-1] == len(tokens), "mistral-common does not encode a conversation message by message"
@@ -78,7 +88,7 @@ class Prefixes:
             i = assistant_messages[number]
             spans.append(TurnSpan(ends[i], ends[i + 1], self._as_generated(normal.messages[i], self._segments[i])))
         assert spans[-1].end == len(tokens), "mistral-common writes something after the assistant's last turn"
-        return tokens, spans
+        return EncodedPrefix(tokens, spans, tuple(picture.tobytes() for picture in encoded.images))
 
     def _as_generated(self, message: AssistantMessage, seen: list[int]) -> list[int]:
         """Return the tokens of a message as the assistant generates them, given those that later turns see."""

@@ -191,7 +191,7 @@ class _Arrays:
         buffers["tokens"].fromlist(example.tokens)
         if example.loss_mask is not None:
             buffers["loss_mask"].frombytes(bytes(example.loss_mask))
-        if example.merged is not None and len(example.merged.ends) > 1:
+        if example.merged is not None and example.merged.may_be_cut and len(example.merged.ends) > 1:
             # Without the last end, which `offsets` holds.
             buffers["turn_ends"].extend(self.num_tokens + end for end in example.merged.ends[:-1])
             self._unused.discard("turn_ends")

@@ -16,7 +16,7 @@ from moe_train import config
 from moe_train.model.attention.bidirectional import attend_segments, separated_padding
 from moe_train.model.encoders.pictures import Pictures
 from moe_train.model.encoders.rope_2d import rotate_2d
-from moe_train.model.layers import Linear, RandomSource, RMSNorm
+from moe_train.model.layers import Linear, RandomSource, RMSNorm, keys_of
 from moe_train.model.sharding.specs import activation_spec, fsdp_axis, split_axes
 
 TOWER_NORM_EPS = 1e-5
@@ -37,12 +37,16 @@ class PatchAttention(nnx.Module):
         self.q_proj = Linear(rngs, "BTD,DNH->BTNH", (D, N, H), by_heads, _STDDEV, dtype)
         self.k_proj = Linear(rngs, "BTD,DNH->BTNH", (D, N, H), by_heads, _STDDEV, dtype)
         self.v_proj = Linear(rngs, "BTD,DNH->BTNH", (D, N, H), by_heads, _STDDEV, dtype)
-        self.o_proj = Linear(rngs, "BTNH,NHD->BTD", (N, H, D), P(split_axes(N), None, fsdp_axis(D)), _STDDEV, dtype)
+        self.o_proj = Linear(rngs, "BTNW,NWD->BTD", (N, H, D), P(split_axes(N), None, fsdp_axis(D)), _STDDEV, dtype)
         self.theta = encoder.theta
         self.kernel = compute.attention
 
     def __call__(
-        self, x_BPD: Float[Array, "B P D"], places_BP2: Int[Array, "B P 2"], segments_BP: Int[Array, "B P"]
+        self,
+        x_BPD: Float[Array, "B P D"],
+        places_BP2: Int[Array, "B P 2"],
+        segments_BP: Int[Array, "B P"],
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B P D"]:
         """Attend within the pictures.
 
@@ -50,10 +54,12 @@ class PatchAttention(nnx.Module):
             x_BPD: normalized hidden states.
             places_BP2: row and column of each patch.
             segments_BP: a patch sees only patches with its own segment id.
+            key: PRNG key for the dropout of the adapters; None for no dropout.
         """
-        q = rotate_2d(self.q_proj(x_BPD), places_BP2, self.theta)
-        k = rotate_2d(self.k_proj(x_BPD), places_BP2, self.theta)
-        return self.o_proj(attend_segments(q, k, self.v_proj(x_BPD), segments_BP, self.kernel))
+        q_key, k_key, v_key, o_key = keys_of(key, 4)
+        q = rotate_2d(self.q_proj(x_BPD, q_key), places_BP2, self.theta)
+        k = rotate_2d(self.k_proj(x_BPD, k_key), places_BP2, self.theta)
+        return self.o_proj(attend_segments(q, k, self.v_proj(x_BPD, v_key), segments_BP, self.kernel), o_key)
 
 
 class PatchFfn(nnx.Module):
@@ -68,9 +74,11 @@ class PatchFfn(nnx.Module):
         self.down_proj = Linear(rngs, "BTF,FD->BTD", (F, D), P("tensor", fsdp_axis(D)), _STDDEV, dtype)
         self.activation = encoder.activation
 
-    def __call__(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        """Apply the layer to normalized hidden states."""
-        return self.down_proj(_ACTIVATIONS[self.activation](self.gate_proj(x_BPD)) * self.up_proj(x_BPD))
+    def __call__(self, x_BPD: Float[Array, "B P D"], key: Key[Array, ""] | None = None) -> Float[Array, "B P D"]:
+        """Apply the layer to normalized hidden states; `key` is for the dropout of the adapters."""
+        gate_key, up_key, down_key = keys_of(key, 3)
+        gate_BPF = _ACTIVATIONS[self.activation](self.gate_proj(x_BPD, gate_key))
+        return self.down_proj(gate_BPF * self.up_proj(x_BPD, up_key), down_key)
 
 
 class PatchLayer(nnx.Module):
@@ -84,11 +92,16 @@ class PatchLayer(nnx.Module):
         self.ffn = PatchFfn(rngs, encoder, compute)
 
     def __call__(
-        self, x_BPD: Float[Array, "B P D"], places_BP2: Int[Array, "B P 2"], segments_BP: Int[Array, "B P"]
+        self,
+        x_BPD: Float[Array, "B P D"],
+        places_BP2: Int[Array, "B P 2"],
+        segments_BP: Int[Array, "B P"],
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B P D"]:
         """Apply the layer; see `PatchAttention`."""
-        x_BPD += self.attention(self.attention_norm(x_BPD), places_BP2, segments_BP)
-        return x_BPD + self.ffn(self.ffn_norm(x_BPD))
+        attention_key, ffn_key = keys_of(key, 2)
+        x_BPD += self.attention(self.attention_norm(x_BPD), places_BP2, segments_BP, attention_key)
+        return x_BPD + self.ffn(self.ffn_norm(x_BPD), ffn_key)
 
 
 class VisionTower(nnx.Module):
@@ -109,16 +122,28 @@ class VisionTower(nnx.Module):
 
         self.layers = jax.vmap(layer_of)(keys)
 
-    def __call__(self, pictures: Pictures, dtype: jnp.dtype) -> Float[Array, "B P D"]:
-        """Return the hidden states of the last layer, without a norm, for patches with the shardings of activations."""
+    def __call__(self, pictures: Pictures, dtype: jnp.dtype, key: Key[Array, ""] | None = None) -> Float[Array, "B P D"]:
+        """Return the hidden states of the last layer, without a norm, for patches with the shardings of activations.
+
+        Args:
+            pictures: pictures of each row.
+            dtype: dtype of the computation.
+            key: PRNG key for the dropout of the adapters; None for no dropout.
+        """
         segments_BP = separated_padding(pictures.picture_ids_BP)
-        x_BPD = self.patch_norm(self.patch_proj(pictures.patches_BPC.astype(dtype)))
+        patch_key, layers_key = keys_of(key, 2)
+        x_BPD = self.patch_norm(self.patch_proj(pictures.patches_BPC.astype(dtype), patch_key))
 
-        def layer_on(x_BPD: Float[Array, "B P D"], layer: PatchLayer) -> tuple[Float[Array, "B P D"], None]:
-            return layer(x_BPD, pictures.places_BP2, segments_BP), None
+        def layer_on(
+            x_BPD: Float[Array, "B P D"], layer_and_key: tuple[PatchLayer, Key[Array, ""] | None]
+        ) -> tuple[Float[Array, "B P D"], None]:
+            layer, layer_key = layer_and_key
+            return layer(x_BPD, pictures.places_BP2, segments_BP, layer_key), None
 
-        # Recomputed in a backward pass, which a frozen tower does not have.
-        return jax.lax.scan(jax.checkpoint(layer_on), x_BPD, self.layers)[0]
+        num_layers = self.layers.attention_norm.scale.shape[0]
+        keys = None if layers_key is None else jax.random.split(layers_key, num_layers)
+        # Recomputed in the backward pass of a tower that is trained; a frozen one has none.
+        return jax.lax.scan(jax.checkpoint(layer_on), x_BPD, (self.layers, keys))[0]
 
 
 class BiasedLinear(Linear):
@@ -154,13 +179,14 @@ class Projector(nnx.Module):
         self.in_proj = BiasedLinear(rngs, D, text_dim, dtype, encoder.projector_bias)
         self.out_proj = BiasedLinear(rngs, text_dim, text_dim, dtype, encoder.projector_bias)
 
-    def __call__(self, x_BPD: Float[Array, "B P D"]) -> Float[Array, "B M E"]:
-        """Return the features of the squares of patches."""
+    def __call__(self, x_BPD: Float[Array, "B P D"], key: Key[Array, ""] | None = None) -> Float[Array, "B M E"]:
+        """Return the features of the squares of patches; `key` is for the dropout of the adapters."""
+        merge_key, in_key, out_key = keys_of(key, 3)
         if self.norm is not None:
             x_BPD = self.norm(x_BPD)
         if self.merge_proj is not None:
-            x_BPD = self.merge_proj(_merged(x_BPD, self.cells))
-        return self.out_proj(jax.nn.gelu(self.in_proj(x_BPD), approximate=False))
+            x_BPD = self.merge_proj(_merged(x_BPD, self.cells), merge_key)
+        return self.out_proj(jax.nn.gelu(self.in_proj(x_BPD, in_key), approximate=False), out_key)
 
 
 def _merged(x_BPD: Float[Array, "B P D"], cells: int) -> Float[Array, "B M C"]:
@@ -179,6 +205,12 @@ class Vision(nnx.Module):
         self.projector = Projector(rngs, encoder, text_dim, compute)
         self.dtype = jnp.dtype(compute.dtype)
 
-    def __call__(self, pictures: Pictures) -> Float[Array, "B M D"]:
-        """Return the features of all pictures of each row, in the order of their tokens."""
-        return self.projector(self.tower(pictures, self.dtype))
+    def __call__(self, pictures: Pictures, key: Key[Array, ""] | None = None) -> Float[Array, "B M D"]:
+        """Return the features of all pictures of each row, in the order of their tokens.
+
+        Args:
+            pictures: pictures of each row.
+            key: PRNG key for the dropout of the adapters; None for no dropout.
+        """
+        tower_key, projector_key = keys_of(key, 2)
+        return self.projector(self.tower(pictures, self.dtype, tower_key), projector_key)

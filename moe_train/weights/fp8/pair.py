@@ -18,8 +18,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from moe_train.weights.fp8.sections import Fp8Section
-from moe_train.weights.fp8.tensor import E4M3, Fp8Tensor, ScaleGrid, StoredTensor
-from moe_train.weights.on_disk import FileTensor
+from moe_train.weights.fp8.tensor import E4M3, Fp8Tensor, ScaleGrid
+from moe_train.weights.on_disk import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _FAKE_QUANTIZER = "_fake_quantizer."
 """Part of the names of what only Mistral's quantization-aware training used."""
 
 
-def dequantize_tensors(tensors: Mapping[str, StoredTensor], section: Fp8Section | None) -> dict[str, FileTensor]:
+def dequantize_tensors(tensors: Mapping[str, StoredTensor], section: Fp8Section | None) -> dict[str, StoredTensor]:
     """Return the tensors of a model by name, FP8 ones as tensors whose reading dequantizes them; nothing is read.
 
     Args:
@@ -58,7 +58,7 @@ def dequantize_tensors(tensors: Mapping[str, StoredTensor], section: Fp8Section 
     scale_names = {name: _scale_name(name, tensors) for name in quantized}
     ignored = [name for name in tensors if _is_activation(name)]
     used = {*scale_names.values(), *ignored}
-    result: dict[str, FileTensor] = {}
+    result: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         if name in scale_names:
             result[name] = _quantized_tensor(tensor, tensors[scale_names[name]], section)

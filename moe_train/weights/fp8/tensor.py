@@ -8,12 +8,11 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import ml_dtypes
 import numpy as np
 
-from moe_train.weights.on_disk import FileTensor
+from moe_train.weights.on_disk import StoredTensor
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 """Dtype of quantized values: 4 bits of exponent, 3 of mantissa, no infinities, and a single NaN (0x7F and 0xFF)."""
@@ -33,15 +32,6 @@ class ScaleGrid:
     """Numbers that share a scale along each dim; the last ones may be fewer."""
 
 
-class StoredTensor(FileTensor, Protocol):
-    """A tensor in a file, with its file."""
-
-    @property
-    def file(self) -> object:
-        """The file, for messages."""
-        ...
-
-
 @dataclass(frozen=True)
 class Fp8Tensor:
     """A quantized tensor in a file with its scales; none of it is in memory."""
@@ -58,6 +48,11 @@ class Fp8Tensor:
     def name(self) -> str:
         """Name in the file."""
         return self.codes.name
+
+    @property
+    def file(self) -> object:
+        """The file of the quantized values, for messages."""
+        return self.codes.file
 
     @property
     def shape(self) -> tuple[int, ...]:

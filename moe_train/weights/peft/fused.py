@@ -19,8 +19,8 @@ import numpy as np
 from moe_train import config
 from moe_train.machine.files import JsonObject
 from moe_train.weights.on_disk import FileTensor
-from moe_train.weights.peft.pieces import has_linear_experts
-from moe_train.weights.peft.settings import alpha_of
+from moe_train.weights.peft.pieces import ADAPTER_CONFIG, has_linear_experts
+from moe_train.weights.peft.settings import alpha_of, rank_of
 
 _NAME = re.compile(r"(?P<layer>.*\.)mlp\.experts\.(base_layer\.)?lora_(?P<matrix>[AB])\.weight")
 _OF_MIXTRAL = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
@@ -70,7 +70,7 @@ class _Part:
 
 
 def split_fused(
-    source: object, tensors: Mapping[str, FileTensor], model: config.Model, version: str | None
+    source: object, tensors: Mapping[str, FileTensor], model: config.Model, settings: JsonObject
 ) -> dict[str, FileTensor]:
     """Replace each fused pair by the pairs of the experts, under the names of a per-expert adapter.
 
@@ -78,10 +78,11 @@ def split_fused(
         source: the file, for messages.
         tensors: tensors of the file by name.
         model: the architecture of the base.
-        version: PEFT's version, as the file states it; None if it does not.
+        settings: adapter_config.json.
 
     Raises:
-        ValueError: the shapes do not fit the model, or two versions of PEFT would read them differently.
+        ValueError: the shapes do not fit the model, two versions of PEFT would read them differently, or the settings state another
+            rank.
     """
     fused: dict[str, re.Match[str]] = {}
     for name in tensors:
@@ -95,7 +96,7 @@ def split_fused(
         name_b = f"{stem}.lora_B.weight"
         if missing := [name for name in (name_a, name_b) if name not in tensors]:
             raise ValueError(f"{source} lacks {missing[0]}; save the adapter again")
-        experts = _split_pair(source, layer, tensors[name_a], tensors[name_b], model, version)
+        experts = _split_pair(source, layer, tensors[name_a], tensors[name_b], model, settings)
         if duplicates := sorted(unfused.keys() & experts.keys()):
             raise ValueError(f"{source} has {duplicates[0]} twice, once in {name_a}; remove one of the two")
         unfused |= experts
@@ -117,6 +118,9 @@ class _FusedPair(NamedTuple):
 def _identify(source: object, a: FileTensor, b: FileTensor, model_dim: int, ffn: config.MoeFfn, version: str | None) -> _FusedPair:
     """Find out by their shapes which parameter A and B belong to, and whether they are swapped."""
     parameter_sizes = {"gate_up_proj": (model_dim, 2 * ffn.ffn_dim), "down_proj": (ffn.ffn_dim, model_dim)}  # in, out
+    for tensor in (a, b):
+        if len(tensor.shape) != 2:
+            raise ValueError(f"{source}: {tensor.name} has shape {tensor.shape}; A and B of a fused adapter are matrices")
     total_rank, a_size = a.shape
     b_size, b_rank = b.shape
     straight: list[_FusedPair] = []
@@ -143,11 +147,12 @@ def _identify(source: object, a: FileTensor, b: FileTensor, model_dim: int, ffn:
 
 
 def _split_pair(
-    source: object, layer: str, a: FileTensor, b: FileTensor, model: config.Model, version: str | None
+    source: object, layer: str, a: FileTensor, b: FileTensor, model: config.Model, settings: JsonObject
 ) -> dict[str, FileTensor]:
     """Return the A and B of each expert that a fused pair contains."""
     assert isinstance(model.ffn, config.MoeFfn)
-    fused = _identify(source, a, b, model.model_dim, model.ffn, version)
+    fused = _identify(source, a, b, model.model_dim, model.ffn, settings.get("peft_version"))
+    _check_settings(source, f"{layer}mlp.experts.{fused.parameter}".removeprefix("base_model.model."), a, model.ffn, settings)
     container, leaves_of = _expert_names(model)
     leaves = leaves_of[fused.parameter]
     num_experts = model.ffn.num_experts
@@ -170,6 +175,22 @@ def _split_pair(
                 parts[name_a] = _Part(name_a, (rank, fused.in_dim), a, ranks_of_a, everything, transposed=False)
                 parts[name_b] = _Part(name_b, (leaf_size, rank), b, outputs, ranks_of_b, transposed=False)
     return parts
+
+
+def _check_settings(source: object, parameter: str, a: FileTensor, ffn: config.MoeFfn, settings: JsonObject) -> None:
+    """Raise ValueError unless the settings select a fused parameter, and state the rank that its A has."""
+    if not any(f".{parameter}".endswith(f".{target}") for target in settings.get("target_parameters") or ()):
+        raise ValueError(
+            f"{source}: {a.name} adapts {parameter}, which target_parameters of {ADAPTER_CONFIG} does not name, so that PEFT would "
+            "leave it out or scale it otherwise; add it, with its rank and alpha, or remove the tensors"
+        )
+    rank = a.shape[0] // ffn.num_experts
+    stated = rank_of(settings, parameter)
+    if rank != stated:
+        raise ValueError(
+            f"{source}: {a.name} has rank {rank} for each of {ffn.num_experts} experts, but r and rank_pattern of {ADAPTER_CONFIG} "
+            f"state {stated} for {parameter}, with which PEFT cannot load it; correct them"
+        )
 
 
 def _parse(version: str | None) -> tuple[int, ...] | None:

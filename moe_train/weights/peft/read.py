@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,19 +29,32 @@ from moe_train.weights.peft.pieces import (
     saved_pieces,
     tied_head,
 )
-from moe_train.weights.peft.selected import check_ranks, unselected_modules
+from moe_train.weights.peft.selected import check_ranks, num_modules, unselected_modules
 from moe_train.weights.peft.settings import MERGE_FIRST, read_settings
 from moe_train.weights.peft.stacks import Stacks, stacks_of
+from moe_train.weights.peft.vision_tower import adaptable_vision, saved_vision
+from moe_train.weights.wrappers import vision_pieces
 
 log = logging.getLogger(__name__)
 
 
-def read_lora(directory: str | Path, model: config.Model) -> config.Lora:
-    """Return the section `lora` that describes an adapter. Raises ValueError if it is not supported."""
-    return _open(Path(directory), model).lora
+def read_lora(directory: str | Path, model: config.Model, encoder: config.VisionEncoder | None = None) -> config.Lora:
+    """Return the section `lora` that describes an adapter.
+
+    Args:
+        directory: the adapter.
+        model: the architecture of the base.
+        encoder: sizes of the vision tower of the base; None to refuse adapters of one.
+
+    Raises:
+        ValueError: the adapter is not supported.
+    """
+    return _open(Path(directory), model, encoder).lora
 
 
-def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract) -> Parameters:
+def load_adapter(
+    directory: str | Path, model: config.Model, abstract: Abstract, encoder: config.VisionEncoder | None = None
+) -> Parameters:
     """Read the adapters of a PEFT directory, and its modules_to_save, into arrays.
 
     Adapters with a smaller rank or another scale than their stack's are padded and scaled, as `stacks` describes.
@@ -49,12 +62,13 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
     Args:
         directory: the adapter.
         model: the architecture of the base.
-        abstract: {path: shape, dtype and sharding}, from a model with the section `read_lora(directory, model)`.
+        abstract: {path: shape, dtype and sharding}, from a model with the section `read_lora(directory, model, encoder)`.
+        encoder: as in `read_lora`.
 
     Raises:
         ValueError: the files have other tensors than the section states.
     """
-    opened = _open(Path(directory), model)
+    opened = _open(Path(directory), model, encoder)
     tensors = dict(opened.tensors)
     ranks = adapter_ranks(abstract)
     saved = [piece for piece in saved_pieces(model, opened.layout) if piece.path in abstract]
@@ -64,6 +78,9 @@ def load_adapter(directory: str | Path, model: config.Model, abstract: Abstract)
         saved = [piece for piece in saved if piece.name != second]
         tensors.pop(second, None)
     table = [*names.lora_pieces(model, ranks, opened.layout), *saved]
+    if encoder is not None:
+        table += vision_pieces.adapter_pieces(encoder, model, ranks)
+        table += [piece for piece in saved_vision(encoder, model) if piece.path in abstract]
     for piece in table:
         if ParameterPath.parse(piece.path).module in opened.stacks.padded:
             factor = opened.stacks.factors_of_b.get(piece.name, 1.0)
@@ -109,31 +126,43 @@ class _Opened(NamedTuple):
     lora: config.Lora
 
 
-def _open(directory: Path, model: config.Model) -> _Opened:
+def _open(directory: Path, model: config.Model, encoder: config.VisionEncoder | None) -> _Opened:
     """Open an adapter. Raises ValueError if it is not supported."""
     settings = read_settings(directory)
     stored = safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS)
     if modules := unselected_modules(stored, settings):
+        if len(modules) == num_modules(stored):
+            raise ValueError(
+                f"{directory / ADAPTER_CONFIG} selects no module that {ADAPTER_WEIGHTS} adapts (such as {modules[0]}), with "
+                "which PEFT cannot load it; correct target_modules, exclude_modules or layers_to_transform"
+            )
         _warn_of_unselected(str(directory), modules[0], len(modules))
-    check_ranks(directory / ADAPTER_WEIGHTS, stored, settings)
     layout = matrix_for_each_expert(names.detect_adapted(stored, model), model)
+    if encoder is None:
+        _refuse_tower(directory, stored)
     tensors = _tensors_in_layers(directory, settings, stored, model, layout)
     # Files with fused adapters state alphas under the fused names, which are split here like the tensors.
     if settings.get("target_parameters"):
         settings["alpha_pattern"] = fused.alpha_pattern(settings, model)
-    stacks = stacks_of(directory, settings, tensors, model, layout)
+    adaptable = adaptable_pieces(model, layout)
+    saved = saved_pieces(model, layout)
+    if encoder is not None:
+        adaptable += adaptable_vision(encoder, model)
+        saved += saved_vision(encoder, model)
+    stacks = stacks_of(directory, settings, tensors, adaptable)
     # Checked by name alone here; `load_adapter` checks the shapes.
-    known_names = {piece.name for piece in (*adaptable_pieces(model, layout), *saved_pieces(model, layout))}
+    known_names = {piece.name for piece in (*adaptable, *saved)}
     if unknown := sorted(tensors.keys() - known_names):
         raise ValueError(
             f"{directory / ADAPTER_WEIGHTS} has {unknown[0]}, which this model has no place for; name the base that it "
             f"was trained on, or {MERGE_FIRST}"
         )
+    check_ranks(directory / ADAPTER_WEIGHTS, stored, settings)
     lora = config.Lora(
         targets=stacks.targets,
         rslora=bool(settings.get("use_rslora")),
         dropout=float(settings.get("lora_dropout") or 0.0),
-        train=_trained_in_full(directory / ADAPTER_CONFIG, settings, tensors, model, layout),
+        train=_trained_in_full(directory / ADAPTER_CONFIG, settings, tensors, model, saved),
     )
     return _Opened(tensors, layout, stacks, lora)
 
@@ -151,6 +180,15 @@ def _warn_of_unselected(directory: str, module: str, count: int) -> None:
     )
 
 
+def _refuse_tower(directory: Path, stored: Collection[str]) -> None:
+    """Raise ValueError if tensors belong to a tower or projector."""
+    if outside := sorted(name for name in stored if any(part in name for part in names.OUTSIDE_TEXT)):
+        raise ValueError(
+            f"{directory / ADAPTER_WEIGHTS} has {outside[0]}: {len(outside)} of its tensors adapt the tower or projector, which "
+            f"only training with a section vision reads (lora.init_from); {MERGE_FIRST}"
+        )
+
+
 def _tensors_in_layers(
     directory: Path,
     settings: JsonObject,
@@ -161,15 +199,10 @@ def _tensors_in_layers(
     """Return the tensors with fused experts split, and without the copies of the base's tables that PEFT adds to adapted ones.
 
     Raises:
-        ValueError: a tensor adapts the tower of a multimodal model, or has another shape than the base.
+        ValueError: a tensor has another shape than the base.
     """
     tensors: dict[str, FileTensor] = {}
     table = (model.vocab_size, model.model_dim)
-    if outside := sorted(name for name in stored if any(part in name for part in names.OUTSIDE_TEXT)):
-        raise ValueError(
-            f"{directory / ADAPTER_WEIGHTS} has {outside[0]}: {len(outside)} of its tensors adapt the tower or projector, "
-            f"and only adapters of the language model are read; {MERGE_FIRST}"
-        )
     for name, tensor in stored.items():
         stem = name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
         if f"{stem}.weight" in (layout.embed.name, layout.head.name) and name.endswith(".base_layer.weight"):
@@ -184,18 +217,28 @@ def _tensors_in_layers(
             name = name.replace(f".{ROUTER_OF_TRANSFORMERS}.", f".{ROUTER_IN_ADAPTERS}.")
         tensors[name] = tensor
     if isinstance(model.ffn, config.MoeFfn):
-        tensors = fused.split_fused(directory / ADAPTER_WEIGHTS, tensors, model, settings.get("peft_version"))
+        tensors = fused.split_fused(directory / ADAPTER_WEIGHTS, tensors, model, settings)
     return tensors
 
 
 def _trained_in_full(
-    file: Path, settings: JsonObject, tensors: dict[str, FileTensor], model: config.Model, layout: names.TensorLayout
+    file: Path,
+    settings: JsonObject,
+    tensors: dict[str, FileTensor],
+    model: config.Model,
+    pieces: Sequence[names.WeightPiece],
 ) -> tuple[str, ...]:
-    """Return the modules whose full weights are in the files. Raises ValueError if modules_to_save contradicts them."""
+    """Return the modules whose full weights are in the files. Raises ValueError if modules_to_save contradicts them.
+
+    Args:
+        file: adapter_config.json, for messages.
+        settings: its content.
+        tensors: tensors by name.
+        model: the architecture of the base.
+        pieces: the weights that can be saved in full.
+    """
     saved = {
-        piece.name.removesuffix(".weight"): ParameterPath.parse(piece.path).module
-        for piece in saved_pieces(model, layout)
-        if piece.name in tensors
+        piece.name.removesuffix(".weight"): ParameterPath.parse(piece.path).module for piece in pieces if piece.name in tensors
     }
     for module in settings.get("modules_to_save") or ():
         if not any(name.endswith(module) for name in saved):

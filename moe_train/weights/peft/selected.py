@@ -21,6 +21,8 @@ _STEM = re.compile(r"(base_model\.model\.)?(?P<module>.*?)(\.base_layer)*\.lora_
 _LAYER = re.compile(r"\.(?P<pattern>[^.]*)\.(?P<layer>\d+)\.")
 _CONVERTED = (".experts", "block_sparse_moe", ".mlp.gate")
 """Parts of the names of experts and routers, whose targets PEFT converts between the names of two versions of transformers."""
+_FUSED = ".mlp.experts"
+"""End of the name of a module that holds all experts, whose rank its shape alone does not show."""
 _ENDS = ("embed_tokens", "lm_head")
 
 
@@ -31,16 +33,22 @@ def unselected_modules(tensors: Collection[str], settings: Mapping[str, Any]) ->
         tensors: names of the tensors.
         settings: adapter_config.json.
     """
-    modules: set[str] = set()
-    for name in tensors:
-        match = _STEM.fullmatch(name)
-        if match and not any(part in match["module"] for part in _CONVERTED):
-            modules.add(match["module"])
+    modules = {module for module in _modules(tensors) if not any(part in module for part in _CONVERTED)}
     return sorted(module for module in modules if not _is_selected(module, settings))
 
 
+def num_modules(tensors: Collection[str]) -> int:
+    """Return the number of modules with adapters, given the names of the tensors."""
+    return len(_modules(tensors))
+
+
+def _modules(tensors: Collection[str]) -> set[str]:
+    matches = (_STEM.fullmatch(name) for name in tensors)
+    return {match["module"] for match in matches if match}
+
+
 def check_ranks(file: Path, tensors: Mapping[str, FileTensor], settings: JsonObject) -> None:
-    """Raise ValueError if an adapter has another rank than the settings state; experts and routers are not looked at.
+    """Raise ValueError if an adapter has another rank than the settings state; `fused` does so for all experts in one matrix.
 
     Args:
         file: the tensors' file, for messages.
@@ -49,7 +57,7 @@ def check_ranks(file: Path, tensors: Mapping[str, FileTensor], settings: JsonObj
     """
     for name, tensor in tensors.items():
         match = _STEM.fullmatch(name)
-        if match is None or any(part in match["module"] for part in _CONVERTED) or len(tensor.shape) != 2:
+        if match is None or match["module"].endswith(_FUSED) or len(tensor.shape) != 2:
             continue
         rank = tensor.shape[0 if match["matrix"] == "A" else 1]
         stated = rank_of(settings, match["module"])

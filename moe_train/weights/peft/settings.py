@@ -91,7 +91,7 @@ def read_settings(directory: Path) -> JsonObject:
     for name in settings.get("target_parameters") or ():
         # PEFT matches a name against the end of a parameter's name, from a dot on. The tensors show which weights these are.
         is_fused = any(f"model.layers.0.{parameter}".endswith(f".{_in_first_layer(name)}") for parameter in _FUSED_PARAMETERS)
-        if not is_fused and not name.endswith(".weight"):
+        if not is_fused and (not name.endswith(".weight") or name.endswith("norm.weight")):
             supported = ", ".join(_FUSED_PARAMETERS)
             raise ValueError(
                 f"{file}: target_parameters has {name!r}; supported are {supported}, ends of these, and weights of linear maps; "
@@ -192,13 +192,28 @@ def rank_of(settings: JsonObject, module: str) -> int:
     return int(_value_of(settings, module, "rank_pattern", settings.get("r", _DEFAULT_RANK)))
 
 
+def names_in_patterns(module: str) -> tuple[str, ...]:
+    """Return the names under which PEFT looks for a module in its patterns, that of transformers 4 first.
+
+    Routed experts and routers have another name in transformers 5. There gate and up are one parameter, whose rank and alpha PEFT
+    takes from r and lora_alpha, whatever the patterns say (`_convert_peft_config_moe` in transformers_weight_conversion.py).
+    """
+    renamed = module.replace(".block_sparse_moe.", ".mlp.")
+    if expert := re.fullmatch(r"(.*\.mlp\.experts)\.\d+\.(w2|down_proj)", renamed):
+        return (module, f"{expert[1]}.down_proj")
+    if renamed.endswith(".mlp.gate"):
+        return (module, renamed, f"{renamed}.weight")
+    return (module,)
+
+
 def _value_of(settings: JsonObject, module: str, patterns: str, default: float) -> float:
     """Return the value of the first pattern that matches a module by its name in the model, else the default."""
     parameters = settings.get("target_parameters") or ()
     if any(f".{module}.weight".endswith(f".{name}") for name in parameters):
         module = f"{module}.weight"  # PEFT looks up the name of what it adapts, which is a parameter here
-    for key, value in (settings.get(patterns) or {}).items():
-        # PEFT matches a pattern against the end of a module's name, from a dot on.
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
+    for name in names_in_patterns(module):
+        for key, value in (settings.get(patterns) or {}).items():
+            # PEFT matches a pattern against the end of a module's name, from a dot on.
+            if re.match(rf"(.*\.)?({key})$", name):
+                return value
     return default

@@ -8,7 +8,7 @@ gradients are zero, so that training leaves them as they are; a different scale 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from moe_train.machine.files import JsonObject
 from moe_train.model.paths import ParameterPath
 from moe_train.weights import names
 from moe_train.weights.on_disk import FileTensor
-from moe_train.weights.peft.pieces import ADAPTER_WEIGHTS, adaptable_pieces
+from moe_train.weights.peft.pieces import ADAPTER_WEIGHTS
 from moe_train.weights.peft.settings import alpha_of
 from moe_train.weights.serve import AdapterShape
 
@@ -44,7 +44,7 @@ class _Matrix(NamedTuple):
 
 
 def stacks_of(
-    directory: Path, settings: JsonObject, tensors: Mapping[str, FileTensor], model: config.Model, layout: names.TensorLayout
+    directory: Path, settings: JsonObject, tensors: Mapping[str, FileTensor], pieces: Sequence[names.WeightPiece]
 ) -> Stacks:
     """Return the stacks of the adapters in a file.
 
@@ -52,20 +52,20 @@ def stacks_of(
         directory: the adapter, for messages.
         settings: adapter_config.json.
         tensors: tensors by the names of a file with a matrix for each expert.
-        model: the architecture of the base.
-        layout: names of the base's modules.
+        pieces: A and B, in turn, of every weight that can have an adapter.
 
     Raises:
         ValueError: A or B of a matrix is missing, or there is no adapter at all.
     """
     matrices: dict[str, list[_Matrix]] = {}
-    pieces = adaptable_pieces(model, layout)
     for piece_a, piece_b in zip(pieces[::2], pieces[1::2], strict=True):
         missing = [piece.name for piece in (piece_a, piece_b) if piece.name not in tensors]
         if len(missing) == 1:
             raise ValueError(f"{directory / ADAPTER_WEIGHTS} lacks {missing[0]}; save the adapter again")
         shape = None
         if not missing:
+            if 0 in tensors[piece_a.name].shape:
+                raise ValueError(f"{directory / ADAPTER_WEIGHTS}: {piece_a.name} has no numbers; save the adapter again")
             stem = piece_a.name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0]
             shape = AdapterShape(tensors[piece_a.name].shape[0], alpha_of(settings, stem))
         expert = piece_a.lead[1] if len(piece_a.lead) == 2 else None

@@ -37,6 +37,7 @@ from moe_train.weights.peft.pieces import (
     matrix_for_each_expert,
     saved_pieces,
 )
+from moe_train.weights.peft.vision_tower import Tower, tower_of, vision_adapters, with_tower
 from moe_train.weights.peft.write_settings import adapter_config
 from moe_train.weights.serve import AdapterShape, Server, adapter_shapes
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
@@ -50,6 +51,7 @@ def export_adapter(
     *,
     base_model: str,
     layout: names.TensorLayout = names.HUGGING_FACE,
+    encoder: config.VisionEncoder | None = None,
     texts: Texts = NO_TEXTS,
     server: Server | None = None,
 ) -> None:
@@ -65,6 +67,7 @@ def export_adapter(
         out_dir: the folder to write.
         base_model: name or path of the model that the adapter belongs to.
         layout: names of the base's modules in transformers; `names.WRAPPED` for the text model inside a vision wrapper.
+        encoder: sizes of the vision tower whose modules `lora` names; None if it names none.
         texts: tokenizer, chat template and config to put beside the adapter.
         server: the server that is to read the adapter; None for PEFT itself.
 
@@ -75,15 +78,26 @@ def export_adapter(
     if not adapted:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
     layout = matrix_for_each_expert(layout, model)
-    shapes = _in_file(model, {module: _shape(lora, module, rank) for module, rank in adapted.items()})
+    trained = {module: _shape(lora, module, rank) for module, rank in adapted.items()}
+    vision = vision_adapters(trained)
+    shapes = _in_file(model, {module: shape for module, shape in trained.items() if module not in vision})
     saved = _saved(model, lora, layout)
+    tower = Tower({}, [], [])
+    if encoder is not None:
+        tower = tower_of(encoder, model, lora, vision)
+        if server == "vllm":
+            raise ValueError("vLLM reads no adapters of a vision tower or its projector; export the merged model with --merge")
     if server is not None:
         shapes = adapter_shapes(server, model.family, shapes, {ParameterPath.parse(piece.path).module_path for piece in saved})
         _check_server(server, model, shapes)
     experts = [] if has_linear_experts(model) else list(fused_parameters(model, shapes, layout))
     fused_modules = {module for parameter in experts for module in parameter.modules}
     table = names.lora_pieces(model, {m: shape.rank for m, shape in shapes.items() if m not in fused_modules}, layout)
+    table += tower.adapters
     settings = adapter_config(model, shapes, experts, lora, layout, [piece.name for piece in saved])
+    settings = with_tower(settings, tower)
+    saved += tower.saved
+    shapes |= vision
     dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
 
     def matrix(piece: names.WeightPiece) -> np.ndarray:

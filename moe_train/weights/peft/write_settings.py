@@ -41,7 +41,8 @@ def adapter_config(
     parameters |= {f"{_in_layer(stems[module], layout)}.weight" for module in single.keys() - linear}
     shape_of_key = dict(_shape_of_keys(model, single, linear, stems, layout))
     shape_of_key |= {parameter.target: parameter.shape for parameter in experts}
-    usual = Counter(shape_of_key.values()).most_common(1)[0][0]
+    # Without an adapter in the text model, which may be if there are some in a vision tower, any shape will do.
+    usual = Counter(shape_of_key.values()).most_common(1)[0][0] if shape_of_key else AdapterShape(1, 1.0)
     # With a Mixtral's experts, the file's own r and lora_alpha are those of w1 and w3, which the patterns cannot name.
     if has_linear_experts(model):
         usual = next((shape for module, shape in shapes.items() if of_module(module).module == GATE), usual)

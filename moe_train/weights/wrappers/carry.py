@@ -1,6 +1,8 @@
 """Carry the tower and the projector of a multimodal base into an export: tensors, settings and processor files.
 
-In the base's own layout every tensor keeps its bytes. Between Hugging Face's and Mistral's own layout, names change and the rows of
+In Hugging Face's layout a base of that layout keeps the bytes of every tensor. FP8 tensors are dequantized for any other export:
+readers of Mistral's own layout load towers unquantized, without a look at scales (PixtralForConditionalGeneration of vLLM 0.33).
+Between Hugging Face's and Mistral's own layout, names change and the rows of
 q and k of vision towers change places within each head, as in text models; both directions are exact. Readers of Mistral's own
 layout compute what Hugging Face's config.json states (silu, gelu, the last layer, sinusoidal positions of audio), so other settings
 are refused there.
@@ -9,6 +11,7 @@ are refused there.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,11 +22,13 @@ import numpy as np
 from moe_train import config
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject, read_object
-from moe_train.weights import names
+from moe_train.weights import fp8, names
 from moe_train.weights.on_disk import Carried, FileTensor, array_bytes
 from moe_train.weights.wrappers import pixtral_settings, towers, whisper, whisper_settings
 from moe_train.weights.wrappers.classes import WRAPPERS, WrapperClass
 from moe_train.weights.wrappers.whisper import WhisperSettings
+
+log = logging.getLogger(__name__)
 
 WrappingLayout = Literal["hf", "mistral"]
 """Layouts that can express a multimodal model in one folder."""
@@ -83,7 +88,7 @@ class Wrapping(NamedTuple):
     @property
     def is_quantized(self) -> bool:
         """Whether a tensor is FP8."""
-        return any(tensor.base.dtype.name.startswith("float8") for tensor in self.tensors.values())
+        return any(_is_fp8(tensor.base) for tensor in self.tensors.values())
 
     def around(self, text: JsonObject) -> JsonObject:
         """Return the settings of the export, given config.json or params.json of its text model."""
@@ -136,7 +141,8 @@ def carry(
     Raises:
         ValueError: the layout cannot express the parts, or nothing public states how.
     """
-    _check_quantized(source, carried, layout)
+    if not carried.layout == layout == "hf":
+        carried = _dequantized(source, carried)
     if carried.layout == layout:
         tensors = {name: CarriedTensor(name, name, tensor) for name, tensor in carried.tensors.items()}
         fields = _own_fields(carried)
@@ -211,7 +217,7 @@ def _own_fields(carried: Carried) -> JsonObject:
     fields = {key: value for key, value in carried.fields.items() if key not in _OF_EXPORT}
     assert carried.wrapper is not None
     fields = {"architectures": [carried.wrapper.architecture], "model_type": carried.wrapper.model_type, **fields}
-    if _is_quantized(carried) and carried.fields.get("quantization_config"):
+    if any(map(_is_fp8, carried.tensors.values())) and carried.fields.get("quantization_config"):
         # The text model is written unquantized, so only the carried parts still are what the section describes.
         section = dict(carried.fields["quantization_config"])
         excluded = [*(section.get("modules_to_not_convert") or ()), "model.language_model", "language_model", "lm_head"]
@@ -219,17 +225,28 @@ def _own_fields(carried: Carried) -> JsonObject:
     return fields
 
 
-def _is_quantized(carried: Carried) -> bool:
-    return any(tensor.dtype.name.startswith("float8") for tensor in carried.tensors.values())
+def _is_fp8(tensor: FileTensor) -> bool:
+    return tensor.dtype.name.startswith("float8")
 
 
-def _check_quantized(source: Path, carried: Carried, layout: WrappingLayout) -> None:
-    """Raise ValueError if readers of Mistral's own layout would take FP8 values of the tower for unquantized ones."""
-    if layout == "mistral" and _is_quantized(carried):
-        raise ValueError(
-            f"the {carried.parts} of {source} is quantized (FP8), and readers of Mistral's own layout load towers unquantized: "
-            f"they would drop the scales; use --format hf, {_TEXT_ONLY}"
-        )
+def _dequantized(source: Path, carried: Carried) -> Carried:
+    """Return the carried parts with FP8 tensors as tensors whose reading dequantizes them; says so in a line.
+
+    Raises:
+        ValueError: scales are missing or do not fit, or FP8 tensors are not matrices.
+    """
+    num_quantized = sum(_is_fp8(tensor) for tensor in carried.tensors.values())
+    if not num_quantized:
+        return carried
+    section = fp8.section_of_folder(source / ("config.json" if carried.layout == "hf" else "params.json"))
+    tensors = fp8.dequantize_tensors(carried.tensors, section)
+    log.warning(
+        "%d tensors of the %s of %s are FP8 and are written dequantized, since readers load them unquantized from such an export",
+        num_quantized,
+        carried.parts,
+        source,
+    )
+    return carried._replace(tensors=tensors)
 
 
 def _class_for(settings: towers.PixtralSettings) -> WrapperClass:

@@ -1,8 +1,8 @@
-"""A vision tower in files as weights of our model: its sizes as a config section, and the place of every matrix."""
+"""A vision tower in files as weights of our model: its sizes as a config section, and the place of every matrix and adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -92,6 +92,8 @@ def encoder_of(carried: Carried, model: config.Model, path: Path) -> config.Visi
         raise ValueError(f"{path}: the vision tower is not supported: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
 
 
+_IN_MEMORY = "model."
+"""What transformers 5 puts before the names of files in memory, and so in the names of adapters."""
 _OUTSIDE_LAYERS = (
     Row("vision_tower.patch_conv.weight", "D A X Y", "vision.tower.patch_proj.weight", "AXY D"),
     Row("vision_tower.ln_pre.weight", "D", "vision.tower.patch_norm.scale", "D"),
@@ -145,32 +147,90 @@ def pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
     """
     settings = carried.settings
     assert isinstance(settings, PixtralSettings)
+    sizes = _sizes(settings, model.model_dim)
+    table: list[WeightPiece] = []
+    for row, lead in _rows(settings):
+        table.append(piece_of(sizes, _native(row) if carried.layout == "mistral" else row, lead))
+    return table
+
+
+def pieces_in_memory(encoder: config.VisionEncoder, model: config.Model) -> list[WeightPiece]:
+    """List every weight of a tower and its projector under the names that transformers 5 gives to them in memory."""
+    settings = _settings_of(encoder, model)
+    sizes = _sizes(settings, model.model_dim)
+    return [piece_of(sizes, row._replace(name=f"{_IN_MEMORY}{row.name}"), lead) for row, lead in _rows(settings)]
+
+
+def adapter_pieces(encoder: config.VisionEncoder, model: config.Model, ranks: Mapping[str, int]) -> list[WeightPiece]:
+    """List A and B of the adapters of a tower and its projector, as PEFT names them on the wrapper.
+
+    A is (J, in) and B (out, J); the convolution's are kernels, (J, colour, row, column) and (out, J, 1, 1).
+
+    Args:
+        encoder: sizes of the tower.
+        model: the text model.
+        ranks: rank J of each module that has an adapter, such as `vision.projector.in_proj`; others are ignored.
+    """
+    settings = _settings_of(encoder, model)
+    table: list[WeightPiece] = []
+    for row, lead in _rows(settings):
+        module = row.path.removesuffix(".weight")
+        if module not in ranks or not row.path.endswith(".weight"):
+            continue
+        out, *ins = row.file_dims.split()
+        is_kernel = len(ins) > 1
+        internal_in = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set("".join(ins)))
+        internal_out = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set(out))
+        stem = f"base_model.model.{_IN_MEMORY}{row.name.removesuffix('.weight')}"
+        a = Row(f"{stem}.lora_A.weight", f"J {' '.join(ins)}", f"{module}.lora_a", f"{internal_in} J")
+        b = Row(f"{stem}.lora_B.weight", f"{out} J", f"{module}.lora_b", f"J {internal_out}")
+        if is_kernel:
+            b = b._replace(file_dims=f"{out} J I K", internal_dims=f"JIK {internal_out}")
+        sizes = {**_sizes(settings, model.model_dim), "J": ranks[module], "I": 1, "K": 1}
+        table += [piece_of(sizes, a, lead), piece_of(sizes, b, lead)]
+    return table
+
+
+def _settings_of(encoder: config.VisionEncoder, model: config.Model) -> PixtralSettings:
+    """Return the sizes of a tower as its files state them."""
+    return PixtralSettings(
+        hidden_size=encoder.tower_dim,
+        intermediate_size=encoder.ffn_dim,
+        num_hidden_layers=encoder.num_layers,
+        num_attention_heads=encoder.num_heads,
+        patch_size=encoder.patch_size,
+        text_dim=model.model_dim,
+        merge=encoder.merge_size,
+        norm=encoder.projector_norm,
+        bias=encoder.projector_bias,
+    )
+
+
+def _sizes(settings: PixtralSettings, text_dim: int) -> dict[str, int]:
+    """Return the sizes of dims by letter."""
     D = settings.hidden_size
     H = D // settings.num_attention_heads
     P = settings.patch_size
     sizes = {"D": D, "F": settings.intermediate_size, "N": settings.num_attention_heads, "H": H, "Z": 2, "Q": H // 2}
-    sizes |= {"A": _COLOURS, "X": P, "Y": P, "U": settings.merge**2 * D, "T": model.model_dim, "G": model.model_dim}
-    rows = _rows(settings)
-    if carried.layout == "mistral":
-        rows = map(_native, rows)
-    table = [piece_of(sizes, row) for row in rows]
+    return sizes | {"A": _COLOURS, "X": P, "Y": P, "U": settings.merge**2 * D, "T": text_dim, "G": text_dim}
+
+
+def _rows(settings: PixtralSettings) -> Iterator[tuple[Row, tuple[int, ...]]]:
+    """Yield every tensor in Hugging Face's layout, with its entry in the stacked dim of layers."""
+    outside = [*_OUTSIDE_LAYERS]
+    if settings.norm:
+        outside.append(_NORM)
+    if settings.merge:
+        outside.append(_MERGER)
+    outside += _LINEARS
+    if settings.bias:
+        outside += _BIASES
+    for row in outside:
+        yield row, ()
     for layer in range(settings.num_hidden_layers):
         for row in _IN_LAYER:
-            named = row._replace(name=f"vision_tower.transformer.layers.{layer}.{row.name}", path=f"vision.tower.layers.{row.path}")
-            table.append(piece_of(sizes, _native(named) if carried.layout == "mistral" else named, (layer,)))
-    return table
-
-
-def _rows(settings: PixtralSettings) -> Iterator[Row]:
-    """Yield the tensors outside the layers."""
-    yield from _OUTSIDE_LAYERS
-    if settings.norm:
-        yield _NORM
-    if settings.merge:
-        yield _MERGER
-    yield from _LINEARS
-    if settings.bias:
-        yield from _BIASES
+            name = f"vision_tower.transformer.layers.{layer}.{row.name}"
+            yield row._replace(name=name, path=f"vision.tower.layers.{row.path}"), (layer,)
 
 
 def _native(row: Row) -> Row:

@@ -16,6 +16,7 @@ from PIL import Image
 from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.data.chat import mistral
 from moe_train.data.chat.conversation_to_tokens import examples, render_prompt, rendered_prompt
+from moe_train.data.chat.example import fitting_tokens
 from moe_train.data.chat.mistral_pictures import picture_files
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem
@@ -94,12 +95,48 @@ def test_tokens_equal_those_of_mistral_common(
         render_prompt(messages[:1], None, tokenizer)
 
 
+def test_pictures_and_tools_share_a_conversation(
+    tokenizer: Mistral, pictures: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each example has the pictures of its tokens, and ends where mistral-common's encoding up to its last turn ends."""
+    rules = tokenizer.pictures
+    assert rules is not None
+    tools = [{"type": "function", "function": {"name": "read", "parameters": {}}}]
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "read", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": [pictures[0], TEXT]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "12"},
+        ANSWER,
+        {"role": "user", "content": [TEXT, pictures[1]]},
+        ANSWER,
+    ]
+    found = mistral.examples(Conversation(messages, tools), tokenizer)
+    monkeypatch.setattr(theirs, "transform_image", lambda image, size: np.zeros((3, size[1], size[0])))
+    converted = [
+        message | {"content": [chunk(part) for part in message["content"]]} if isinstance(message["content"], list) else message
+        for message in messages
+    ]
+    request = ChatCompletionRequest.model_validate({"messages": converted, "tools": tools})
+    assert found[-1].tokens == tokenizer.finetuning.encode_chat_completion(request).tokens
+    counts = []
+    for example in found:
+        sizes = []
+        for data in example.pictures:
+            with Image.open(io.BytesIO(data)) as image:
+                sizes.append(len(rules.tokens(rules.grid(*image.size))))
+        assert rules.sizes_in(example.tokens) == sizes and example.picture_files == (pictures[0]["image"],)
+        assert example.merged is not None and not example.merged.may_be_cut and fitting_tokens(example.merged, 10**6) == 0
+        counts.append(len(sizes))
+    # The tools stand before the last question up to v11, so turns before it have examples of their own.
+    assert counts[-1] == 2 and (counts == [2] or counts[0] == 1)
+    prompt = rendered_prompt(messages[:3], None, tokenizer, tools)
+    assert len(prompt.pictures) == 1 and any(prompt.tokens == example.tokens[: len(prompt.tokens)] for example in found)
+
+
 def test_what_has_no_place_for_pictures_refuses_them(tokenizer: Mistral, pictures: list[dict[str, Any]], tmp_path: Path) -> None:
     seen = Conversation([{"role": "user", "content": pictures[:1]}, ANSWER], [])
     assert picture_files(seen) == [pictures[0]["image"]]
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    with pytest.raises(Problem, match="pictures and tools"):
-        mistral.examples(seen._replace(tools=tools), tokenizer)
     blind = Mistral(small_tekken(tmp_path, "v7", vocab=300))
     with pytest.raises(Problem, match="states no sizes for them"):
         mistral.examples(seen, blind)

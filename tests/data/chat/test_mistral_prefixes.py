@@ -24,7 +24,7 @@ def test_tokens_and_spans_are_mistral_commons(version: str) -> None:
     for number, turn in enumerate(turns(MADE.messages)):
         prefix = ChatCompletionRequest.model_validate({"messages": plain[: turn.end], "tools": MADE.tools})
         normal = theirs._instruct_request_normalizer.from_chat_completion_request(prefix)
-        tokens, (span,) = prefixes.encode(range(number, number + 1), turn.end)
+        tokens, (span,), _ = prefixes.encode(range(number, number + 1), turn.end)
         assert tokens == encoder.encode_instruct(normal).tokens
         before = ChatCompletionRequest.model_validate({"messages": plain[: turn.start], "tools": MADE.tools})
         prompt = theirs._instruct_request_normalizer.from_chat_completion_request(before)

@@ -9,7 +9,7 @@ import pytest
 from moe_train.data.chat import mistral, mistral_trajectory
 from moe_train.data.chat.conversation_to_tokens import examples
 from moe_train.data.chat.example import NEW_USER_TURN, REWRITTEN, WITHOUT_ID, Example
-from moe_train.data.chat.mistral_prefixes import TurnSpan
+from moe_train.data.chat.mistral_prefixes import EncodedPrefix, TurnSpan
 from moe_train.data.chat.mistral_trajectory import merged_examples
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.mistral import Mistral
@@ -101,10 +101,10 @@ def test_tokens_decide() -> None:
     """An encoding that changes earlier tokens begins a new example, though no user turn lies between."""
 
     class Fickle:
-        def encode(self, numbers: range, end: int) -> tuple[list[int], list[TurnSpan]]:
+        def encode(self, numbers: range, end: int) -> EncodedPrefix:
             first = 7 if numbers.start == 2 else 1
             tokens = [first, *range(2, 3 + numbers.stop)]
-            return tokens, [TurnSpan(len(tokens) - 1, len(tokens), tokens[-1:])]
+            return EncodedPrefix(tokens, [TurnSpan(len(tokens) - 1, len(tokens), tokens[-1:])], ())
 
     rows = merged_examples(agent(3).messages, Fickle(), both("v3")[0])  # type: ignore[arg-type]
     assert [row.merged.restart for row in rows if row.merged] == [None, REWRITTEN, REWRITTEN]

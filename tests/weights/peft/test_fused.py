@@ -97,6 +97,18 @@ def test_what_is_no_fused_adapter_of_the_model_is_refused(tmp_path: Path) -> Non
     safetensors.numpy.save_file({**{k: x for k, x in tensors.items() if ".base_layer" in k}, **twice}, file)
     with pytest.raises(ValueError, match=r"has base_model.*experts\.0\.w1\.lora_A\.weight twice"):
         load(tmp_path / "fused")
+    for settings, refusal in (
+        ({"rank_pattern": {}}, r"has rank 3 for each of 4 experts, but .* state 2 for model\.layers\.0\.mlp\.experts\.down_proj"),
+        ({"target_parameters": None, "target_modules": ["w1", "w2", "w3"]}, "which target_parameters .* does not name"),
+        (
+            {"target_parameters": ["experts.gate_up_proj"]},
+            r"adapts .*mlp\.experts\.down_proj, which target_parameters",
+        ),
+    ):
+        out = tmp_path / refusal[:20]
+        write_adapter(out, False, **settings)
+        with pytest.raises(ValueError, match=refusal):
+            load(out)
     other = {"target_parameters": ["mlp.experts.bias"]}
     write_adapter(tmp_path / "other", False, **other)
     with pytest.raises(ValueError, match=r"target_parameters has 'mlp\.experts\.bias'; supported are mlp"):

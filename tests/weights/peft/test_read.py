@@ -25,6 +25,20 @@ def test_a_damaged_adapter_is_refused_in_one_line(tmp_path: Path) -> None:
         safetensors.numpy.save_file({name: x for name, x in found.items() if name != lost}, weights)
         with pytest.raises(ValueError, match=f"lacks {lost}"):
             peft.load_adapter(tmp_path / "out", MIXTRAL, abstract(LORA))
+        of_attention = {name: x for name, x in found.items() if "self_attn" in name}
+        safetensors.numpy.save_file(of_attention, weights)
+        stated = settings_in(tmp_path / "out")
+        for changes, refusal in (
+            ({"target_modules": ["k_proj"]}, "selects no module that .* adapts"),
+            ({"target_parameters": ["input_layernorm.weight"]}, "target_parameters has 'input_layernorm.weight'; supported are"),
+        ):
+            (tmp_path / "out/adapter_config.json").write_text(json.dumps(stated | changes))
+            with pytest.raises(ValueError, match=refusal):
+                peft.read_lora(tmp_path / "out", MIXTRAL)
+        (tmp_path / "out/adapter_config.json").write_text(json.dumps(stated))
+        safetensors.numpy.save_file({n: x[:0] if "lora_A" in n else x[:, :0] for n, x in of_attention.items()}, weights)
+        with pytest.raises(ValueError, match=r"lora_A\.weight has no numbers"):
+            peft.read_lora(tmp_path / "out", MIXTRAL)
         weights.write_bytes(weights.read_bytes()[:-5])
         with pytest.raises(ValueError, match="is truncated"):
             peft.load_adapter(tmp_path / "out", MIXTRAL, abstract(LORA))
@@ -64,6 +78,10 @@ def test_a_file_with_some_experts_or_other_ranks_fills_zeros_up(tmp_path: Path) 
             if "experts.3." in name:
                 small[name] = np.ascontiguousarray(small[name][:2] if "lora_A" in name else small[name][:, :2])
         safetensors.numpy.save_file(small, weights)
+        with pytest.raises(ValueError, match=r"experts\.3\.w1\.lora_A\.weight has rank 2, but .* state 3 for it"):
+            peft.read_lora(tmp_path / "out", MIXTRAL)
+        settings = settings_in(tmp_path / "out") | {"rank_pattern": {r"experts\.3\.w[123]": 2}}
+        (tmp_path / "out/adapter_config.json").write_text(json.dumps(settings))
         read = peft.read_lora(tmp_path / "out", MIXTRAL)
         assert {(t.rank, t.experts) for t in read.targets} == {(3, (0, 2)), (2, (3,))}
         like = trained(read)

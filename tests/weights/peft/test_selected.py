@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_train.weights.peft.selected import check_ranks, unselected_modules
+from moe_train.weights.peft.selected import check_ranks, num_modules, unselected_modules
 
 Q, OUT = (f"model.layers.{layer}.self_attn.{leaf}" for layer, leaf in ((0, "q_proj"), (1, "o_proj")))
 EXPERT = "model.layers.0.block_sparse_moe.experts.0.w1"
@@ -37,7 +37,7 @@ TENSORS = [f"base_model.model.{module}.lora_{x}.weight" for module in (Q, OUT, E
     ],
 )
 def test_modules_that_the_settings_do_not_select_are_named(settings: dict[str, Any], unselected: list[str]) -> None:
-    assert unselected_modules(TENSORS, settings) == sorted(unselected)
+    assert unselected_modules(TENSORS, settings) == sorted(unselected) and num_modules(TENSORS) == 3
 
 
 def test_both_ends_of_a_tied_table_are_selected_by_one() -> None:
@@ -66,12 +66,12 @@ class Tensor:
         ({"r": 3, "rank_pattern": {r"model\.layers\.0\..*": 2}}, None),
         ({"r": 2}, "o_proj.lora_A.weight has rank 3, but .* state 2"),
         ({"r": 64, "rank_pattern": {"o_proj": 3}}, "q_proj.lora_A.weight has rank 2, but .* state 64"),
+        ({"r": 2, "rank_pattern": {"o_proj": 3, "w1": 4}}, "experts.0.w1.lora_A.weight has rank 2, but .* state 4"),
         ({}, "has rank 2, but .* state 8"),  # PEFT's default
     ],
 )
 def test_other_ranks_than_the_settings_state_are_refused(settings: dict[str, Any], refused: str | None) -> None:
-    # An expert's is not looked at.
-    shapes = {Q: 2, OUT: 3, EXPERT: 9}
+    shapes = {Q: 2, OUT: 3, EXPERT: 2}
     tensors = {f"base_model.model.{module}.lora_A.weight": Tensor(rank, 8) for module, rank in shapes.items()}
     tensors |= {f"base_model.model.{module}.lora_B.weight": Tensor(8, rank) for module, rank in shapes.items()}
     if refused is None:

@@ -11,7 +11,7 @@ import pytest
 from moe_train import config
 from moe_train.weights import names
 from moe_train.weights.peft import stacks
-from moe_train.weights.peft.pieces import matrix_for_each_expert
+from moe_train.weights.peft.pieces import adaptable_pieces, matrix_for_each_expert
 from tests.tiny import MISTRAL4
 from tests.weights.peft.adapters import MIXTRAL
 
@@ -32,7 +32,7 @@ def stacks_of(model: config.Model, ranks: dict[str, int], settings: dict[str, An
     for name, rank in ranks.items():
         stem = f"base_model.model.model.layers.{name}"
         tensors |= {f"{stem}.lora_A.weight": Tensor((rank, 8)), f"{stem}.lora_B.weight": Tensor((8, rank))}
-    return stacks.stacks_of(Path("adapter"), settings, tensors, model, layout)
+    return stacks.stacks_of(Path("adapter"), settings, tensors, adaptable_pieces(model, layout))
 
 
 def target(module: str, rank: int, alpha: float, experts: tuple[int, ...] | None = None) -> config.LoraTarget:
@@ -80,4 +80,4 @@ def test_half_an_adapter_and_none_are_refused() -> None:
     layout = matrix_for_each_expert(names.HUGGING_FACE, MIXTRAL)
     tensors: Any = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": Tensor((2, 8))}
     with pytest.raises(ValueError, match=r"lacks .*q_proj\.lora_B\.weight"):
-        stacks.stacks_of(Path("adapter"), SETTINGS, tensors, MIXTRAL, layout)
+        stacks.stacks_of(Path("adapter"), SETTINGS, tensors, adaptable_pieces(MIXTRAL, layout))

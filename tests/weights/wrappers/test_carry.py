@@ -25,7 +25,7 @@ class Tensor:
     """A tensor in memory, as a file would have it."""
 
     def __init__(self, name: str, array: np.ndarray) -> None:
-        self.name, self.array, self.shape, self.dtype = name, array, array.shape, array.dtype
+        self.name, self.array, self.shape, self.dtype, self.file = name, array, array.shape, array.dtype, "file"
 
     def read(self, index: Any = ()) -> np.ndarray:
         return self.array[index]
@@ -88,8 +88,26 @@ def test_a_quantized_tower_keeps_its_section_and_the_text_is_excluded_from_it(tm
     base = vision({"quantization_config": section}, ml_dtypes.float8_e4m3fn)
     excluded = carry(tmp_path, base, "hf", TEXT, None, None).fields["quantization_config"]["modules_to_not_convert"]
     assert excluded == ["language_model", "lm_head", "model.language_model"]
-    with pytest.raises(ValueError, match=r"is quantized \(FP8\).*--format hf, or --text-only"):
-        carry(tmp_path, base, "mistral", TEXT, None, None)
+
+
+def test_a_quantized_tower_is_dequantized_for_readers_that_load_it_unquantized(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "vision_tower.transformer.layers.0.attention.q_proj.weight"
+    codes = np.arange(64, dtype=np.float32).reshape(8, 8).astype(ml_dtypes.float8_e4m3fn)
+    plain = vision()
+    of_tower = {**plain.tensors, name: Tensor(name, codes), f"{name}_scale_inv": Tensor("scale", np.full((), 0.5, np.float32))}
+    base = plain._replace(tensors=of_tower)
+    native = carry(tmp_path, base, "mistral", TEXT, None, None)
+    assert "1 tensors of the vision tower" in caplog.text and not native.is_quantized
+    assert len(native.tensors) == len(plain.tensors) and not any("scale" in name for name in native.tensors)
+    rows = native.tensors["vision_encoder.transformer.layers.0.attention.wq.weight"].read()
+    assert rows.dtype.name == "bfloat16"
+    # Heads of 4 rows, in which the second half of a pair is 2 rows away, or the next one.
+    expected = (codes.astype(np.float32) * 0.5).reshape(2, 2, 2, 8).transpose(0, 2, 1, 3).reshape(8, 8)
+    assert np.array_equal(rows.astype(np.float32), expected)
+    with pytest.raises(ValueError, match="has no scale"):
+        carry(tmp_path, plain._replace(tensors={**plain.tensors, name: Tensor(name, codes)}), "mistral", TEXT, None, None)
 
 
 @pytest.mark.parametrize("layout", ["hf", "mistral"])

@@ -251,13 +251,21 @@ def _export_adapter(
             origin.about,
             _hugging_face_base(opened),
             _is_on_wrapper(opened),
-            opened.encoder if lora.trains_vision else None,
+            _adapted_tower(opened),
         )
         # Within the block, so that an adapter that fails its checks never appears as `out_dir`.
         record = prove_adapter(exported)
         if together.is_first():
             prove.write_record(directory, record)
     return record
+
+
+def _adapted_tower(opened: OpenedModel) -> config.VisionEncoder | None:
+    """Return the vision tower that a run's adapters change; None if they leave it as it was."""
+    encoder = opened.encoder
+    if opened.lora is None or not opened.lora.trains_vision or not isinstance(encoder, config.VisionEncoder):
+        return None
+    return encoder
 
 
 def _write_adapter(directory: Path, files: _AdapterFiles, weights: LazyParameters, opened: OpenedModel, texts: Texts) -> None:
@@ -278,7 +286,7 @@ def _write_adapter(directory: Path, files: _AdapterFiles, weights: LazyParameter
                 directory,
                 base_model=base,
                 layout=names_of_base,
-                encoder=run.encoder if lora.trains_vision else None,
+                encoder=_adapted_tower(opened),
                 texts=texts,
                 server=files.server,
             )

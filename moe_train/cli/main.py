@@ -35,7 +35,7 @@ from moe_train.cli.synthesize import synthesize_commands
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line
 from moe_train.cli.training import training_commands
 from moe_train.machine import processes
-from moe_train.machine.backend import backend_failure
+from moe_train.machine.backend import backend_failure, use_gpu_memory
 from moe_train.machine.interrupts import ends_after_signals
 from moe_train.machine.program import program, runnable
 
@@ -82,6 +82,7 @@ def _options(
     ] = False,
 ) -> None:
     # `main` reads --debug, since that is where errors are caught.
+    use_gpu_memory()
     if no_compile_cache:
         # The environment, since the cache is turned on inside the commands, after what can be checked without JAX.
         os.environ["MOE_TRAIN_COMPILE_CACHE"] = "off"

@@ -20,7 +20,7 @@ V5P = ("TPU v5", "TPU v5p")
 """Names of the v5p that the compiler and the device use."""
 
 
-def compiler_options(device_kind: str) -> dict[str, str | bool | int]:
+def compiler_options(device_kind: str) -> dict[str, str | bool]:
     """Return the options of `jax.stages.Lowered.compile` for a kind of device; empty for the defaults."""
     if device_kind in V5P:
         return {
@@ -37,7 +37,7 @@ def compiler_options(device_kind: str) -> dict[str, str | bool | int]:
     if device_kind.startswith("NVIDIA"):
         # Several collectives may be under way. Otherwise each starts when the one before has ended, and of the gathered bytes of
         # expert weights at most a third is received beside products (docs/measurements.md, "Eight H100").
-        return {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
+        return {"xla_gpu_experimental_parallel_collective_overlap_limit": "4"}
     return {}
 
 

@@ -1,6 +1,6 @@
 """Memory of one layer as XLA:GPU places it, fitted to programs that JAX 0.10.2 compiled for H100 without one.
 
-The fourteen programs are in docs/measurements.md: Mixtral 8x7B, Mistral Small 4, Ministral 3 8B and Mistral 7B, trained in full and
+The programs are in docs/measurements.md: Mixtral 8x7B, Mistral Small 4, Ministral 3 8B and Mistral 7B, trained in full and
 by adapters of a base in 16 and 4 bits. Unlike XLA:TPU, it starts the gather of a matrix while another one is in use, and reuses
 the space of fewer activations.
 """

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from moe_train.machine.backend import backend_failure
+from moe_train.machine.backend import GPU_MEMORY, backend_failure, use_gpu_memory
 
 ASK = """
 import jax
-from moe_train.machine.backend import backend_failure
+from moe_train.machine.backend import GPU_MEMORY, backend_failure, use_gpu_memory
 try:
     jax.devices()
 except Exception as error:
@@ -39,3 +39,12 @@ def test_other_errors_are_not_explained() -> None:
         raise RuntimeError("something else")
     except RuntimeError as error:
         assert backend_failure(error) is None
+
+
+def test_the_share_of_a_gpus_memory_that_the_environment_states_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(GPU_MEMORY, raising=False)
+    use_gpu_memory()
+    assert os.environ[GPU_MEMORY] == "0.9"
+    monkeypatch.setenv(GPU_MEMORY, "0.5")
+    use_gpu_memory()
+    assert os.environ[GPU_MEMORY] == "0.5"

@@ -19,7 +19,7 @@ def test_scatters_and_gathers_run_on_the_sparse_cores_of_a_v5p(device_kind: str)
 
 
 def test_several_collectives_may_be_under_way_on_nvidia() -> None:
-    assert compiler_options("NVIDIA H100 80GB HBM3") == {"xla_gpu_experimental_parallel_collective_overlap_limit": 4}
+    assert compiler_options("NVIDIA H100 80GB HBM3") == {"xla_gpu_experimental_parallel_collective_overlap_limit": "4"}
 
 
 def test_only_on_cpus_is_compilation_itself_what_takes_the_time() -> None:

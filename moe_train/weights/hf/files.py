@@ -37,7 +37,7 @@ def open_weights(directory: str | Path) -> WeightFiles:
     return WeightFiles(Path(directory), model, pieces, tensors, _carried(directory, model, outside_text))
 
 
-def _drop_copied_head(directory: str | Path, tensors: dict[str, on_disk.FileTensor]) -> None:
+def _drop_copied_head(directory: str | Path, tensors: dict[str, on_disk.StoredTensor]) -> None:
     """Remove a copy of a tied head, which some tools write. Raises ValueError if it differs from the embedding."""
     heads = [name for name in tensors if name.endswith("lm_head.weight")]
     embeddings = [name for name in tensors if name.endswith("embed_tokens.weight")]
@@ -53,7 +53,7 @@ def _drop_copied_head(directory: str | Path, tensors: dict[str, on_disk.FileTens
 class OpenedTensors(NamedTuple):
     """The tensors of a model's folder."""
 
-    of_text: dict[str, on_disk.FileTensor]
+    of_text: dict[str, on_disk.StoredTensor]
     """Tensors of the text model by name; FP8 ones are dequantized when they are read."""
     outside_text: dict[str, safetensors_files.SafetensorsTensor]
     """Tensors of the tower and projector of a multimodal model, of any dtype, by name."""

@@ -12,7 +12,7 @@ from moe_train.model.paths import ParameterPath
 from moe_train.weights import merge
 from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.names import WeightPiece
-from moe_train.weights.on_disk import Carried, FileTensor
+from moe_train.weights.on_disk import Carried, FileTensor, StoredTensor
 from moe_train.weights.wrappers import vision_pieces
 
 
@@ -26,6 +26,11 @@ class TrainedTensor(NamedTuple):
     parameters: LazyParameters
     lora: config.Lora | None
 
+    @property
+    def file(self) -> object:
+        """What takes the place of the file, for messages."""
+        return "the trained weights"
+
     def read(self, index: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Return the part at `index`, with the adapter merged and rounded once; () is the whole tensor."""
         return self.piece.to_file(merge.merged(self.parameters, self.lora, self.piece, self.dtype))[index]
@@ -34,11 +39,6 @@ class TrainedTensor(NamedTuple):
 def vision_weights(parameters: LazyParameters) -> LazyParameters:
     """Return the weights of a vision tower and its projector among `parameters`."""
     return {path: x for path, x in parameters.items() if ParameterPath.parse(path).is_vision}
-
-
-def text_weights(parameters: LazyParameters) -> LazyParameters:
-    """Return the weights of the text model among `parameters`."""
-    return {path: x for path, x in parameters.items() if not ParameterPath.parse(path).is_vision}
 
 
 def with_trained(
@@ -56,7 +56,7 @@ def with_trained(
     weights = vision_weights(parameters)
     if not weights:
         return carried
-    tensors: dict[str, FileTensor] = dict(carried.tensors)
+    tensors: dict[str, StoredTensor] = dict(carried.tensors)
     for piece in vision_pieces.pieces_of(carried, model):
         if piece.path in weights:
             tensors[piece.name] = TrainedTensor(piece.name, tensors[piece.name].shape, dtype, piece, weights, lora)

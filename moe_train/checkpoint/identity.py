@@ -108,7 +108,7 @@ def check_tower(base: WeightOrigin) -> None:
     changed = sorted(name for name in {*current, *base.carried} if current.get(name) != base.carried.get(name))
     if changed:
         raise ValueError(
-            f"the vision tower and projector in {files} have changed since this run started ({len(changed)} tensors, the first "
+            f"the tower and projector in {files} have changed since this run started ({len(changed)} tensors, the first "
             f"{changed[0]}); restore the original files, or start a new run_dir"
         )
 

@@ -18,6 +18,7 @@ from moe_train.checkpoint.load_params import load_params
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, survey
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
 from moe_train.checkpoint.trained_vision import trained_vision_paths
+from moe_train.data.batches.sound_batch import check_sizes
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
@@ -62,15 +63,31 @@ class OpenedModel(NamedTuple):
     """The mesh to load the weights onto."""
 
     @property
-    def encoder(self) -> config.VisionEncoder | None:
-        """The vision tower that the run was trained with, or that the external model has; None without one that is computed."""
+    def encoder(self) -> config.VisionEncoder | config.AudioEncoder | None:
+        """The tower that the run was trained with, or that the external model has; None without one that is computed."""
         if self.run is not None:
             return self.run.encoder
-        return external.find_vision_encoder(self.directory)
+        return external.find_encoder(self.directory)
+
+    def check_media(self) -> None:
+        """Raise ValueError if the model takes no pictures or sound as its tokenizer states them."""
+        if self.tokenizer.sound is not None:
+            self._check_sound()
+        else:
+            self.check_pictures()
+
+    def _check_sound(self) -> None:
+        """Raise ValueError if the model hears no sound, or hears it in other sizes than its tokenizer states."""
+        if not isinstance(self.encoder, config.AudioEncoder):
+            raise ValueError(
+                f"{self.directory} has no audio tower that can be computed, so it hears no sound; name a multimodal model with "
+                "an unquantized tower, or a run with a section audio"
+            )
+        check_sizes(self.encoder, self.tokenizer.sound, self.directory)
 
     def check_pictures(self) -> None:
         """Raise ValueError if the model sees no pictures, or sees them in other sizes than its tokenizer states."""
-        if self.encoder is None:
+        if not isinstance(self.encoder, config.VisionEncoder):
             raise ValueError(
                 f"{self.directory} has no vision tower that can be computed, so it sees no pictures; name a multimodal model with "
                 "an unquantized tower, or a run with a section vision"
@@ -85,7 +102,7 @@ class OpenedModel(NamedTuple):
             )
 
     def load_with_tower(self) -> tuple[Any, Parameters, int | None]:
-        """Load as `load_with_step` does, with the vision tower. The model has to have one (`encoder`)."""
+        """Load as `load_with_step` does, with the tower. The model has to have one (`encoder`)."""
         return self._load(self.lora, self.encoder)
 
     def load(self) -> tuple[Any, Parameters]:
@@ -101,7 +118,9 @@ class OpenedModel(NamedTuple):
         """Load as `load` does; returns the model's structure, its weights, and the step of a run's checkpoint they are from."""
         return self._load(None if self.lora is None else self.lora.of_text(), None)
 
-    def _load(self, lora: config.Lora | None, encoder: config.VisionEncoder | None) -> tuple[Any, Parameters, int | None]:
+    def _load(
+        self, lora: config.Lora | None, encoder: config.VisionEncoder | config.AudioEncoder | None
+    ) -> tuple[Any, Parameters, int | None]:
         """Load the parts of the model that the arguments describe."""
         # Only shapes are computed, so the seed does not matter.
         structure, shapes = parameters(abstract_model(self.model, self.compute, lora, encoder))
@@ -307,7 +326,7 @@ def load_weights(
     if about.base is None:
         raise ValueError(f"{directory} has frozen weights, but its checkpoint does not state where they came from; start a new run")
     # All of a run's checkpoint is one base; in other files the text model and the tower are checked apart.
-    tower = [path for path in frozen if ParameterPath.parse(path).is_vision]
+    tower = [path for path in frozen if ParameterPath.parse(path).is_tower]
     if len(tower) < len(frozen) or about.base.step is not None:
         check_base(about.base)
     if tower:

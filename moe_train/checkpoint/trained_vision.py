@@ -29,7 +29,8 @@ def trained_vision_paths(directory: str | Path) -> TrainedVisionPaths:
     for run in runs_from(directory):
         if not run.trains_vision:
             continue
-        encoder = run.encoder
+        assert run.pictures is not None  # as it trains a vision tower
+        encoder = run.pictures.encoder
         _, shapes = parameters(abstract_model(run.model, run.compute, run.lora, encoder))
         learned, _ = partition(shapes, run.lora, run.trained_vision)
         for name in learned:

@@ -25,6 +25,7 @@ _EXTRAS = {
     "report": ("matplotlib", "`plot`"),
     "pii": ("detect_secrets", "personal data and secrets in `data check`"),
     "vision": ("PIL", "pictures in records"),
+    "audio": ("soundfile", "sound in records that is not WAV"),
     "evidence": ("model_signing", "signatures of `evidence`"),
     "s3": ("s3fs", "prepared data in S3"),
     "gcs": ("gcsfs", "prepared data in Google Cloud Storage"),

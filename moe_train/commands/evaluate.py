@@ -17,8 +17,8 @@ from moe_train.data.batches.loader import Loader
 from moe_train.data.chat.chat_date import date_of_data
 from moe_train.data.records import unread
 from moe_train.data.records.conversation import normalise
+from moe_train.data.records.media import shows_media
 from moe_train.data.records.open_source import first_record
-from moe_train.data.records.pictures import shows_pictures
 from moe_train.data.records.problem import located
 from moe_train.data.records.recognise import recognise
 from moe_train.evaluate.held_out import evaluate_held_out
@@ -71,12 +71,12 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         # Only `eval` is read, but a data section has to have training sources.
         data = config.Data(chat_template=chat_template, chat_date=chat_date, train=sources, eval=sources, cache_dir=cache)
-        objective = _objective(sources, _vision(opened, seq_len))
+        objective = _objective(sources, _media(opened, seq_len))
         loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0, batch_type=objective.batch_type)
-        if any(source.store.manifest.pictures is not None for source in loader.sources):
+        if any(source.store.manifest.media is not None for source in loader.sources):
             structure, params, step = opened.load_with_tower()
         else:
-            # Without pictures the batches have none, and the tower is not needed.
+            # Without pictures or sound the batches have none, and the tower is not needed.
             objective = _objective(sources)
             loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0, batch_type=objective.batch_type)
             structure, params, step = opened.load_with_step()
@@ -115,27 +115,33 @@ def _record(file: Path, run: config.Run | None) -> config.Record:
         return record
     # As many records as possible count: training may drop one that is too long, or stop at it. Pairs are never cut.
     judged = isinstance(record, config.PreferenceRecord | config.LabelledRecord)
-    whole = judged or _shows_pictures(first_fields, record)
+    whole = judged or _shows_media(first_fields, record)
     return record.model_copy(update={"too_long": "drop" if whole else "truncate"})
 
 
-def _shows_pictures(fields: JsonObject, record: config.Record) -> bool:
-    """Return whether a record has pictures, which are never cut."""
-    return _readable(fields, record) and shows_pictures(normalise(fields, record))
+def _shows_media(fields: JsonObject, record: config.Record) -> bool:
+    """Return whether a record has pictures or sound, which are never cut."""
+    return _readable(fields, record) and shows_media(normalise(fields, record))
 
 
-def _vision(opened: OpenedModel, seq_len: int) -> config.RunVision | None:
-    """Return the section on pictures for a model with a vision tower; None for another model."""
+def _media(opened: OpenedModel, seq_len: int) -> config.RunVision | config.RunAudio | None:
+    """Return the section on pictures or sound for a model with a tower; None for another model."""
     if opened.run is not None:
-        return opened.run.pictures
+        return opened.run.media
     encoder = opened.encoder
+    if isinstance(encoder, config.AudioEncoder):
+        chunks = seq_len // encoder.tokens_per_chunk
+        if opened.tokenizer.sound is None or not chunks:
+            return None
+        # The chunks of a row are divided over the devices along `context`.
+        return config.RunAudio(encoder=encoder, chunks_per_row=chunks + -chunks % opened.mesh.shape["context"])
     if encoder is None or opened.tokenizer.pictures is None:
         return None
     patches = seq_len * encoder.patches_per_token
     return config.RunVision(encoder=encoder, patches_per_row=patches)
 
 
-def _objective(sources: Sequence[config.FileSource], vision: config.RunVision | None = None) -> Objective:
+def _objective(sources: Sequence[config.FileSource], media: config.RunVision | config.RunAudio | None = None) -> Objective:
     """Return how files are measured: pairs by the likelihood of their answers, everything else by its next tokens."""
     kinds = {source.record.name for source in sources}
     if "labelled" in kinds:
@@ -144,7 +150,7 @@ def _objective(sources: Sequence[config.FileSource], vision: config.RunVision | 
             "data.eval of the run, or evaluate pairs (prompt, chosen, rejected)"
         )
     if "preference" not in kinds:
-        return objective_of(config.NextToken(name="next_token"), vision)
+        return objective_of(config.NextToken(name="next_token"), media)
     if len(kinds) > 1:
         raise ValueError(f"--data names files of several kinds ({', '.join(sorted(kinds))}); evaluate pairs on their own")
     return preference(config.Preference(name="preference", loss="simpo"))

@@ -17,7 +17,7 @@ from moe_train.checkpoint.runs import is_run, read_run
 from moe_train.config.yaml_file import flat
 from moe_train.data.chat.chat_date import date_of_data, dated
 from moe_train.data.chat.conversation_to_tokens import load_template
-from moe_train.data.records.pictures import has_pictures
+from moe_train.data.records.media import has_media
 from moe_train.evaluate.suites.answer import answer_items, check_prompts, prompter_of
 from moe_train.evaluate.suites.generation import LoadedModel
 from moe_train.evaluate.suites.judge import Endpoint, default_cache
@@ -186,11 +186,11 @@ def _answers(model: _ModelToAsk, suites: Sequence[LoadedSuite]) -> ModelAnswers:
 
 
 def load_for(opened: OpenedModel, suites: Sequence[LoadedSuite]) -> tuple[Any, Parameters]:
-    """Load a model, with its vision tower if a suite shows it pictures; `mesh` has to be in force."""
+    """Load a model, with its tower if a suite has pictures or sound; `mesh` has to be in force."""
     items = itertools.chain.from_iterable(loaded.items for loaded in suites)
-    if not any(has_pictures(message) for item in items for message in item.messages):
+    if not any(has_media(message) for item in items for message in item.messages):
         return opened.load()
-    opened.check_pictures()
+    opened.check_media()
     structure, weights, _ = opened.load_with_tower()
     return structure, weights
 

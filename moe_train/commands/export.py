@@ -28,9 +28,10 @@ from moe_train.config import yaml_file
 from moe_train.data.pictures.read import open_picture
 from moe_train.data.records.answers import judged_conversations
 from moe_train.data.records.conversation import normalise
+from moe_train.data.records.media import locate_media
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
-from moe_train.data.records.pictures import locate_pictures, references_of
+from moe_train.data.records.pictures import references_of
 from moe_train.governance.exports_of_run import ExportEntry, hash_of_record, note_export
 from moe_train.machine.files import JsonObject, refuse_existing
 from moe_train.machine.mesh import join_processes
@@ -250,13 +251,21 @@ def _export_adapter(
             origin.about,
             _hugging_face_base(opened),
             _is_on_wrapper(opened),
-            opened.encoder if lora.trains_vision else None,
+            _adapted_tower(opened),
         )
         # Within the block, so that an adapter that fails its checks never appears as `out_dir`.
         record = prove_adapter(exported)
         if together.is_first():
             prove.write_record(directory, record)
     return record
+
+
+def _adapted_tower(opened: OpenedModel) -> config.VisionEncoder | None:
+    """Return the vision tower that a run's adapters change; None if they leave it as it was."""
+    encoder = opened.encoder
+    if opened.lora is None or not opened.lora.trains_vision or not isinstance(encoder, config.VisionEncoder):
+        return None
+    return encoder
 
 
 def _write_adapter(directory: Path, files: _AdapterFiles, weights: LazyParameters, opened: OpenedModel, texts: Texts) -> None:
@@ -277,7 +286,7 @@ def _write_adapter(directory: Path, files: _AdapterFiles, weights: LazyParameter
                 directory,
                 base_model=base,
                 layout=names_of_base,
-                encoder=run.encoder if lora.trains_vision else None,
+                encoder=_adapted_tower(opened),
                 texts=texts,
                 server=files.server,
             )
@@ -426,7 +435,7 @@ def _conversations(run: config.Run) -> Iterator[Conversation]:
             records = open_source(source)
             for origin, fields in records:
                 normal = normalise(fields, source.record)
-                locate_pictures(normal, records.folder(origin.place))
+                locate_media(normal, records.folder(origin.place))
                 for conversation in judged_conversations(normal):
                     for reference in references_of(conversation):
                         open_picture(reference)

@@ -157,7 +157,7 @@ def _resolve(written: config.Config) -> config.Run:
 def _train_loader(run: config.Run, tokenizer: Tokenizer) -> Loader:
     """Return the loader of a run's training data, with the batches of its objective."""
     rows = BatchRows(run.train.batch_size, run.train.seq_len)
-    batch_type = objective_of(run.objective, run.pictures).batch_type
+    batch_type = objective_of(run.objective, run.media).batch_type
     return Loader(run.training_data(), "train", tokenizer, rows, seed=run.seed, batch_type=batch_type)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_train.data.records.local_files import picture_folder
+from moe_train.data.records.media import locate_media, with_columns
 from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.normal_form import Conversation, Message
-from moe_train.data.records.pictures import located_pictures, take_column
 from moe_train.data.records.problem import Problem, brief, checked_text, located
 from moe_train.data.records.read_each import read_each, refuse_unread
+from moe_train.data.records.sound import take_transcription
 from moe_train.data.records.tools import take_tools
 from moe_train.data.records.unread import Unread
 
@@ -33,7 +34,8 @@ class PromptRecord(NamedTuple):
 
 
 def read_prompt_file(file: Path) -> list[PromptRecord]:
-    """Read the prompts of a file, in any format that records can have: a record has `messages` and `tools`, or `prompt`.
+    """Read the prompts of a file, in any format that records can have: a record has `messages` and `tools`,
+    `prompt`, or `audio` to transcribe.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -49,20 +51,25 @@ def _read_prompt(remaining: dict[str, Any], location: str, folder: Path | None) 
     record_id = remaining.pop("id", None)
     tools = take_tools(remaining, unread)
     text = None
+    transcription = take_transcription(remaining)
     if "messages" in remaining and "prompt" in remaining:
         raise Problem("columns", "the record has messages and prompt", "keep one of them")
-    if "prompt" in remaining:
+    if transcription is not None:
+        messages: list[Message] = [transcription]
+        locate_media(Conversation(messages, tools), folder)
+    elif "prompt" in remaining:
         text = checked_text(remaining.pop("prompt"), "prompt")
-        messages: list[Message] = [{"role": "user", "content": text}]
+        messages = [{"role": "user", "content": text}]
     elif "messages" in remaining:
-        pictures = take_column(remaining)
         conversation = Conversation(read_messages(remaining.pop("messages"), "messages", PLAIN, unread), tools)
-        messages = located_pictures(conversation, pictures, folder).messages
+        conversation = with_columns(conversation, remaining)
+        locate_media(conversation, folder)
+        messages = conversation.messages
         if messages[-1].get("role") == "assistant":
             raise Problem("roles", "the last message is an assistant's, which the model is to write", "remove it")
     else:
-        raise Problem("columns", "the record has neither messages nor prompt", "write one of them")
-    refuse_unread(remaining, unread, "a prompt has messages, prompt, tools, id")
+        raise Problem("columns", "the record has neither messages nor prompt nor audio", "write one of them")
+    refuse_unread(remaining, unread, "a prompt has messages, prompt, audio, language, images, audios, tools, id")
     return PromptRecord(location, record_id, messages, tools, text)
 
 

@@ -25,6 +25,7 @@ from moe_train.data.batches.classification_batch import ClassificationBatch, cla
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.batches.picture_batch import picture_batch
 from moe_train.data.batches.reward_batch import RewardBatch
+from moe_train.data.batches.sound_batch import sound_batch
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
 from moe_train.data.records.open_source import first_record, open_source
@@ -49,7 +50,7 @@ class Rows(NamedTuple):
     of such rows marks the tokens at which scores are read, and all tokens are inputs. None for rows with targets.
     """
     pictures: list[list[Sequence[bytes]]] | None = None
-    """For each row, the files of the pictures of its segments, in order; None without pictures."""
+    """For each row, the files of the pictures or the sound of its segments, in order; None without either."""
 
     def pictures_of(self, segment: ShownSegment) -> Sequence[bytes]:
         """Return the files of the pictures of a segment."""
@@ -177,24 +178,26 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     if isinstance(rows, ClassificationBatch | RewardBatch):
         batch = Batch(rows.tokens, np.zeros_like(rows.tokens), rows.is_last, rows.segment_ids, rows.positions)
         return Rows(batch, places, [segment_notes(rows, row, len(names)) for row, names in enumerate(places)])
-    pictures = None if run.vision is None else [_pictures(loader, step - 1, row) for row in range(count)]
+    pictures = None if run.vision is None and run.audio is None else [_pictures(loader, step - 1, row) for row in range(count)]
     return Rows(Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions), places, pictures=pictures)
 
 
 def _pictures(loader: Loader, step: int, row: int) -> list[Sequence[bytes]]:
-    """Return the files of the pictures of each segment of a row."""
+    """Return the files of the pictures, or of the sound, of each segment of a row."""
     index, pieces = loader.pieces(step)[row]
     return [loader.sources[index].store.picture_files(piece.example) for piece in pieces]
 
 
 def _batch_type(run: config.Config) -> type[PackedBatch]:
     """Return the type of batches whose rows are shown."""
-    if run.vision is not None:
+    if run.vision is not None or run.audio is not None:
         from moe_train.run.resolve import resolve  # reads the sizes of the tower, with libraries that other uses do not need
 
-        vision = resolve(run).pictures
-        assert vision is not None  # as the config states the section
-        return picture_batch(vision.encoder, vision.patches_per_row)
+        media = resolve(run).media
+        assert media is not None  # as the config states the section
+        if isinstance(media, config.RunAudio):
+            return sound_batch(media.encoder, media.chunks_per_row)
+        return picture_batch(media.encoder, media.patches_per_row)
     match run.objective:
         case config.UnpairedPreference():
             return UnpairedBatch

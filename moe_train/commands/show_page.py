@@ -12,7 +12,7 @@ from moe_train.machine.files import write_text
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:">
 <title>{title}</title><style>
 :root {{ color-scheme: light dark }}
 body {{ font: 15px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
@@ -29,6 +29,10 @@ Segments do not attend to one another. Point at a token to see its position and 
 {body}
 </body></html>
 """
+
+
+_SOUND = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"FORM", b".snd")
+"""First bytes of files of sound. WebP pictures begin with RIFF too, and are told by what follows."""
 
 
 def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
@@ -49,7 +53,9 @@ def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
 
 
 def _picture(content: bytes) -> str:
-    """Return a picture as part of the page; browsers tell its format by its content."""
+    """Return a picture, or a clip of sound, as part of the page; browsers tell the format by the content."""
+    if content.startswith(_SOUND) and content[8:12] != b"WEBP":
+        return f'<audio controls src="data:audio/wav;base64,{base64.b64encode(content).decode()}"></audio>\n'
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(content).decode()}">\n'
 
 

@@ -14,7 +14,7 @@ from moe_train.checkpoint.model_dir import open_model
 from moe_train.data.chat.chat_date import date_of_data, dated
 from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template, rendered_prompt
 from moe_train.data.chat.example import RenderedPrompt
-from moe_train.data.pictures.patches import pictures_of_piece
+from moe_train.data.media import media_of_piece
 from moe_train.data.records.normal_form import Message
 from moe_train.data.records.problem import checked_text
 from moe_train.evaluate.generation.batch import ContinuationPlan
@@ -112,10 +112,10 @@ class TextGenerator:
         return RenderedPrompt(start + self.tokenizer.encode(checked_text(text, "the prompt")))
 
     def check(self, prompts: Sequence[RenderedPrompt], max_tokens: int, names: Sequence[str] | None = None) -> None:
-        """Raise ValueError if a prompt is empty, too long for `max_tokens` more (see `check_lengths`), or has pictures in vain."""
+        """Raise ValueError if a prompt is empty, too long for `max_tokens` more, or has pictures or sound in vain."""
         check_lengths([prompt.tokens for prompt in prompts], max_tokens, self._opened.model, names)
         if any(prompt.pictures for prompt in prompts):
-            self.check_pictures()
+            self._opened.check_media()
 
     def check_pictures(self) -> None:
         """Raise ValueError if the model sees no pictures."""
@@ -147,8 +147,8 @@ class TextGenerator:
         stop_texts = StopTexts(self.tokenizer, tuple(stop)) if stop else None
         plan = ContinuationPlan(sampling, stop_texts, None if schema is None else JsonSchema(schema, self.tokenizer))
         texts = [TextStream(self.tokenizer, prompt.tokens, stop_texts) for prompt in prompts]
-        rules = self.tokenizer.pictures
-        pictures = [None if rules is None else pictures_of_piece(prompt.pictures, rules) for prompt in prompts]
+        rules = self.tokenizer.pictures or self.tokenizer.sound
+        pictures = [media_of_piece(prompt.pictures, rules) for prompt in prompts]
         with jax.set_mesh(self._opened.mesh):
             generator = self._loaded(any(picture is not None for picture in pictures))
             tokens = [prompt.tokens for prompt in prompts]

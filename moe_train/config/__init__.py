@@ -26,8 +26,9 @@ from moe_train.config.attention import (
     QueryScaling,
     require_grouped_query,
 )
+from moe_train.config.audio import Audio, AudioEncoder
 from moe_train.config.average import Average, ExponentialAverage, LastCheckpoints, NoAverage
-from moe_train.config.checks import Sections, check_batch, check_model, check_vision
+from moe_train.config.checks import Sections, check_audio, check_batch, check_model, check_vision
 from moe_train.config.compute import AxisSize, Compute, Mesh
 from moe_train.config.config import Config, RunName
 from moe_train.config.data import (
@@ -68,6 +69,7 @@ from moe_train.config.graders import (
     PerplexityGrader,
     RegexGrader,
     ToolCallsGrader,
+    WordErrorRateGrader,
 )
 from moe_train.config.heads import Classification, HeadObjective, LabelSet, Reward
 from moe_train.config.layer_stacks import LayerPosition, LayerStack, layers, sparse_layers, stacks
@@ -97,16 +99,19 @@ from moe_train.config.records import (
     PreferenceRecord,
     Record,
     TextRecord,
+    TranscriptionRecord,
 )
 from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
 from moe_train.config.run import (
     FullTraining,
     InitialWeights,
+    NoAudio,
     NoData,
     NoVision,
     PretrainedWeights,
     RandomWeights,
     Run,
+    RunAudio,
     RunData,
     RunVision,
     run_of,
@@ -136,6 +141,8 @@ __all__ = [
     "AdamW",
     "AnswerGeneration",
     "Attention",
+    "Audio",
+    "AudioEncoder",
     "Average",
     "AxisSize",
     "BestFit",
@@ -205,6 +212,7 @@ __all__ = [
     "Muon",
     "NextToken",
     "Nf4",
+    "NoAudio",
     "NoAverage",
     "NoData",
     "NoVision",
@@ -233,6 +241,7 @@ __all__ = [
     "Rounding",
     "Router",
     "Run",
+    "RunAudio",
     "RunData",
     "RunName",
     "RunVision",
@@ -252,12 +261,15 @@ __all__ = [
     "Tracker",
     "TrackioTracker",
     "Train",
+    "TranscriptionRecord",
     "UnpairedPreference",
     "Vision",
     "VisionEncoder",
     "WandbTracker",
+    "WordErrorRateGrader",
     "WsdSchedule",
     "YarnRope",
+    "check_audio",
     "check_batch",
     "check_model",
     "check_records",

@@ -22,6 +22,10 @@ _VISION = "vision."
 """Beginning of the names of the modules of a vision tower and its projector."""
 
 
+_AUDIO = "audio."
+"""Beginning of the names of the modules of an audio tower and its projector, which are always frozen."""
+
+
 def names_module(pattern: str, module: str) -> bool:
     """Return whether a pattern of the section `lora` or `vision` matches a module such as `attention.q_proj`.
 
@@ -31,6 +35,8 @@ def names_module(pattern: str, module: str) -> bool:
     if module in NAMED_IN_FULL:
         return pattern == module
     if module.startswith(_VISION) and not pattern.startswith(_VISION):
+        return False
+    if module.startswith(_AUDIO):
         return False
     return fnmatchcase(module, pattern)
 

@@ -7,6 +7,7 @@ from typing import Literal, Protocol, assert_never
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model, MoeFfn, without_format
 from moe_train.config.attention import Attention, GroupedQueryAttention, MultiHeadLatentAttention
+from moe_train.config.audio import AudioEncoder
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data, HubSource, PreparedSource
 from moe_train.config.objective import NextToken, Objective
@@ -186,6 +187,35 @@ def check_vision(sections: Sections, encoder: VisionEncoder, patches_per_row: in
         raise ValueError(
             f"vision.patches_per_row {patches_per_row} is not a multiple of {multiple}, the {encoder.patches_per_token} patches of "
             f"a token for each of mesh.context {mesh.context} devices; use {-(-patches_per_row // multiple) * multiple}"
+        )
+
+
+def check_audio_section(objective: Objective, has_base: bool, has_vision: bool) -> None:
+    """Raise ValueError if a section `audio` has no effect, or lacks what it needs.
+
+    Args:
+        objective: the objective.
+        has_base: whether `init_from` is stated.
+        has_vision: whether `vision` is stated.
+    """
+    if not isinstance(objective, NextToken):
+        raise ValueError(f"audio has no effect on objective {objective.name}, only next_token takes sound; leave audio out")
+    if not has_base:
+        raise ValueError("audio needs init_from, a multimodal model whose tower hears the sound; state it, or leave audio out")
+    if has_vision:
+        raise ValueError("vision and audio are both stated, and no model has both towers; leave one of them out")
+
+
+def check_audio(sections: Sections, encoder: AudioEncoder, chunks_per_row: int) -> None:
+    """Raise ValueError if an audio tower does not fit the mesh, or the chunks of a row do not divide over it."""
+    mesh = sections.mesh
+    _check_divides(mesh.tensor, "tensor", encoder.num_heads, "num_heads of the audio tower")
+    _check_divides(mesh.tensor, "tensor", encoder.ffn_dim, "ffn_dim of the audio tower")
+    context = max(mesh.context, 1)
+    if chunks_per_row % context:
+        raise ValueError(
+            f"audio.chunks_per_row {chunks_per_row} is not a multiple of mesh.context {context}, over which the chunks of a row "
+            f"are divided; use {-(-chunks_per_row // context) * context}"
         )
 
 

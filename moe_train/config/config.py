@@ -8,8 +8,10 @@ from pydantic import Field, model_validator
 
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model
+from moe_train.config.audio import Audio
 from moe_train.config.average import Average, LastCheckpoints, NoAverage
 from moe_train.config.checks import (
+    check_audio_section,
     check_batch,
     check_local,
     check_model,
@@ -63,6 +65,8 @@ class Config(Section):
     """Optimizer, learning rate and schedule."""
     vision: Vision | None = None
     """Pictures in the records, through the vision tower of `init_from`; null: records with pictures are refused."""
+    audio: Audio | None = None
+    """Sound in the records, through the audio tower of `init_from`; null: records with sound are refused."""
     loss: Loss = Loss()
     """Settings that keep routers balanced."""
     compute: Compute = Compute()
@@ -106,6 +110,8 @@ class Config(Section):
             raise ValueError(
                 "lora names modules of a vision tower, but there is no section vision, whose pictures train them; add vision: {}"
             )
+        if self.audio is not None:
+            check_audio_section(self.objective, has_base=self.init_from is not None, has_vision=self.vision is not None)
         if self.network == "none":
             check_local(self.data, self.metrics)
         if isinstance(self.average, LastCheckpoints) and self.checkpoint.keep_last < self.average.count - 1:

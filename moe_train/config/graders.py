@@ -68,6 +68,20 @@ class NumberGrader(Section):
         return self
 
 
+class WordErrorRateGrader(Section):
+    """1 - the word error rate of the answer, but not less than 0: of a transcript, how many words differ from the expected one.
+
+    The rate is the least number of words to substitute, delete or insert, divided by the number of expected words. Results also
+    state that of all items together, `word_error_rate`.
+    """
+
+    name: Literal["word_error_rate"]
+    ignore_case: bool = False
+    """Whether upper and lower case count as equal."""
+    ignore_punctuation: bool = False
+    """Whether punctuation is left out of both texts."""
+
+
 class JsonSchemaGrader(Section):
     """1 if the answer is JSON that is valid against the item's `schema`, and equals its expected answer if it has one."""
 
@@ -169,6 +183,7 @@ Grader = Annotated[
     | ContainsGrader
     | RegexGrader
     | NumberGrader
+    | WordErrorRateGrader
     | JsonSchemaGrader
     | ToolCallsGrader
     | ChoiceGrader

@@ -17,7 +17,7 @@ from moe_train.config.section import Section
 class NextToken(Section):
     """Next-token cross-entropy on the tokens that are trained on: all of a text, or the assistant's turns of a conversation."""
 
-    records: ClassVar[tuple[str, ...]] = ("text", "chat", "completion")
+    records: ClassVar[tuple[str, ...]] = ("text", "chat", "completion", "transcription")
     """Names of the record kinds that the objective reads."""
     loss_unit: ClassVar[str] = "cross-entropy in nats a token"
     """What the loss is, in documents and charts."""

@@ -131,8 +131,24 @@ class ClassificationRecord(ConversationRecord):
     """What happens to a record longer than `train.seq_len`."""
 
 
+class TranscriptionRecord(Section):
+    """A clip of sound and its transcript, in the format of a request for a transcription; the loss covers the transcript."""
+
+    name: Literal["transcription"]
+    audio: str = "audio"
+    """Key that holds the clip: a file in the folder of the records, or a data URL."""
+    text: str = "text"
+    """Key that holds the transcript."""
+    language: str = "language"
+    """Key that holds the language as two letters (ISO 639-1); records without it leave it to the model."""
+    ignore: Keys = ()
+    """Names of keys that are not read although they may change the meaning of a record, such as `label` or `messages.reasoning`."""
+    too_long: Literal["drop", "error"] = "error"
+    """What happens to a record longer than `train.seq_len`."""
+
+
 Record = Annotated[
-    TextRecord | ChatRecord | CompletionRecord | PreferenceRecord | LabelledRecord | ClassificationRecord,
+    TextRecord | ChatRecord | CompletionRecord | PreferenceRecord | LabelledRecord | ClassificationRecord | TranscriptionRecord,
     Field(discriminator="name"),
 ]
 """The tagged union of record kinds."""

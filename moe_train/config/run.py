@@ -11,6 +11,7 @@ from pydantic import Field
 
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model
+from moe_train.config.audio import Audio, AudioEncoder
 from moe_train.config.average import Average
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.config import Config, RunName
@@ -59,6 +60,19 @@ class RunVision(Vision):
     encoder: VisionEncoder
 
 
+class RunAudio(Audio):
+    """The `audio` section, with the chunks of a row and the sizes of the tower stated."""
+
+    chunks_per_row: Positive
+    encoder: AudioEncoder
+
+
+class NoAudio(Section):
+    """Records have no sound."""
+
+    name: Literal["none"] = "none"
+
+
 class NoVision(Section):
     """Records have no pictures."""
 
@@ -77,8 +91,8 @@ class NoData(Section):
 class Run(Section):
     """The resolved record of a run, in which nothing is left to be decided; compare `Config`, which is what the user wrote.
 
-    method: full training, or adapters (LoRA) with explicit targets. mesh: the size of each axis, never -1. vision: the sizes of the
-    tower, and the patches of a row.
+    method: full training, or adapters (LoRA) with explicit targets. mesh: the size of each axis, never -1. vision and audio: the
+    sizes of the tower, and the patches or chunks of a row.
     """
 
     name: RunName
@@ -92,6 +106,7 @@ class Run(Section):
     train: Train
     optimizer: Optimizer
     vision: RunVision | NoVision
+    audio: RunAudio | NoAudio
     loss: Loss
     compute: Compute
     mesh: Mesh
@@ -121,9 +136,14 @@ class Run(Section):
         return self.vision if isinstance(self.vision, RunVision) else None
 
     @property
-    def encoder(self) -> VisionEncoder | None:
-        """The vision tower; None if the records have no pictures."""
-        return None if self.pictures is None else self.pictures.encoder
+    def media(self) -> RunVision | RunAudio | None:
+        """The section `vision` or `audio`; None if the records have neither pictures nor sound."""
+        return self.audio if isinstance(self.audio, RunAudio) else self.pictures
+
+    @property
+    def encoder(self) -> VisionEncoder | AudioEncoder | None:
+        """The vision or audio tower; None if the records have neither pictures nor sound."""
+        return None if self.media is None else self.media.encoder
 
     @property
     def trained_vision(self) -> tuple[str, ...]:
@@ -147,10 +167,12 @@ class Run(Section):
         # As a plain `Data`, to equal the section that a file gives; dict() keeps the sections inside as they are.
         data = Data(**dict(self.data)) if isinstance(self.data, RunData) else None
         vision = None if self.pictures is None else Vision(**dict(self.pictures))
-        return Config(**sections, init_from=self.init_from, lora=self.lora, data=data, vision=vision)
+        audio = Audio(**dict(self.audio)) if isinstance(self.audio, RunAudio) else None
+        return Config(**sections, init_from=self.init_from, lora=self.lora, data=data, vision=vision, audio=audio)
 
 
-_SHARED_WITH_CONFIG = tuple(key for key in Run.model_fields if key in Config.model_fields and key not in ("data", "vision"))
+_DECIDED = ("data", "vision", "audio")
+_SHARED_WITH_CONFIG = tuple(key for key in Run.model_fields if key in Config.model_fields and key not in _DECIDED)
 
 
 def run_of(config: Config) -> Run:
@@ -172,6 +194,7 @@ def run_of(config: Config) -> Run:
         method=FullTraining() if config.lora is None else config.lora,
         data=_decided_data(config),
         vision=_decided_vision(config),
+        audio=_decided_audio(config),
     )
 
 
@@ -182,6 +205,15 @@ def _decided_vision(config: Config) -> RunVision | NoVision:
     if config.vision.encoder is None or config.vision.patches_per_row is None:
         raise ValueError("the config does not state vision.encoder, so it is not resolved; call run.resolve.resolve first")
     return RunVision(**dict(config.vision))
+
+
+def _decided_audio(config: Config) -> RunAudio | NoAudio:
+    """Return the section on sound with its sizes. Raises ValueError if they are not stated."""
+    if config.audio is None:
+        return NoAudio()
+    if config.audio.encoder is None or config.audio.chunks_per_row is None:
+        raise ValueError("the config does not state audio.encoder, so it is not resolved; call run.resolve.resolve first")
+    return RunAudio(**dict(config.audio))
 
 
 def _decided_data(config: Config) -> RunData | NoData:

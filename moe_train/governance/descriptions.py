@@ -38,7 +38,8 @@ def sets_table(training: Training) -> str:
 def modalities(training: Training) -> list[str]:
     """Return the kinds of content that were trained on, text first."""
     has_pictures = any(manifest.pictures is not None for manifest in training.data)
-    return ["text", "image"] if has_pictures else ["text"]
+    has_sound = any(manifest.sound is not None for manifest in training.data)
+    return ["text", *(["image"] if has_pictures else []), *(["audio"] if has_sound else [])]
 
 
 def settings(training: Training) -> dict[str, str]:

@@ -179,7 +179,7 @@ def _steps(
     data = run.training_data()
     prepared = [_as_prepared(source, searched) for source, searched in zip(data.train, sets, strict=True)]
     rows = BatchRows(run.train.batch_size, run.train.seq_len)
-    batch_type = objective_of(run.objective, run.pictures).batch_type
+    batch_type = objective_of(run.objective, run.media).batch_type
     on_sets = data.model_copy(update={"train": tuple(prepared)})
     loader = Loader(on_sets, "train", tokenizer, rows, seed=run.seed, batch_type=batch_type)
     if loader.identity != about.data:

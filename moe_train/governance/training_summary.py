@@ -17,6 +17,7 @@ _RECORD_KINDS = {
     "completion": "prompts with completions",
     "preference": "pairs of answers, one preferred",
     "labelled": "answers with a label",
+    "transcription": "sound with its transcripts",
     "classification": "texts with labels",
 }
 """Kind of record in a config -> what it holds."""
@@ -91,7 +92,7 @@ def _modality_rows(training: Training) -> dict[str, str]:
     return {
         "text": f"{size_of_text(training)}. Types of content: {', '.join(kinds) or TODO}; {TODO}: subjects",
         "image": f"pictures in records; {TODO}: number and kinds" if "image" in modalities(training) else "none is trained on",
-        "audio": "none is trained on",
+        "audio": f"sound in records; {TODO}: length and kinds" if "audio" in modalities(training) else "none is trained on",
         "video": "none is trained on",
         "other": "none is trained on",
     }

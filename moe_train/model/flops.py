@@ -53,13 +53,15 @@ def flops_per_token(
 
 
 def flops_of_run(run: config.Run, trained: Mapping[str, Shaped[Array, "..."] | jax.ShapeDtypeStruct] | None = None) -> float:
-    """Return the model FLOPs per token of a training step of a resolved run, those of its vision tower included.
+    """Return the model FLOPs per token of a training step of a resolved run, those of its tower included.
 
     Args:
         run: the resolved run.
         trained: as `adapters` of `flops_per_token`.
     """
     flops = flops_per_token(run.model, run.train.seq_len, trained)
+    if isinstance(run.audio, config.RunAudio):
+        return flops + audio_flops(run.audio.encoder, run.model.model_dim, run.audio.chunks_per_row) / run.train.seq_len
     if run.pictures is None:
         return flops
     trained_modules = TrainedVision(run.lora, run.trained_vision)
@@ -141,6 +143,24 @@ def _products(encoder: config.VisionEncoder, text_dim: int, patches: int) -> Ite
         yield _Product("vision.projector.merge_proj", encoder.patches_per_token * D, D, tokens)
     yield _Product("vision.projector.in_proj", D, text_dim, tokens)
     yield _Product("vision.projector.out_proj", text_dim, text_dim, tokens)
+
+
+def audio_flops(encoder: config.AudioEncoder, text_dim: int, chunks: int) -> float:
+    """Return the model FLOPs of a frozen audio tower and its projector, forward only, for the chunks of a row.
+
+    The room of the row counts as full: how much of it sound fills depends on the data.
+
+    Args:
+        encoder: sizes of the tower.
+        text_dim: width of the text model.
+        chunks: chunks that the row has room for.
+    """
+    D = encoder.tower_dim
+    S = encoder.max_positions
+    convolutions = 3 * D * (encoder.frames_per_chunk * encoder.num_mel_bins + S * D)
+    layers = encoder.num_layers * S * (4 * D * D + 2 * D * encoder.ffn_dim + 2 * D * S)
+    projector = encoder.tokens_per_chunk * (encoder.downsampling * D + text_dim) * text_dim
+    return 2.0 * chunks * (convolutions + layers + projector)
 
 
 def _attention_weights(model_dim: int, attention: config.Attention) -> int:

@@ -125,6 +125,11 @@ class ParameterPath:
         return self.module.startswith("vision.")
 
     @property
+    def is_tower(self) -> bool:
+        """Whether the array belongs to a vision or audio tower or its projector."""
+        return self.is_vision or self.module.startswith("audio.")
+
+    @property
     def is_ffn(self) -> bool:
         """Whether the array belongs to the feed-forward part of a layer, including its router."""
         return self.module.startswith("ffn.")

@@ -23,7 +23,9 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from moe_train import config
 from moe_train.machine.mesh import use_default_mesh
 from moe_train.model.attention.kinds import Cache, apply_attention, attention_layer, empty_cache
+from moe_train.model.encoders.audio import Audio
 from moe_train.model.encoders.pictures import PictureFeatures, Pictures, write_features
+from moe_train.model.encoders.sound import Sound
 from moe_train.model.encoders.vision import Vision
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Embedding, Head, Linear, RandomSource, RMSNorm, keys_of
@@ -223,10 +225,14 @@ def _concatenate(stats: list[RouterStats]) -> RouterStats | None:
 
 
 class Transformer(nnx.Module):
-    """A decoder-only transformer of the Mistral family, with a vision tower if `encoder` is given."""
+    """A decoder-only transformer of the Mistral family, with a vision or audio tower if `encoder` is given."""
 
     def __init__(
-        self, rngs: RandomSource, model: config.Model, compute: config.Compute, encoder: config.VisionEncoder | None = None
+        self,
+        rngs: RandomSource,
+        model: config.Model,
+        compute: config.Compute,
+        encoder: config.VisionEncoder | config.AudioEncoder | None = None,
     ):
         dtype = jnp.dtype(compute.param_dtype)
         std = model.init_stddev
@@ -236,7 +242,8 @@ class Transformer(nnx.Module):
         self.scores = model.scores is not None
         self.head = _head(rngs, model, dtype)
         # Last, so that the initial weights of the text model do not depend on it.
-        self.vision = None if encoder is None else Vision(rngs, encoder, model.model_dim, compute)
+        self.vision = Vision(rngs, encoder, model.model_dim, compute) if isinstance(encoder, config.VisionEncoder) else None
+        self.audio = Audio(rngs, encoder, model.model_dim, compute) if isinstance(encoder, config.AudioEncoder) else None
         self.dtype = jnp.dtype(compute.dtype)
 
     def __call__(
@@ -246,6 +253,7 @@ class Transformer(nnx.Module):
         segment_ids_BT: Int[Array | np.ndarray, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
         pictures: Pictures | None = None,
+        sound: Sound | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Compute the hidden states after the final norm.
 
@@ -258,6 +266,7 @@ class Transformer(nnx.Module):
             segment_ids_BT: packed segments; 0 for padding. None if each row is one segment without padding.
             key: PRNG key for the dropout of the adapters; None for no dropout, as in evaluation.
             pictures: pictures that tokens stand for; None without any. The model needs a vision tower for them.
+            sound: sound that tokens stand for; None without any. The model needs an audio tower for it.
 
         Returns:
             The hidden states, and the statistics (L, …) of the routers in the order of the sparse layers (`config.sparse_layers`);
@@ -274,6 +283,8 @@ class Transformer(nnx.Module):
         if pictures is not None:
             # No key of a layer: those come from `split`.
             x_BTD = self.with_pictures(x_BTD, pictures, None if key is None else jax.random.fold_in(key, 0))
+        if sound is not None:
+            x_BTD = self.with_sound(x_BTD, sound)
         # One key per repeat over all stacks, so that no two layers drop the same entries.
         keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
         stats = []
@@ -303,6 +314,17 @@ class Transformer(nnx.Module):
             raise ValueError("the model has no vision tower, so it takes no pictures; build it with an encoder")
         placed = pictures.placed()
         return write_features(x_BTD, self.vision(placed, key), placed.feature_index_BT)
+
+    def with_sound(self, x_BTD: Float[Array, "B T D"], sound: Sound) -> Float[Array, "B T D"]:
+        """Return embeddings in which the tokens that stand for sound have the features of it.
+
+        Raises:
+            ValueError: the model has no audio tower.
+        """
+        if self.audio is None:
+            raise ValueError("the model has no audio tower, so it takes no sound; build it with an encoder")
+        placed = sound.placed()
+        return write_features(x_BTD, self.audio(placed), placed.feature_index_BT)
 
     def head_weight(self) -> Float[Array, "V D"]:
         """Return the output matrix; with tied embeddings it is the embedding table."""
@@ -371,7 +393,7 @@ def init_model(
     model: config.Model,
     compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
     lora: config.Lora | None = None,
-    encoder: config.VisionEncoder | None = None,
+    encoder: config.VisionEncoder | config.AudioEncoder | None = None,
 ) -> Transformer:
     """Initialize a model with random weights, including adapters and quantized weights.
 
@@ -385,7 +407,7 @@ def init_model(
         model: model section of the config.
         compute: dtypes, kernels and rematerialization; by default float32.
         lora: adapters and quantization to add; None for full training.
-        encoder: vision tower and projector; None for a text model.
+        encoder: vision or audio tower and projector; None for a text model.
 
     Raises:
         ValueError: `lora` does not fit the model (see `add_lora` and `quantize_weights`).
@@ -398,7 +420,7 @@ def abstract_model(
     model: config.Model,
     compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
     lora: config.Lora | None = None,
-    encoder: config.VisionEncoder | None = None,
+    encoder: config.VisionEncoder | config.AudioEncoder | None = None,
 ) -> Transformer:
     """Return the model of `init_model` with a `jax.ShapeDtypeStruct` in place of each array, in a fraction of the time.
 
@@ -413,7 +435,7 @@ def _build(
     model: config.Model,
     compute: config.Compute,
     lora: config.Lora | None,
-    encoder: config.VisionEncoder | None,
+    encoder: config.VisionEncoder | config.AudioEncoder | None,
 ) -> Transformer:
     transformer = Transformer(rngs, model, compute, encoder)
     if lora is not None:

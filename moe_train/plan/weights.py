@@ -95,7 +95,7 @@ class _Inputs(NamedTuple):
     compute: config.Compute
     """Only dtypes are stated, since kernels and transports change no weight."""
     mesh: config.Mesh
-    encoder: config.VisionEncoder | None
+    encoder: config.VisionEncoder | config.AudioEncoder | None
     trained_vision: tuple[str, ...]
 
 

@@ -121,7 +121,7 @@ def _steps_from_newest(
     with jax.set_mesh(mesh), signals(stop_request), contextlib.ExitStack() as exit_stack:
         check_transport(run.compute.transport)
         attempt = open_attempt(
-            run, objective or objective_of(run.objective, run.pictures), mesh, stop_request, rolled_back, exit_stack
+            run, objective or objective_of(run.objective, run.media), mesh, stop_request, rolled_back, exit_stack
         )
         if attempt is None:
             return FINISHED

@@ -79,7 +79,7 @@ def store_reference(run: config.Run, tokenizer: Tokenizer, say: Say) -> None:
     Raises:
         ValueError: The run reads none that are stored.
     """
-    objective = objective_of(run.objective, run.pictures)
+    objective = objective_of(run.objective, run.media)
     if not objective.uses_reference or run.lora is not None or run.init_from is None:
         raise ValueError(
             "--reference has no effect: only full training from init_from, on an objective with a reference, reads stored "

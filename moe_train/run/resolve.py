@@ -18,6 +18,7 @@ from moe_train.machine.network import forbid_network
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
+from moe_train.run.resolve_audio import audio_with_encoder
 
 
 def resolve(written: config.Config, device_count: int | None = None) -> config.Run:
@@ -54,6 +55,8 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
         changes["lora"] = _with_trained_head(changes.get("lora", written.lora))
     if written.data is not None:
         changes["data"] = config.with_targets(_with_tokenizer(written.data, written.init_from), written.objective)
+    if written.audio is not None:
+        changes["audio"] = audio_with_encoder(written.audio, written, changes["mesh"].context)
     # model_copy validates nothing, so the checks below are needed.
     complete = written.model_copy(update=changes)
     # Again, although `Config` has checked what it could: the architecture and the mesh are only known now.
@@ -62,6 +65,8 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
     run = config.run_of(complete)
     if run.pictures is not None:
         config.check_vision(complete, run.pictures.encoder, run.pictures.patches_per_row)
+    if isinstance(run.audio, config.RunAudio):
+        config.check_audio(complete, run.audio.encoder, run.audio.chunks_per_row)
     return run
 
 

@@ -94,7 +94,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
     learned, frozen = partition(shapes, run.lora, run.trained_vision)
     # A tower that is frozen has no part in what is compared with the base model.
-    tower = {path: frozen.pop(path) for path in list(frozen) if ParameterPath.parse(path).is_vision}
+    tower = {path: frozen.pop(path) for path in list(frozen) if ParameterPath.parse(path).is_tower}
     optimizer = make_optimizer(run.optimizer, total_steps)
     new_state = jax.jit(partial(state_of_learned, optimizer=optimizer), compiler_options=brief_options(platform()) or None)
     learned_state = jax.eval_shape(new_state, learned)
@@ -131,7 +131,8 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         # A copy, since the step donates the trained weights while the base weights must stay.
         loaded = jax.tree.map(jnp.copy, base_weights)
         if adapter is not None:
-            loaded |= model_dir.load_adapter(adapter, run.model, learned, run.encoder)
+            encoder = None if run.pictures is None else run.pictures.encoder
+            loaded |= model_dir.load_adapter(adapter, run.model, learned, encoder)
         state = new_state(initial_parameters(model, learned.keys() - loaded) | loaded)
     guard = None
     if run.train.spike_guard is not None:
@@ -163,7 +164,7 @@ def _in_base(run: config.Run, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 _DECIDED_AT_START = (
-    *("seed", "model", "lora", "vision", "objective", "train.batch_size", "train.seq_len", "compute.param_dtype"),
+    *("seed", "model", "lora", "vision", "audio", "objective", "train.batch_size", "train.seq_len", "compute.param_dtype"),
     *("optimizer.name", "optimizer.min_dim_size_to_factor", "optimizer.rounding"),
 )
 """Settings that a run cannot change: its checkpoint would no longer fit, or its batches would differ."""

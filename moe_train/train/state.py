@@ -69,7 +69,7 @@ def partition(
         if lora is not None:
             is_learned = path.is_trained(lora)
         else:
-            is_learned = not path.is_vision or any(config.names_module(pattern, path.module) for pattern in trained_vision)
+            is_learned = not path.is_tower or any(config.names_module(pattern, path.module) for pattern in trained_vision)
         if is_learned:
             learned[name] = x
     return learned, {path: x for path, x in params.items() if path not in learned}

@@ -58,7 +58,7 @@ def definition_of(
     structure = with_capacity(structure, run.train.capacity_factor)
     if run.loss.balance_over == "sequence":
         structure = with_row_balance(structure)
-    objective = objective or objective_of(run.objective, run.pictures)
+    objective = objective or objective_of(run.objective, run.media)
     if objective.uses_reference and run.lora is not None:
         # The reference runs in every step, so that its routing can be compared without another pass.
         structure = with_expert_ids(structure)

@@ -17,7 +17,8 @@ from moe_train.weights.hf.config_keys import CONFIG_FILE
 from moe_train.weights.mistral.files import STEM
 from moe_train.weights.mistral.params_json import PARAMS_FILE
 from moe_train.weights.on_disk import FileTensor, WeightFiles
-from moe_train.weights.wrappers import vision_pieces
+from moe_train.weights.wrappers import audio_pieces, vision_pieces
+from moe_train.weights.wrappers.whisper import WhisperSettings
 
 
 def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
@@ -127,7 +128,7 @@ def load_external_parameters(path: str | Path, abstract: Abstract) -> Parameters
     Args:
         path: the model.
         abstract: {path: shape, dtype and sharding}. It may contain only some of the weights; adapters are not among them.
-            Those of a vision tower are read from the files of a multimodal model.
+            Those of a tower are read from the files of a multimodal model.
 
     Raises:
         ValueError: the tensors are not those of the architecture, or do not fill every array.
@@ -158,6 +159,24 @@ def find_vision_encoder(path: str | Path) -> config.VisionEncoder | None:
     return vision_pieces.encoder_of(weights.carried, weights.model, Path(path))
 
 
+def read_audio_encoder(path: str | Path) -> config.AudioEncoder:
+    """Return the sizes of the audio tower and the projector of the multimodal model at `path`.
+
+    Raises:
+        ValueError: the model has no audio tower, or one that this package cannot compute.
+    """
+    carried = audio_pieces.require_audio_tower(path, open_external_weights(path).carried)
+    return audio_pieces.audio_encoder_of(carried, Path(path))
+
+
+def find_encoder(path: str | Path) -> config.VisionEncoder | config.AudioEncoder | None:
+    """Return the sizes of the tower of the model at `path`; None for a text model, or one with a quantized tower."""
+    carried = open_external_weights(path).carried
+    if carried is None or not isinstance(carried.settings, WhisperSettings):
+        return find_vision_encoder(path)
+    return None if audio_pieces.audio_fault(carried) is not None else audio_pieces.audio_encoder_of(carried, Path(path))
+
+
 def open_external_lazily(path: str | Path, abstract: Abstract) -> dict[str, LazyArray]:
     """Return the weights as lazy arrays, each read when it is needed; otherwise like `load_external_parameters`."""
     opened: dict[str, LazyArray] = {}
@@ -175,14 +194,19 @@ class _Part(NamedTuple):
 
 
 def _open_parts(path: str | Path, abstract: Abstract) -> Iterator[_Part]:
-    """Yield the arrays of the text model, and those of its vision tower if there are any."""
-    of_text = {name: like for name, like in abstract.items() if not ParameterPath.parse(name).is_vision}
-    of_tower = {name: like for name, like in abstract.items() if name not in of_text}
+    """Yield the arrays of the text model, and those of its vision or audio tower if there are any."""
+    of_text = {name: like for name, like in abstract.items() if not ParameterPath.parse(name).is_tower}
+    of_vision = {name: like for name, like in abstract.items() if ParameterPath.parse(name).is_vision}
+    of_audio = {name: like for name, like in abstract.items() if name not in of_text and name not in of_vision}
     weights = _open_and_check(path, of_text) if of_text else open_external_weights(path)
     yield _Part(of_text, weights.pieces, weights.tensors)
-    if of_tower:
+    if of_vision:
         carried = vision_pieces.require_tower(path, weights.carried)
-        yield _Part(of_tower, vision_pieces.pieces_of(carried, weights.model), carried.tensors)
+        yield _Part(of_vision, vision_pieces.pieces_of(carried, weights.model), carried.tensors)
+    if of_audio:
+        carried = audio_pieces.require_audio_tower(path, weights.carried)
+        pieces = audio_pieces.audio_pieces_of(carried, weights.model)
+        yield _Part(of_audio, pieces, audio_pieces.audio_tensors(carried))
 
 
 def _open_and_check(path: str | Path, abstract: Abstract) -> WeightFiles:

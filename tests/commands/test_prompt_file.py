@@ -28,7 +28,7 @@ def test_conversations_and_texts_are_read(tmp_path: Path) -> None:
     [
         ("{", ":2: "),
         ('{"prompt": 3}', ":2: prompt should be text, not 3; write it as a string"),
-        ('{"question": "a"}', ":2: the record has neither messages nor prompt; write one of them"),
+        ('{"question": "a"}', ":2: the record has neither messages nor prompt nor audio; write one of them"),
         ('{"prompt": "a", "messages": []}', ":2: the record has messages and prompt; keep one of them"),
         ('{"prompt": "a", "system": "b"}', ":2: key 'system' is not read; remove it"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', ":2: the last message is an assistant's"),

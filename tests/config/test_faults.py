@@ -36,7 +36,7 @@ def test_missing_key_is_named_where_its_section_is(run: Path) -> None:
     ]
     assert faults(run, text=edited(", record: {name: text}", "")) == [
         "run.yaml:13: data.train.0.record: required, and missing; a section whose name is one of chat, classification, "
-        "completion, labelled, preference, text"
+        "completion, labelled, preference, text, transcription"
     ]
 
 

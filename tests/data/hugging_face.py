@@ -34,18 +34,21 @@ _NAMED_LATER = {"v13": _THINK, "v15": (*_THINK, "[MODEL_SETTINGS]", "[/MODEL_SET
 
 
 def small_tekken(
-    directory: Path, version: str, vocab: int = 4000, builder: dict[str, Any] | None = None, image: Any = None
+    directory: Path, version: str, vocab: int = 4000, builder: dict[str, Any] | None = None, image: Any = None, audio: Any = None
 ) -> Path:
     """The first tokens of a published tekken.json, under a version of choice; v15 with a builder of settings.
 
-    `image` holds the sizes of pictures; None for a tokenizer of text alone.
+    `image` holds the sizes of pictures, and `audio` those of sound; None for a tokenizer without.
     """
     content = json.loads(TEKKEN.read_text(encoding="utf-8"))
     content["config"] |= {"version": version, "num_vocab_tokens": vocab, "default_vocab_size": vocab + 1000}
     content["vocab"] = content["vocab"][:vocab]
-    if version not in ("v3", "v7"):  # later ones name their control tokens
+    if version not in ("v3", "v7") or audio is not None:  # later ones name their control tokens
         named = list(Tekkenizer.DEPRECATED_SPECIAL_TOKENS)
-        for name in ("[ARGS]", "[CALL_ID]", *_NAMED_LATER.get(version, ())):
+        # Voxtral's tokens for sound have these ids.
+        unnamed = [f"<SPECIAL_{rank}>" for rank in range(len(named), 24)] if audio is not None else []
+        of_sound = ("[AUDIO]", "[BEGIN_AUDIO]", "[TRANSCRIBE]") if audio is not None else ()
+        for name in (*unnamed, *of_sound, "[ARGS]", "[CALL_ID]", *_NAMED_LATER.get(version, ())):
             named.append({"rank": len(named), "token_str": name, "is_control": True})
         content["special_tokens"] = named
     if version == "v15":
@@ -55,6 +58,8 @@ def small_tekken(
     content["image"] = image
     if image is None:
         del content["image"]
+    if audio is not None:
+        content["audio"] = audio
     path = directory / "tekken.json"
     path.write_text(json.dumps(content), encoding="utf-8")
     return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_train.data.prepared.manifest import PictureEntry
+from moe_train.data.prepared.manifest import PictureEntry, SoundEntry
 from moe_train.governance.descriptions import machines, modalities, sets_table
 from moe_train.governance.training_summary import training_summary
 from tests.governance.lineages import SET, lineage_of
@@ -26,3 +26,12 @@ def test_pictures_are_a_modality(tmp_path):
     training = training._replace(data=(SET, SET.model_copy(update={"pictures": entry})))
     assert modalities(training) == ["text", "image"]
     assert "| image | pictures in records; TODO" in training_summary("m", (training,), "2026-11-03")
+
+
+def test_sound_is_a_modality(tmp_path):
+    training = lineage_of(tmp_path).training
+    sizes = {"sampling_rate": 16000, "num_mel_bins": 128, "hop_length": 160, "window_size": 400}
+    entry = SoundEntry(**sizes, frames_per_chunk=3000, frames_per_token=8, audio_token=24, begin_token=25)
+    training = training._replace(data=(SET.model_copy(update={"sound": entry}),))
+    assert modalities(training) == ["text", "audio"]
+    assert "| audio | sound in records; TODO" in training_summary("m", (training,), "2026-11-03")

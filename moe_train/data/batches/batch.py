@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol, Self, runtime_checkable
 import numpy as np
 
 from moe_train.data.chat.example import SEGMENT_START
-from moe_train.data.pictures.patches import PicturesOfPiece
+from moe_train.data.media import MediaOfPiece
 from moe_train.data.prepared.teacher_values import TeacherValues
 
 
@@ -40,8 +40,8 @@ class StoredPiece(NamedTuple):
     """(positions,) float32 log-probability of each target under the reference model; None if it is not stored."""
     teacher: TeacherValues | None = None
     """A teacher's predictions for the trained tokens; None if none are stored."""
-    pictures: PicturesOfPiece | None = None
-    """The pictures of the example; None if it has none."""
+    pictures: MediaOfPiece | None = None
+    """The pictures, or the sound, of the example; None if it has none."""
     mismatched: StoredPiece | None = None
     """The example whose answer is set against this one's prompt; None if the objective uses none."""
 

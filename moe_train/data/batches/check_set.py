@@ -14,8 +14,10 @@ from moe_train.data.batches.distillation_batch import DistillationBatch
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.batches.picture_batch import PictureBatch
 from moe_train.data.batches.reward_batch import RewardBatch
+from moe_train.data.batches.sound_batch import SoundBatch
 from moe_train.data.pictures.rules import PictureRules
 from moe_train.data.prepared.store import TokenStore
+from moe_train.data.sound.rules import SoundRules
 
 _KINDS: tuple[tuple[type[PackedBatch], str], ...] = (
     (PreferenceBatch, "preference"),
@@ -51,6 +53,8 @@ def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_l
         _check_labels(cast(type[ClassificationBatch], batch_type), name, store)
     if store.manifest.pictures is not None:
         _check_pictures(batch_type, name, store.manifest.pictures.rules(), too_long)
+    if store.manifest.sound is not None:
+        _check_sound(batch_type, name, store.manifest.sound.rules(), too_long)
     if issubclass(batch_type, DistillationBatch):
         _check_teacher(cast(type[DistillationBatch], batch_type), name, store, seq_len, too_long)
 
@@ -92,6 +96,18 @@ def check_varied_labels(batch_type: type[PackedBatch], stores: Sequence[TokenSto
                 f"{stores[0].where(0)}: this and all other texts ({len(labels)}) have {stated}, so nothing tells one label from "
                 "another; add records with others"
             )
+
+
+def _check_sound(batch_type: type[PackedBatch], name: str, rules: SoundRules, too_long: TooLong) -> None:
+    """Raise ValueError unless the batches have room for sound, and the tower takes it as it became tokens."""
+    if not issubclass(batch_type, SoundBatch):
+        raise ValueError(
+            f"{name} has records with sound; set audio: {{}} in the config to train on them with the tower of init_from and "
+            "objective next_token, or drop the records"
+        )
+    if too_long in ("split", "truncate"):
+        raise ValueError(f"{name} has sound, and too_long {too_long} would cut it; set record.too_long to drop or error")
+    cast(type[SoundBatch], batch_type).check_rules(rules, name)
 
 
 def _check_teacher(batch_type: type[DistillationBatch], name: str, store: TokenStore, seq_len: int, too_long: TooLong) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.batches.batch import Batch, RowPlace, StoredPiece, write_segment
+from moe_train.data.pictures.patches import PicturesOfPiece
 from moe_train.data.pictures.rules import PictureRules
 
 
@@ -96,6 +97,7 @@ class PictureBatch(_Arrays):
                 place = write_segment(self, row, place, segment)
             if piece.pictures is None:
                 continue
+            assert isinstance(piece.pictures, PicturesOfPiece)  # `check_set` has refused sound
             first_feature = num_patches // self.encoder.patches_per_token
             for picture in piece.pictures.pictures:
                 end = num_patches + len(picture.patches)

@@ -49,8 +49,8 @@ class RowSource(NamedTuple):
     reads_last_token: bool = False
     """Whether the last token of a segment takes a position of its own, as where a head reads its score."""
     own_lengths: np.ndarray | None = None
-    """(N,) positions that each example fills, where it takes more so that a row has room for the patches of its pictures; None
-    without pictures."""
+    """(N,) positions that each example fills, where it takes more so that a row has room for the patches of its pictures, or the
+    chunks of its sound; None without either."""
 
     @property
     def name(self) -> str:
@@ -120,7 +120,7 @@ def open_rows(
         cache_dir: The folder in which plans of many examples are cached.
         with_mismatched: Whether a labelled answer shares its row with its prompt and the answer of another record.
         reads_last_token: Whether the last token of each segment takes a position.
-        patches_per_row: Patches of pictures that a row has room for; None for batches without pictures.
+        patches_per_row: Patches of pictures, or chunks of sound, that a row has room for; None for batches without either.
 
     Raises:
         ValueError: If an example is too long and the source refuses such examples.
@@ -128,7 +128,7 @@ def open_rows(
     too_long = too_long_of(source, store)
     lengths = store.lengths()
     own_lengths = None
-    if patches_per_row is not None and store.manifest.pictures is not None:
+    if patches_per_row is not None and store.manifest.media is not None:
         own_lengths = lengths
         lengths = np.maximum(lengths, _positions_for_patches(store, seq_len, patches_per_row))
     if reads_last_token:
@@ -165,9 +165,12 @@ def _positions_for_patches(store: TokenStore, seq_len: int, patches_per_row: int
     patches = store.patches.astype(np.int64)
     largest = int(np.argmax(patches)) if len(patches) else 0
     if len(patches) and patches[largest] > patches_per_row:
+        parts, setting = "pictures of the record have {} patches", "vision.patches_per_row"
+        if store.manifest.sound is not None:
+            parts, setting = "sound of the record has {} chunks", "audio.chunks_per_row"
         raise ValueError(
-            f"{store.where(largest)}: the pictures of the record have {patches[largest]} patches, and a row has room for "
-            f"{patches_per_row}; raise vision.patches_per_row, or drop the record"
+            f"{store.where(largest)}: the {parts.format(patches[largest])}, and a row has room for {patches_per_row}; raise "
+            f"{setting}, or drop the record"
         )
     return -(-patches * seq_len // patches_per_row)
 

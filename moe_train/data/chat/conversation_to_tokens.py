@@ -10,8 +10,8 @@ from moe_train import config
 from moe_train.data.chat import template as templates
 from moe_train.data.chat import template_reasoning
 from moe_train.data.chat.example import OTHER_TEMPLATE, Example, RenderedPrompt, uses_tools
+from moe_train.data.records.media import shows_media
 from moe_train.data.records.normal_form import Conversation, Message, ModelSettings, reasoning_of, texts_of
-from moe_train.data.records.pictures import references_of
 from moe_train.data.records.problem import Problem, brief, checked_text
 from moe_train.data.records.settings import default_settings
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -84,9 +84,9 @@ def _refused(conversation: Conversation, template: str | None, tokenizer: Tokeni
 
 
 def _refuse_pictures(conversation: Conversation, tokenizer: HuggingFace) -> None:
-    """Raise Problem if a conversation has pictures, which only Mistral's own tokenizers write as they are served."""
-    if references_of(conversation):
-        message = f"the record has pictures, and {tokenizer.files[0].name} does not say how they are written"
+    """Raise Problem if a conversation has pictures or sound, which only Mistral's own tokenizers write as they are served."""
+    if shows_media(conversation):
+        message = f"the record has pictures or sound, and {tokenizer.files[0].name} does not say how they are written"
         raise Problem("picture", message, "name the model's tekken.json: data.tokenizer: {name: mistral, path: …}")
 
 
@@ -116,10 +116,10 @@ def render_prompt(
     tools: Sequence[dict[str, Any]] = (),
     reasoning_effort: str | None = None,
 ) -> list[int]:
-    """Return the tokens of a conversation without pictures; otherwise like `rendered_prompt`."""
+    """Return the tokens of a conversation without pictures and sound; otherwise like `rendered_prompt`."""
     rendered = rendered_prompt(messages, template, tokenizer, tools, reasoning_effort)
     if rendered.pictures:
-        raise Problem("picture", "the conversation has pictures, which are not shown to the model here", "leave them out")
+        raise Problem("picture", "the conversation has pictures or sound, which are not shown to the model here", "leave them out")
     return rendered.tokens
 
 

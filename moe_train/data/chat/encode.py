@@ -13,8 +13,8 @@ from moe_train.data.chat.classified_to_tokens import classified_example
 from moe_train.data.chat.example import Example
 from moe_train.data.chat.pairs_to_tokens import pair_examples_batch
 from moe_train.data.records.conversation import read
+from moe_train.data.records.media import locate_media, shows_media
 from moe_train.data.records.normal_form import ClassifiedText, NormalRecord, messages_of, reasoning_of, texts_of
-from moe_train.data.records.pictures import locate_pictures, shows_pictures
 from moe_train.data.records.problem import located
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
@@ -28,7 +28,7 @@ _RECORDS = 1024
 FormatOrigin = Callable[[Origin], str]
 """A function that formats the location of a record for messages."""
 FolderOfOrigin = Callable[[Origin], Path | None]
-"""A function that returns the folder of a record's pictures; None if it is in no folder."""
+"""A function that returns the folder of a record's pictures and sound; None if it is in no folder."""
 
 
 def encode(
@@ -118,8 +118,8 @@ class _Reader(NamedTuple):
         """Convert a record. Raises ValueError, with its origin, if that is not possible."""
         try:
             reading = read(fields, self.section)
-            if shows_pictures(reading.record):
-                locate_pictures(reading.record, None if self.folder_of is None else self.folder_of(origin))
+            if shows_media(reading.record):
+                locate_media(reading.record, None if self.folder_of is None else self.folder_of(origin))
         except ValueError as error:
             raise ValueError(f"{self.format_origin(origin)}: {error}") from error
         if reading.unread and self.unread is not None:

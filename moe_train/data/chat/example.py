@@ -25,9 +25,9 @@ class Example(NamedTuple):
     values: tuple[float, ...] = ()
     """Numbers that belong to the whole example; the record kind decides what they are (see `pairs_to_tokens`)."""
     pictures: tuple[bytes, ...] = ()
-    """Content of the pictures that tokens stand for, in the order of the tokens."""
+    """Content of the pictures, or of the clips of sound, that tokens stand for, in the order of the tokens."""
     picture_files: tuple[str, ...] = ()
-    """Files of those pictures that are no data URLs."""
+    """Files of those pictures or clips that are no data URLs."""
 
     @property
     def num_positions(self) -> int:
@@ -41,7 +41,7 @@ class RenderedPrompt(NamedTuple):
 
     tokens: list[int]
     pictures: tuple[bytes, ...] = ()
-    """Content of the pictures that tokens stand for, in the order of the tokens."""
+    """Content of the pictures, or of the clips of sound, that tokens stand for, in the order of the tokens."""
 
 
 SEGMENT_START = 128

@@ -28,6 +28,15 @@ from moe_train.data.chat.mistral_pictures import PictureTokens, check_pictures, 
 from moe_train.data.chat.mistral_prefixes import Prefixes
 from moe_train.data.chat.mistral_refusals import refusal
 from moe_train.data.chat.mistral_settings import check_written, request_fields
+from moe_train.data.chat.mistral_sound import (
+    SoundTokens,
+    check_sound,
+    files_of,
+    is_transcription,
+    sound_files,
+    transcription_example,
+    transcription_prompt,
+)
 from moe_train.data.chat.mistral_trajectory import merged_examples
 from moe_train.data.chat.pieces import trained_ids
 from moe_train.data.records.normal_form import Conversation, Message
@@ -53,6 +62,10 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     messages = conversation.messages
     check_written(conversation, tokenizer)
     check_pictures(conversation, tokenizer)
+    check_sound(conversation, tokenizer)
+    if is_transcription(conversation):
+        with _refusals(conversation, tokenizer):
+            return [transcription_example(conversation, _instruct(tokenizer), tokenizer)]
     if not uses_tools(conversation):
         return [_all_turns(conversation, tokenizer)]
     trained = [turn for turn in turns(messages) if turn.trained_on]
@@ -70,10 +83,15 @@ def prompt(conversation: Conversation, tokenizer: Mistral) -> RenderedPrompt:
     """Return the prompt up to where the assistant's next turn begins."""
     check_written(conversation, tokenizer)
     check_pictures(conversation, tokenizer)
+    check_sound(conversation, tokenizer)
+    if is_transcription(conversation):
+        with _refusals(conversation, tokenizer):
+            return transcription_prompt(conversation, _instruct(tokenizer))
     request = _request(conversation, tokenizer, ValidationMode.test)
     with _refusals(conversation, tokenizer):
         encoded = _instruct(tokenizer).encode_instruct(request)
-    return RenderedPrompt(encoded.tokens, tuple(picture.tobytes() for picture in encoded.images))
+    pictures = tuple(picture.tobytes() for picture in encoded.images)
+    return RenderedPrompt(encoded.tokens, pictures + files_of(encoded.audios))
 
 
 def check_has_tools(tokenizer: Mistral) -> None:
@@ -101,8 +119,10 @@ def _all_turns(conversation: Conversation, tokenizer: Mistral) -> Example:
         start = end - _length_of_last(tokens[:end], message, tokenizer)
         if turn.trained_on:
             mask[start:end] = trained_ids(tokens[start:end], conversation.messages[turn.start : turn.end], tokenizer)
-    pictures = tuple(picture.tobytes() for picture in encoded.images)
-    return Example(tokens, mask, pictures=pictures, picture_files=tuple(picture_files(conversation)))
+    # `check_sound` has made sure that there are not both.
+    pictures = tuple(picture.tobytes() for picture in encoded.images) + files_of(encoded.audios)
+    files = (*picture_files(conversation), *sound_files(conversation))
+    return Example(tokens, mask, pictures=pictures, picture_files=files)
 
 
 def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:
@@ -151,6 +171,9 @@ def _instruct(tokenizer: Mistral) -> InstructTokenizerBase:
     vars(encoder)["decode"] = _no_decoding
     if tokenizer.pictures is not None:
         vars(encoder)["image_encoder"] = PictureTokens(tokenizer.pictures)
+    if tokenizer.sound is not None:
+        assert encoder.audio_encoder is not None  # which states the rules
+        vars(encoder)["audio_encoder"] = SoundTokens(encoder.audio_encoder, tokenizer.sound)
     return encoder
 
 
@@ -204,7 +227,9 @@ def _plain(message: Message) -> Message:
 
 
 def _chunk(part: dict[str, Any]) -> dict[str, Any]:
-    """Return a part in mistral-common's form, where a picture is a URL: `PictureTokens` reads it."""
+    """Return a part in mistral-common's form, where pictures and sound are URLs: `PictureTokens` and `SoundTokens` read them."""
+    if part["type"] == "audio":
+        return {"type": "audio_url", "audio_url": part["audio"]}
     return {"type": "image_url", "image_url": part["image"]} if part["type"] == "image" else part
 
 

@@ -37,10 +37,11 @@ from moe_train.data.check.overlap import compared_text, overlap
 from moe_train.data.check.redacted import search_personal_data
 from moe_train.data.check.repaired import attempts, corrected_chunk
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.pictures.rules import PictureRules
+from moe_train.data.media import MediaRules
 from moe_train.data.records.conversation import read as read_record
 from moe_train.data.records.conversation import read_columns
 from moe_train.data.records.json_lines import Block, records_in
+from moe_train.data.records.media import locate_media
 from moe_train.data.records.normal_form import (
     ClassifiedText,
     Conversation,
@@ -50,11 +51,11 @@ from moe_train.data.records.normal_form import (
     messages_of,
     tools_of,
 )
-from moe_train.data.records.pictures import locate_pictures
 from moe_train.data.records.problem import Item, Problem, check_usable
 from moe_train.data.records.recognise import recognise
 from moe_train.data.records.source import Origin
 from moe_train.data.records.unread import count
+from moe_train.data.sound.rules import SoundRules
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 _FAULTS_OF_TEMPLATES = {"template", "no-template", "tools"}  # no reason to drop a record: another template may render it
@@ -81,12 +82,14 @@ class _ExampleCounts:
     merged: Counter[str] = field(default_factory=Counter)
     restarts: Counter[str] = field(default_factory=Counter)
     pictures: Counter[int] = field(default_factory=Counter)
+    sound: Counter[int] = field(default_factory=Counter)
 
-    def add_pictures(self, example: Example, rules: PictureRules | None) -> None:
-        """Count the tokens of each picture of an example."""
+    def add_media(self, example: Example, rules: MediaRules | None) -> None:
+        """Count the tokens of each picture, or of each clip of sound, of an example."""
         if example.pictures:
-            assert rules is not None  # by which the pictures became tokens
-            self.pictures.update(rules.sizes_in(example.tokens))
+            assert rules is not None  # by which the pictures or the sound became tokens
+            sizes = self.sound if isinstance(rules, SoundRules) else self.pictures
+            sizes.update(rules.sizes_in(example.tokens))
 
     def add(self, kind: str, example: Example, seq_len: int | None) -> None:
         """Count an example.
@@ -132,7 +135,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         problems += [(entry.number, problem) for problem in entry.problems]
         for example in entry.examples:
             counts.add(entry.section.name, example, question.seq_len)
-            counts.add_pictures(example, question.tokenizer.pictures)
+            counts.add_media(example, question.tokenizer.pictures or question.tokenizer.sound)
     texts = words([compared_text(entry.record) for entry in records.read])
     overlapping, held_out = overlap(texts, question.held_out)
     numbers = np.array([entry.number for entry in records.read], np.int64)
@@ -150,6 +153,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         merged=counts.merged,
         restarts=counts.restarts,
         pictures=counts.pictures,
+        sound=counts.sound,
         numbers=numbers,
         prints=fingerprints([_content(entry.record) for entry in records.read], texts),
         overlapping=numbers[overlapping],
@@ -171,7 +175,7 @@ def _read_chunk(chunk: Chunk, question: Question) -> _ReadChunk:
             section = question.records[chunk.place] or question.with_effort(recognise(item, question.ignore))
             check_usable(item, read_columns(section))
             normal, unread = read_record(item, section)
-            locate_pictures(normal, question.folder(chunk.place))
+            locate_media(normal, question.folder(chunk.place))
             records.read.append(ReadRecord(number, item, section, normal, unread))
         except Problem as problem:
             records.unreadable.append((number, problem))

@@ -127,6 +127,8 @@ class Findings(NamedTuple):
     """Reason why turns could not be appended to the example before -> number of examples."""
     pictures: Counter[int]
     """Tokens of a picture -> number of such pictures."""
+    sound: Counter[int]
+    """Tokens of a clip of sound -> number of such clips."""
     numbers: np.ndarray
     """(n,): line, row or byte of each record in `prints`."""
     prints: Fingerprints

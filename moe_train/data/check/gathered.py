@@ -28,6 +28,7 @@ from moe_train.data.check.results import (
     MergedTurnsResult,
     OverlapResult,
     PictureResult,
+    SoundResult,
 )
 from moe_train.data.check.settings import CheckSettings
 from moe_train.data.check.sources import CheckedFile, CheckedSource
@@ -62,6 +63,8 @@ class GatheredFindings:
     restarts: Counter[str] = field(default_factory=Counter)
     pictures: Counter[int] = field(default_factory=Counter)
     """Tokens of a picture -> number of such pictures."""
+    sound: Counter[int] = field(default_factory=Counter)
+    """Tokens of a clip of sound -> number of such clips."""
     overlaps: list[str] = field(default_factory=list)
     unread: Counter[str] = field(default_factory=Counter)
     kinds: Kinds = field(default_factory=Kinds)
@@ -91,6 +94,7 @@ class GatheredFindings:
         self.merged += findings.merged
         self.restarts += findings.restarts
         self.pictures += findings.pictures
+        self.sound += findings.sound
         # The spool numbers records in the order of arrival; `origins` says where each of them is.
         self._spool.add(findings.prints)
         # (n, 2) int64: place and number of each record.
@@ -155,6 +159,7 @@ class GatheredFindings:
             "loss_tokens": self.loss_tokens,
             "merged_turns": self._merged_turns(),
             "pictures": self._pictures(),
+            "sound": self._sound(),
             "lengths": estimate.histogram(lengths),
             "truncation": truncation,
             "packing": packing,
@@ -183,6 +188,18 @@ class GatheredFindings:
         sizes = np.repeat(list(self.pictures), list(self.pictures.values()))
         return {
             "pictures": len(sizes),
+            "tokens": int(sizes.sum()),
+            "median_tokens": int(np.quantile(sizes, 0.5, method="nearest")),
+            "most_tokens": int(sizes.max()),
+        }
+
+    def _sound(self) -> SoundResult | None:
+        """Return how many tokens the sound has; None without sound."""
+        if not self.sound:
+            return None
+        sizes = np.repeat(list(self.sound), list(self.sound.values()))
+        return {
+            "clips": len(sizes),
             "tokens": int(sizes.sum()),
             "median_tokens": int(np.quantile(sizes, 0.5, method="nearest")),
             "most_tokens": int(sizes.max()),

@@ -71,3 +71,5 @@ def kind_of(section: config.Record) -> str:
             return f"a text with labels in column {labels}"
         case config.LabelledRecord(label=label):
             return f"an answer labelled by column {label}"
+        case config.TranscriptionRecord(audio=audio, text=text):
+            return f"a transcription in columns {audio} and {text}"

@@ -100,6 +100,10 @@ def _record_rows(result: CheckResult) -> Iterator[tuple[str, str]]:
     if pictures:
         each = f"of each: median {pictures['median_tokens']:,}, most {pictures['most_tokens']:,}"
         yield "pictures", f"{pictures['pictures']:,} ({pictures['tokens']:,} tokens; {each})"
+    sound = result["sound"]
+    if sound:
+        each = f"of each: median {sound['median_tokens']:,}, most {sound['most_tokens']:,}"
+        yield "clips of sound", f"{sound['clips']:,} ({sound['tokens']:,} tokens; {each})"
     if result["merged_turns"]:
         yield "turns in one row", _merged_turns(result["merged_turns"])
 

@@ -151,6 +151,17 @@ class PictureResult(TypedDict):
     """Tokens of the largest picture."""
 
 
+class SoundResult(TypedDict):
+    """The clips of sound of all records, and the tokens that they become."""
+
+    clips: int
+    tokens: int
+    median_tokens: int
+    """Of a clip."""
+    most_tokens: int
+    """Of a clip."""
+
+
 class CheckResult(TypedDict):
     """All results of a check."""
 
@@ -172,6 +183,8 @@ class CheckResult(TypedDict):
     merged_turns: MergedTurnsResult | None
     pictures: PictureResult | None
     """The pictures; None without any."""
+    sound: SoundResult | None
+    """The sound; None without any."""
     lengths: LengthResult | None
     truncation: TruncationResult | None
     packing: PackingResult | None

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 
 from moe_train.data.check.requirements import Requirements
-from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.normal_form import MEDIA, Conversation, Message
 
 # NUL, the noncharacters that mark spans while a template is rendered, and lone surrogates.
 _NO_TEXT = re.compile("[\x00\ufdd0-\ufdd3\ud800-\udfff]")
@@ -60,7 +60,7 @@ def _content(message: Message) -> list[str]:
     if isinstance(content, str):
         return [content]
     # A part holds its text under the name of its type.
-    return [part[part["type"]] for part in content if part["type"] != "image"]
+    return [part[part["type"]] for part in content if part["type"] not in MEDIA]
 
 
 def _texts(conversation: Conversation) -> Iterator[tuple[str, str]]:

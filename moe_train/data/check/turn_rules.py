@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moe_train.data.check.requirements import Requirements
+from moe_train.data.records.media import has_media
 from moe_train.data.records.normal_form import ROLES, Conversation, Message, texts_of
 from moe_train.data.records.problem import brief
 
@@ -149,9 +150,9 @@ def empty_answer(conversation: Conversation, form: Requirements) -> Iterator[str
 
 
 def empty_question(conversation: Conversation, form: Requirements) -> Iterator[str]:
-    """Find user messages without text, to which any answer would be learnt."""
+    """Find user messages without text, pictures and sound, to which any answer would be learnt."""
     for i, message in enumerate(conversation.messages):
-        if message["role"] == "user" and not _visible_text(message):
+        if message["role"] == "user" and not _visible_text(message) and not has_media(message):
             yield f"message {i} is a user turn without text"
 
 

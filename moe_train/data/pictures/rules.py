@@ -53,6 +53,10 @@ class PictureRules(NamedTuple):
         """Return the number of patches of a picture."""
         return grid.width * grid.height * self.cell_size**2
 
+    def room(self, tokens: Sequence[int]) -> int:
+        """Return the number of patches that some tokens stand for."""
+        return tokens.count(self.image_token) * self.cell_size**2
+
     def sizes_in(self, tokens: Sequence[int]) -> list[int]:
         """Return the number of tokens of each picture among some tokens."""
         sizes: list[int] = []

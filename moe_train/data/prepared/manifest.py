@@ -10,6 +10,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_train.data.pictures.rules import PictureRules
+from moe_train.data.sound.rules import SoundRules
 from moe_train.machine.files import Json, JsonObject, write_text
 
 MANIFEST = "manifest.json"
@@ -100,12 +101,29 @@ class PictureEntry(_Entry):
         return PictureRules(**self.model_dump())
 
 
+class SoundEntry(_Entry):
+    """How the sound of a set became tokens; see `data.sound.rules`."""
+
+    sampling_rate: int
+    num_mel_bins: int
+    hop_length: int
+    window_size: int
+    frames_per_chunk: int
+    frames_per_token: int
+    audio_token: int
+    begin_token: int
+
+    def rules(self) -> SoundRules:
+        """Return the rules by which sound becomes spectrograms."""
+        return SoundRules(**self.model_dump())
+
+
 class Manifest(_Entry):
     """The description of a prepared set.
 
     empty: number of records without text, which are left out. loss_tokens: number of ids that are trained on. too_long: the
     config's setting for records that are too long. unread: number of records in which a key was not read, by its name. teacher:
-    None without predictions of a teacher. pictures: None without pictures.
+    None without predictions of a teacher. pictures: None without pictures. sound: None without sound.
     """
 
     layout: Literal[2] = 2
@@ -127,6 +145,12 @@ class Manifest(_Entry):
     shards: tuple[ShardEntry, ...]
     teacher: TeacherEntry | None = None
     pictures: PictureEntry | None = None
+    sound: SoundEntry | None = None
+
+    @property
+    def media(self) -> PictureEntry | SoundEntry | None:
+        """How pictures or sound became tokens; None without either."""
+        return self.pictures if self.sound is None else self.sound
 
     def sealed(self) -> Self:
         """Return the manifest with its hash, which covers everything except the paths of files, the handling of records that are
@@ -136,13 +160,15 @@ class Manifest(_Entry):
         content = self.model_dump(
             mode="json", exclude={"hash": True, "too_long": True, "unread": True, "files": {"__all__": {"path"}}}
         )
-        # Sets from before there was such a date, a teacher or pictures keep their hash.
+        # Sets from before there was such a date, a teacher, pictures or sound keep their hash.
         if self.rules.chat_date is None:
             del content["rules"]["chat_date"]
         if self.teacher is None:
             del content["teacher"]
         if self.pictures is None:
             del content["pictures"]
+        if self.sound is None:
+            del content["sound"]
         return self.model_copy(update={"hash": _sha256(content)})
 
     def write(self, directory: Path) -> None:

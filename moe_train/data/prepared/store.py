@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_train.data.batches.batch import StoredPiece
-from moe_train.data.pictures.patches import PicturesOfPiece, pictures_of_piece
+from moe_train.data.media import MediaOfPiece, media_of_piece
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.folder import ArrayPart, File, RemoteFolder, StoredArray, open_folder
 from moe_train.data.prepared.manifest import Manifest, ShardEntry
@@ -147,7 +147,7 @@ class TokenStore:
 
     @functools.cached_property
     def patches(self) -> np.ndarray:
-        """(N,) the number of patches of the pictures of each example."""
+        """(N,) the number of patches of the pictures, or of chunks of the sound, of each example."""
         stored = [shard for shard in self.manifest.shards if "patches" in shard.sizes]
         arrays = iter(self._folder.read_whole([_file(shard, "patches", "int32") for shard in stored]))
         parts = []
@@ -230,14 +230,14 @@ class TokenStore:
         teacher = self._teacher.read([piece.start for piece in pieces], places, counts)
         return [content._replace(teacher=values) for content, values in zip(read, teacher, strict=True)]
 
-    def _pictures(self, example: int) -> PicturesOfPiece | None:
-        """Return the patches of an example's pictures; None if it has none."""
-        if self.manifest.pictures is None:
+    def _pictures(self, example: int) -> MediaOfPiece | None:
+        """Return the patches of an example's pictures, or the spectrograms of its sound; None if it has neither."""
+        if self.manifest.media is None:
             return None
-        return pictures_of_piece(self.picture_files(example), self.manifest.pictures.rules())
+        return media_of_piece(self.picture_files(example), self.manifest.media.rules())
 
     def picture_files(self, example: int) -> list[bytes]:
-        """Return the files of an example's pictures, in the order of their tokens."""
+        """Return the files of an example's pictures or sound, in the order of their tokens."""
         number, index = self._place_in_shards(example)
         shard = self.manifest.shards[number]
         if "pictures" not in shard.sizes:

@@ -23,7 +23,7 @@ from typing import Literal, TypedDict
 
 from moe_train import config
 from moe_train.data.chat.chat_date import date_of
-from moe_train.data.prepared.manifest import Manifest, PictureEntry, Rules, ShardEntry, SourceFile
+from moe_train.data.prepared.manifest import Manifest, PictureEntry, Rules, ShardEntry, SoundEntry, SourceFile
 from moe_train.data.prepared.picture_files import changed_picture
 from moe_train.data.prepared.shard_pool import PrepareProgress, ProgressReport, tokenize_shards
 from moe_train.data.prepared.shards import Shard, cut
@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     identity = [recipe.source.licence, recipe.source.origin, None, [shard.key for shard in shards]]
     directory = cache / f"tokens-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
     if directory.exists():
-        _check_pictures(directory, shards, recipe.records)
+        _check_pictures(directory, shards, recipe)
         return directory
     with only_one(directory.with_suffix(".lock")):
         # Another process may have made the set while this one waited for the lock.
@@ -90,14 +90,15 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     return directory
 
 
-def _check_pictures(directory: Path, shards: list[Shard], records: OpenSource) -> None:
-    """Raise ValueError if a picture is another one than in the set in `directory`, whose records are the same."""
+def _check_pictures(directory: Path, shards: list[Shard], recipe: Recipe) -> None:
+    """Raise ValueError if a picture or clip is another one than in the set in `directory`, whose records are the same."""
     for shard in shards:
-        changed = _changed_picture(directory / shard.key, shard, records)
+        changed = _changed_picture(directory / shard.key, shard, recipe.records)
         if changed is not None:
+            kind = "picture" if recipe.tokenizer.sound is None else "sound"
             state = "is another one" if changed.is_file() else "is missing, or another one,"
             raise ValueError(
-                f"the picture {changed} {state} than when records with the same content were tokenized; restore it, or remove "
+                f"the {kind} {changed} {state} than when records with the same content were tokenized; restore it, or remove "
                 f"{directory} to tokenize them again"
             )
 
@@ -245,6 +246,7 @@ def _manifest(directory: Path, shards: list[Shard], scans: list[Scan], recipe: R
         files=tuple(files),
         shards=tuple(entries),
         pictures=_picture_entry(recipe, entries),
+        sound=_sound_entry(recipe, entries),
     ).sealed()
 
 
@@ -254,6 +256,14 @@ def _picture_entry(recipe: Recipe, entries: list[ShardEntry]) -> PictureEntry | 
     if rules is None or not any("pictures" in entry.sizes for entry in entries):
         return None
     return PictureEntry(**rules._asdict())
+
+
+def _sound_entry(recipe: Recipe, entries: list[ShardEntry]) -> SoundEntry | None:
+    """Return how sound became tokens; None if no record has any."""
+    rules = recipe.tokenizer.sound
+    if rules is None or not any("pictures" in entry.sizes for entry in entries):
+        return None
+    return SoundEntry(**rules._asdict())
 
 
 class _Log:

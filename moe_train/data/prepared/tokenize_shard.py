@@ -8,10 +8,11 @@ SHARD/tokens      uint16 or uint32: the ids of all examples, concatenated
       answers     uint8 for each id (see `Example.answers`); absent unless examples have several segments
       segments    int32 for each example: its number of segments; absent with `answers`
       values      float64: the numbers of each example, one example after the other; absent if the record kind has none
-      pictures    uint8: the files of all pictures, one after the other; this and the next three are absent without pictures
+      pictures    uint8: the files of all pictures, or clips of sound, one after the other; this and the next three are absent
+                  without pictures and sound
       picture_ends    int64 for each picture: its end in `pictures`
       first_pictures  int64, one more than examples: example i has the pictures first_pictures[i] to first_pictures[i + 1]
-      patches     int32 for each example: the patches of its pictures
+      patches     int32 for each example: the patches of its pictures, or the chunks of its sound
       origins     int64 pairs: for each example, the span of the shard and the line (or row) it is from
       facts.json  what the manifest records about the shard
 """
@@ -33,7 +34,7 @@ import numpy as np
 from moe_train import config
 from moe_train.data.chat.encode import FolderOfOrigin, encode
 from moe_train.data.chat.example import Example
-from moe_train.data.pictures.rules import PictureRules
+from moe_train.data.media import MediaRules
 from moe_train.data.prepared.picture_files import PictureFiles
 from moe_train.data.prepared.shards import Shard
 from moe_train.data.records.source import OpenSource, Origin
@@ -80,7 +81,7 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
     empty = 0
     unread: Counter[str] = Counter()
     with new_directory(directory) as unfinished:
-        with _uncollected(), _Arrays(unfinished, dtype, record.name != "text", tokenizer.pictures) as arrays:
+        with _uncollected(), _Arrays(unfinished, dtype, record.name != "text", tokenizer.pictures or tokenizer.sound) as arrays:
             for i, span in enumerate(shard.spans):
                 numbered = ((Origin(span.place, number), fields) for number, fields in records.read(span))
                 num_records = 0
@@ -158,7 +159,7 @@ def _uncollected() -> Iterator[None]:
 class _Arrays:
     """The files of a shard, written some thousand ids at a time."""
 
-    def __init__(self, directory: Path, dtype: str, masked: bool, rules: PictureRules | None) -> None:
+    def __init__(self, directory: Path, dtype: str, masked: bool, rules: MediaRules | None) -> None:
         self._directory = directory
         self._rules = rules
         # `offsets` starts with 0, so that each example ends where the next one begins.
@@ -210,7 +211,7 @@ class _Arrays:
             self._flush()
 
     def _add_pictures(self, example: Example) -> None:
-        """Append the pictures of an example."""
+        """Append the pictures, or the clips of sound, of an example."""
         buffers = self._buffers
         for picture in example.pictures:
             buffers["pictures"].frombytes(picture)
@@ -221,8 +222,8 @@ class _Arrays:
         buffers["first_pictures"].append(self._num_pictures)
         patches = 0
         if example.pictures:
-            assert self._rules is not None  # by which the pictures became tokens
-            patches = example.tokens.count(self._rules.image_token) * self._rules.cell_size**2
+            assert self._rules is not None  # by which the pictures or the sound became tokens
+            patches = self._rules.room(example.tokens)
         buffers["patches"].append(patches)
 
     def _flush(self) -> None:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 from moe_train.data.records.flags import FlaggedPiece, take_flag
 from moe_train.data.records.meaning import PART
-from moe_train.data.records.normal_form import JOINT
+from moe_train.data.records.normal_form import JOINT, MEDIA
 from moe_train.data.records.pictures import PICTURE_PARTS, read_picture_part
 from moe_train.data.records.problem import Problem, brief
+from moe_train.data.records.sound import SOUND_PARTS, read_sound_part
 from moe_train.data.records.tool_calls import read_calls
 from moe_train.data.records.unread import Unread, is_empty
 
@@ -48,7 +49,7 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
         unread: Takes the keys that are not read.
 
     Raises:
-        Problem: If a part is not text, reasoning, a picture, a call or a result.
+        Problem: If a part is not text, reasoning, a picture, sound, a call or a result.
     """
     parts: list[dict[str, Any]] = []
     flags: list[int | None] = []
@@ -78,6 +79,9 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
         elif kind in PICTURE_PARTS:
             parts.append(read_picture_part(remaining, part_where))
             flags.append(flag)
+        elif kind in SOUND_PARTS:
+            parts.append(read_sound_part(remaining, part_where))
+            flags.append(flag)
         elif kind in _CALL:
             calls += _calls(remaining, part_where, unread)
             call_flags.append(flag)
@@ -104,12 +108,14 @@ def _joined_pieces(parts: list[dict[str, Any]], flags: list[int | None]) -> tupl
     """
     pieces: list[list[FlaggedPiece]] = []
     for part, flag in zip(parts, flags, strict=True):
-        # The part holds its text under the name of its type; a picture has no text.
-        if part["type"] != "image":
+        # The part holds its text under the name of its type; pictures and sound have no text.
+        if part["type"] not in MEDIA:
             pieces.append([FlaggedPiece(part[part["type"]], flag)])
     if len(pieces) < len(parts) and any(flag is not None for flag in flags):
         raise Problem(
-            "weight", "a message has pictures, and parts with flags for the loss", "leave the flags out: users' texts bear none"
+            "weight",
+            "a message has pictures or sound, and parts with flags for the loss",
+            "leave the flags out: users' texts bear none",
         )
     if all(flag is None for part, flag in zip(parts, flags, strict=True) if part["type"] == "text"):
         return parts, pieces
@@ -242,9 +248,7 @@ def _not_read(kind: Any, location: str) -> Problem:
     """Return the problem for a part of a type that is not read."""
     # By substring, since the types differ between APIs: image, image_url, input_image, video_url.
     if isinstance(kind, str) and any(word in kind for word in _MEDIA):
-        return Problem(
-            "unread-key", f"{location} is of type {brief(kind)}: sound, video and documents are not read", "drop the record"
-        )
+        return Problem("unread-key", f"{location} is of type {brief(kind)}: video and documents are not read", "drop the record")
     if kind == "redacted_thinking":
         return Problem("thinking", f"{location} is reasoning that is encrypted, and cannot be read", "drop the part or the record")
     return Problem("type", f"{location} is of type {brief(kind)}, which is not read", _REMEDY)

@@ -53,7 +53,7 @@ _TOPICS = (
         ("chosen", "rejected"),
     ),
     _Topic(
-        "images, sound and video are not read",
+        "it holds pictures, sound or video, which are not read here",
         ("images", "image", "audios", "audio", "videos", "video", "rejected_images"),
         ("image", "images", "audio", "audios", "video", "videos"),
     ),

@@ -3,7 +3,7 @@
 The normal form is OpenAI's. A message is a dict with `role` (system, user, assistant, tool), `content`, and optionally
 `weight`, `tool_calls` [{id, type: function, function: {name, arguments: JSON text}}], `tool_call_id` and `name`. A content is
 text, or a list of parts if there are several: {type: text, text}, {type: thinking, thinking, closed: false if it is cut off} and
-{type: image, image: data URL or path} (`pictures`).
+{type: image, image: data URL or path} (`pictures`), or {type: audio, audio: data URL or path} (`sound`).
 Texts that stand side by side are separate parts, since a chat format decides what stands between them (`JOINT`).
 Where the loss covers only pieces of a message, it has `pieces`: all its texts in order, each as a list of `Piece`.
 A tool is {type: function, function: {name, description, parameters, strict}}.
@@ -18,6 +18,12 @@ ROLES = ("system", "user", "assistant", "tool")
 
 Message = dict[str, Any]
 """A message in the normal form; see the top of this file."""
+
+
+TRANSCRIBE = "transcribe"
+"""Key of a message of the user that is one clip to transcribe; its value is the language, or "" if it is not stated."""
+MEDIA = ("image", "audio")
+"""Types of parts that hold no text."""
 
 
 class ModelSettings(NamedTuple):
@@ -80,7 +86,7 @@ def pieces_of(message: Message) -> list[list[Piece]]:
     if isinstance(content, str):
         return [[Piece(content, True)]] if content else []
     # A part holds its text under the name of its type.
-    return [[Piece(part[part["type"]], True)] for part in content if part["type"] != "image"]
+    return [[Piece(part[part["type"]], True)] for part in content if part["type"] not in MEDIA]
 
 
 def texts_of(message: Message) -> list[str]:
@@ -104,7 +110,7 @@ JOINT = "\n\n"
 
 
 def joined_texts(message: Message, joint: str = JOINT) -> str | None:
-    """Return the text of a message, with its text parts joined; None if it has no content, or reasoning or pictures in it."""
+    """Return the text of a message, with its text parts joined; None if it has no content, or more than texts in it."""
     content = message.get("content")
     if isinstance(content, list) and all(part["type"] == "text" for part in content):
         return joint.join(texts_of(message))

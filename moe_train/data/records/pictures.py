@@ -218,12 +218,14 @@ def located_pictures(conversation: Conversation, pictures: Sequence[str], folder
     return conversation
 
 
-def located_path(reference: str, folder: Path | None) -> str:
-    """Return the path of a picture's file, or its data URL unchanged.
+def located_path(reference: str, folder: Path | None, kind: str = "picture", rule: str = RULE) -> str:
+    """Return the path of the file of a picture, or of sound, or its data URL unchanged.
 
     Args:
         reference: the reference in the record.
         folder: the folder of the records; None if they are from no folder, and have data URLs only.
+        kind: what the file holds, for messages.
+        rule: the rule that a reference breaks.
     """
     if reference.startswith("data:"):
         return reference
@@ -232,17 +234,17 @@ def located_path(reference: str, folder: Path | None) -> str:
         reference = urllib.parse.unquote(rest)
     elif separator:
         raise Problem(
-            RULE, f"the picture {brief(reference)} is a URL, and nothing is fetched", "download it into the folder of the records"
+            rule, f"the {kind} {brief(reference)} is a URL, and nothing is fetched", "download it into the folder of the records"
         )
     if folder is None:
-        message = f"the picture {brief(reference)} is a path, and these records are from no folder"
-        raise Problem(RULE, message, "write it as a data URL")
+        message = f"the {kind} {brief(reference)} is a path, and these records are from no folder"
+        raise Problem(rule, message, "write it as a data URL")
     root = folder.resolve()
     try:
         file = (root / reference).resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a loop of links, or a NUL
-        raise Problem(RULE, f"the picture {brief(reference)} is no path: {error}", _REMEDY) from error
+        raise Problem(rule, f"the {kind} {brief(reference)} is no path: {error}", "name a file, or write a data URL") from error
     if not file.is_relative_to(root):
-        message = f"the picture {brief(reference)} is outside of {folder}, the folder of its records"
-        raise Problem(RULE, message, "move it there: records name only files beside them or below")
+        message = f"the {kind} {brief(reference)} is outside of {folder}, the folder of its records"
+        raise Problem(rule, message, "move it there: records name only files beside them or below")
     return str(file)

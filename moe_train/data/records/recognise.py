@@ -29,6 +29,7 @@ _PAIRS = (
 _REJECTED = ("rejected_response", "rejected_messages")
 _PROMPTS = ("prompt", "question", "instruction", "query", *MESSAGE_COLUMNS, "input")
 _LABELS = ("label", "kto_tag")
+_TRANSCRIPTS = ("text", "transcript", "transcription", "sentence")
 
 
 def recognise(fields: Mapping[str, Any], ignore: Collection[str] = ()) -> config.Record:
@@ -60,6 +61,10 @@ def recognise(fields: Mapping[str, Any], ignore: Collection[str] = ()) -> config
         if label is not None:
             return config.LabelledRecord(name="labelled", label=label, prompt=prompt, completion=completion, ignore=ignored)
         return _completion(prompt, completion, ignored)
+    if not is_empty(fields.get("audio")) and "audio" not in ignored:
+        transcript = next((name for name in _TRANSCRIPTS if name in present), None)
+        if transcript is not None:
+            return _transcription(transcript, ignored)
     return _text(fields, ignored)
 
 
@@ -74,6 +79,12 @@ def _chat(ignored: tuple[str, ...]) -> config.ChatRecord:
 def _completion(prompt: str, completion: str, ignored: tuple[str, ...]) -> config.CompletionRecord:
     """Return the section of a completion."""
     return config.CompletionRecord(name="completion", prompt=prompt, completion=completion, ignore=ignored)
+
+
+@functools.cache
+def _transcription(text: str, ignored: tuple[str, ...]) -> config.TranscriptionRecord:
+    """Return the section of a clip and its transcript."""
+    return config.TranscriptionRecord(name="transcription", text=text, ignore=ignored)
 
 
 def _text(fields: Mapping[str, Any], ignored: tuple[str, ...]) -> config.TextRecord:

@@ -8,9 +8,9 @@ from typing import Any
 from moe_train import config
 from moe_train.data.records.completion import MORE_PROMPT, SYSTEM_COLUMNS
 from moe_train.data.records.conversation import read
+from moe_train.data.records.media import shows_media
 from moe_train.data.records.messages import MESSAGE_COLUMNS
 from moe_train.data.records.normal_form import Conversation, Message, pieces_of
-from moe_train.data.records.pictures import references_of
 from moe_train.data.records.problem import Problem
 from moe_train.data.records.tools import TOOL_COLUMNS
 from moe_train.data.records.unread import is_empty
@@ -27,7 +27,7 @@ def denormalise(fields: Mapping[str, Any], edited: str | Conversation, record: c
     Returns:
         The columns, which the section reads as the edited record; None if these columns cannot express it.
     """
-    if isinstance(edited, Conversation) and references_of(edited):
+    if isinstance(edited, Conversation) and shows_media(edited):
         return None  # their paths are those of this folder, and the edited record is for another one
     match record, edited:
         case config.TextRecord(column=column), str():

@@ -139,6 +139,11 @@ class HuggingFace(Tokenizer):
         """None: pictures are written with Mistral's own tokenizers."""
         return None
 
+    @property
+    def sound(self) -> None:
+        """None: sound is written with Mistral's own tokenizers."""
+        return None
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without any control token. Raises Problem if a stretch of it is too long."""
         if len(text) <= self.longest_stretch:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.data.pictures.rules import PictureRules
+from moe_train.data.sound.rules import SoundRules
 from moe_train.data.tokenizers.stretches import LONGEST_STRETCH, SPACE, Stretches, words_of_pattern, words_of_vocabulary
 from moe_train.data.tokenizers.tokenizer import Tokenizer, hash_files
 
@@ -91,6 +92,25 @@ class Mistral(Tokenizer):
         ids = encoder.special_ids
         return PictureRules(
             sizes.image_patch_size, sizes.spatial_merge_size, sizes.max_image_size, ids.img, ids.img_break, ids.img_end
+        )
+
+    @functools.cached_property
+    def sound(self) -> SoundRules | None:
+        """How sound becomes tokens; None for a tokenizer without sound, of a stream, or of pictures, which no model has besides."""
+        encoder = self.finetuning.instruct_tokenizer.audio_encoder
+        if encoder is None or self.pictures is not None:
+            return None
+        sizes = encoder.audio_config
+        spectrogram = sizes.encoding_config
+        ids = encoder.special_ids
+        if sizes.is_streaming or sizes.chunk_length_s is None or ids.audio is None or ids.begin_audio is None:
+            return None
+        frames_per_chunk, rest = divmod(sizes.chunk_frames, spectrogram.hop_length)
+        if rest or frames_per_chunk % sizes.audio_length_per_tok:
+            return None
+        return SoundRules(
+            *(sizes.sampling_rate, spectrogram.num_mel_bins, spectrogram.hop_length, spectrogram.window_size),
+            *(frames_per_chunk, sizes.audio_length_per_tok, ids.audio, ids.begin_audio),
         )
 
     def encode(self, text: str) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from moe_train.data.pictures.rules import PictureRules
+from moe_train.data.sound.rules import SoundRules
 
 Span = tuple[int, int]
 """Start and end of a part of a text, or of its ids."""
@@ -40,6 +41,11 @@ class Tokenizer(Protocol):
     @property
     def pictures(self) -> PictureRules | None:
         """How pictures become tokens; None if the tokenizer's files state no such rules."""
+        ...
+
+    @property
+    def sound(self) -> SoundRules | None:
+        """How sound becomes tokens; None if the tokenizer's files state no such rules."""
         ...
 
     @property

@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
-from moe_train.data.pictures.patches import PicturesOfPiece
+from moe_train.data.media import MediaOfPiece
+from moe_train.data.sound.clips import SoundOfPiece
 from moe_train.evaluate.generation.completion import Progress, StopReason, StopTexts
 from moe_train.evaluate.generation.json_schema import JsonSchema
 from moe_train.evaluate.generation.pictures import shown_pictures
@@ -27,10 +28,13 @@ from moe_train.evaluate.generation.programs import (
     generate_block,
     picture_features,
     read_prompts,
+    sound_features,
 )
 from moe_train.evaluate.generation.sampling import Sampling, sampling_kind, sampling_values
+from moe_train.evaluate.generation.sound import heard_sound
 from moe_train.machine.mesh import BATCH, put_equal
 from moe_train.model.encoders.pictures import Pictures
+from moe_train.model.encoders.sound import Sound
 from moe_train.model.transformer import Transformer
 
 PROMPT_TOKENS = 64
@@ -45,8 +49,8 @@ class Request(NamedTuple):
     draw_index: int
     """Index on which its draws depend."""
     prompt: list[int]
-    pictures: PicturesOfPiece | None = None
-    """The pictures of the prompt; None if it has none."""
+    pictures: MediaOfPiece | None = None
+    """The pictures, or the sound, of the prompt; None if it has none."""
 
 
 class ContinuationPlan(NamedTuple):
@@ -60,7 +64,7 @@ class ContinuationPlan(NamedTuple):
 
 
 class ShownPictures(NamedTuple):
-    """Pictures of prompts, as the model sees them."""
+    """Pictures or sound of prompts, as the model sees or hears them."""
 
     features_BMD: jax.Array
     feature_index: np.ndarray
@@ -161,7 +165,7 @@ class Batch:
         yield from self._collect(first)
 
     def _shown(self, admitted: Sequence[int], shape: tuple[int, ...]) -> ShownPictures | None:
-        """Compute the features of the pictures of new sequences, whose prompts have `shape` (B, T); None without pictures."""
+        """Compute the features of the pictures or the sound of new sequences, whose prompts have `shape` (B, T), if any."""
         requests: dict[int, Request] = {}
         for row in admitted:
             sequence = self._sequences[row]
@@ -170,6 +174,14 @@ class Batch:
                 requests[row] = sequence.request
         if not requests:
             return None
+        heard: dict[int, tuple[list[int], SoundOfPiece]] = {}
+        for row, request in requests.items():
+            if isinstance(request.pictures, SoundOfPiece):
+                heard[row] = (request.prompt, request.pictures)
+        if heard:  # a tokenizer has rules for either pictures or sound, so no other request has pictures
+            prompt_sound = heard_sound(heard, shape, self._mesh.shape["context"])
+            sound = Sound(*put_equal(tuple(prompt_sound.sound), self._mesh, P(BATCH, "context")))
+            return ShownPictures(sound_features(self._transformer, sound), prompt_sound.feature_index)
         shown = shown_pictures(requests, shape, self._mesh.shape["context"])
         pictures = Pictures(*put_equal(tuple(shown.pictures), self._mesh, P(BATCH, "context")))
         return ShownPictures(picture_features(self._transformer, pictures), shown.feature_index)

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_train import config
+from moe_train.data.media import MediaOfPiece
 from moe_train.data.pictures.patches import PicturesOfPiece
+from moe_train.data.sound.clips import SoundOfPiece
 from moe_train.evaluate.generation.batch import Batch, ContinuationPlan, Request
 from moe_train.evaluate.generation.completion import Completion, Progress, StopTexts
 from moe_train.evaluate.generation.json_schema import JsonSchema
@@ -97,7 +99,7 @@ class Generator:
         stop_texts: StopTexts | None = None,
         indices: Sequence[int] | None = None,
         schema: JsonSchema | None = None,
-        pictures: Sequence[PicturesOfPiece | None] | None = None,
+        pictures: Sequence[MediaOfPiece | None] | None = None,
     ) -> list[Completion]:
         """Continue each prompt.
 
@@ -107,7 +109,7 @@ class Generator:
             stop_texts: Texts that end a continuation.
             indices: The index of each prompt, on which its draws depend; None for 0, 1, 2, …
             schema: JSON schema that every continuation fits, unless it reaches `max_tokens` before its end; None for any text.
-            pictures: The pictures of each prompt; None if no prompt has any.
+            pictures: The pictures, or the sound, of each prompt; None if no prompt has any.
 
         Raises:
             ValueError: If a prompt is empty or too long (see `check_lengths`); nothing has been generated then.
@@ -127,7 +129,7 @@ class Generator:
         plan: ContinuationPlan,
         indices: Sequence[int] | None = None,
         block_tokens: int = BLOCK_TOKENS,
-        pictures: Sequence[PicturesOfPiece | None] | None = None,
+        pictures: Sequence[MediaOfPiece | None] | None = None,
     ) -> Iterator[Progress]:
         """Continue each prompt as `generate` does, and yield the tokens block by block, with the last ones of a prompt its stop.
 
@@ -136,15 +138,18 @@ class Generator:
             plan: How they are continued.
             indices: The index of each prompt, on which its draws depend; None for 0, 1, 2, …
             block_tokens: Number of tokens of a block; small for a quick first answer.
-            pictures: The pictures of each prompt; None if no prompt has any.
+            pictures: The pictures, or the sound, of each prompt; None if no prompt has any.
 
         Raises:
-            ValueError: If there are pictures, and the model has no vision tower.
+            ValueError: If there are pictures or sound, and the model has no tower for them.
         """
         check_lengths(prompts, plan.sampling.max_tokens, self._model)
         shown = [None] * len(prompts) if pictures is None else list(pictures)
-        if self._transformer.vision is None and any(picture is not None for picture in shown):
-            raise ValueError("a prompt has pictures, and the model was loaded without a vision tower; leave them out")
+        for media in shown:
+            if isinstance(media, SoundOfPiece) and self._transformer.audio is None:
+                raise ValueError("a prompt has sound, and the model was loaded without an audio tower; leave it out")
+            if isinstance(media, PicturesOfPiece) and self._transformer.vision is None:
+                raise ValueError("a prompt has pictures, and the model was loaded without a vision tower; leave them out")
         requests = []
         for number, (prompt, of_prompt) in enumerate(zip(prompts, shown, strict=True)):
             requests.append(Request(number, number if indices is None else indices[number], list(prompt), of_prompt))

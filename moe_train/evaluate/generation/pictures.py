@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from moe_train.data.media import MediaOfPiece
 from moe_train.data.pictures.patches import PicturesOfPiece
 
 
@@ -17,7 +18,7 @@ class PromptWithPictures(Protocol):
     @property
     def prompt(self) -> list[int]: ...
     @property
-    def pictures(self) -> PicturesOfPiece | None: ...
+    def pictures(self) -> MediaOfPiece | None: ...
 
 
 class PatchArrays(NamedTuple):
@@ -53,7 +54,7 @@ def shown_pictures(requests: Mapping[int, PromptWithPictures], shape: tuple[int,
     most_tokens = 0
     values = 0
     for row, request in requests.items():
-        assert request.pictures is not None
+        assert isinstance(request.pictures, PicturesOfPiece)
         positions = np.flatnonzero(np.array(request.prompt) == request.pictures.image_token)
         index[row, positions] = np.arange(len(positions))
         num_patches = sum(len(picture.patches) for picture in request.pictures.pictures)
@@ -71,7 +72,7 @@ def shown_pictures(requests: Mapping[int, PromptWithPictures], shape: tuple[int,
         np.full((shape[0], room), -1, np.int32),
     )
     for row, request in requests.items():
-        assert request.pictures is not None
+        assert isinstance(request.pictures, PicturesOfPiece)
         start = 0
         for number, picture in enumerate(request.pictures.pictures, start=1):
             end = start + len(picture.patches)

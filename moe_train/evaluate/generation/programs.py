@@ -20,6 +20,7 @@ from moe_train.evaluate.generation.sampling import DrawIds, Draws, SamplingKind,
 from moe_train.machine.mesh import BATCH, axis_size
 from moe_train.model.attention.kinds import Cache
 from moe_train.model.encoders.pictures import PictureFeatures, Pictures
+from moe_train.model.encoders.sound import Sound
 from moe_train.model.transformer import Transformer, empty_caches
 
 BLOCK_TOKENS = 32
@@ -86,6 +87,13 @@ def picture_features(transformer: Transformer, pictures: Pictures) -> Float[Arra
     """Return the features of the pictures of each row."""
     assert transformer.vision is not None  # `Generator` has refused pictures otherwise
     return transformer.vision(pictures.placed())
+
+
+@jax.jit
+def sound_features(transformer: Transformer, sound: Sound) -> Float[Array, "B M D"]:
+    """Return the features of the sound of each row."""
+    assert transformer.audio is not None  # `Generator` has refused sound otherwise
+    return transformer.audio(sound.placed())
 
 
 @partial(jax.jit, static_argnames=("model", "rows", "slots", "dtype", "keeps_tokens"))

@@ -10,7 +10,7 @@ from jax.tree_util import PyTreeDef
 
 from moe_train import config
 from moe_train.data.chat.example import RenderedPrompt
-from moe_train.data.pictures.patches import pictures_of_piece
+from moe_train.data.media import media_of_piece
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.generation.completion import StopTexts, decode_after
 from moe_train.evaluate.generation.generator import Generator
@@ -75,8 +75,8 @@ def generate_answers(
     stops = StopTexts(tokenizer, generation.stop)
     transformer = combine(loaded.structure, loaded.weights)
     generator = Generator(transformer, loaded.model, loaded.mesh, loaded.cache_dtype, options.batch_size)
-    rules = tokenizer.pictures
-    pictures = [None if rules is None else pictures_of_piece(prompt.pictures, rules) for prompt in prompts]
+    rules = tokenizer.pictures or tokenizer.sound
+    pictures = [media_of_piece(prompt.pictures, rules) for prompt in prompts]
     completions = generator.generate([prompt.tokens for prompt in prompts], sampling, stops, pictures=pictures)
     texts = []
     for prompt, completion in zip(prompts, completions, strict=True):

@@ -21,6 +21,7 @@ from moe_train.evaluate.suites.not_graded import NotGraded
 from moe_train.evaluate.suites.numbers import check_number, number_grade
 from moe_train.evaluate.suites.own_function import function_grade
 from moe_train.evaluate.suites.tool_calls import Call, calls_of, find_calls, same_calls
+from moe_train.evaluate.suites.word_errors import check_words, word_error_grade
 
 Grade = Callable[[SuiteItem, str], float]
 """A function (item, answer of the model) -> score; it raises NotGraded if the answer cannot be graded."""
@@ -54,6 +55,8 @@ def text_grader(grader: config.Grader, access: GraderAccess = GraderAccess()) ->
             return partial(_regex, pattern=re.compile(grader.pattern))
         case config.NumberGrader():
             return number_grade(grader)
+        case config.WordErrorRateGrader():
+            return word_error_grade(grader)
         case config.JsonSchemaGrader():
             return _json
         case config.ToolCallsGrader():
@@ -97,6 +100,8 @@ def check_item(item: SuiteItem, grader: config.Grader) -> None:
         raise ValueError(f"{item.location}: the item has {len(item.choices)} choices, and the grader choice needs 2; add choices")
     if isinstance(grader, config.NumberGrader):
         check_number(item, grader)
+    if isinstance(grader, config.WordErrorRateGrader):
+        check_words(item, grader)
 
 
 def _validator(schema: Mapping[str, Any]) -> Any:

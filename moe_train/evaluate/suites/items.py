@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple
 from moe_train import config
 from moe_train.data.records.files import format_of, is_json_lines, read_file
 from moe_train.data.records.local_files import picture_folder
+from moe_train.data.records.media import locate_media, with_columns
 from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.normal_form import Conversation, Message
-from moe_train.data.records.pictures import locate_pictures, take_column, with_pictures
 from moe_train.data.records.problem import Item, Problem, brief, checked_text, located
+from moe_train.data.records.sound import take_transcription
 from moe_train.data.records.tools import take_tools
 from moe_train.data.records.unread import Unread
 from moe_train.evaluate.suites.tool_calls import Call, calls_of
@@ -96,7 +97,7 @@ def read_items(source: ItemsFile | Path, limit: int | None = None) -> list[Suite
                 break
             name = f"{number}" if len(files) == 1 else f"{file.stem}-{number}"
             item = located(location, _read_item, fields, name, location, category, source.answers_are)
-            located(location, locate_pictures, Conversation(item.messages, item.tools), picture_folder(file))
+            located(location, locate_media, Conversation(item.messages, item.tools), picture_folder(file))
             if item.id in places:
                 message = f"{location}: id {item.id!r} is also that of {places[item.id]}; give each item an id of its own"
                 raise ValueError(message)
@@ -187,16 +188,18 @@ def _read_item(fields: Mapping[str, Any], name: str, location: str, category: st
     unknown = [*map(repr, remaining), *map(repr, unread.names)]
     if unknown:
         known = (
-            "id, question, prompt, messages, text, tools, answer, expected_output, tool_calls, choices, schema, category, source, "
-            "grading_guidance, properties"
+            "id, question, prompt, messages, text, audio, language, tools, answer, expected_output, tool_calls, choices, schema, "
+            "category, source, grading_guidance, properties"
         )
         raise Problem("columns", f"key {unknown[0]} is not read", f"remove it; an item has {known}")
     return item
 
 
 def _take_question(remaining: dict[str, Any], unread: Unread) -> list[Message]:
-    pictures = take_column(remaining)
-    return with_pictures(Conversation(_take_messages(remaining, unread), []), pictures).messages
+    transcription = take_transcription(remaining)
+    if transcription is not None:
+        return [transcription]
+    return with_columns(Conversation(_take_messages(remaining, unread), []), remaining).messages
 
 
 def _take_messages(remaining: dict[str, Any], unread: Unread) -> list[Message]:

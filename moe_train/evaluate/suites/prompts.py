@@ -35,7 +35,7 @@ class Prompter(NamedTuple):
     """Whether solved examples are answered with the letter of their choice."""
 
     def rendered(self, item: SuiteItem) -> RenderedPrompt:
-        """Return the prompt up to where the answer begins, with its pictures.
+        """Return the prompt up to where the answer begins, with its pictures or sound.
 
         Raises:
             ValueError: The item cannot be written in this form; the message names its file and line.
@@ -46,10 +46,12 @@ class Prompter(NamedTuple):
         return RenderedPrompt(self._encoded(self._text(item)))
 
     def tokens(self, item: SuiteItem) -> list[int]:
-        """Return the tokens up to where the answer begins, of an item without pictures; otherwise like `rendered`."""
+        """Return the tokens up to where the answer begins, of an item without pictures and sound; otherwise like `rendered`."""
         rendered = self.rendered(item)
         if rendered.pictures:
-            raise ValueError(f"{item.location}: the item has pictures, which this grader shows to no model; remove the item")
+            raise ValueError(
+                f"{item.location}: the item has pictures or sound, which this grader shows to no model; remove the item"
+            )
         return rendered.tokens
 
     def question(self, item: SuiteItem) -> list[Message]:

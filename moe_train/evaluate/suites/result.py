@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from math import exp
 from typing import NamedTuple
 
+from moe_train import config
 from moe_train.checkpoint.identity import WeightsIdentity
 from moe_train.evaluate.intervals import (
     NO_ERROR,
@@ -20,6 +21,7 @@ from moe_train.evaluate.paired_comparison import Comparison, Requirement, Scores
 from moe_train.evaluate.pooled_comparison import compare_pooled
 from moe_train.evaluate.suites.answer import Answer
 from moe_train.evaluate.suites.load import LoadedSuite
+from moe_train.evaluate.suites.word_errors import word_errors
 from moe_train.machine.files import JsonObject
 
 CONFIDENCE = 0.95
@@ -163,8 +165,17 @@ def _score(loaded: LoadedSuite, model: str, answers: Sequence[Answer]) -> JsonOb
         "categories": {name: sum(values) / len(values) for name, values in sorted(by_category.items())},
         "digest": loaded.digest,
     }
+    grader = loaded.suite.grader
+    if isinstance(grader, config.WordErrorRateGrader):
+        return {**fields, "word_error_rate": _word_error_rate(grader, answers)}
     perplexity = _perplexity(answers)
     return fields if perplexity is None else {**fields, "perplexity": perplexity}
+
+
+def _word_error_rate(grader: config.WordErrorRateGrader, answers: Sequence[Answer]) -> float:
+    """Return the word error rate of all answers together."""
+    compared = [word_errors(grader, answer.item, answer.text) for answer in answers]
+    return sum(of_answer.errors for of_answer in compared) / sum(of_answer.words for of_answer in compared)
 
 
 def _interval(scores: Sequence[float], sources: Sequence[tuple[str, str]]) -> Interval:

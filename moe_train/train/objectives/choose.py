@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from moe_train import config
 from moe_train.data.batches.picture_batch import picture_batch
+from moe_train.data.batches.sound_batch import sound_batch
 from moe_train.train.objectives.classification import classification
 from moe_train.train.objectives.distillation import distillation
 from moe_train.train.objectives.next_token import next_token
@@ -13,12 +14,12 @@ from moe_train.train.objectives.reward import reward
 from moe_train.train.objectives.unpaired_preference import unpaired_preference
 
 
-def objective_of(objective: config.Objective, vision: config.RunVision | None = None) -> Objective:
+def objective_of(objective: config.Objective, media: config.RunVision | config.RunAudio | None = None) -> Objective:
     """Return the objective of a config section.
 
     Args:
         objective: the section.
-        vision: the resolved section on pictures; None without pictures.
+        media: the resolved section on pictures or on sound; None without either.
     """
     match objective:
         case config.Classification():
@@ -26,9 +27,11 @@ def objective_of(objective: config.Objective, vision: config.RunVision | None = 
         case config.Distillation():
             return distillation(objective)
         case config.NextToken():
-            if vision is None:
+            if media is None:
                 return next_token()
-            return next_token(picture_batch(vision.encoder, vision.patches_per_row))
+            if isinstance(media, config.RunAudio):
+                return next_token(sound_batch(media.encoder, media.chunks_per_row))
+            return next_token(picture_batch(media.encoder, media.patches_per_row))
         case config.Preference():
             return preference(objective)
         case config.Reward():

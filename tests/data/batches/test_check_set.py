@@ -22,7 +22,9 @@ SPEED = config.ScoreTarget(name="speed", labels=("quick", "lazy"), several=True)
 def store(kind: str = "classification", values: Any = ()) -> Any:
     rules = SimpleNamespace(record={"name": kind, "targets": [ANIMAL.model_dump(mode="json")]})
     return SimpleNamespace(
-        manifest=SimpleNamespace(rules=rules, pictures=None), values=np.asarray(values), where=lambda i: f"a.jsonl:{i + 1}"
+        manifest=SimpleNamespace(rules=rules, pictures=None, sound=None),
+        values=np.asarray(values),
+        where=lambda i: f"a.jsonl:{i + 1}",
     )
 
 

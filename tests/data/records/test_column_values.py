@@ -110,7 +110,7 @@ def test_a_picture_is_refused_as_a_picture_unless_it_is_ignored_by_name(tmp_path
         if ignore:
             assert read(fields, section).record == "a"
         else:
-            with pytest.raises(Problem, match="has the key 'images': images, sound and video are not read"):
+            with pytest.raises(Problem, match="has the key 'images': it holds pictures, sound or video"):
                 read(fields, section)
 
 

@@ -77,7 +77,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a number": ([{"type": "image", "image": 3}], {}, "should be a picture, not 3"),
     "two pictures in a part": ([{"type": "image", "image": "a", "url": "b"}], {}, "has both image and url"),
     "an unknown key": ([{"type": "image", "image": "a", "image_mask": "b"}], {}, "image_mask"),
-    "sound": ([{"type": "input_audio", "input_audio": {}}], {}, "sound, video and documents are not read"),
+    "video": ([{"type": "video", "video": "a.mp4"}], {}, "video and documents are not read"),
 }
 
 

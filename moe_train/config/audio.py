@@ -1,0 +1,68 @@
+"""Audio: the tower and projector through which sound of records becomes inputs of the transformer."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import model_validator
+
+from moe_train.config.section import Positive, Section
+
+STRIDE = 2
+"""Frames of a spectrogram for each position of the tower: the stride of its second convolution."""
+
+
+class AudioEncoder(Section):
+    """Whisper's encoder (arXiv:2212.04356) as in Voxtral (arXiv:2507.13264), and the projector to the width of the text model."""
+
+    tower_dim: Positive
+    """Width of the tower's hidden states (`hidden_size`)."""
+    ffn_dim: Positive
+    """Width of the hidden layer of the tower's feed-forward layers (`intermediate_size`)."""
+    num_layers: Positive
+    """Number of layers of the tower."""
+    num_heads: Positive
+    """Number of attention heads of the tower; each has tower_dim / num_heads dims."""
+    num_mel_bins: Positive
+    """Frequency bands of the spectrogram."""
+    max_positions: Positive
+    """Positions of a chunk of sound, each of two frames of the spectrogram (`max_source_positions`)."""
+    downsampling: Positive
+    """Positions that are concatenated to one token."""
+
+    @property
+    def frames_per_chunk(self) -> int:
+        """Frames of the spectrogram of a chunk."""
+        return STRIDE * self.max_positions
+
+    @property
+    def frames_per_token(self) -> int:
+        """Frames of the spectrogram that become one token."""
+        return STRIDE * self.downsampling
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Tokens that a chunk becomes."""
+        return self.max_positions // self.downsampling
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tower_dim % self.num_heads:
+            raise ValueError(f"tower_dim {self.tower_dim} is not a multiple of num_heads {self.num_heads}; change either")
+        if self.max_positions % self.downsampling:
+            raise ValueError(
+                f"max_positions {self.max_positions} is not a multiple of downsampling {self.downsampling}: a token would stand "
+                "for parts of two chunks; change either"
+            )
+        return self
+
+
+class Audio(Section):
+    """Sound in the records of training. The tower of `init_from` is frozen; exports carry it unchanged."""
+
+    chunks_per_row: Positive | None = None
+    """Chunks of sound, of 30 s in Voxtral, that a row of a batch has room for. The tower computes as many for every row, so a
+    smaller number saves time where rows have more text than sound; null: as many as fit into `train.seq_len` tokens.
+    """
+    encoder: AudioEncoder | None = None
+    """Sizes of the tower and the projector. Leave it out: `init_from` states them."""

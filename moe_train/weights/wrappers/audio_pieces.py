@@ -1,0 +1,151 @@
+"""An audio tower in files as weights of our model: its sizes as a config section, and the place of every matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moe_train import config
+from moe_train.weights.names.pieces import WeightPiece, piece_of
+from moe_train.weights.names.tensor_layout import Row
+from moe_train.weights.on_disk import Carried, FileTensor
+from moe_train.weights.wrappers import whisper
+from moe_train.weights.wrappers.whisper import WhisperSettings
+
+
+def require_audio_tower(path: object, carried: Carried | None) -> Carried:
+    """Return the parts around a text model. Raises ValueError unless they are an unquantized audio tower and its projector."""
+    fault = audio_fault(carried)
+    if fault is not None:
+        raise ValueError(f"{path} {fault}")
+    assert carried is not None
+    return carried
+
+
+def audio_fault(carried: Carried | None) -> str | None:
+    """Say why the parts around a text model hear nothing, for a message; None if they do."""
+    if carried is None or not isinstance(carried.settings, WhisperSettings):
+        parts = "no tower" if carried is None else f"the {carried.parts}"
+        return f"has {parts}, but sound needs an audio tower; name a model with one, or leave audio out"
+    quantized = [name for name, tensor in carried.tensors.items() if tensor.dtype.itemsize == 1]
+    if quantized:
+        return (
+            f"has a quantized audio tower ({quantized[0]} is {carried.tensors[quantized[0]].dtype}), and sound needs it in "
+            "bfloat16 or float32; start from the unquantized release"
+        )
+    return None
+
+
+def audio_encoder_of(carried: Carried, path: Path) -> config.AudioEncoder:
+    """Return the sizes of an audio tower and its projector.
+
+    Args:
+        carried: the tower in files (`require_audio_tower`).
+        path: the folder, for messages.
+
+    Raises:
+        ValueError: the tower computes something that this package does not.
+    """
+    settings = carried.settings
+    assert isinstance(settings, WhisperSettings)
+    required: dict[str, tuple[object, object]] = {
+        "audio_config.activation_function": (settings.activation_function, "gelu"),
+        "audio_config.scale_embedding": (settings.scale_embedding, False),
+    }
+    if carried.layout == "hf":
+        required["projector_hidden_act"] = (carried.fields.get("projector_hidden_act", "gelu"), "gelu")
+    else:
+        encoder = whisper.native_section(carried.fields, "encoder_args")
+        required["encoder_args.pos_embed"] = (encoder.get("pos_embed") or "sinusoidal", "sinusoidal")
+        required["encoder_args.sliding_window"] = (encoder.get("sliding_window"), None)
+    for key, (value, only) in required.items():
+        if value != only:
+            raise ValueError(f"{path}: {key} is {value!r}, and sound needs a tower with {only!r}")
+    D = settings.hidden_size
+    if settings.projector_inputs % D:
+        raise ValueError(f"{path}: its projector takes {settings.projector_inputs} numbers, which are no whole positions of {D}")
+    sizes = {
+        "tower_dim": D,
+        "ffn_dim": settings.intermediate_size,
+        "num_layers": settings.num_hidden_layers,
+        "num_heads": settings.num_attention_heads,
+        "num_mel_bins": settings.num_mel_bins,
+        "max_positions": settings.max_source_positions,
+        "downsampling": settings.projector_inputs // D,
+    }
+    try:
+        return config.AudioEncoder.model_validate(sizes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: the audio tower is not supported: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
+
+
+_OUTSIDE_LAYERS = (
+    Row("audio_tower.conv1.weight", "D M W", "audio.tower.first_conv.weight", "WM D"),
+    Row("audio_tower.conv1.bias", "D", "audio.tower.first_conv.bias", "D"),
+    Row("audio_tower.conv2.weight", "D E W", "audio.tower.second_conv.weight", "WE D"),
+    Row("audio_tower.conv2.bias", "D", "audio.tower.second_conv.bias", "D"),
+    Row(whisper.POSITIONS, "S D", "audio.tower.positions", "S D"),
+    Row("audio_tower.layer_norm.weight", "D", "audio.tower.norm.scale", "D"),
+    Row("audio_tower.layer_norm.bias", "D", "audio.tower.norm.bias", "D"),
+    Row("multi_modal_projector.linear_1.weight", "T U", "audio.projector.in_proj.weight", "U T"),
+    Row("multi_modal_projector.linear_2.weight", "G T", "audio.projector.out_proj.weight", "T G"),
+)
+_IN_LAYER = (
+    Row("self_attn_layer_norm.weight", "D", "attention_norm.scale", "D"),
+    Row("self_attn_layer_norm.bias", "D", "attention_norm.bias", "D"),
+    Row("self_attn.q_proj.weight", "NH D", "attention.q_proj.weight", "D N H"),
+    Row("self_attn.q_proj.bias", "NH", "attention.q_proj.bias", "N H"),
+    Row("self_attn.k_proj.weight", "NH D", "attention.k_proj.weight", "D N H"),
+    Row("self_attn.v_proj.weight", "NH D", "attention.v_proj.weight", "D N H"),
+    Row("self_attn.v_proj.bias", "NH", "attention.v_proj.bias", "N H"),
+    Row("self_attn.out_proj.weight", "D NH", "attention.o_proj.weight", "N H D"),
+    Row("self_attn.out_proj.bias", "D", "attention.o_proj.bias", "D"),
+    Row("final_layer_norm.weight", "D", "ffn_norm.scale", "D"),
+    Row("final_layer_norm.bias", "D", "ffn_norm.bias", "D"),
+    Row("fc1.weight", "F D", "up_proj.weight", "D F"),
+    Row("fc1.bias", "F", "up_proj.bias", "F"),
+    Row("fc2.weight", "D F", "down_proj.weight", "F D"),
+    Row("fc2.bias", "D", "down_proj.bias", "D"),
+)
+"""Tensors in Hugging Face's layout. Letters of dims: D and E width of the tower, N heads, H dims of a head, F width of its
+feed-forward layers, M frequency bands, W taps of a convolution, S positions, U inputs of the projector, T and G width of the text
+model."""
+
+
+def audio_pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
+    """List every weight of an audio tower and its projector in the layout of its files.
+
+    Args:
+        carried: the tower in files (`require_audio_tower`).
+        model: the text model.
+    """
+    settings = carried.settings
+    assert isinstance(settings, WhisperSettings)
+    D = settings.hidden_size
+    N = settings.num_attention_heads
+    sizes = {"D": D, "E": D, "F": settings.intermediate_size, "N": N, "H": D // N, "M": settings.num_mel_bins, "W": 3}
+    sizes |= {"S": settings.max_source_positions, "U": settings.projector_inputs, "T": model.model_dim, "G": model.model_dim}
+    native = {tensor.name: tensor.native for tensor in whisper.tensors(settings)} if carried.layout == "mistral" else {}
+
+    def in_files(row: Row) -> Row:
+        # Positions have no name in Mistral's own layout, and are computed (`audio_tensors`).
+        return row._replace(name=native.get(row.name) or row.name)
+
+    table = [piece_of(sizes, in_files(row)) for row in _OUTSIDE_LAYERS]
+    for layer in range(settings.num_hidden_layers):
+        for row in _IN_LAYER:
+            named = row._replace(name=f"audio_tower.layers.{layer}.{row.name}", path=f"audio.tower.layers.{row.path}")
+            table.append(piece_of(sizes, in_files(named), (layer,)))
+    return table
+
+
+def audio_tensors(carried: Carried) -> Mapping[str, FileTensor]:
+    """Return the tensors of an audio tower by name, with its positions, which Mistral's own layout leaves to the readers."""
+    settings = carried.settings
+    assert isinstance(settings, WhisperSettings)
+    if carried.layout == "hf":
+        return carried.tensors
+    return {**carried.tensors, whisper.POSITIONS: whisper.Positions(settings)}

@@ -1,0 +1,139 @@
+"""transformers as judge of sound: features, logits and gradients through a Voxtral, packed and on any mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_train import config
+from moe_train.data.batches.batch import StoredPiece
+from moe_train.data.batches.sound_batch import SoundBatch, sound_batch
+from moe_train.data.sound.clips import SoundOfPiece
+from moe_train.data.sound.log_mel import log_mel
+from moe_train.data.sound.rules import SoundRules
+from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model import parameters as flat
+from moe_train.model.transformer import abstract_model
+from moe_train.train.objectives.next_token import sound_of
+from moe_train.weights import external
+from tests.judges.test_transformers_and_peft import distance
+from tests.judges.test_wrappers import AUDIO_PLACEHOLDER, wrapper
+
+pytestmark = pytest.mark.judges
+
+ROWS = 4
+SEQ_LEN = 64
+CHUNKS = 4
+CLIPS = (2, 0, 1)
+"""Chunks of the sound of three segments."""
+
+
+class Packed(NamedTuple):
+    """A batch of rows, of which the first has three segments: a clip of two chunks, none, a clip of one."""
+
+    batch: SoundBatch
+    segments: list[tuple[np.ndarray, np.ndarray]]
+    """Tokens and spectrograms (chunks, frames, bands) of each segment of the first row."""
+
+
+def packed(encoder: config.AudioEncoder) -> Packed:
+    draw = np.random.default_rng(5)
+    batch = sound_batch(encoder, CHUNKS).empty(ROWS, SEQ_LEN)
+    segments = []
+    pieces = []
+    for chunks, length in zip(CLIPS, (24, 11, 15), strict=True):
+        tokens = draw.integers(25, 126, length)
+        spectrograms = draw.normal(size=(chunks, encoder.frames_per_chunk, encoder.num_mel_bins)).astype(np.float32)
+        tokens[2 : 2 + chunks * encoder.tokens_per_chunk] = AUDIO_PLACEHOLDER
+        segments.append((tokens, spectrograms))
+        sound = SoundOfPiece(spectrograms, AUDIO_PLACEHOLDER) if chunks else None
+        pieces.append(StoredPiece(tokens, np.ones(length, bool), pictures=sound))
+    batch.fill_row(0, pieces)
+    for row in range(1, ROWS):  # the same again, in another order
+        batch.fill_row(row, pieces[1:])
+    return Packed(batch, segments)
+
+
+class Ours(NamedTuple):
+    features: np.ndarray
+    logits: np.ndarray
+    gradients: dict[str, np.ndarray]
+
+
+def ours(base: Path, encoder: config.AudioEncoder, batch: Any, mesh: jax.sharding.Mesh) -> Ours:
+    with jax.set_mesh(mesh):
+        model = external.read_external_model(base)
+        structure, shapes = flat.parameters(abstract_model(model, config.Compute(), None, encoder))
+        weights = external.load_external_parameters(base, shapes)
+        placed = put_batch(batch, mesh)
+
+        def loss(weights: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            module = flat.combine(structure, weights)
+            sound = sound_of(placed)
+            hidden, _ = module(placed.tokens, placed.positions, placed.segment_ids, sound=sound)
+            logits = module.logits(hidden)
+            chosen = jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(placed.targets, model.vocab_size), axis=-1)
+            is_first = placed.loss_mask & (np.arange(ROWS) == 0)[:, None]
+            return -jnp.sum(jnp.where(is_first, chosen, 0)), (module.audio(sound.placed()), logits)
+
+        (_, (features, logits)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
+        return Ours(np.asarray(features), np.asarray(logits), {path: np.asarray(x) for path, x in gradients.items()})
+
+
+def test_features_logits_and_gradients_equal_transformers(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    judge = wrapper("voxtral", "llama")
+    judge.save_pretrained(tmp_path / "base")
+    encoder = external.read_audio_encoder(tmp_path / "base")
+    assert external.find_encoder(tmp_path / "base") == encoder
+    batch, segments = packed(encoder)
+    total = 0.0
+    features, logits = [], []
+    for tokens, spectrograms in segments:
+        inputs: dict[str, Any] = {}
+        if len(spectrograms):
+            inputs["input_features"] = torch.tensor(spectrograms).transpose(1, 2)
+            with torch.no_grad():
+                features.append(judge.get_audio_features(**inputs).pooler_output.numpy())
+        output = judge(input_ids=torch.tensor(tokens)[None], **inputs).logits[0, :-1]
+        total = total + torch.nn.functional.cross_entropy(output, torch.tensor(tokens[1:]), reduction="sum")
+        logits.append(output.detach().numpy())
+    total.backward()
+    theirs = {name.removeprefix("model."): x.grad.numpy() for name, x in judge.named_parameters() if x.grad is not None}
+    for mesh in (make_mesh(config.Mesh(), jax.devices()[:1]), make_mesh(config.Mesh(fsdp=2, context=2, tensor=2))):
+        found = ours(tmp_path / "base", encoder, batch, mesh)
+        expected = np.concatenate(features)
+        assert distance(found.features[0, : len(expected)], expected) < 1e-5
+        expected = np.concatenate(logits)
+        assert distance(found.logits[0, : len(expected)], expected) < 1e-4
+        down = [theirs[f"language_model.layers.{layer}.mlp.down_proj.weight"].T for layer in range(2)]
+        compare = {
+            "embed.weight": theirs["language_model.embed_tokens.weight"],
+            "stacks.0.layers.0.ffn.down_proj.weight": np.stack(down),
+            "audio.projector.in_proj.weight": theirs["multi_modal_projector.linear_1.weight"].T,
+            "audio.tower.first_conv.weight": theirs["audio_tower.conv1.weight"].transpose(2, 1, 0).reshape(-1, 16),
+        }
+        for path, gradient in compare.items():
+            assert distance(found.gradients[path], gradient) < 1e-3, path
+
+
+@pytest.mark.parametrize("seconds", [0.5, 30.0, 31.0])
+def test_spectrograms_equal_those_of_whispers_extractor(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    rules = SoundRules(16000, 128, 160, 400, 3000, 8, 24, 25)
+    samples = np.random.default_rng(0).normal(0, 0.1, int(seconds * 16000)).astype(np.float32)
+    samples[: len(samples) // 2] *= 1e-3  # a quiet half
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128)
+    # As VoxtralProcessor pads and cuts.
+    settings = {"sampling_rate": 16000, "truncation": False, "pad_to_multiple_of": 480000, "padding": True, "return_tensors": "np"}
+    found = log_mel(samples, rules)
+    for method in ("_np_extract_fbank_features", "_torch_extract_fbank_features"):
+        monkeypatch.setattr(extractor, "_torch_extract_fbank_features", getattr(type(extractor), method).__get__(extractor))
+        features = extractor(samples, **settings)["input_features"]
+        theirs = features.reshape(128, -1, 3000).transpose(1, 2, 0)
+        assert np.abs(found - theirs).max() < 1e-5 * np.abs(theirs).max(), method

@@ -58,9 +58,11 @@ class BiasedProjection(Linear):
         self.bias = nnx.Param(jnp.zeros(shape[-len(outputs) :], dtype, out_sharding=P(*(None,) * len(outputs))))
         self.outputs = outputs
 
-    def __call__(self, x: Float[Array, "..."], key: Key[Array, ""] | None = None) -> Float[Array, "..."]:
+    def __call__(
+        self, x: Float[Array, "..."], key: Key[Array, ""] | None = None, equation: str | None = None
+    ) -> Float[Array, "..."]:
         """Apply the map; see `Linear`."""
-        y = super().__call__(x, key)
+        y = super().__call__(x, key, equation)
         return y + jax.sharding.reshard(self.bias[...].astype(y.dtype), activation_spec(self.outputs))
 
 

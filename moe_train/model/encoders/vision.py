@@ -161,9 +161,11 @@ class BiasedLinear(Linear):
         super().__init__(rngs, "BTC,CD->BTD", (inputs, outputs), P(None, fsdp_axis(outputs)), _STDDEV, dtype)
         self.bias = nnx.Param(jnp.zeros(outputs, dtype, out_sharding=P(None))) if has_bias else None
 
-    def __call__(self, x: Float[Array, "B M C"], key: Key[Array, ""] | None = None) -> Float[Array, "B M D"]:
+    def __call__(
+        self, x: Float[Array, "B M C"], key: Key[Array, ""] | None = None, equation: str | None = None
+    ) -> Float[Array, "B M D"]:
         """Apply the map; see `Linear`."""
-        y = super().__call__(x, key)
+        y = super().__call__(x, key, equation)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

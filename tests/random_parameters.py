@@ -13,20 +13,27 @@ from moe_train.model.parameters import Parameters, parameters
 from moe_train.model.transformer import abstract_model
 
 
-def abstract(model: config.Model, dtype: str = "float32", lora: config.Lora | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract(
+    model: config.Model, dtype: str = "float32", lora: config.Lora | None = None, encoder: config.VisionEncoder | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of all weights, on the mesh in force."""
     compute = config.Compute(param_dtype=dtype)
-    return parameters(abstract_model(model, compute, lora))[1]
+    return parameters(abstract_model(model, compute, lora, encoder))[1]
 
 
 def random_parameters(
-    model: config.Model, dtype: str = "float32", lora: config.Lora | None = None, scale: float = 0.1, seed: int = 0
+    model: config.Model,
+    dtype: str = "float32",
+    lora: config.Lora | None = None,
+    scale: float = 0.1,
+    seed: int = 0,
+    encoder: config.VisionEncoder | None = None,
 ) -> Parameters:
     """Normal weights of standard deviation `scale`, lora_b included, on the mesh in force; the same numbers on any mesh."""
     mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(seed).normal
     return {
         path: jax.device_put(draw(0, scale, like.shape).astype(like.dtype), NamedSharding(mesh, like.sharding.spec))
-        for path, like in abstract(model, dtype, lora).items()
+        for path, like in abstract(model, dtype, lora, encoder).items()
     }
 
 

@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from moe_train import config
 from moe_train.checkpoint.identity import check_base, check_tower
-from moe_train.checkpoint.initial_files import runs_from
 from moe_train.checkpoint.load_params import load_params
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, survey
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
+from moe_train.checkpoint.trained_vision import trained_vision_paths
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
@@ -114,7 +114,7 @@ class OpenedModel(NamedTuple):
 
         Of a vision tower and its projector they have what training may have changed: the rest is carried as bytes.
         """
-        encoder, names = trained_tower(self.directory)
+        encoder, names = trained_vision_paths(self.directory)
         _, shapes = parameters(abstract_model(self.model, self.compute, self.lora, encoder))
         for path in list(shapes):
             if ParameterPath.parse(path).is_vision and path not in names:
@@ -276,32 +276,6 @@ def load_parameters(
         ValueError: If the frozen weights have changed since the run started.
     """
     return load_weights(directory, abstract, step, load=load).weights
-
-
-class TrainedTower(NamedTuple):
-    """What training has changed of a vision tower and its projector."""
-
-    encoder: config.VisionEncoder | None
-    """Sizes of the tower; None if nothing of it was trained."""
-    paths: frozenset[str]
-    """Paths of what was trained in full, of adapters, and of the weights that these adapt."""
-
-
-def trained_tower(directory: str | Path) -> TrainedTower:
-    """Return what the run in `directory`, and the runs that it started from, have trained of a vision tower; a mesh is in force."""
-    encoder: config.VisionEncoder | None = None
-    paths: set[str] = set()
-    for run in runs_from(directory):
-        if not run.trains_vision:
-            continue
-        encoder = run.encoder
-        _, shapes = parameters(abstract_model(run.model, run.compute, run.lora, encoder))
-        learned, _ = partition(shapes, run.lora, run.trained_vision)
-        for name in learned:
-            path = ParameterPath.parse(name)
-            if path.is_vision:
-                paths |= {name, path.weight} if path.is_adapter else {name}
-    return TrainedTower(encoder, frozenset(paths))
 
 
 def load_weights(

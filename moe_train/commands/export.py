@@ -18,8 +18,9 @@ import jax
 
 from moe_train import config
 from moe_train.checkpoint.initial_files import carried_of, first_files
-from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_files, open_model, trained_tower
+from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run, run_folder, saved_config
+from moe_train.checkpoint.trained_vision import trained_vision_paths
 from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
 from moe_train.commands.documents import documents_of_export
@@ -146,6 +147,7 @@ def export(
         origin = origin._replace(texts=origin.texts._replace(documents=documents))
         match layout:
             case "hf" | "mistral" | "gguf":
+                write_and_prove.check_dtype(layout, dtype)
                 lost = left_out.report_rounding(source, (opened.compute.param_dtype, dtype))
                 wrapping, mmproj, of_base = multimodal_base.parts_of_export(opened, loaded, layout, dtype, options.text_only)
                 write_options = write_and_prove.WriteOptions(
@@ -161,7 +163,7 @@ def export(
                     wrapping=wrapping,
                     mmproj=mmproj,
                     base=left_out.fp8_base(source),
-                    encoder=None if wrapping is None else trained_tower(source).encoder,
+                    encoder=None if wrapping is None else trained_vision_paths(source).encoder,
                 )
                 record = write_and_prove.export_model(loaded.weights, opened.model, out_dir, write_options)
             case "peft" | "mistral-lora" | "gguf-lora":

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,7 +22,7 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.files import JsonObject
 from moe_train.model.paths import ParameterPath
 from moe_train.proof import expected
-from moe_train.weights import external, gguf
+from moe_train.weights import external, gguf, together
 from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.on_disk import Carried
 from moe_train.weights.wrappers import trained_tower
@@ -75,13 +76,18 @@ def parts_of_export(
     """
     source = opened.directory
     trained_vision = trained_tower.vision_weights(loaded.weights)
+    if jax.process_count() > 1:
+        # The first process alone writes what is carried in Mistral's own layout.
+        trained_vision = together.gather_on_each_process(trained_vision)
     if layout == "gguf":
         if text_only:
             raise ValueError("--text-only has no effect with --format gguf, which always has the text model alone; leave it out")
         mmproj = find_mmproj(source, bool(trained_vision) or _trains_embeddings(opened))
         return PartsOfExport(None, mmproj.file, mmproj.to_json())
-    # Tensors of a tower are no linear maps of the text model, which alone become FP8.
-    tower = TrainedTower(trained_vision, opened.lora, jnp.dtype("bfloat16" if dtype == "fp8" else dtype))
+    tower = None
+    if trained_vision:
+        # Tensors of a tower are no linear maps of the text model, which alone become FP8.
+        tower = TrainedTower(trained_vision, opened.lora, jnp.dtype("bfloat16" if dtype == "fp8" else dtype))
     text = TextOfExport(opened.model, opened.tokenizer, opened.chat_template)
     wrapping = find_wrapping(source, layout, text, loaded.about, text_only, tower)
     lost: JsonObject = {}

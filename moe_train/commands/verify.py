@@ -7,8 +7,9 @@ from typing import get_args
 
 import jax
 
-from moe_train.checkpoint.model_dir import mesh_for_devices, open_model, trained_tower
+from moe_train.checkpoint.model_dir import mesh_for_devices, open_model
 from moe_train.checkpoint.runs import is_run
+from moe_train.checkpoint.trained_vision import trained_vision_paths
 from moe_train.commands.adapters import base_and_adapter
 from moe_train.commands.export import unquantized_model
 from moe_train.machine.files import JsonObject
@@ -67,7 +68,7 @@ def verify(
             lora = opened.lora if holds_adapter else None
             trained = prove.Export(directory, record["format"], record.get("dtype", ""), weights, opened.model, lora, None, None)
             if "vision" in record:
-                trained = trained._replace(encoder=trained_tower(run).encoder)
+                trained = trained._replace(encoder=trained_vision_paths(run).encoder)
             return record, repeat.repeat(directory, depth, record, model, trained)
     if adapter is not None:
         assert base is not None

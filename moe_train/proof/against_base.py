@@ -22,6 +22,7 @@ from moe_train.proof.expected_tensor import ExpectedTensor, Part
 from moe_train.proof.reread import Stored
 from moe_train.proof.rounding import MANTISSA, decode_with_tolerance
 from moe_train.weights.on_disk import WeightFiles
+from moe_train.weights.wrappers import vision_pieces
 
 BASE_CHUNK_BYTES = 2**22
 """Bytes of a file that are compared at once."""
@@ -53,7 +54,7 @@ def compare_with_base(
     """Compare every matrix of the files with the base's, whatever the base's layout. One matrix is in memory at a time.
 
     Args:
-        expected_tensors: the tensors of the text model in the layout of the files, for the base's architecture.
+        expected_tensors: the tensors of the text model, and of a tower those with adapters, in the layout of the files.
         stored: tensors of the files by name.
         base: the base model.
         lora: the section of the adapters that were merged; None if every matrix must be the base's.
@@ -63,7 +64,12 @@ def compare_with_base(
         Fault: a matrix cannot be the base's with an adapter; the first such matrix is named.
         ValueError: the base has other shapes.
     """
-    base_pieces = {(piece.path, piece.lead): piece for piece in base.pieces}
+    pieces = list(base.pieces)
+    tensors = dict(base.tensors)
+    if base.carried is not None and vision_pieces.tower_fault(base.carried) is None:
+        pieces += vision_pieces.pieces_of(base.carried, base.model)
+        tensors |= base.carried.tensors
+    base_pieces = {(piece.path, piece.lead): piece for piece in pieces}
     tally = _Tally()
     report_tensors = progress.counted("comparing with the base", len(expected_tensors), "tensors")
     for tensor in expected_tensors:
@@ -81,7 +87,7 @@ def compare_with_base(
                 continue
             piece = base_pieces[part.path, part.lead]
             # From the base's layout to the model's, and from there to the layout of the export, which may be another one.
-            b_oi = part.to_file(piece.from_file(base.tensors[piece.name].read))
+            b_oi = part.to_file(piece.from_file(tensors[piece.name].read))
             name = f"{stored_tensor.name}[{i}]" if len(tensor.parts) > 1 else stored_tensor.name
             change = _change(stored_tensor, i, len(tensor.parts), b_oi.reshape(-1, b_oi.shape[-1]))
             _judge(name, stored_tensor.kind, change, rank, tally)
@@ -142,6 +148,8 @@ def _rank(lora: config.Lora | None, part: Part) -> int | None:
         return 0
     path = ParameterPath.parse(part.path)
     if path.is_trained(lora):
+        return None
+    if path.is_vision and part.mixes_factors:  # rows of a kernel are no outputs, so the rank of its change says nothing
         return None
     routed = len(part.lead) == 2
     if path.leaf != "weight":  # norms and biases have no adapters

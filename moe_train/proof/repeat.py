@@ -206,6 +206,7 @@ def _check_weights(
             untrained = check["figures"].get("untrained", 0)
     carried = _carried_names(record)
     expected_tensors = text_tensors(record["format"], base.model, "carried" in record, is_audio(carried))
+    expected_tensors += _trained_vision(record, base.model)
     return against_base.compare_with_base(expected_tensors, reread.tensors(directory), base, lora, untrained)
 
 

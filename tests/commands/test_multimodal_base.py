@@ -16,12 +16,14 @@ import pytest
 import safetensors.numpy
 
 from moe_train import config
+from moe_train.checkpoint.model_dir import open_model
 from moe_train.commands import write_and_prove
 from moe_train.commands.adapters import merge_into
 from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.multimodal_base import find_mmproj
 from moe_train.commands.verify import verify
 from moe_train.data.tokenizers.huggingface import HuggingFace
+from moe_train.model.paths import ParameterPath
 from moe_train.weights import external, hf, safetensors_files
 from moe_train.weights.texts import Texts
 from moe_train.weights.wrappers import carry, towers, whisper
@@ -262,3 +264,113 @@ def test_a_quantized_export_excludes_the_tower(small_tokenizer: HuggingFace, tmp
     assert bytes_of(tmp_path / "hf") == bytes_of(tmp_path / "base")
     again = export(tmp_path / "hf", tmp_path / "again", options=TENSORS)
     assert "quantization_config" not in json.loads((tmp_path / "again/config.json").read_text()) and "carried" in again
+
+
+ADAPTED = config.Lora(
+    targets=(config.LoraTarget(modules=("attention.*", "vision.tower.*_proj"), rank=2, alpha=3.0),), train=("vision.projector.*",)
+)
+TRAINED: dict[str, tuple[config.Lora | None, tuple[str, ...], tuple[str, ...]]] = {
+    # How a run trains, and parts of the names of the tensors of tower and projector that it changes.
+    "in full": (None, ("vision.projector.*", "vision.tower.*norm"), ("multi_modal", "norm", "ln_pre")),
+    "projector alone": (config.Lora(train=("vision.projector.*",)), (), ("multi_modal",)),
+    "adapters": (ADAPTED, (), ("multi_modal", "_proj.weight", "_conv.weight")),
+}
+
+
+def save_run_with_tower(folder: Path, tokenizer: HuggingFace, lora: config.Lora | None, patterns: tuple[str, ...]) -> Path:
+    """`folder / "run"`, which trained parts of the tower of `folder / "base"`."""
+    with jax.set_mesh(ONE):
+        save_wrapper(folder / "base", random_parameters(TEXT))
+        encoder = external.read_vision_encoder(folder / "base")
+        weights = random_parameters(TEXT, lora=lora, encoder=encoder, seed=3)
+        vision = config.Vision(patches_per_row=16, encoder=encoder, train=patterns)
+        sections = {"model": TEXT, "mesh": config.Mesh(), "loss": config.Loss(), "lora": lora, "vision": vision}
+        runs.save_run(folder / "run", weights, tokenizer, init_from=str(folder / "base"), **sections)
+    return folder / "run"
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_trained_tower_is_exported_and_proved(kind: str, small_tokenizer: HuggingFace, tmp_path: Path) -> None:
+    lora, patterns, parts = TRAINED[kind]
+    changed = {name for name in TOWER if any(part in name for part in parts)}
+    run = save_run_with_tower(tmp_path, small_tokenizer, lora, patterns)
+    base = tmp_path / "base"
+    merge = lora is ADAPTED
+    record = export(run, tmp_path / "hf", merge=merge, options=ExportOptions() if merge else TENSORS)
+    before, after = bytes_of(base), bytes_of(tmp_path / "hf")
+    assert before.keys() == after.keys() and {name for name in before if before[name] != after[name]} == changed
+    checks = {check["name"]: check for check in record["checks"]}
+    assert checks["carried"]["figures"]["count"] == len(TOWER) - len(changed)
+    if merge:
+        assert "those of the trained tower" in checks["pictures"]["said"]
+        again = {check.name: check for check in verify(tmp_path / "hf", base=base)[1]}
+        # Attention of two layers and seven maps of the tower's; in full, the projector's four tensors, and the kernel, of no rank.
+        assert again["pictures"].passed and again["merge"].metrics["adapted"] == 2 * 4 + 7
+        assert again["merge"].metrics["trained_in_full"] == 5
+    export(run, tmp_path / "native", "mistral", merge=merge, options=TENSORS)
+    for name in ("hf", "native"):
+        assert not failed(verify(tmp_path / name, run=run, depth="tensors")[1])
+        assert not failed(verify(tmp_path / name, base=base, depth="tensors")[1])
+    # Another layout and back is exact, as without training.
+    export(tmp_path / "native", tmp_path / "again", options=TENSORS)
+    assert bytes_of(tmp_path / "again") == after
+    if kind == "projector alone":  # which stays bfloat16 beside a text model in FP8
+        export(run, tmp_path / "fp8", options=ExportOptions(depth="tensors", dtype="fp8"))
+        assert bytes_of(tmp_path / "fp8")["multi_modal_projector.linear_1.weight"][0] == "bfloat16"
+        assert not failed(verify(tmp_path / "fp8", run=run, depth="tensors")[1])
+    # llama.cpp's file of the base's tower would be that of another one.
+    (base / "mmproj-F16.gguf").write_bytes(b"GGUF of the tower")
+    assert "command" in export(run, tmp_path / "gguf", "gguf", merge=merge, options=TENSORS)["mmproj"]
+    assert not failed(verify(tmp_path / "gguf", run=run, depth="tensors")[1])
+    opened = open_model(run)
+    with jax.set_mesh(opened.mesh):
+        opened.load()
+        whole = opened.load_with_tower()[1]
+        assert len([path for path in whole if ParameterPath.parse(path).is_vision]) >= 15
+    (file,) = (tmp_path / "hf").glob("*.safetensors")
+    stored = safetensors.numpy.load_file(file)
+    stored["multi_modal_projector.linear_1.weight"][1, 0] += 0.01
+    safetensors.numpy.save_file(stored, file, {"format": "pt"})
+    assert "is not vision.projector.in_proj.weight" in failed(verify(tmp_path / "hf", run=run, depth="tensors")[1])["merge"]
+
+
+def test_adapters_of_a_tower_are_exported_for_peft_alone(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
+    run = save_run_with_tower(tmp_path, small_tokenizer, ADAPTED, ())
+    record = export(run, tmp_path / "peft", "peft")
+    assert {check["name"]: check["passed"] for check in record["checks"]}["names"]
+    assert not failed(verify(tmp_path / "peft", run=run)[1]) and not failed(verify(tmp_path / "peft", base=tmp_path / "base")[1])
+    for layout in ("mistral-lora", "gguf-lora"):
+        with pytest.raises(ValueError, match=f"--format {layout} cannot hold; use --format peft, or --format hf --merge"):
+            export(run, tmp_path / layout, layout)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"vLLM reads no adapters of a vision tower.*--merge"):
+        export(run, tmp_path / "vllm", "peft", options=ExportOptions(server="vllm"))
+    for file in (tmp_path / "peft").glob("*token*.json"):
+        shutil.copyfile(file, tmp_path / "base" / file.name)
+    for adapter in (run, tmp_path / "peft"):
+        with pytest.raises(ValueError, match="vision"):
+            merge_into(tmp_path / "base", adapter, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("lora", [LORA, ADAPTED], ids=["text", "tower"])
+def test_an_adapter_on_native_files_has_the_names_of_their_export(
+    lora: config.Lora, small_tokenizer: HuggingFace, tmp_path: Path
+) -> None:
+    """transformers loads a base in Mistral's own layout only after an export, which is the whole wrapper."""
+    with jax.set_mesh(ONE):
+        save_wrapper(tmp_path / "hf", random_parameters(TEXT))
+        for file in small_tokenizer.files:
+            shutil.copyfile(file, tmp_path / "hf" / file.name)
+    export(tmp_path / "hf", tmp_path / "base", "mistral", options=TENSORS)
+    with jax.set_mesh(ONE):
+        encoder = external.read_vision_encoder(tmp_path / "base")
+        weights = random_parameters(TEXT, lora=lora, encoder=encoder, seed=3)
+        sections = {"model": TEXT, "mesh": config.Mesh(), "loss": config.Loss(), "lora": lora}
+        sections |= {"vision": config.Vision(patches_per_row=16, encoder=encoder)}
+        runs.save_run(tmp_path / "run", weights, small_tokenizer, init_from=str(tmp_path / "base"), **sections)
+    record = export(tmp_path / "run", tmp_path / "peft", "peft")
+    assert record["in_wrapper"] and {check["name"]: check["passed"] for check in record["checks"]}["names"]
+    names = safetensors.numpy.load_file(tmp_path / "peft/adapter_model.safetensors").keys()
+    prefixes = {".".join(name.split(".")[3:4]) for name in names}
+    assert prefixes == ({"language_model"} if lora is LORA else {"language_model", "vision_tower", "multi_modal_projector"})
+    export(tmp_path / "base", tmp_path / "exported", options=TENSORS)
+    assert not failed(verify(tmp_path / "peft", base=tmp_path / "exported")[1])

@@ -157,6 +157,7 @@ PLAIN = config.Mesh(data=8)
 TENSORS = ExportOptions(depth="tensors")
 
 
+@pytest.mark.slow
 def test_a_trained_projector_and_tower_are_saved_resumed_and_exported(ready: Path, tmp_path: Path) -> None:
     vision = config.Vision(patches_per_row=32, train=("vision.projector.*", "vision.tower.layers.ffn.*"))
     first = written(ready, run_dir=str(tmp_path / "run"), train=SHORT, vision=vision, mesh=PLAIN)
@@ -228,7 +229,6 @@ def test_patterns_of_the_tower_have_to_have_an_effect(ready: Path) -> None:
         resolve(written(ready, vision=config.Vision(train=("vision.projektor",))), 8)
 
 
-@pytest.mark.slow
 def test_a_chat_sees_the_picture_that_it_is_shown(trained: Path, tmp_path: Path) -> None:
     chat = Chat(trained, Sampling(8), ChatSettings())
     with pytest.raises(ValueError, match=r"there is no picture .*0\.png"):

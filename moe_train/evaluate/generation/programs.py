@@ -182,6 +182,8 @@ def generate_block(
         jnp.full(shape, -1, jnp.int32, out_sharding=P(None, BATCH)), jnp.zeros(shape, jnp.float32, out_sharding=P(None, BATCH))
     )
 
+    caches = memory.caches
+
     def goes_on(carry: tuple[Int[Array, ""], Memory, Rows, Block]) -> Bool[Array, ""]:
         i, _, rows, _ = carry
         return (i < steps) & jnp.any(rows.remaining_B > 0)
@@ -191,8 +193,8 @@ def generate_block(
         is_running_B = rows.remaining_B > 0
         tokens_BC = _first_of_columns(rows.tokens_B, 0)
         positions_BC = _first_of_columns(jnp.where(is_running_B, rows.positions_B, -1), -1)
-        hidden_BCD, caches = transformer.decode(tokens_BC, positions_BC, memory.caches)
-        memory = Memory(caches, _per_row(hidden_BCD)[:, 0], memory.seen_BV)
+        hidden_BCD, extended = transformer.decode(tokens_BC, positions_BC, _with_unit_dims(memory.caches, caches))
+        memory = Memory(_without_unit_dims(extended), _per_row(hidden_BCD)[:, 0], memory.seen_BV)
         next_rows = rows._replace(positions_B=rows.positions_B + 1)
         if memory.seen_BV is not None:
             mark = jax.shard_map(_mark_token, in_specs=P(BATCH), out_specs=P(BATCH))
@@ -206,8 +208,26 @@ def generate_block(
         )
         return i + 1, memory, next_rows._replace(tokens_B=draws.tokens_B, remaining_B=remaining_B), block
 
-    _, memory, _, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), memory, rows, empty))
-    return memory, _replicated(block)
+    carried = memory._replace(caches=_without_unit_dims(caches))
+    _, carried, _, block = jax.lax.while_loop(goes_on, step, (jnp.int32(0), carried, rows, empty))
+    return carried._replace(caches=_with_unit_dims(carried.caches, caches)), _replicated(block)
+
+
+def _without_unit_dims(caches: Caches) -> Caches:
+    """Return the caches of a single sequence and layer without these dims, for which XLA:CPU would copy them at each token."""
+    return jax.tree.map(lambda x: jax.lax.squeeze(x, (0, 1)) if x.shape[:2] == (1, 1) else x, caches)
+
+
+def _with_unit_dims(caches: Caches, like: Caches) -> Caches:
+    """Undo `_without_unit_dims` for caches of the shapes and shardings of `like`."""
+
+    def restore(x: jax.Array, y: jax.Array) -> jax.Array:
+        if x.ndim == y.ndim:
+            return x
+        # Without them the dim of sequences has lost its mesh axes, all of them of size 1.
+        return jax.sharding.reshard(jax.lax.expand_dims(x, (0, 1)), jax.typeof(y).sharding)
+
+    return jax.tree.map(restore, caches, like)
 
 
 def _mark_token(seen_bV: Bool[Array, "b V"], tokens_b: Int[Array, " b"]) -> Bool[Array, "b V"]:

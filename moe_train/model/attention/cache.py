@@ -21,9 +21,6 @@ from moe_train.model.attention.blocked import NEG
 from moe_train.model.attention.kernels import attention_mask
 from moe_train.model.sharding.collectives import gather_axis, reduce_scatter_axis
 
-_PER_HEAD = (((3,), (2,)), ((0, 1), (0, 1)))
-"""Dimension numbers of a product (B, K, R, n) x (B, K, n, m) for each sequence and head."""
-
 
 def key_spec(heads: str | None) -> P:
     """Return the partition spec of cached keys (B, K, H, S), whose heads a mesh axis splits, or none."""
@@ -51,6 +48,8 @@ def extend_keys(
         slots: Float[Array, "b k H s"], new: Float[Array, "b t k H"], positions: Int[Array, "b t"]
     ) -> Float[Array, "b k H s"]:
         new, slot = _with_slots(new, positions, slots.shape[3])
+        if slot.shape == (1, 1):
+            return _with_entry(slots, new[0, 0, :, :, None].astype(slots.dtype), slot[0, 0], 2)
         return slots.at[jnp.arange(slots.shape[0])[:, None], :, :, slot].set(new.astype(slots.dtype), mode="drop")
 
     spec = key_spec(heads)
@@ -67,11 +66,38 @@ def extend_values(
         slots: Float[Array, "b k s W"], new: Float[Array, "b t k W"], positions: Int[Array, "b t"]
     ) -> Float[Array, "b k s W"]:
         new, slot = _with_slots(new, positions, slots.shape[2])
+        if slot.shape == (1, 1):
+            return _with_entry(slots, new[0, 0, :, None].astype(slots.dtype), slot[0, 0], 1)
         return slots.at[jnp.arange(slots.shape[0])[:, None], :, slot].set(new.astype(slots.dtype), mode="drop")
 
     spec = value_spec(heads)
     run = jax.shard_map(local, in_specs=(spec, _new_spec(heads), P(BATCH, "context")), out_specs=spec)
     return run(slots_BKSW, new_BTKW, positions_BT)
+
+
+def _with_entry(
+    slots: Float[Array, "1 K m n"], entry: Float[Array, "K ..."], slot: Int[Array, ""], axis: int
+) -> Float[Array, "1 K m n"]:
+    """Return the cache of a single sequence with one more entry, written without the dim of sequences.
+
+    XLA:CPU takes a dim of one for a change of shape, and copies the whole cache for it at each token.
+
+    Args:
+        slots: the cache.
+        entry: the entry, with a dim of one for the slots.
+        slot: its place; past the end if it is not written.
+        axis: index of the dim of slots in `entry`.
+    """
+    cache = slots[0]
+    old = jax.lax.dynamic_slice_in_dim(cache, slot, 1, axis)
+    return jax.lax.dynamic_update_slice_in_dim(cache, jnp.where(slot < cache.shape[axis], entry, old), slot, axis)[None]
+
+
+def _per_head(x_bKRn: Float[Array, "b K R n"], y_bKnm: Float[Array, "b K n m"]) -> Float[Array, "b K R m"]:
+    """Return the products for each sequence and head in float32, for a single sequence without its dim, as in `_with_entry`."""
+    if x_bKRn.shape[0] == 1:
+        return jax.lax.dot_general(x_bKRn[0], y_bKnm[0], (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)[None]
+    return jax.lax.dot_general(x_bKRn, y_bKnm, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
 
 
 def _new_spec(heads: str | None) -> P:
@@ -127,13 +153,13 @@ def attend_slots(
         G = n // K
         # The queries that share a head of keys are the rows of one product. `einsum` would swap the operands.
         q_bKRH = q.reshape(b, t, K, G, H).transpose(0, 2, 3, 1, 4).reshape(b, K, G * t, H)
-        scores_bKRS = jax.lax.dot_general(q_bKRH, k, _PER_HEAD, preferred_element_type=jnp.float32) / math.sqrt(H)
+        scores_bKRS = _per_head(q_bKRH, k) / math.sqrt(H)
         scores = jnp.where(visible[:, None, None], scores_bKRS.reshape(b, K, G, t, S), NEG)
         # Maximum and sum are reduced over `context`, so that the softmax is normalized over the slots of all devices.
         weights = jnp.exp(scores - jax.lax.pmax(jnp.max(scores, axis=-1, keepdims=True), "context"))
         weights /= jax.lax.psum(jnp.sum(weights, axis=-1, keepdims=True), "context")
         weights_bKRS = weights.reshape(b, K, G * t, S).astype(v.dtype)
-        y_bKRW = jax.lax.dot_general(weights_bKRS, v, _PER_HEAD, preferred_element_type=jnp.float32)
+        y_bKRW = _per_head(weights_bKRS, v)
         y = y_bKRW.reshape(b, K, G, t, v.shape[3]).transpose(0, 3, 1, 2, 4)
         return reduce_scatter_axis(y, "context", 1).reshape(local_shape).astype(q.dtype)
 

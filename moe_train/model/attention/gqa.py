@@ -68,7 +68,8 @@ class GroupedQueryAttention(nnx.Module):
         self.q_proj = Linear(rngs, "BTD,DNH->BTNH", (D, N, H), P("fsdp", split_axes(N), None), std, dtype)
         self.k_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), kv_spec, std, dtype)
         self.v_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), kv_spec, std, dtype)
-        self.o_proj = Linear(rngs, "BTNH,NHD->BTD", (N, H, D), P(split_axes(N), None, "fsdp"), std, dtype)
+        # einsum sums over N and W in the order of the alphabet, which is that in memory: neither operand is copied.
+        self.o_proj = Linear(rngs, "BTNW,NWD->BTD", (N, H, D), P(split_axes(N), None, "fsdp"), std, dtype)
         self.rope = model.rope
         self.query_scaling = attention.query_scaling
         self.window = window

@@ -37,7 +37,7 @@ class PatchAttention(nnx.Module):
         self.q_proj = Linear(rngs, "BTD,DNH->BTNH", (D, N, H), by_heads, _STDDEV, dtype)
         self.k_proj = Linear(rngs, "BTD,DNH->BTNH", (D, N, H), by_heads, _STDDEV, dtype)
         self.v_proj = Linear(rngs, "BTD,DNH->BTNH", (D, N, H), by_heads, _STDDEV, dtype)
-        self.o_proj = Linear(rngs, "BTNH,NHD->BTD", (N, H, D), P(split_axes(N), None, fsdp_axis(D)), _STDDEV, dtype)
+        self.o_proj = Linear(rngs, "BTNW,NWD->BTD", (N, H, D), P(split_axes(N), None, fsdp_axis(D)), _STDDEV, dtype)
         self.theta = encoder.theta
         self.kernel = compute.attention
 

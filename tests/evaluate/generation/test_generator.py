@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from moe_train import config
+from moe_train.evaluate.generation import batch, programs
 from moe_train.evaluate.generation.generator import Generator, check_lengths
 from moe_train.evaluate.generation.sampling import Sampling
 from moe_train.machine.mesh import put_batch
@@ -81,6 +83,22 @@ def test_a_mesh_of_eight_draws_the_same_tokens_as_one_device_in_any_order_and_ba
         assert [completion.tokens for completion in other] == [completion.tokens for completion in expected]
         for one, two in zip(other, expected, strict=True):
             np.testing.assert_allclose(one.logprobs, two.logprobs, rtol=1e-4)
+
+
+def test_the_cache_of_a_single_sequence_is_not_copied_for_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy takes longer than attention itself: 5 ms a token for four layers of 2048 slots, where 0.4 ms are needed."""
+    texts: list[str] = []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        texts.append(programs.generate_block.lower(*arguments, **options).compile().as_text())
+        return programs.generate_block(*arguments, **options)
+
+    monkeypatch.setattr(batch, "generate_block", recorded)
+    with jax.set_mesh(ONE):
+        generator(MIXTRAL, max_rows=1).generate(PROMPTS[:1], Sampling(3))
+    cache = r"f32\[(?:1,)*2,(?:8,(\d{2,})|(\d{2,}),8)\]"
+    assert re.search(cache, texts[0]), "the pattern finds no cache"
+    assert not re.search(cache + r"\S* copy\(", texts[0])
 
 
 def test_an_end_token_ends_one_sequence_and_not_the_others() -> None:

@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from moe_train import config
+from moe_train.machine.mesh import make_mesh
 from moe_train.model.encoders.pictures import Pictures
 from moe_train.model.encoders.rope_2d import rotate_2d
 from moe_train.model.encoders.vision import Vision
-from moe_train.model.parameters import parameters
+from moe_train.model.parameters import combine_some, parameters
+from moe_train.model.sharding.specs import place
 from moe_train.model.transformer import abstract_model, init_model
 from tests.tiny import LORA, MINISTRAL, ONE
 
@@ -90,3 +93,44 @@ def test_pictures_need_a_tower() -> None:
         pictures = Pictures(*(jnp.zeros((1, 4), jnp.int32) for _ in range(4)))  # type: ignore[misc]
         with pytest.raises(ValueError, match="no vision tower"):
             abstract_model(MINISTRAL).with_pictures(jnp.zeros((1, 4, MINISTRAL.model_dim)), pictures)
+
+
+ADAPTERS = config.Lora(
+    targets=(config.LoraTarget(modules=("vision.*_proj",), rank=2, alpha=4.0),), train=("vision.tower.*norm",), dropout=0.5
+)
+
+
+@pytest.mark.slow
+def test_gradients_of_adapters_and_their_dropout_do_not_depend_on_the_mesh() -> None:
+    draw = np.random.default_rng(4)
+    patches = draw.normal(size=(4, 32, ENCODER.patch_values)).astype(np.float32)
+    places = draw.integers(0, 6, (4, 32, 2)).astype(np.int32)
+    ids = np.repeat([[1] * 12 + [2] * 16 + [0] * 4], 4, axis=0).astype(np.int32)
+    index = np.full((4, 2), -1, np.int32)
+    weight = draw.normal(size=(4, 8, MINISTRAL.model_dim)).astype(np.float32)
+
+    def found(mesh: jax.sharding.Mesh, key: jax.Array | None) -> dict[str, np.ndarray]:
+        with jax.set_mesh(mesh):
+            structure, shapes = parameters(abstract_model(MINISTRAL, lora=ADAPTERS, encoder=ENCODER))
+            of_tower = {path: x for path, x in shapes.items() if path.startswith("vision.")}
+            numbers = np.random.default_rng(7)
+            weights = {
+                path: jax.device_put(numbers.normal(0, 0.3, x.shape).astype(np.float32), NamedSharding(mesh, x.sharding.spec))
+                for path, x in sorted(of_tower.items())
+            }
+
+            def loss(weights: dict[str, jax.Array]) -> jax.Array:
+                vision = combine_some(structure, weights).vision
+                return jnp.sum(vision(Pictures(patches, places, ids, index).placed(), key) * place(weight, "BTD"))
+
+            gradients = jax.jit(jax.grad(loss))(weights)
+            return {path: np.asarray(x) for path, x in gradients.items()}
+
+    many = make_mesh(config.Mesh(data=2, context=2, tensor=2))
+    for key in (None, jax.random.key(3)):
+        one = found(ONE, key)
+        assert all(np.abs(x).max() > 0 for x in one.values())
+        for path, x in found(many, key).items():
+            assert np.abs(x - one[path]).max() < 1e-4 * np.abs(one[path]).max(), path
+    plain = found(ONE, None)
+    assert any(not np.allclose(x, one[path]) for path, x in plain.items())  # dropout has an effect

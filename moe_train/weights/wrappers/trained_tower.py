@@ -41,11 +41,6 @@ def vision_weights(parameters: LazyParameters) -> LazyParameters:
     return {path: x for path, x in parameters.items() if ParameterPath.parse(path).is_vision}
 
 
-def text_weights(parameters: LazyParameters) -> LazyParameters:
-    """Return the weights of the text model among `parameters`."""
-    return {path: x for path, x in parameters.items() if not ParameterPath.parse(path).is_vision}
-
-
 def with_trained(
     carried: Carried, model: config.Model, parameters: LazyParameters, lora: config.Lora | None, dtype: np.dtype
 ) -> Carried:

@@ -40,7 +40,7 @@ def gpu_layer_bytes(
     if not any(w.trainable for w in matrices):
         return activations + mask + linear + ahead
     # Either most activations are there, or the gradients of the matrices as well.
-    return mask + linear + max(ahead + activations, 2 * ahead + 4 * product)
+    return mask + linear + max(ahead + activations, 2 * ahead + 10 * product)
 
 
 def _counts(run: config.Run, ffn: config.Ffn, stacked: list[ShardedWeight]) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def gather_axis(x: Shaped[Array, "..."], axis: str, dim: int) -> Shaped[Array, "
 
 def _gather(x: Shaped[Array, "..."], axis: str, dim: int) -> Shaped[Array, "..."]:
     inside, between = _stages(axis)
-    if platform() != "tpu" and dim > 0:
+    if platform() in ("gpu", "cuda") and dim > 0:
         # XLA:GPU gathers along the outermost dim in memory. Without the constraint it lays out the weights of all layers so, in a
         # second copy of them before the loop over layers; with it, the part of one layer at a time.
         x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -97,6 +97,20 @@ def nothing_is_left_in_force() -> Iterator[None]:
         jax.set_mesh(None)
 
 
+MOST_MAPPINGS = 20_000
+"""Memory mappings of a process at which compiled programs are given up; Linux allows 65,530, and LLVM crashes at the next one."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs_are_kept() -> Iterator[None]:
+    """Give up compiled programs after a file of tests if they are many; each has mappings of its own for code and data."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def compiled(pytestconfig: pytest.Config) -> Iterator[Path]:
     """The folder of compiled programs; many runs of one shape compile once."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.mesh import BATCH
-from moe_train.model.encoders.pictures import Pictures
+from moe_train.model.encoders.media import Media
 from moe_train.model.parameters import Parameters, combine_some, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
@@ -90,8 +90,8 @@ def features_of_files(directory: Path, tower: Tower) -> np.ndarray:
 
 def encoder_in_files(directory: Path) -> config.VisionEncoder:
     """Return the sizes of the vision tower in the files of a model. Raises NotChecked if there is none that can be computed."""
-    encoder = external.find_vision_encoder(directory)
-    if encoder is None:
+    encoder = external.find_encoder(directory)
+    if not isinstance(encoder, config.VisionEncoder):
         raise NotChecked("the files have no vision tower that can be computed: none, one of audio, or a quantized one")
     return encoder
 
@@ -108,13 +108,13 @@ def probe_features(tower: Tower, weights: Mapping[str, jax.Array]) -> np.ndarray
 
 
 @partial(jax.jit, static_argnums=0)
-def _features(structure: Any, weights: Parameters, pictures: Pictures) -> jax.Array:
+def _features(structure: Any, weights: Parameters, pictures: Media) -> jax.Array:
     vision = combine_some(structure, weights).vision
     assert vision is not None
     return jax.sharding.reshard(vision(pictures.placed()), jax.sharding.PartitionSpec())[0]
 
 
-def _probe(encoder: config.VisionEncoder, rows: int, context: int) -> Pictures:
+def _probe(encoder: config.VisionEncoder, rows: int, context: int) -> Media:
     """Return a picture of random pixels in each row, padded to patches that divide over the axis `context`."""
     side = encoder.cell_size
     height, width = TOKENS
@@ -128,7 +128,7 @@ def _probe(encoder: config.VisionEncoder, rows: int, context: int) -> Pictures:
     places[:patches] = grid.reshape(height, side, width, side, 2).swapaxes(1, 2).reshape(-1, 2)
     ids = (np.arange(padded) < patches).astype(np.int32)
     index = np.full(context, -1, np.int32)  # no tokens: only the features are wanted
-    return Pictures(*(np.tile(x, (rows, *(1,) * x.ndim)) for x in (pixels, places, ids, index)))  # type: ignore[arg-type]
+    return Media(*(np.tile(x, (rows, *(1,) * x.ndim)) for x in (pixels, places, ids, index)))  # type: ignore[arg-type]
 
 
 def _compare(features: np.ndarray, expected: np.ndarray, source: str, tolerance: float | None) -> Finding:

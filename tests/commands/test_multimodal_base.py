@@ -281,7 +281,7 @@ def save_run_with_tower(folder: Path, tokenizer: HuggingFace, lora: config.Lora 
     """`folder / "run"`, which trained parts of the tower of `folder / "base"`."""
     with jax.set_mesh(ONE):
         save_wrapper(folder / "base", random_parameters(TEXT))
-        encoder = external.read_vision_encoder(folder / "base")
+        encoder = external.read_encoder(folder / "base", config.VisionEncoder)
         weights = random_parameters(TEXT, lora=lora, encoder=encoder, seed=3)
         vision = config.Vision(patches_per_row=16, encoder=encoder, train=patterns)
         sections = {"model": TEXT, "mesh": config.Mesh(), "loss": config.Loss(), "lora": lora, "vision": vision}
@@ -362,7 +362,7 @@ def test_an_adapter_on_native_files_has_the_names_of_their_export(
             shutil.copyfile(file, tmp_path / "hf" / file.name)
     export(tmp_path / "hf", tmp_path / "base", "mistral", options=TENSORS)
     with jax.set_mesh(ONE):
-        encoder = external.read_vision_encoder(tmp_path / "base")
+        encoder = external.read_encoder(tmp_path / "base", config.VisionEncoder)
         weights = random_parameters(TEXT, lora=lora, encoder=encoder, seed=3)
         sections = {"model": TEXT, "mesh": config.Mesh(), "loss": config.Loss(), "lora": lora}
         sections |= {"vision": config.Vision(patches_per_row=16, encoder=encoder)}

@@ -25,7 +25,7 @@ from moe_train.commands.text_generator import ChatSettings
 from moe_train.commands.train import train
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
-from moe_train.data.batches.sound_batch import sound_batch
+from moe_train.data.batches.media_batch import media_batch
 from moe_train.data.check.check import check_data
 from moe_train.data.check.settings import CheckSettings
 from moe_train.data.check.sources import CheckedSource
@@ -154,7 +154,7 @@ def test_exports_carry_the_tower_as_it_was(trained: Path, ready: Path, tmp_path:
 
 def loader_of(run: config.Run, ready: Path, rows: BatchRows) -> Loader:
     assert isinstance(run.audio, config.RunAudio)
-    batch_type = sound_batch(run.audio.encoder, run.audio.chunks_per_row)
+    batch_type = media_batch(run.audio.encoder, run.audio.chunks_per_row)
     return Loader(run.training_data(), "train", Mistral(ready / "tekken.json"), rows, seed=0, batch_type=batch_type)
 
 
@@ -166,8 +166,8 @@ def test_batches_do_not_depend_on_the_number_of_processes(ready: Path) -> None:
         assert np.array_equal(array, np.concatenate(halves))
     assert ((whole.feature_index >= 0) == (whole.tokens == 24)).all()
     assert not (whole.loss_mask & np.isin(whole.targets, (24, 25))).any()
-    assert 4 * (whole.chunk_ids > 0).sum() == (whole.tokens == 24).sum()
-    assert whole.chunk_ids.max() > 1  # several clips in a row
+    assert 4 * (whole.ids > 0).sum() == (whole.tokens == 24).sum()
+    assert whole.ids.max() > 1  # several clips in a row
 
 
 def test_what_training_would_get_wrong_is_refused(ready: Path) -> None:

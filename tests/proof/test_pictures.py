@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from moe_train import config
 from moe_train.config import Mesh
 from moe_train.machine.mesh import make_mesh
 from moe_train.proof import pictures
@@ -29,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_features_do_not_depend_on_the_mesh_and_show_any_change(base: Path, tmp_path: Path) -> None:
-    tower = pictures.Tower(external.read_vision_encoder(base), TEXT)
+    tower = pictures.Tower(external.read_encoder(base, config.VisionEncoder), TEXT)
     origin = CarriedFrom(base, "hf")
     with jax.set_mesh(ONE):
         finding, features = pictures.check_pictures(base, origin, tower, {}, "float32", 1e-6)

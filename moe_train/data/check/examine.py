@@ -86,7 +86,7 @@ class _ExampleCounts:
 
     def add_media(self, example: Example, rules: MediaRules | None) -> None:
         """Count the tokens of each picture, or of each clip of sound, of an example."""
-        if example.pictures:
+        if example.media:
             assert rules is not None  # by which the pictures or the sound became tokens
             sizes = self.sound if isinstance(rules, SoundRules) else self.pictures
             sizes.update(rules.sizes_in(example.tokens))
@@ -135,7 +135,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         problems += [(entry.number, problem) for problem in entry.problems]
         for example in entry.examples:
             counts.add(entry.section.name, example, question.seq_len)
-            counts.add_media(example, question.tokenizer.pictures or question.tokenizer.sound)
+            counts.add_media(example, question.tokenizer.media)
     texts = words([compared_text(entry.record) for entry in records.read])
     overlapping, held_out = overlap(texts, question.held_out)
     numbers = np.array([entry.number for entry in records.read], np.int64)

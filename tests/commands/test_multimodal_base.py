@@ -302,10 +302,10 @@ def test_a_trained_tower_is_exported_and_proved(kind: str, small_tokenizer: Hugg
     checks = {check["name"]: check for check in record["checks"]}
     assert checks["carried"]["figures"]["count"] == len(TOWER) - len(changed)
     if merge:
-        assert "those of the trained tower" in checks["pictures"]["said"]
+        assert "those of the trained tower" in checks["features"]["said"]
         again = {check.name: check for check in verify(tmp_path / "hf", base=base)[1]}
         # Attention of two layers and seven maps of the tower's; in full, the projector's four tensors, and the kernel, of no rank.
-        assert again["pictures"].passed and again["merge"].metrics["adapted"] == 2 * 4 + 7
+        assert again["features"].passed and again["merge"].metrics["adapted"] == 2 * 4 + 7
         assert again["merge"].metrics["trained_in_full"] == 5
     export(run, tmp_path / "native", "mistral", merge=merge, options=TENSORS)
     for name in ("hf", "native"):

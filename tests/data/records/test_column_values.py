@@ -15,8 +15,8 @@ import pytest
 from moe_train import config
 from moe_train.data.records.column_values import rows
 from moe_train.data.records.conversation import read
-from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.media import references_of
+from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.problem import Problem, check_usable
 from tests.data.records.sources import opened, texts
 from tests.data.records.tables import json_array, write_table

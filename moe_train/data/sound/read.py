@@ -141,7 +141,7 @@ def _decoded(data: bytes, name: str) -> Samples:
 
 
 def _states_length(data: bytes) -> bool:
-    """Return whether an MP3 file begins with a frame that states its length, without which libsndfile guesses it from the bit rate."""
+    """Return whether an MP3 file begins with a frame that states its length, which libsndfile guesses otherwise."""
     start = 0
     if data[:3] == b"ID3" and len(data) >= 10:
         # Seven bits in each byte of a tag's size.

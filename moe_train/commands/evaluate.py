@@ -137,14 +137,15 @@ def _media(opened: OpenedModel, seq_len: int) -> config.RunVision | config.RunAu
     if opened.run is not None:
         return opened.run.media
     encoder = opened.encoder
+    rules = opened.tokenizer.media
+    if encoder is None or rules is None or rules.media != encoder.media:
+        return None
     if isinstance(encoder, config.AudioEncoder):
         chunks = seq_len // encoder.tokens_per_chunk
-        if opened.tokenizer.sound is None or not chunks:
+        if not chunks:
             return None
         # The chunks of a row are divided over the devices along `context`.
         return config.RunAudio(encoder=encoder, chunks_per_row=chunks + -chunks % opened.mesh.shape["context"])
-    if encoder is None or opened.tokenizer.pictures is None:
-        return None
     patches = seq_len * encoder.patches_per_token
     return config.RunVision(encoder=encoder, patches_per_row=patches)
 

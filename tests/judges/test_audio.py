@@ -12,14 +12,14 @@ import pytest
 
 from moe_train import config
 from moe_train.data.batches.batch import StoredPiece
-from moe_train.data.batches.sound_batch import SoundBatch, sound_batch
-from moe_train.data.sound.clips import SoundOfPiece
+from moe_train.data.batches.media_batch import MediaBatch, media_batch
+from moe_train.data.media import MediaOfPiece
 from moe_train.data.sound.log_mel import log_mel
 from moe_train.data.sound.rules import SoundRules
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model import parameters as flat
 from moe_train.model.transformer import abstract_model
-from moe_train.train.objectives.next_token import sound_of
+from moe_train.train.objectives.next_token import media_of
 from moe_train.weights import external
 from tests.judges.test_transformers_and_peft import distance
 from tests.judges.test_wrappers import AUDIO_PLACEHOLDER, wrapper
@@ -36,14 +36,14 @@ CLIPS = (2, 0, 1)
 class Packed(NamedTuple):
     """A batch of rows, of which the first has three segments: a clip of two chunks, none, a clip of one."""
 
-    batch: SoundBatch
+    batch: MediaBatch
     segments: list[tuple[np.ndarray, np.ndarray]]
     """Tokens and spectrograms (chunks, frames, bands) of each segment of the first row."""
 
 
 def packed(encoder: config.AudioEncoder) -> Packed:
     draw = np.random.default_rng(5)
-    batch = sound_batch(encoder, CHUNKS).empty(ROWS, SEQ_LEN)
+    batch = media_batch(encoder, CHUNKS).empty(ROWS, SEQ_LEN)
     segments = []
     pieces = []
     for chunks, length in zip(CLIPS, (24, 11, 15), strict=True):
@@ -51,8 +51,9 @@ def packed(encoder: config.AudioEncoder) -> Packed:
         spectrograms = draw.normal(size=(chunks, encoder.frames_per_chunk, encoder.num_mel_bins)).astype(np.float32)
         tokens[2 : 2 + chunks * encoder.tokens_per_chunk] = AUDIO_PLACEHOLDER
         segments.append((tokens, spectrograms))
-        sound = SoundOfPiece(spectrograms, AUDIO_PLACEHOLDER) if chunks else None
-        pieces.append(StoredPiece(tokens, np.ones(length, bool), pictures=sound))
+        places = np.zeros((chunks, 2), np.int32)
+        sound = MediaOfPiece(spectrograms, places, np.arange(1, chunks + 1), AUDIO_PLACEHOLDER) if chunks else None
+        pieces.append(StoredPiece(tokens, np.ones(length, bool), media=sound))
     batch.fill_row(0, pieces)
     for row in range(1, ROWS):  # the same again, in another order
         batch.fill_row(row, pieces[1:])
@@ -74,8 +75,8 @@ def ours(base: Path, encoder: config.AudioEncoder, batch: Any, mesh: jax.shardin
 
         def loss(weights: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             module = flat.combine(structure, weights)
-            sound = sound_of(placed)
-            hidden, _ = module(placed.tokens, placed.positions, placed.segment_ids, sound=sound)
+            sound = media_of(placed)
+            hidden, _ = module(placed.tokens, placed.positions, placed.segment_ids, media=sound)
             logits = module.logits(hidden)
             chosen = jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(placed.targets, model.vocab_size), axis=-1)
             is_first = placed.loss_mask & (np.arange(ROWS) == 0)[:, None]
@@ -89,7 +90,7 @@ def test_features_logits_and_gradients_equal_transformers(tmp_path: Path) -> Non
     torch = pytest.importorskip("torch")
     judge = wrapper("voxtral", "llama")
     judge.save_pretrained(tmp_path / "base")
-    encoder = external.read_audio_encoder(tmp_path / "base")
+    encoder = external.read_encoder(tmp_path / "base", config.AudioEncoder)
     assert external.find_encoder(tmp_path / "base") == encoder
     batch, segments = packed(encoder)
     total = 0.0

@@ -25,7 +25,7 @@ def test_tensors_are_those_of_the_writer(layout: Literal["hf", "mistral"], tmp_p
         save_wrapper(tmp_path / "base", random_parameters(TEXT))
     carried = external.open_external_weights(tmp_path / "base").carried
     assert carried is not None
-    encoder = external.read_vision_encoder(tmp_path / "base")
+    encoder = external.read_encoder(tmp_path / "base", config.VisionEncoder)
     written = carry(tmp_path / "base", carried, layout, TEXT, None, None).tensors
     expected = {tensor.name: tensor for tensor in vision_tensors(layout, encoder, TEXT.model_dim)}
     assert expected.keys() == written.keys()

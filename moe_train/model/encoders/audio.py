@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from moe_train import config
 from moe_train.config.audio import STRIDE
 from moe_train.model.attention.bidirectional import attend_segments, separated_padding
-from moe_train.model.encoders.sound import Sound
+from moe_train.model.encoders.media import Media
 from moe_train.model.layers import Linear, RandomSource, normal
 from moe_train.model.sharding.specs import activation_spec, fsdp_axis, split_axes
 
@@ -133,14 +133,14 @@ class AudioTower(nnx.Module):
         self.layers = jax.vmap(layer_of)(keys)
         self.norm = LayerNorm(D, dtype)
 
-    def __call__(self, sound: Sound, dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    def __call__(self, sound: Media, dtype: jnp.dtype) -> Float[Array, "B T D"]:
         """Return the normalized hidden states of the last layer, for arrays with the shardings of activations."""
         S = self.positions.shape[0]
-        x_BTD = jax.nn.gelu(self.first_conv(_windows(sound.frames_BCFM.astype(dtype), 1)), approximate=False)
+        x_BTD = jax.nn.gelu(self.first_conv(_windows(sound.units.astype(dtype), 1)), approximate=False)
         x_BTD = jax.nn.gelu(self.second_conv(_windows(_split_chunks(x_BTD, STRIDE * S), STRIDE)), approximate=False)
         x_BCSD = _split_chunks(x_BTD.astype(jnp.float32), S) + self.positions[...]
         x_BTD = _join_chunks(x_BCSD).astype(dtype)
-        ids_BCS = jnp.broadcast_to(sound.chunk_ids_BC[..., None], (*sound.chunk_ids_BC.shape, S))
+        ids_BCS = jnp.broadcast_to(sound.ids_BN[..., None], (*sound.ids_BN.shape, S))
         segments_BT = separated_padding(_join_chunks(ids_BCS))
 
         def layer_on(x_BTD: Float[Array, "B T D"], layer: AudioLayer) -> tuple[Float[Array, "B T D"], None]:
@@ -203,6 +203,6 @@ class Audio(nnx.Module):
         self.projector = AudioProjector(rngs, encoder, text_dim, compute)
         self.dtype = jnp.dtype(compute.dtype)
 
-    def __call__(self, sound: Sound) -> Float[Array, "B M E"]:
+    def __call__(self, sound: Media) -> Float[Array, "B M E"]:
         """Return the features of all chunks of each row, in the order of their tokens."""
         return self.projector(self.tower(sound, self.dtype))

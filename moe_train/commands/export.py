@@ -360,8 +360,7 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
     base_folder = _hugging_face_base(opened)
     wrapper = None if base_folder is None else hf.find_wrapper(base_folder)
     auto_class = "AutoModelForCausalLM" if wrapper is None else wrapper.auto_class
-    return base_export + serve.serving_command(
-        server,
+    served = serve.ServedExport(
         layout,
         opened.model,
         out_dir,
@@ -371,6 +370,7 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
         auto_class=auto_class,
         tool_parser=_tool_parser(opened),
     )
+    return base_export + serve.serving_command(server, served)
 
 
 def _tool_parser(opened: OpenedModel) -> serve.ToolParser | None:

@@ -5,7 +5,7 @@ default is written in one place only. Nothing in this folder imports jax, so tha
 what the user wrote; `Run` is the resolved record of what will happen.
 """
 
-from moe_train.config.adapters import NAMED_IN_FULL, Fp8, Int8, Lora, LoraTarget, Nf4, names_module
+from moe_train.config.adapters import NAMED_IN_FULL, TOWERS, Fp8, Int8, Lora, LoraTarget, Nf4, names_module
 from moe_train.config.architecture import (
     DefaultRope,
     DenseFfn,
@@ -103,6 +103,7 @@ from moe_train.config.records import (
 )
 from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
 from moe_train.config.run import (
+    Encoder,
     FullTraining,
     InitialWeights,
     NoAudio,
@@ -137,6 +138,7 @@ __all__ = [
     "FAMILIES",
     "FEATURES",
     "NAMED_IN_FULL",
+    "TOWERS",
     "Adafactor",
     "AdamW",
     "AnswerGeneration",
@@ -166,6 +168,7 @@ __all__ = [
     "DenseLayers",
     "Distillation",
     "Dtype",
+    "Encoder",
     "Evaluation",
     "ExactGrader",
     "ExponentialAverage",

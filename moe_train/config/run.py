@@ -23,6 +23,9 @@ from moe_train.config.section import LocalPath, Positive, RunDirectory, Section,
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 from moe_train.config.vision import Vision, VisionEncoder
 
+Encoder = VisionEncoder | AudioEncoder
+"""Sizes of a tower and its projector."""
+
 
 class RandomWeights(Section):
     """Training starts from randomly initialized weights."""
@@ -141,19 +144,19 @@ class Run(Section):
         return self.audio if isinstance(self.audio, RunAudio) else self.pictures
 
     @property
-    def encoder(self) -> VisionEncoder | AudioEncoder | None:
+    def encoder(self) -> Encoder | None:
         """The vision or audio tower; None if the records have neither pictures nor sound."""
         return None if self.media is None else self.media.encoder
 
     @property
-    def trained_vision(self) -> tuple[str, ...]:
-        """Patterns of the modules of the vision tower that full training trains."""
-        return () if self.pictures is None else self.pictures.train
+    def trained_tower(self) -> tuple[str, ...]:
+        """Patterns of the modules of the tower and its projector that full training trains."""
+        return () if self.media is None else self.media.train
 
     @property
-    def trains_vision(self) -> bool:
-        """Whether a module of the vision tower or its projector is trained, in full or through an adapter."""
-        return bool(self.trained_vision) or (self.lora is not None and self.lora.trains_vision)
+    def trains_tower(self) -> bool:
+        """Whether a module of the tower or its projector is trained, in full or through an adapter."""
+        return bool(self.trained_tower) or (self.lora is not None and self.lora.trains_tower)
 
     def training_data(self) -> RunData:
         """Return the data section. Raises ValueError, which names the remedy, if there is none."""

@@ -232,7 +232,7 @@ class Transformer(nnx.Module):
         rngs: RandomSource,
         model: config.Model,
         compute: config.Compute,
-        encoder: config.VisionEncoder | config.AudioEncoder | None = None,
+        encoder: config.Encoder | None = None,
     ):
         dtype = jnp.dtype(compute.param_dtype)
         std = model.init_stddev
@@ -284,7 +284,7 @@ class Transformer(nnx.Module):
             # No key of a layer: those come from `split`.
             x_BTD = self.with_pictures(x_BTD, pictures, None if key is None else jax.random.fold_in(key, 0))
         if sound is not None:
-            x_BTD = self.with_sound(x_BTD, sound)
+            x_BTD = self.with_sound(x_BTD, sound, None if key is None else jax.random.fold_in(key, 0))
         # One key per repeat over all stacks, so that no two layers drop the same entries.
         keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
         stats = []
@@ -315,8 +315,13 @@ class Transformer(nnx.Module):
         placed = pictures.placed()
         return write_features(x_BTD, self.vision(placed, key), placed.feature_index_BT)
 
-    def with_sound(self, x_BTD: Float[Array, "B T D"], sound: Sound) -> Float[Array, "B T D"]:
+    def with_sound(self, x_BTD: Float[Array, "B T D"], sound: Sound, key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
         """Return embeddings in which the tokens that stand for sound have the features of it.
+
+        Args:
+            x_BTD: embeddings.
+            sound: sound.
+            key: PRNG key for the dropout of the tower's adapters; None for no dropout.
 
         Raises:
             ValueError: the model has no audio tower.
@@ -324,7 +329,7 @@ class Transformer(nnx.Module):
         if self.audio is None:
             raise ValueError("the model has no audio tower, so it takes no sound; build it with an encoder")
         placed = sound.placed()
-        return write_features(x_BTD, self.audio(placed), placed.feature_index_BT)
+        return write_features(x_BTD, self.audio(placed, key), placed.feature_index_BT)
 
     def head_weight(self) -> Float[Array, "V D"]:
         """Return the output matrix; with tied embeddings it is the embedding table."""
@@ -393,7 +398,7 @@ def init_model(
     model: config.Model,
     compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
     lora: config.Lora | None = None,
-    encoder: config.VisionEncoder | config.AudioEncoder | None = None,
+    encoder: config.Encoder | None = None,
 ) -> Transformer:
     """Initialize a model with random weights, including adapters and quantized weights.
 
@@ -420,7 +425,7 @@ def abstract_model(
     model: config.Model,
     compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
     lora: config.Lora | None = None,
-    encoder: config.VisionEncoder | config.AudioEncoder | None = None,
+    encoder: config.Encoder | None = None,
 ) -> Transformer:
     """Return the model of `init_model` with a `jax.ShapeDtypeStruct` in place of each array, in a fraction of the time.
 
@@ -435,7 +440,7 @@ def _build(
     model: config.Model,
     compute: config.Compute,
     lora: config.Lora | None,
-    encoder: config.VisionEncoder | config.AudioEncoder | None,
+    encoder: config.Encoder | None,
 ) -> Transformer:
     transformer = Transformer(rngs, model, compute, encoder)
     if lora is not None:
@@ -445,8 +450,10 @@ def _build(
             linear_maps = [
                 (name, module)
                 for name, module in adaptable(transformer)
-                # A vision tower is small, and stays as it is.
-                if isinstance(module, Linear | ExpertLinear) and not lora.trains_in_full(name) and not name.startswith("vision.")
+                # A tower is small, and stays as it is.
+                if isinstance(module, Linear | ExpertLinear)
+                and not lora.trains_in_full(name)
+                and not name.startswith(config.TOWERS)
             ]
             quantize_weights(linear_maps, lora.quantize)
     return transformer

@@ -92,7 +92,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
     # Shapes are computed first, so that at most one copy of the weights is ever allocated.
     model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.encoder)
     structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
-    learned, frozen = partition(shapes, run.lora, run.trained_vision)
+    learned, frozen = partition(shapes, run.lora, run.trained_tower)
     # A tower that is frozen has no part in what is compared with the base model.
     tower = {path: frozen.pop(path) for path in list(frozen) if ParameterPath.parse(path).is_tower}
     optimizer = make_optimizer(run.optimizer, total_steps)
@@ -131,8 +131,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         # A copy, since the step donates the trained weights while the base weights must stay.
         loaded = jax.tree.map(jnp.copy, base_weights)
         if adapter is not None:
-            encoder = None if run.pictures is None else run.pictures.encoder
-            loaded |= model_dir.load_adapter(adapter, run.model, learned, encoder)
+            loaded |= model_dir.load_adapter(adapter, run.model, learned, run.encoder)
         state = new_state(initial_parameters(model, learned.keys() - loaded) | loaded)
     guard = None
     if run.train.spike_guard is not None:

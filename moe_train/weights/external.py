@@ -17,7 +17,7 @@ from moe_train.weights.hf.config_keys import CONFIG_FILE
 from moe_train.weights.mistral.files import STEM
 from moe_train.weights.mistral.params_json import PARAMS_FILE
 from moe_train.weights.on_disk import FileTensor, WeightFiles
-from moe_train.weights.wrappers import audio_pieces, vision_pieces
+from moe_train.weights.wrappers import audio_pieces, tower_pieces, vision_pieces
 from moe_train.weights.wrappers.whisper import WhisperSettings
 
 
@@ -196,17 +196,12 @@ class _Part(NamedTuple):
 def _open_parts(path: str | Path, abstract: Abstract) -> Iterator[_Part]:
     """Yield the arrays of the text model, and those of its vision or audio tower if there are any."""
     of_text = {name: like for name, like in abstract.items() if not ParameterPath.parse(name).is_tower}
-    of_vision = {name: like for name, like in abstract.items() if ParameterPath.parse(name).is_vision}
-    of_audio = {name: like for name, like in abstract.items() if name not in of_text and name not in of_vision}
+    of_tower = {name: like for name, like in abstract.items() if name not in of_text}
     weights = _open_and_check(path, of_text) if of_text else open_external_weights(path)
     yield _Part(of_text, weights.pieces, weights.tensors)
-    if of_vision:
-        carried = vision_pieces.require_tower(path, weights.carried)
-        yield _Part(of_vision, vision_pieces.pieces_of(carried, weights.model), carried.tensors)
-    if of_audio:
-        carried = audio_pieces.require_audio_tower(path, weights.carried)
-        pieces = audio_pieces.audio_pieces_of(carried, weights.model)
-        yield _Part(of_audio, pieces, audio_pieces.audio_tensors(carried))
+    if of_tower:
+        carried = tower_pieces.require_tower(path, weights.carried, ParameterPath.parse(next(iter(of_tower))).is_vision)
+        yield _Part(of_tower, tower_pieces.pieces_of(carried, weights.model), tower_pieces.tensors_of(carried))
 
 
 def _open_and_check(path: str | Path, abstract: Abstract) -> WeightFiles:

@@ -1,0 +1,91 @@
+"""Weights of a vision or audio tower and its projector: their places in files and in memory, and those of their adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moe_train import config
+from moe_train.weights.names.pieces import WeightPiece, piece_of
+from moe_train.weights.names.tensor_layout import Row
+from moe_train.weights.on_disk import Carried, FileTensor
+from moe_train.weights.wrappers import audio_pieces, vision_pieces
+from moe_train.weights.wrappers.tower_tensor import TowerRows
+from moe_train.weights.wrappers.whisper import WhisperSettings
+
+_IN_MEMORY = "model."
+"""What transformers 5 puts before the names of files in memory, and so in the names of adapters."""
+
+
+def require_tower(path: object, carried: Carried | None, is_vision: bool) -> Carried:
+    """Return the parts around a text model. Raises ValueError unless they are an unquantized vision tower, or one of audio."""
+    if is_vision:
+        return vision_pieces.require_tower(path, carried)
+    return audio_pieces.require_audio_tower(path, carried)
+
+
+def is_computed(carried: Carried | None) -> bool:
+    """Return whether the parts around a text model are a tower that this package can compute; a quantized one is not."""
+    return vision_pieces.tower_fault(carried) is None or audio_pieces.audio_fault(carried) is None
+
+
+def pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
+    """List every weight of a tower and its projector in the layout of its files.
+
+    Args:
+        carried: the tower in files, which `is_computed`.
+        model: the text model.
+    """
+    if isinstance(carried.settings, WhisperSettings):
+        return audio_pieces.audio_pieces_of(carried, model)
+    return vision_pieces.pieces_of(carried, model)
+
+
+def tensors_of(carried: Carried) -> Mapping[str, FileTensor]:
+    """Return the tensors of a tower by name, with those that are computed since its layout leaves them to the readers."""
+    if isinstance(carried.settings, WhisperSettings):
+        return audio_pieces.audio_tensors(carried)
+    return carried.tensors
+
+
+def pieces_in_memory(encoder: config.Encoder, model: config.Model) -> list[WeightPiece]:
+    """List every weight of a tower and its projector under the names that transformers 5 gives to them in memory."""
+    tower = _rows_of(encoder, model)
+    return [piece_of(tower.sizes, row._replace(name=f"{_IN_MEMORY}{row.name}"), lead) for row, lead in tower.rows]
+
+
+def adapter_pieces(encoder: config.Encoder, model: config.Model, ranks: Mapping[str, int]) -> list[WeightPiece]:
+    """List A and B of the adapters of a tower and its projector, as PEFT names them on the wrapper.
+
+    A is (J, in) and B (out, J). Those of a convolution are kernels: A is (J, channel, positions…) and B (out, J, 1…).
+
+    Args:
+        encoder: sizes of the tower.
+        model: the text model.
+        ranks: rank J of each module that has an adapter, such as `vision.projector.in_proj`; others are ignored.
+    """
+    tower = _rows_of(encoder, model)
+    table: list[WeightPiece] = []
+    for row, lead in tower.rows:
+        module = row.path.removesuffix(".weight")
+        if module not in ranks or not row.path.endswith(".weight"):
+            continue
+        out, *ins = row.file_dims.split()
+        internal_in = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set("".join(ins)))
+        internal_out = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set(out))
+        stem = f"base_model.model.{_IN_MEMORY}{row.name.removesuffix('.weight')}"
+        a = Row(f"{stem}.lora_A.weight", f"J {' '.join(ins)}", f"{module}.lora_a", f"{internal_in} J")
+        b = Row(f"{stem}.lora_B.weight", f"{out} J", f"{module}.lora_b", f"J {internal_out}")
+        # The positions of a kernel: two of a picture, one of sound.
+        ones = "IK"[: len(ins) - 1]
+        if ones:
+            b = b._replace(file_dims=f"{out} J {' '.join(ones)}", internal_dims=f"J{ones} {internal_out}")
+        sizes = {**tower.sizes, "J": ranks[module], "I": 1, "K": 1}
+        table += [piece_of(sizes, a, lead), piece_of(sizes, b, lead)]
+    return table
+
+
+def _rows_of(encoder: config.Encoder, model: config.Model) -> TowerRows:
+    """Return every tensor of a tower and its projector in Hugging Face's layout."""
+    if isinstance(encoder, config.AudioEncoder):
+        return audio_pieces.audio_rows(encoder, model)
+    return vision_pieces.vision_rows(encoder, model)

@@ -119,8 +119,8 @@ def _trace_steps(folder: Path, step: Callable[..., Any], state: Any) -> None:
 
 
 def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
-    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.encoder)
-    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
+    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.model_encoder)
+    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))
     optimizer = make_optimizer_of_any_length(run.optimizer)
     trainable, frozen = partition(initial_parameters(model, shapes.keys()), run.lora, run.trained_tower)
     options = brief_options(platform()) or None

@@ -74,7 +74,7 @@ def inspect(written: config.Config) -> Report:
 def abstract_parameters(run: config.Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Return {path: ShapeDtypeStruct with its sharding} of a model, adapters included, on the mesh of `run`."""
     with jax.sharding.use_abstract_mesh(abstract_mesh(run.mesh.model_dump())):
-        return parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))[1]
+        return parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))[1]
 
 
 def active_parameters(shapes: dict[str, jax.ShapeDtypeStruct], model: config.Model) -> int:

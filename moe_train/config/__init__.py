@@ -28,7 +28,7 @@ from moe_train.config.attention import (
 )
 from moe_train.config.audio import Audio, AudioEncoder
 from moe_train.config.average import Average, ExponentialAverage, LastCheckpoints, NoAverage
-from moe_train.config.checks import Sections, check_audio, check_batch, check_model, check_vision
+from moe_train.config.checks import Sections, check_audio, check_batch, check_model, check_trained_tower, check_vision
 from moe_train.config.compute import AxisSize, Compute, Mesh
 from moe_train.config.config import Config, RunName
 from moe_train.config.data import (
@@ -130,6 +130,7 @@ from moe_train.config.section import (
     Section,
 )
 from moe_train.config.suite import AnswerGeneration, Columns, FewShot, Prompt, Suite
+from moe_train.config.tower_features import ComputedFeatures, StoredFeatures, TowerFeatures
 from moe_train.config.trackers import MlflowTracker, Tracker, TrackioTracker, WandbTracker
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, SpikeGuard, Train
 from moe_train.config.vision import Vision, VisionEncoder
@@ -156,6 +157,7 @@ __all__ = [
     "Columns",
     "CompletionRecord",
     "Compute",
+    "ComputedFeatures",
     "Config",
     "ConstantSchedule",
     "ContainsGrader",
@@ -257,10 +259,12 @@ __all__ = [
     "SoftmaxRouter",
     "Source",
     "SpikeGuard",
+    "StoredFeatures",
     "Suite",
     "TextRecord",
     "Tokenizer",
     "ToolCallsGrader",
+    "TowerFeatures",
     "Tracker",
     "TrackioTracker",
     "Train",
@@ -276,6 +280,7 @@ __all__ = [
     "check_batch",
     "check_model",
     "check_records",
+    "check_trained_tower",
     "check_vision",
     "describe_features",
     "extra_forward_passes",

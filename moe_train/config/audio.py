@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import model_validator
 
 from moe_train.config.section import Positive, Section
+from moe_train.config.tower_features import ComputedFeatures, TowerFeatures
 
 STRIDE = 2
 """Frames of a spectrogram for each position of the tower: the stride of its second convolution."""
@@ -70,5 +71,7 @@ class Audio(Section):
     """Patterns of the modules of tower and projector that full training trains with the text model, such as `audio.projector.*` or
     `audio.tower.*`; positions stay as they are. With a `lora` section, name them there: it freezes whatever it does not name.
     """
+    features: TowerFeatures = ComputedFeatures()
+    """Where the features of sound come from: computed in every step, or stored once, which only a frozen tower allows."""
     encoder: AudioEncoder | None = None
     """Sizes of the tower and the projector. Leave it out: `init_from` states them."""

@@ -12,6 +12,7 @@ from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data, HubSource, PreparedSource
 from moe_train.config.objective import NextToken, Objective
 from moe_train.config.optimization import Loss, Optimizer
+from moe_train.config.tower_features import StoredFeatures
 from moe_train.config.training import Evaluation, Metrics, Train
 from moe_train.config.vision import Vision, VisionEncoder
 
@@ -167,11 +168,22 @@ def check_trained_tower(vision: Vision | None, audio: Audio | None, lora: Lora |
     for key, medium, section in (("vision", "pictures", vision), ("audio", "sound", audio)):
         if section is not None:
             _check_train(key, section.train, lora)
+            _check_features(key, section, lora)
         elif lora is not None and any(pattern.startswith(f"{key}.") for pattern in lora.tower_patterns):
             tower = f"{'an' if key == 'audio' else 'a'} {key} tower"
             raise ValueError(
                 f"lora names modules of {tower}, but there is no section {key}, whose {medium} train them; add {key}: {{}}"
             )
+
+
+def _check_features(key: str, section: Vision | Audio, lora: Lora | None) -> None:
+    """Raise ValueError if features are stored of a tower that training changes."""
+    patterns = [*section.train, *(() if lora is None else lora.tower_patterns)]
+    if isinstance(section.features, StoredFeatures) and patterns:
+        raise ValueError(
+            f"{key}.features are stored, and {patterns[0]!r} trains what they come from; set {key}.features to {{name: computed}}, "
+            "or freeze tower and projector"
+        )
 
 
 def _check_train(key: str, patterns: tuple[str, ...], lora: Lora | None) -> None:

@@ -20,6 +20,7 @@ from moe_train.config.objective import Objective
 from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.profile import Profile
 from moe_train.config.section import LocalPath, Positive, RunDirectory, Section, Seed
+from moe_train.config.tower_features import StoredFeatures
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 from moe_train.config.vision import Vision, VisionEncoder
 
@@ -147,6 +148,25 @@ class Run(Section):
     def encoder(self) -> Encoder | None:
         """The vision or audio tower; None if the records have neither pictures nor sound."""
         return None if self.media is None else self.media.encoder
+
+    @property
+    def stored_features(self) -> StoredFeatures | None:
+        """How features of the tower are stored; None if steps compute them, or without a tower."""
+        features = None if self.media is None else self.media.features
+        return features if isinstance(features, StoredFeatures) else None
+
+    @property
+    def computed_media(self) -> RunVision | RunAudio | None:
+        """The section `vision` or `audio` if steps run its tower; None otherwise."""
+        return self.media if self.stored_features is None else None
+
+    @property
+    def model_encoder(self) -> Encoder | None:
+        """The tower of the model that is trained; None without one, or where its features are stored.
+
+        Suites are answered with the model that is trained, so that it has a tower for their pictures or sound.
+        """
+        return self.encoder if self.stored_features is None or self.evaluation.suites else None
 
     @property
     def trained_tower(self) -> tuple[str, ...]:

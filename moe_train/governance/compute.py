@@ -47,5 +47,5 @@ def _shapes(run: config.Run) -> dict[str, jax.ShapeDtypeStruct]:
         # For the shapes alone: without any, `abstract_model` would put one in force for the rest of the process.
         mesh = jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1)))
     with mesh:
-        _, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
+        _, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))
     return unquantized_shapes(shapes)

@@ -20,10 +20,11 @@ def flops_of_run(run: config.Run, trained: Mapping[str, Shaped[Array, "..."] | j
         trained: as `adapters` of `flops_per_token`.
     """
     flops = flops_per_token(run.model, run.train.seq_len, trained)
-    if run.media is None:
+    media = run.computed_media
+    if media is None:  # no tower, or one whose features are stored
         return flops
-    positions = run.media.patches_per_row if isinstance(run.media, config.RunVision) else run.media.chunks_per_row
-    of_row = tower_flops(run.media.encoder, run.model.model_dim, positions, TrainedModules(run.lora, run.trained_tower))
+    count = media.patches_per_row if isinstance(media, config.RunVision) else media.chunks_per_row
+    of_row = tower_flops(media.encoder, run.model.model_dim, count, TrainedModules(run.lora, run.trained_tower))
     return flops + of_row / run.train.seq_len
 
 

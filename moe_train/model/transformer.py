@@ -254,6 +254,7 @@ class Transformer(nnx.Module):
         key: Key[Array, ""] | None = None,
         pictures: Pictures | None = None,
         sound: Sound | None = None,
+        features: PictureFeatures | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Compute the hidden states after the final norm.
 
@@ -267,6 +268,7 @@ class Transformer(nnx.Module):
             key: PRNG key for the dropout of the adapters; None for no dropout, as in evaluation.
             pictures: pictures that tokens stand for; None without any. The model needs a vision tower for them.
             sound: sound that tokens stand for; None without any. The model needs an audio tower for it.
+            features: features that tokens stand for, of pictures or sound; None without any. They need no tower.
 
         Returns:
             The hidden states, and the statistics (L, …) of the routers in the order of the sparse layers (`config.sparse_layers`);
@@ -285,6 +287,9 @@ class Transformer(nnx.Module):
             x_BTD = self.with_pictures(x_BTD, pictures, None if key is None else jax.random.fold_in(key, 0))
         if sound is not None:
             x_BTD = self.with_sound(x_BTD, sound, None if key is None else jax.random.fold_in(key, 0))
+        if features is not None:
+            placed = features.placed()
+            x_BTD = write_features(x_BTD, placed.features_BMD, placed.feature_index_BT)
         # One key per repeat over all stacks, so that no two layers drop the same entries.
         keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
         stats = []

@@ -20,7 +20,7 @@ from moe_train.plan.tower_memory import saved_tower_bytes, tower_bytes
 from moe_train.plan.traffic import MicrobatchShape, microbatch_shape
 from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes, is_nf4, numbers_per_element
 from moe_train.train.logits import CHUNK_ELEMENTS
-from moe_train.train.objectives.choose import objective_of
+from moe_train.train.objectives.choose import objective_of_run
 
 
 class Memory(NamedTuple):
@@ -63,7 +63,7 @@ def memory(run: config.Run, layout: WeightLayout, platform: Platform = "tpu") ->
     sizes = axis_sizes(run.mesh)
     shape = microbatch_shape(run)
     # Of a whole row, since room for the pictures or sound is that of a row.
-    bytes_per_row = sum(array.nbytes for array in objective_of(run.objective, run.media).batch_type.empty(1, run.train.seq_len))
+    bytes_per_row = sum(array.nbytes for array in objective_of_run(run).batch_type.empty(1, run.train.seq_len))
     M = run.train.microbatches
     stacked = [w for w in layout.weights if w.path.in_layer]
     stacks = config.stacks(model)

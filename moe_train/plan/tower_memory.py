@@ -50,20 +50,21 @@ def saved_tower_bytes(run: config.Run, shape: MicrobatchShape) -> int:
 
 def _shape_of(run: config.Run, tensor: int, shape: MicrobatchShape) -> _TowerShape | None:
     """Return the sizes of a run's tower on a device, with `tensor` devices along that axis; None without a tower."""
-    if isinstance(run.media, config.RunAudio):
-        audio = run.media.encoder
+    media = run.computed_media
+    if isinstance(media, config.RunAudio):
+        audio = media.encoder
         D = audio.tower_dim
-        positions = shape.tokens * run.media.chunks_per_row * audio.max_positions // run.train.seq_len
+        positions = shape.tokens * media.chunks_per_row * audio.max_positions // run.train.seq_len
         # Of the second convolution: the first one's output at twice as many frames, and the windows of three. Of a layer: input,
         # norm, and either queries, keys, values and their sum, or the hidden layer before and after its activation.
         layer = max(2 * D + max(4 * D, 2 * audio.ffn_dim) // tensor, 5 * D)
         weights = (4 * D * D + 2 * D * audio.ffn_dim) // tensor
         return _TowerShape(positions, audio.downsampling, D, layer, weights, audio.num_layers)
-    if run.pictures is None:
+    if media is None:  # no tower, or one whose features are stored
         return None
-    vision = run.pictures.encoder
+    vision = media.encoder
     D = vision.tower_dim
-    patches = shape.tokens * run.pictures.patches_per_row // run.train.seq_len
+    patches = shape.tokens * media.patches_per_row // run.train.seq_len
     # Input, norm, and either queries, keys, values and their sum, or gate, up and their product.
     layer = 2 * D + max(4 * D, 3 * vision.ffn_dim) // tensor
     weights = (4 * D * D + 3 * D * vision.ffn_dim) // tensor

@@ -83,7 +83,7 @@ def layout(run: config.Run) -> WeightLayout:
     """
     # Settings that change no weight keep their defaults, so that more searches hit the cache.
     compute = config.Compute(dtype=run.compute.dtype, param_dtype=run.compute.param_dtype)
-    return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh, run.encoder, run.trained_tower))
+    return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh, run.model_encoder, run.trained_tower))
 
 
 class _Inputs(NamedTuple):

@@ -64,6 +64,8 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
     # Again, although `Config` has checked what it could: the architecture and the mesh are only known now.
     config.check_model(complete, model)
     config.check_batch(complete)
+    # The patterns of an adapter that is started from are only known now.
+    config.check_trained_tower(complete.vision, complete.audio, complete.lora)
     run = config.run_of(complete)
     if run.pictures is not None:
         config.check_vision(complete, run.pictures.encoder, run.pictures.patches_per_row)

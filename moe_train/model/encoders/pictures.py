@@ -39,11 +39,15 @@ class Pictures(NamedTuple):
 
 
 class PictureFeatures(NamedTuple):
-    """Features of pictures that have been computed, and the tokens that they stand for."""
+    """Features of pictures or sound that have been computed, and the tokens that they stand for."""
 
     features_BMD: Float[Array, "B M D"]
     feature_index_BT: Int[Array, "B T"]
     """Index of a token's feature in its row, as in `Pictures`."""
+
+    def placed(self) -> PictureFeatures:
+        """Return the arrays with the shardings of activations; features are split over `context` like tokens."""
+        return PictureFeatures(place(self.features_BMD, "BTD"), place(self.feature_index_BT, "BT"))
 
 
 def write_features(

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from moe_train.data.batches.batch import Batch, PackedBatch
+from moe_train.data.batches.feature_batch import FeatureBatch
 from moe_train.data.batches.picture_batch import PictureBatch
 from moe_train.data.batches.sound_batch import SoundBatch
-from moe_train.model.encoders.pictures import Pictures
+from moe_train.model.encoders.pictures import PictureFeatures, Pictures
 from moe_train.model.encoders.sound import Sound
 from moe_train.model.layers import keys_of
 from moe_train.train.cross_entropy import cross_entropy_sum
@@ -18,7 +19,7 @@ from moe_train.train.objectives.objective import Objective, ObjectiveInputs, Ter
 
 
 def next_token(batch_type: type[PackedBatch] = Batch) -> Objective:
-    """Return the next-token objective, whose batch type is `Batch`, or one with pictures or sound."""
+    """Return the next-token objective, whose batch type is `Batch`, or one with pictures, sound or their features."""
     return Objective(batch_type, count_loss_tokens, loss, mean_name="cross_entropy", weight_name="loss_tokens")
 
 
@@ -32,7 +33,12 @@ def loss(inputs: ObjectiveInputs, first_pass_result: Any) -> Terms:
     model = inputs.model
     batch = inputs.batch
     body_key, head_key = keys_of(inputs.key, 2)
-    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key, pictures_of(batch), sound_of(batch))
+    hidden_BTD, routers = model(
+        *(batch.tokens, batch.positions, batch.segment_ids, body_key),
+        pictures=pictures_of(batch),
+        sound=sound_of(batch),
+        features=features_of(batch),
+    )
     lora_factors = model.head_lora_factors(hidden_BTD, head_key)
     total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, lora_factors)
     return Terms(total, {}, routers)
@@ -52,3 +58,11 @@ def sound_of(batch: Any) -> Sound | None:
         return None
     arrays: Any = batch  # as in `pictures_of`
     return Sound(arrays.frames, arrays.chunk_ids, arrays.feature_index)
+
+
+def features_of(batch: Any) -> PictureFeatures | None:
+    """Return the stored features of a batch; None for a batch type without any."""
+    if not isinstance(batch, FeatureBatch):
+        return None
+    arrays: Any = batch  # as in `pictures_of`
+    return PictureFeatures(arrays.features, arrays.feature_index)

@@ -19,8 +19,10 @@ from moe_train.checkpoint.load_params import load_params
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, survey
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
 from moe_train.checkpoint.trained_tower import trained_tower_paths
-from moe_train.data.batches.sound_batch import check_sizes
+from moe_train.data.batches.media_batch import check_sizes
 from moe_train.data.chat.conversation_to_tokens import load_template
+from moe_train.data.records.media_parts import PICTURES, SOUND, MediaKind
+from moe_train.data.sound.rules import SoundRules
 from moe_train.data.tokenizers.load import load_tokenizer, tokenizer_at
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine.host_memory import check_host_memory
@@ -68,37 +70,27 @@ class OpenedModel(NamedTuple):
         """The tower that the run was trained with, or that the external model has; None without one that is computed."""
         return self.run.encoder if self.run is not None else external.find_encoder(self.directory)
 
-    def check_media(self) -> None:
-        """Raise ValueError if the model takes no pictures or sound as its tokenizer states them."""
-        if self.tokenizer.sound is not None:
-            self._check_sound()
-        else:
-            self.check_pictures()
+    def check_media(self, kind: MediaKind | None = None) -> None:
+        """Raise ValueError if the model has no tower for pictures or sound, or one of other sizes than its tokenizer states.
 
-    def _check_sound(self) -> None:
-        """Raise ValueError if the model hears no sound, or hears it in other sizes than its tokenizer states."""
-        if not isinstance(self.encoder, config.AudioEncoder):
+        Args:
+            kind: pictures or sound; None for what the tokenizer states sizes for.
+        """
+        if kind is None:
+            kind = SOUND if isinstance(self.tokenizer.media, SoundRules) else PICTURES
+        encoder = self.encoder
+        if kind is SOUND and not isinstance(encoder, config.AudioEncoder):
             raise ValueError(
                 f"{self.directory} has no audio tower that can be computed, so it hears no sound; name a multimodal model with "
                 "an unquantized tower, or a run with a section audio"
             )
-        check_sizes(self.encoder, self.tokenizer.sound, self.directory)
-
-    def check_pictures(self) -> None:
-        """Raise ValueError if the model sees no pictures, or sees them in other sizes than its tokenizer states."""
-        if not isinstance(self.encoder, config.VisionEncoder):
+        if kind is PICTURES and not isinstance(encoder, config.VisionEncoder):
             raise ValueError(
                 f"{self.directory} has no vision tower that can be computed, so it sees no pictures; name a multimodal model with "
                 "an unquantized tower, or a run with a section vision"
             )
-        rules = self.tokenizer.pictures
-        sizes = (self.encoder.patch_size, self.encoder.cell_size, self.encoder.max_image_size)
-        if rules is None or rules[:3] != sizes:
-            stated = None if rules is None else rules[:3]
-            raise ValueError(
-                f"{self.directory}: its tokenizer has pictures of patch size, merged side and largest side {stated}, but its "
-                f"vision tower has {sizes}; use the tokenizer that belongs to the model"
-            )
+        assert encoder is not None
+        check_sizes(encoder, self.tokenizer.media, self.directory)
 
     def load_with_tower(self) -> tuple[Any, Parameters, int | None]:
         """Load as `load_with_step` does, with the tower. The model has to have one (`encoder`)."""

@@ -28,10 +28,10 @@ from moe_train.config import yaml_file
 from moe_train.data.pictures.read import open_picture
 from moe_train.data.records.answers import judged_conversations
 from moe_train.data.records.conversation import normalise
-from moe_train.data.records.media import locate_media
+from moe_train.data.records.media import locate_media, references_of
+from moe_train.data.records.media_parts import PICTURES
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
-from moe_train.data.records.pictures import references_of
 from moe_train.governance.exports_of_run import ExportEntry, hash_of_record, note_export
 from moe_train.machine.files import JsonObject, refuse_existing
 from moe_train.machine.mesh import join_processes
@@ -357,8 +357,7 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
     base_folder = _hugging_face_base(opened)
     wrapper = None if base_folder is None else hf.find_wrapper(base_folder)
     auto_class = "AutoModelForCausalLM" if wrapper is None else wrapper.auto_class
-    return base_export + serve.serving_command(
-        server,
+    served = serve.ServedExport(
         layout,
         opened.model,
         out_dir,
@@ -368,6 +367,7 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
         auto_class=auto_class,
         tool_parser=_tool_parser(opened),
     )
+    return base_export + serve.serving_command(server, served)
 
 
 def _tool_parser(opened: OpenedModel) -> serve.ToolParser | None:
@@ -434,7 +434,7 @@ def _conversations(run: config.Run) -> Iterator[Conversation]:
                 normal = normalise(fields, source.record)
                 locate_media(normal, records.folder(origin.place))
                 for conversation in judged_conversations(normal):
-                    for reference in references_of(conversation):
+                    for reference in references_of(conversation.messages, PICTURES):
                         open_picture(reference)
                     yield conversation
         except (FileNotFoundError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
@@ -15,6 +15,9 @@ STRIDE = 2
 
 class AudioEncoder(Section):
     """Whisper's encoder (arXiv:2212.04356) as in Voxtral (arXiv:2507.13264), and the projector to the width of the text model."""
+
+    media: ClassVar[str] = "sound"
+    """What the tower takes, for messages."""
 
     tower_dim: Positive
     """Width of the tower's hidden states (`hidden_size`)."""
@@ -45,6 +48,24 @@ class AudioEncoder(Section):
     def tokens_per_chunk(self) -> int:
         """Tokens that a chunk becomes."""
         return self.max_positions // self.downsampling
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """Shape of a unit that a batch has room for: the spectrogram of a chunk."""
+        return (self.frames_per_chunk, self.num_mel_bins)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes that a tokenizer has to share, for messages by what they are."""
+        return {
+            "frequency bands": self.num_mel_bins,
+            "frames of a chunk": self.frames_per_chunk,
+            "frames of a token": self.frames_per_token,
+        }
+
+    def num_features(self, chunks: int) -> int:
+        """Return the number of tokens that stand for some chunks."""
+        return chunks * self.tokens_per_chunk
 
     @model_validator(mode="after")
     def _check(self) -> Self:

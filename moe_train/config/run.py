@@ -63,12 +63,22 @@ class RunVision(Vision):
     patches_per_row: Positive
     encoder: VisionEncoder
 
+    @property
+    def units_per_row(self) -> int:
+        """Patches that a row has room for."""
+        return self.patches_per_row
+
 
 class RunAudio(Audio):
     """The `audio` section, with the chunks of a row and the sizes of the tower stated."""
 
     chunks_per_row: Positive
     encoder: AudioEncoder
+
+    @property
+    def units_per_row(self) -> int:
+        """Chunks that a row has room for."""
+        return self.chunks_per_row
 
 
 class NoAudio(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -12,6 +12,9 @@ from moe_train.config.tower_features import ComputedFeatures, TowerFeatures
 
 class VisionEncoder(Section):
     """A Pixtral vision tower (arXiv:2410.07073) and the projector to the width of the text model."""
+
+    media: ClassVar[str] = "pictures"
+    """What the tower takes, for messages."""
 
     tower_dim: Positive
     """Width of the tower's hidden states (`hidden_size`)."""
@@ -52,6 +55,20 @@ class VisionEncoder(Section):
     def patch_values(self) -> int:
         """Numbers of a patch: its pixels in three colours."""
         return 3 * self.patch_size**2
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """Shape of a unit that a batch has room for: a patch."""
+        return (self.patch_values,)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes that a tokenizer has to share, for messages by what they are."""
+        return {"patch size": self.patch_size, "merged side": self.cell_size, "largest side": self.max_image_size}
+
+    def num_features(self, patches: int) -> int:
+        """Return the number of tokens that stand for some patches."""
+        return patches // self.patches_per_token
 
     @model_validator(mode="after")
     def _check(self) -> Self:

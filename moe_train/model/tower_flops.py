@@ -23,8 +23,7 @@ def flops_of_run(run: config.Run, trained: Mapping[str, Shaped[Array, "..."] | j
     media = run.computed_media
     if media is None:  # no tower, or one whose features are stored
         return flops
-    count = media.patches_per_row if isinstance(media, config.RunVision) else media.chunks_per_row
-    of_row = tower_flops(media.encoder, run.model.model_dim, count, TrainedModules(run.lora, run.trained_tower))
+    of_row = tower_flops(media.encoder, run.model.model_dim, media.units_per_row, TrainedModules(run.lora, run.trained_tower))
     return flops + of_row / run.train.seq_len
 
 

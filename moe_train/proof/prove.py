@@ -23,7 +23,7 @@ from moe_train.data.records.normal_form import Conversation
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine.revision import code_revision
 from moe_train.model.paths import ParameterPath
-from moe_train.proof import base_fp8, compare, expected, fp8, logits, pictures, reread, texts
+from moe_train.proof import base_fp8, compare, expected, fp8, logits, probe_media, reread, texts
 from moe_train.proof.carried import CarriedFrom, carried_names, carries_quantized, check_carried, is_audio, text_tensors
 from moe_train.proof.checks import Check, Fault, Finding, MetricValue, NotChecked, ProofRecord, require, run
 from moe_train.proof.compare_logits import Difference, compare_logits, to_reference
@@ -133,7 +133,7 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
     if export.carried_from is not None:
         check = partial(check_carried, export.carried_from, export.layout, export.directory, record, of_tower)
         checks.append(run("carried", check))
-        checks.append(run("pictures", partial(_check_pictures, export, export.carried_from, depth, record)))
+        checks.append(run("features", partial(_check_features, export, export.carried_from, depth, record)))
     return record | finish_record(export.directory, checks, start)
 
 
@@ -307,16 +307,16 @@ def _check_logits(export: Export, depth: Depth, record: ProofRecord) -> Finding:
     return Finding(summary, metrics)
 
 
-def _check_pictures(export: Export, origin: CarriedFrom, depth: Depth, record: ProofRecord) -> Finding:
-    """Compare the features of a probe picture through the tower of the files; adds them to `record`."""
+def _check_features(export: Export, origin: CarriedFrom, depth: Depth, record: ProofRecord) -> Finding:
+    """Compare the features of a probe picture or of probe sound through the tower of the files; adds them to `record`."""
     if depth == "tensors":
         raise NotChecked("skipped by --proof tensors: the tower was not run")
-    tower = pictures.Tower(pictures.encoder_in_files(export.directory), export.model, export.lora)
-    trained = {path: x for path, x in export.parameters.items() if ParameterPath.parse(path).is_vision}
-    finding, features = pictures.check_pictures(export.directory, origin, tower, trained, export.dtype, TOLERANCES["float32"])
-    record["pictures"] = {
+    tower = probe_media.Tower(probe_media.encoder_in_files(export.directory), export.model, export.lora)
+    trained = {path: x for path, x in export.parameters.items() if ParameterPath.parse(path).is_tower}
+    finding, features = probe_media.check_features(export.directory, origin, tower, trained, export.dtype, TOLERANCES["float32"])
+    record[tower.encoder.media] = {
         "encoder": tower.encoder.model_dump(mode="json"),
-        "features": features[:, : pictures.STORED_NUMBERS].tolist(),
+        "features": features[:, : probe_media.STORED_NUMBERS].tolist(),
     }
     return finding
 

@@ -20,7 +20,7 @@ from moe_train.proof import (
     expected,
     fp8,
     logits,
-    pictures,
+    probe_media,
     prove,
     reread,
     surroundings,
@@ -94,7 +94,7 @@ def repeat(
     checks.append(run("merge" if is_model else "deltas", partial(_check_weights, directory, record, model, trained, base)))
     if "carried" in record:
         checks.append(run("carried", partial(_check_carried, directory, record, model, base)))
-        checks.append(run("pictures", partial(_check_pictures, directory, depth, record, model)))
+        checks.append(run("features", partial(_check_features, directory, depth, record, model)))
     if is_model:
         checks.append(run("answers", partial(_check_logits, directory, depth, record, model)))
     checks.append(run("template", partial(_check_template, directory, record)))
@@ -175,15 +175,17 @@ def _check_carried(directory: Path, record: ProofRecord, model: config.Model, ba
     return check_carried(origin, record["format"], directory, dict(record, tensors={}), trained)
 
 
-def _check_pictures(directory: Path, depth: prove.Depth, record: ProofRecord, model: config.Model) -> Finding:
-    """Compare the features of the probe picture with those of the export."""
+def _check_features(directory: Path, depth: prove.Depth, record: ProofRecord, model: config.Model) -> Finding:
+    """Compare the features of the probe picture, or of the probe sound, with those of the export."""
     if depth == "tensors":
         raise NotChecked("skipped by --proof tensors: the tower was not run")
-    if "pictures" not in record:
-        raise NotChecked("the export was proved without a tower that can be computed, so there are no features to compare with")
-    encoder = config.VisionEncoder.model_validate_json(json.dumps(record["pictures"]["encoder"]))
-    tower = pictures.Tower(encoder, model)
-    return pictures.check_features_again(directory, tower, record["pictures"]["features"], REPEAT_TOLERANCE)
+    sections: tuple[type[config.VisionEncoder | config.AudioEncoder], ...] = (config.VisionEncoder, config.AudioEncoder)
+    for section in sections:
+        if section.media in record:
+            probed = record[section.media]
+            tower = probe_media.Tower(section.model_validate_json(json.dumps(probed["encoder"])), model)
+            return probe_media.check_features_again(directory, tower, probed["features"], REPEAT_TOLERANCE)
+    raise NotChecked("the export was proved without a tower that can be computed, so there are no features to compare with")
 
 
 def _check_weights(

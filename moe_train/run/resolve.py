@@ -18,7 +18,7 @@ from moe_train.machine.network import forbid_network
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
-from moe_train.run.resolve_audio import audio_with_encoder
+from moe_train.run.resolve_media import audio_with_encoder, vision_with_encoder
 
 
 def resolve(written: config.Config, device_count: int | None = None) -> config.Run:
@@ -46,7 +46,7 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
     changes: dict[str, Any] = {"model": model, "mesh": mesh_sizes(written.mesh, device_count)}
     encoder: config.Encoder | None = None
     if written.vision is not None:
-        changes["vision"] = _with_encoder(written.vision, written)
+        changes["vision"] = vision_with_encoder(written.vision, written)
         encoder = changes["vision"].encoder
         _check_trained_tower("vision", written.vision.train, model, encoder)
     if written.audio is not None:
@@ -121,34 +121,6 @@ def _with_head(model: config.Model, written: config.Config) -> config.Model:
         return model
     # A tied head would be the embedding's table, which a head for scores does not use.
     return model.model_copy(update={"scores": scores, "tie_embeddings": False})
-
-
-def _with_encoder(vision: config.Vision, written: config.Config) -> config.Vision:
-    """Return the section with the sizes of the tower of `init_from`, and with the patches that a row has room for.
-
-    Raises:
-        ValueError: there is no such tower, or the section states other sizes.
-    """
-    from moe_train.checkpoint.initial_files import first_files
-    from moe_train.weights.external import read_vision_encoder
-
-    encoder = vision.encoder
-    files = None if written.init_from is None else first_files(written.init_from)
-    if files is not None:
-        read = read_vision_encoder(files)
-        if encoder is not None and encoder != read:
-            raise ValueError(f"vision.encoder is not that of {files}; leave it out, since init_from determines it")
-        encoder = read
-    if encoder is None:
-        raise FileNotFoundError(
-            f"init_from {written.init_from}: no such files of a model with a vision tower; copy it there, or state vision.encoder "
-            "to plan without it"
-        )
-    patches = vision.patches_per_row
-    if patches is None:
-        # Each token of a picture stands for as many patches, so that a row of them has no more.
-        patches = written.train.seq_len * encoder.patches_per_token
-    return vision.model_copy(update={"encoder": encoder, "patches_per_row": patches})
 
 
 def _check_trained_tower(key: str, patterns: tuple[str, ...], model: config.Model, encoder: config.Encoder | None) -> None:

@@ -20,9 +20,9 @@ from moe_train.checkpoint.metadata import WeightOrigin
 from moe_train.checkpoint.model_dir import load_parameters
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
+from moe_train.data.batches.media_batch import media_batch
 from moe_train.data.batches.sources import RowSource
 from moe_train.data.media import media_of_piece
-from moe_train.data.pictures.patches import PicturesOfPiece
 from moe_train.data.prepared.features import (
     FeatureFiles,
     FeatureIdentity,
@@ -38,8 +38,7 @@ from moe_train.machine import progress
 from moe_train.machine.files import check_space
 from moe_train.machine.mesh import BATCH, make_mesh, put_batch
 from moe_train.machine.processes import require_one_process
-from moe_train.model.encoders.pictures import Pictures
-from moe_train.model.encoders.sound import Sound
+from moe_train.model.encoders.media import Media
 from moe_train.model.parameters import Parameters, combine_some, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
@@ -209,46 +208,24 @@ def _room(tokens: int) -> int:
     return 1 << max(0, tokens - 1).bit_length()
 
 
-def _arranged(
-    encoder: config.Encoder, store: TokenStore, files: Sequence[MediaFile], rows: int, room: int, context: int
-) -> Pictures | Sound:
+def _arranged(encoder: config.Encoder, store: TokenStore, files: Sequence[MediaFile], rows: int, room: int, context: int) -> Media:
     """Return the pictures or clips as NumPy arrays, one in a row, with room for `room` tokens or a little more."""
-    media = store.manifest.media
-    assert media is not None
-    contents = [store.picture_files(file.example)[file.number] for file in files]
-    pieces = [media_of_piece([content], media.rules()) for content in contents]
-    index = np.full((rows, context), -1, np.int32)  # no tokens: only the features are wanted
     if isinstance(encoder, config.AudioEncoder):
-        chunks = -(-room // encoder.tokens_per_chunk)
-        chunks += -chunks % context
-        frames = np.zeros((rows, chunks, encoder.frames_per_chunk, encoder.num_mel_bins), np.float32)
-        ids = np.zeros((rows, chunks), np.int32)
-        for row, sound in enumerate(pieces):
-            assert sound is not None and not isinstance(sound, PicturesOfPiece)
-            frames[row, : len(sound.chunks)] = sound.chunks
-            ids[row, : len(sound.chunks)] = np.arange(1, len(sound.chunks) + 1)
-        return Sound(frames, ids, index)  # type: ignore[arg-type]
-    patches = (room + -room % context) * encoder.patches_per_token
-    pixels = np.zeros((rows, patches, encoder.patch_values), np.float32)
-    places = np.zeros((rows, patches, 2), np.int32)
-    ids = np.zeros((rows, patches), np.int32)
-    for row, pictures in enumerate(pieces):
-        assert isinstance(pictures, PicturesOfPiece)
-        [picture] = pictures.pictures
-        count = len(picture.patches)
-        pixels[row, :count] = picture.patches
-        places[row, :count] = picture.places
-        ids[row, :count] = 1
-    return Pictures(pixels, places, ids, index)  # type: ignore[arg-type]
-
-
-def _features(structure: Any, weights: Parameters, media: Pictures | Sound) -> jax.Array:
-    """Return the features of each row on every device."""
-    model = combine_some(structure, weights)
-    if isinstance(media, Sound):
-        assert model.audio is not None
-        features = model.audio(media.placed())
+        count = -(-room // encoder.tokens_per_chunk)
+        count += -count % context
     else:
-        assert model.vision is not None
-        features = model.vision(media.placed())
+        count = (room + -room % context) * encoder.patches_per_token
+    arrays = media_batch(encoder, count).empty(rows, context)  # no tokens: only the features are wanted
+    for row, file in enumerate(files):
+        media = media_of_piece([store.media_files(file.example)[file.number]], store.manifest.media)
+        assert media is not None
+        arrays.units[row, : len(media.units)] = media.units
+        arrays.places[row, : len(media.units)] = media.places
+        arrays.ids[row, : len(media.units)] = media.ids
+    return Media(arrays.units, arrays.places, arrays.ids, arrays.feature_index)  # type: ignore[arg-type]
+
+
+def _features(structure: Any, weights: Parameters, media: Media) -> jax.Array:
+    """Return the features of each row on every device."""
+    features = combine_some(structure, weights).media_features(media.placed())
     return jax.sharding.reshard(features, jax.sharding.PartitionSpec())

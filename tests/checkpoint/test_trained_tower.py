@@ -20,7 +20,7 @@ from tests.tiny import ONE
 def test_paths_of_a_chain_of_runs(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
     with jax.set_mesh(ONE):
         save_wrapper(tmp_path / "base", random_parameters(TEXT))
-        encoder = external.read_vision_encoder(tmp_path / "base")
+        encoder = external.read_encoder(tmp_path / "base", config.VisionEncoder)
         weights = random_parameters(TEXT, encoder=encoder)
         lora = config.Lora(targets=(config.LoraTarget(modules=("vision.projector.out_proj",), rank=2, alpha=3.0),))
         vision = config.Vision(patches_per_row=16, encoder=encoder)

@@ -27,7 +27,7 @@ from moe_train.commands.train import train
 from moe_train.commands.verify import verify
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
-from moe_train.data.batches.sound_batch import sound_batch
+from moe_train.data.batches.media_batch import media_batch
 from moe_train.data.check.check import check_data
 from moe_train.data.check.settings import CheckSettings
 from moe_train.data.check.sources import CheckedSource
@@ -148,13 +148,20 @@ def test_a_trained_model_answers_about_sound_that_it_has_not_heard(trained: Path
 
 
 def test_exports_carry_the_tower_as_it_was(trained: Path, ready: Path, tmp_path: Path) -> None:
-    export(trained, tmp_path / "hf", options=ExportOptions(depth="tensors"))
+    record = export(trained, tmp_path / "hf")
+    said = {check["name"]: check["said"] for check in record["checks"] if check["passed"]}
+    assert "features of probe sound (4 tokens) are those of the tower of" in said["features"]
     before = safetensors.numpy.load_file(ready / "base" / "model.safetensors")
     after: dict[str, np.ndarray] = {}
     for file in (tmp_path / "hf").glob("*.safetensors"):
         after |= safetensors.numpy.load_file(file)
     carried = [name for name in before if name.startswith(("audio_tower.", "multi_modal_projector."))]
     assert len(carried) == 24 and all(np.array_equal(before[name], after[name]) for name in carried)
+    # Features are compared again with those of the record, and the files in Mistral's own layout have the same.
+    export(tmp_path / "hf", tmp_path / "native", "mistral")
+    for folder in ("hf", "native"):
+        checks = {check.name: check.passed for check in verify(tmp_path / folder)[1]}
+        assert checks["features"] and False not in checks.values()
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:
@@ -250,7 +257,7 @@ def test_patterns_of_the_tower_have_to_have_an_effect(ready: Path) -> None:
 
 def loader_of(run: config.Run, ready: Path, rows: BatchRows) -> Loader:
     assert isinstance(run.audio, config.RunAudio)
-    batch_type = sound_batch(run.audio.encoder, run.audio.chunks_per_row)
+    batch_type = media_batch(run.audio.encoder, run.audio.chunks_per_row)
     return Loader(run.training_data(), "train", Mistral(ready / "tekken.json"), rows, seed=0, batch_type=batch_type)
 
 
@@ -262,8 +269,8 @@ def test_batches_do_not_depend_on_the_number_of_processes(ready: Path) -> None:
         assert np.array_equal(array, np.concatenate(halves))
     assert ((whole.feature_index >= 0) == (whole.tokens == 24)).all()
     assert not (whole.loss_mask & np.isin(whole.targets, (24, 25))).any()
-    assert 4 * (whole.chunk_ids > 0).sum() == (whole.tokens == 24).sum()
-    assert whole.chunk_ids.max() > 1  # several clips in a row
+    assert 4 * (whole.ids > 0).sum() == (whole.tokens == 24).sum()
+    assert whole.ids.max() > 1  # several clips in a row
 
 
 def test_what_training_would_get_wrong_is_refused(ready: Path) -> None:

@@ -15,8 +15,8 @@ from moe_train import config
 from moe_train.commands.adapters import diff, merge_into
 from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.data.batches.batch import StoredPiece
-from moe_train.data.batches.sound_batch import SoundBatch, sound_batch
-from moe_train.data.sound.clips import SoundOfPiece
+from moe_train.data.batches.media_batch import MediaBatch, media_batch
+from moe_train.data.media import MediaOfPiece
 from moe_train.data.sound.log_mel import log_mel
 from moe_train.data.sound.rules import SoundRules
 from moe_train.machine.mesh import make_mesh, put_batch
@@ -24,9 +24,9 @@ from moe_train.model import parameters as flat
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
 from moe_train.proof.prove_adapter import AdapterExport, prove_adapter
-from moe_train.train.objectives.next_token import sound_of
+from moe_train.train.objectives.next_token import media_of
 from moe_train.weights import external, names, peft
-from moe_train.weights.wrappers import tower_pieces
+from moe_train.weights.wrappers import encoders
 from tests.judges.test_transformers_and_peft import distance
 from tests.judges.test_wrappers import AUDIO_PLACEHOLDER, read_wrapper, wrapper
 
@@ -42,14 +42,14 @@ CLIPS = (2, 0, 1)
 class Packed(NamedTuple):
     """A batch of rows, of which the first has three segments: a clip of two chunks, none, a clip of one."""
 
-    batch: SoundBatch
+    batch: MediaBatch
     segments: list[tuple[np.ndarray, np.ndarray]]
     """Tokens and spectrograms (chunks, frames, bands) of each segment of the first row."""
 
 
 def packed(encoder: config.AudioEncoder) -> Packed:
     draw = np.random.default_rng(5)
-    batch = sound_batch(encoder, CHUNKS).empty(ROWS, SEQ_LEN)
+    batch = media_batch(encoder, CHUNKS).empty(ROWS, SEQ_LEN)
     segments = []
     pieces = []
     for chunks, length in zip(CLIPS, (24, 11, 15), strict=True):
@@ -57,8 +57,9 @@ def packed(encoder: config.AudioEncoder) -> Packed:
         spectrograms = draw.normal(size=(chunks, encoder.frames_per_chunk, encoder.num_mel_bins)).astype(np.float32)
         tokens[2 : 2 + chunks * encoder.tokens_per_chunk] = AUDIO_PLACEHOLDER
         segments.append((tokens, spectrograms))
-        sound = SoundOfPiece(spectrograms, AUDIO_PLACEHOLDER) if chunks else None
-        pieces.append(StoredPiece(tokens, np.ones(length, bool), pictures=sound))
+        places = np.zeros((chunks, 2), np.int32)
+        sound = MediaOfPiece(spectrograms, places, np.arange(1, chunks + 1), AUDIO_PLACEHOLDER) if chunks else None
+        pieces.append(StoredPiece(tokens, np.ones(length, bool), media=sound))
     batch.fill_row(0, pieces)
     for row in range(1, ROWS):  # the same again, in another order
         batch.fill_row(row, pieces[1:])
@@ -80,8 +81,8 @@ def ours(base: Path, encoder: config.AudioEncoder, batch: Any, mesh: jax.shardin
 
         def loss(weights: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             module = flat.combine(structure, weights)
-            sound = sound_of(placed)
-            hidden, _ = module(placed.tokens, placed.positions, placed.segment_ids, sound=sound)
+            sound = media_of(placed)
+            hidden, _ = module(placed.tokens, placed.positions, placed.segment_ids, media=sound)
             logits = module.logits(hidden)
             chosen = jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(placed.targets, model.vocab_size), axis=-1)
             is_first = placed.loss_mask & (np.arange(ROWS) == 0)[:, None]
@@ -95,7 +96,7 @@ def test_features_logits_and_gradients_equal_transformers(tmp_path: Path) -> Non
     torch = pytest.importorskip("torch")
     judge = wrapper("voxtral", "llama")
     judge.save_pretrained(tmp_path / "base")
-    encoder = external.read_audio_encoder(tmp_path / "base")
+    encoder = external.read_encoder(tmp_path / "base", config.AudioEncoder)
     assert external.find_encoder(tmp_path / "base") == encoder
     batch, segments = packed(encoder)
     total = 0.0
@@ -113,7 +114,7 @@ def test_features_logits_and_gradients_equal_transformers(tmp_path: Path) -> Non
     theirs = {name.removeprefix("model."): x.grad.numpy() for name, x in judge.named_parameters() if x.grad is not None}
     files = external.open_external_weights(tmp_path / "base")
     assert files.carried is not None
-    pieces = [piece for piece in tower_pieces.pieces_of(files.carried, files.model) if "embed_positions" not in piece.name]
+    pieces = [piece for piece in encoders.pieces_of(files.carried, files.model) if "embed_positions" not in piece.name]
     assert {piece.name for piece in pieces} == {name for name in theirs if not name.startswith(("language_model.", "lm_head."))}
     for mesh in (make_mesh(config.Mesh(), jax.devices()[:1]), make_mesh(config.Mesh(fsdp=2, context=2, tensor=2))):
         found = ours(tmp_path / "base", encoder, batch, mesh)
@@ -153,7 +154,7 @@ def test_an_adapter_of_the_tower_works_in_peft_and_is_merged(tmp_path: Path) -> 
     train_tokenizer(["some text to learn from"] * 5, 270, tmp_path / "tokenizer")
     for file in (tmp_path / "tokenizer").iterdir():
         shutil.copyfile(file, base / file.name)
-    encoder = external.read_audio_encoder(base)
+    encoder = external.read_encoder(base, config.AudioEncoder)
     batch, segments = packed(encoder)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         model = external.read_external_model(base)
@@ -165,7 +166,7 @@ def test_an_adapter_of_the_tower_works_in_peft_and_is_merged(tmp_path: Path) -> 
             if path not in weights:
                 weights[path] = jnp.asarray(draw.normal(0, 0.3, like.shape), like.dtype)
         module = flat.combine(structure, weights)
-        hidden, _ = module(batch.tokens, batch.positions, batch.segment_ids, sound=sound_of(batch))
+        hidden, _ = module(batch.tokens, batch.positions, batch.segment_ids, media=media_of(batch))
         ours = np.asarray(module.logits(hidden))[0]
         adapter = tmp_path / "adapter"
         peft.export_adapter(weights, model, ADAPTED, adapter, base_model=str(base), layout=names.WRAPPED, encoder=encoder)

@@ -13,7 +13,7 @@ from moe_train import config
 from moe_train.proof.carried_names import POSITIONS
 from moe_train.proof.expected_tower import read_encoder, tower_tensors
 from moe_train.weights import external
-from moe_train.weights.wrappers import tower_pieces
+from moe_train.weights.wrappers import encoders
 from moe_train.weights.wrappers.carry import carry
 from tests.commands import audio_wrapper, wrapper
 from tests.random_parameters import random_parameters
@@ -34,8 +34,8 @@ def test_tensors_are_those_of_the_writer(kind: str, layout: Literal["hf", "mistr
     written = carry(tmp_path / "base", carried, layout, model, None, None).tensors
     expected = {tensor.name: tensor for tensor in tower_tensors(layout, encoder, model.model_dim)}
     assert expected.keys() == written.keys() - {POSITIONS}
-    stored = tower_pieces.tensors_of(carried)
-    for piece in tower_pieces.pieces_of(carried, model):
+    stored = encoders.tensors_of(carried)
+    for piece in encoders.pieces_of(carried, model):
         if piece.name == POSITIONS:
             continue
         values = piece.from_file(stored[piece.name].read)

@@ -24,7 +24,7 @@ from moe_train.run.inputs import RunInputs, open_inputs
 from moe_train.run.resolve import resolve
 from moe_train.run.tower_features import add_features
 from moe_train.train.objectives.choose import objective_of_run
-from moe_train.train.objectives.next_token import pictures_of
+from moe_train.train.objectives.next_token import media_of
 from moe_train.weights import external
 from tests.commands.wrapper import save_wrapper
 from tests.data.hugging_face import small_tekken
@@ -88,12 +88,12 @@ def test_features_of_a_batch_are_those_that_the_tower_computes(ready: Path, caps
         computed, run = (resolve(written(ready, vision=vision, **common), 8) for vision in (COMPUTED, stored()))
         structure, shapes = parameters(abstract_model(run.model, run.compute, None, run.encoder))
         weights = external.load_external_parameters(ready / "base", {x: like for x, like in shapes.items() if "vision." in x})
-        compute = jax.jit(lambda pictures: combine_some(structure, weights).vision(pictures.placed()))
+        compute = jax.jit(lambda media: combine_some(structure, weights).media_features(media.placed()))
         batches = open_inputs(computed, objective_of_run(computed)).train, opened(run).train
         for step in range(2):
             with_pictures, with_features = (loader.batch(step) for loader in batches)
             assert all(np.array_equal(x, y) for x, y in zip(with_pictures[:6], with_features[:6], strict=True))
-            pictures = pictures_of(with_pictures)
+            pictures = media_of(with_pictures)
             assert pictures is not None
             features = np.asarray(compute(pictures))
             for row, index in enumerate(with_features.feature_index):

@@ -41,7 +41,7 @@ class StoredPiece(NamedTuple):
     """(positions,) float32 log-probability of each target under the reference model; None if it is not stored."""
     teacher: TeacherValues | None = None
     """A teacher's predictions for the trained tokens; None if none are stored."""
-    pictures: MediaOfPiece | None = None
+    media: MediaOfPiece | None = None
     """The pictures, or the sound, of the example; None if it has none."""
     features: FeaturesOfPiece | None = None
     """Stored features of the pictures or the sound of the example; None if it has none, or they are not stored."""

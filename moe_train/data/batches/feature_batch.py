@@ -11,8 +11,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.data.batches.batch import Batch, RowPlace, StoredPiece, write_segment
-from moe_train.data.batches.picture_batch import PictureBatch, picture_batch
-from moe_train.data.batches.sound_batch import SoundBatch, sound_batch
+from moe_train.data.batches.media_batch import MediaBatch, media_batch
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
@@ -50,23 +49,19 @@ class FeatureBatch(_Arrays):
 
     encoder: ClassVar[config.Encoder]
     """The tower that computed the features."""
-    room: ClassVar[int]
+    units_per_row: ClassVar[int]
     """Patches or chunks that a row has room for, by which rows are packed as where the tower runs in every step."""
     shape: ClassVar[FeatureShape]
 
     @classmethod
-    def computed_type(cls) -> type[PictureBatch] | type[SoundBatch]:
+    def computed_type(cls) -> type[MediaBatch]:
         """Return the type of the batches whose features the tower computes in every step."""
-        if isinstance(cls.encoder, config.AudioEncoder):
-            return sound_batch(cls.encoder, cls.room)
-        return picture_batch(cls.encoder, cls.room)
+        return media_batch(cls.encoder, cls.units_per_row)
 
     @classmethod
     def num_features(cls) -> int:
         """Return the number of features that a row has room for."""
-        if isinstance(cls.encoder, config.AudioEncoder):
-            return cls.room * cls.encoder.tokens_per_chunk
-        return cls.room // cls.encoder.patches_per_token
+        return cls.encoder.num_features(cls.units_per_row)
 
     @classmethod
     def empty(cls, rows: int, seq_len: int) -> Self:
@@ -107,12 +102,16 @@ class FeatureBatch(_Arrays):
 
 
 @functools.cache
-def feature_batch(encoder: config.Encoder, room: int, shape: FeatureShape) -> type[FeatureBatch]:
+def feature_batch(encoder: config.Encoder, units_per_row: int, shape: FeatureShape) -> type[FeatureBatch]:
     """Return the batch type for the features of a tower.
 
     Args:
         encoder: the tower.
-        room: patches of pictures, or chunks of sound, that a row has room for.
+        units_per_row: patches of pictures, or chunks of sound, that a row has room for.
         shape: width and dtype of the features.
     """
-    return type("FeatureBatch", (FeatureBatch,), {"encoder": encoder, "room": room, "shape": shape, "__module__": __name__})
+    return type(
+        "FeatureBatch",
+        (FeatureBatch,),
+        {"encoder": encoder, "units_per_row": units_per_row, "shape": shape, "__module__": __name__},
+    )

@@ -112,9 +112,8 @@ class Loader:
             check_set(batch_type, source_name(source), store, rows.seq_len, too_long_of(source, store))
             with_mismatched = batch_type is UnpairedBatch
             last_token = getattr(batch_type, "reads_last_token", False)
-            room_keys = [key for key in ("patches_per_row", "chunks_per_row", "room") if hasattr(batch_type, key)]
-            patches = getattr(batch_type, room_keys[0]) if room_keys else None
-            opened_rows = open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, with_mismatched, last_token, patches)
+            units = getattr(batch_type, "units_per_row", None)
+            opened_rows = open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, with_mismatched, last_token, units)
             self._sources.append(opened_rows)
         if batch_type is UnpairedBatch:
             check_labels([opened.store for opened in self._sources])

@@ -17,6 +17,7 @@ from moe_train.data.batches.order import Order, Shuffle
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.chat.chat_date import dated, keep_date, reads_date
 from moe_train.data.chat.example import has_trained_token
+from moe_train.data.media import MediaRules
 from moe_train.data.prepared.features import StoredFeatures
 from moe_train.data.prepared.reference import StoredReference
 from moe_train.data.prepared.shard_pool import ProgressReport
@@ -25,6 +26,7 @@ from moe_train.data.prepared.tokenize_ahead import prepare
 from moe_train.data.prepared.tokenize_shard import Recipe
 from moe_train.data.records.local_files import LocalFiles, suffixes_in_words
 from moe_train.data.records.open_source import open_source
+from moe_train.data.sound.rules import SoundRules
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -119,7 +121,7 @@ def open_rows(
     cache_dir: str,
     with_mismatched: bool = False,
     reads_last_token: bool = False,
-    patches_per_row: int | None = None,
+    units_per_row: int | None = None,
 ) -> RowSource:
     """Prepare the packing of an opened source.
 
@@ -131,7 +133,7 @@ def open_rows(
         cache_dir: The folder in which plans of many examples are cached.
         with_mismatched: Whether a labelled answer shares its row with its prompt and the answer of another record.
         reads_last_token: Whether the last token of each segment takes a position.
-        patches_per_row: Patches of pictures, or chunks of sound, that a row has room for; None for batches without either.
+        units_per_row: Patches of pictures, or chunks of sound, that a row has room for; None for batches without either.
 
     Raises:
         ValueError: If an example is too long and the source refuses such examples.
@@ -139,9 +141,10 @@ def open_rows(
     too_long = too_long_of(source, store)
     lengths = store.lengths()
     own_lengths = None
-    if patches_per_row is not None and store.manifest.media is not None:
+    rules = store.manifest.media
+    if units_per_row is not None and rules is not None:
         own_lengths = lengths
-        lengths = np.maximum(lengths, _positions_for_patches(store, seq_len, patches_per_row))
+        lengths = np.maximum(lengths, _positions_for_media(store, rules, seq_len, units_per_row))
     if reads_last_token:
         lengths = lengths + store.segments
     mismatched = None
@@ -164,26 +167,26 @@ def open_rows(
     )
 
 
-def _positions_for_patches(store: TokenStore, seq_len: int, patches_per_row: int) -> np.ndarray:
-    """Return (N,) the share of a row's room for patches that each example takes, in positions.
+def _positions_for_media(store: TokenStore, rules: MediaRules, seq_len: int, units_per_row: int) -> np.ndarray:
+    """Return (N,) the share of a row's room for patches or chunks that each example takes, in positions.
 
-    Rows are packed by positions alone. An example that takes as many of them as its share of the patches never shares a row with
-    more pictures than there is room for.
+    Rows are packed by positions alone. An example that takes as many of them as its share of the room never shares a row with
+    more pictures or sound than there is room for.
 
     Raises:
-        ValueError: If the pictures of an example need more room than a row has.
+        ValueError: If the pictures or the sound of an example need more room than a row has.
     """
-    patches = store.patches.astype(np.int64)
-    largest = int(np.argmax(patches)) if len(patches) else 0
-    if len(patches) and patches[largest] > patches_per_row:
+    units = store.media_units.astype(np.int64)
+    largest = int(np.argmax(units)) if len(units) else 0
+    if len(units) and units[largest] > units_per_row:
         parts, setting = "pictures of the record have {} patches", "vision.patches_per_row"
-        if store.manifest.sound is not None:
+        if isinstance(rules, SoundRules):
             parts, setting = "sound of the record has {} chunks", "audio.chunks_per_row"
         raise ValueError(
-            f"{store.where(largest)}: the {parts.format(patches[largest])}, and a row has room for {patches_per_row}; raise "
+            f"{store.where(largest)}: the {parts.format(units[largest])}, and a row has room for {units_per_row}; raise "
             f"{setting}, or drop the record"
         )
-    return -(-patches * seq_len // patches_per_row)
+    return -(-units * seq_len // units_per_row)
 
 
 def too_long_of(source: config.Source, store: TokenStore) -> TooLong:

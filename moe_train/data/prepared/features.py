@@ -74,16 +74,15 @@ def distinct_files(store: TokenStore) -> list[MediaFile]:
     media = store.manifest.media
     if media is None:
         return []
-    rules = media.rules()
     files: dict[bytes, MediaFile] = {}
-    examples = np.flatnonzero(store.patches).tolist()
+    examples = np.flatnonzero(store.media_units).tolist()
     lengths = store.lengths()
     for first in range(0, len(examples), _EXAMPLES_AT_ONCE):
         some = examples[first : first + _EXAMPLES_AT_ONCE]
         pieces = store.read([ExampleSlice(i, 0, int(lengths[i])) for i in some], with_media=False)
         for example, piece in zip(some, pieces, strict=True):
-            contents = store.picture_files(example)
-            counts = tokens_of_files(piece.tokens, rules)
+            contents = store.media_files(example)
+            counts = tokens_of_files(piece.tokens, media)
             for number, (content, tokens) in enumerate(zip(contents, counts, strict=True)):
                 digest = hashlib.sha256(content).digest()
                 files.setdefault(digest, MediaFile(digest, example, number, tokens))
@@ -171,11 +170,11 @@ class StoredFeatures:
     def of_example(self, store: TokenStore, example: int) -> FeaturesOfPiece | None:
         """Return the features of an example of the set; None if it has neither pictures nor sound."""
         media = store.manifest.media
-        contents = store.picture_files(example)
+        contents = store.media_files(example)
         if media is None or not contents:
             return None
         rows = [self._rows[self._places[hashlib.sha256(content).digest()]] for content in contents]
-        return FeaturesOfPiece(np.concatenate(rows), feature_token(media.rules()))
+        return FeaturesOfPiece(np.concatenate(rows), feature_token(media))
 
 
 _WORDS = {

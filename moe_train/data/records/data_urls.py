@@ -34,6 +34,9 @@ def data_of(reference: str, name: str, rule: str, kind: str) -> bytes:
 
 def _of_file(file: Path, name: str, rule: str, kind: str) -> bytes:
     try:
+        # Reading a pipe or a device could wait for ever.
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise Problem(rule, f"the {kind} {name} is a pipe or a device", "name a file, or drop the record")
         return file.read_bytes()
     except FileNotFoundError as error:
         raise Problem(rule, f"there is no {kind} {file}", "copy it there, or drop the record") from error

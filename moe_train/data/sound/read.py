@@ -42,7 +42,7 @@ def open_clip(reference: str, sampling_rate: int) -> Clip:
     """Read and check sound.
 
     Args:
-        reference: a data URL, or the path of a file (`records.pictures.located_path`).
+        reference: a data URL, or the path of a file (`records.media.located_path`).
         sampling_rate: the model's sampling rate.
 
     Raises:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from moe_train import config
 from moe_train.config.audio import STRIDE
 from moe_train.model.attention.bidirectional import attend_segments, separated_padding
-from moe_train.model.encoders.sound import Sound
+from moe_train.model.encoders.media import Media
 from moe_train.model.layers import Linear, RandomSource, keys_of, normal
 from moe_train.model.sharding.specs import activation_spec, fsdp_axis, split_axes
 
@@ -143,7 +143,7 @@ class AudioTower(nnx.Module):
         self.layers = jax.vmap(layer_of)(keys)
         self.norm = LayerNorm(D, dtype)
 
-    def __call__(self, sound: Sound, dtype: jnp.dtype, key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
+    def __call__(self, sound: Media, dtype: jnp.dtype, key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
         """Return the normalized hidden states of the last layer, for arrays with the shardings of activations.
 
         Args:
@@ -154,13 +154,13 @@ class AudioTower(nnx.Module):
         """
         S = self.positions.shape[0]
         first_key, second_key, layers_key = keys_of(key, 3)
-        frames_BTW = _windows(sound.frames_BCFM.astype(dtype), 1)
+        frames_BTW = _windows(sound.units.astype(dtype), 1)
         x_BTD = jax.nn.gelu(self.first_conv(frames_BTW, first_key), approximate=False)
         x_BTW = _windows(_split_chunks(x_BTD, STRIDE * S), STRIDE)
         x_BTD = jax.nn.gelu(self.second_conv(x_BTW, second_key), approximate=False)
         x_BCSD = _split_chunks(x_BTD.astype(jnp.float32), S) + self.positions[...]
         x_BTD = _join_chunks(x_BCSD).astype(dtype)
-        ids_BCS = jnp.broadcast_to(sound.chunk_ids_BC[..., None], (*sound.chunk_ids_BC.shape, S))
+        ids_BCS = jnp.broadcast_to(sound.ids_BN[..., None], (*sound.ids_BN.shape, S))
         segments_BT = separated_padding(_join_chunks(ids_BCS))
 
         def layer_on(
@@ -229,7 +229,7 @@ class Audio(nnx.Module):
         self.projector = AudioProjector(rngs, encoder, text_dim, compute)
         self.dtype = jnp.dtype(compute.dtype)
 
-    def __call__(self, sound: Sound, key: Key[Array, ""] | None = None) -> Float[Array, "B M E"]:
+    def __call__(self, sound: Media, key: Key[Array, ""] | None = None) -> Float[Array, "B M E"]:
         """Return the features of all chunks of each row, in the order of their tokens.
 
         Args:

@@ -1,4 +1,4 @@
-"""Weights of a vision or audio tower and its projector: their places in files and in memory, and those of their adapters."""
+"""Weights of a vision or audio tower and its projector under their names in memory, and their adapters, as PEFT has them."""
 
 from __future__ import annotations
 
@@ -7,44 +7,11 @@ from collections.abc import Mapping
 from moe_train import config
 from moe_train.weights.names.pieces import WeightPiece, piece_of
 from moe_train.weights.names.tensor_layout import Row
-from moe_train.weights.on_disk import Carried, FileTensor
 from moe_train.weights.wrappers import audio_pieces, vision_pieces
 from moe_train.weights.wrappers.tower_tensor import TowerRows
-from moe_train.weights.wrappers.whisper import WhisperSettings
 
 _IN_MEMORY = "model."
 """What transformers 5 puts before the names of files in memory, and so in the names of adapters."""
-
-
-def require_tower(path: object, carried: Carried | None, is_vision: bool) -> Carried:
-    """Return the parts around a text model. Raises ValueError unless they are an unquantized vision tower, or one of audio."""
-    if is_vision:
-        return vision_pieces.require_tower(path, carried)
-    return audio_pieces.require_audio_tower(path, carried)
-
-
-def is_computed(carried: Carried | None) -> bool:
-    """Return whether the parts around a text model are a tower that this package can compute; a quantized one is not."""
-    return vision_pieces.tower_fault(carried) is None or audio_pieces.audio_fault(carried) is None
-
-
-def pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
-    """List every weight of a tower and its projector in the layout of its files.
-
-    Args:
-        carried: the tower in files, which `is_computed`.
-        model: the text model.
-    """
-    if isinstance(carried.settings, WhisperSettings):
-        return audio_pieces.audio_pieces_of(carried, model)
-    return vision_pieces.pieces_of(carried, model)
-
-
-def tensors_of(carried: Carried) -> Mapping[str, FileTensor]:
-    """Return the tensors of a tower by name, with those that are computed since its layout leaves them to the readers."""
-    if isinstance(carried.settings, WhisperSettings):
-        return audio_pieces.audio_tensors(carried)
-    return carried.tensors
 
 
 def pieces_in_memory(encoder: config.Encoder, model: config.Model) -> list[WeightPiece]:
@@ -87,5 +54,5 @@ def adapter_pieces(encoder: config.Encoder, model: config.Model, ranks: Mapping[
 def _rows_of(encoder: config.Encoder, model: config.Model) -> TowerRows:
     """Return every tensor of a tower and its projector in Hugging Face's layout."""
     if isinstance(encoder, config.AudioEncoder):
-        return audio_pieces.audio_rows(encoder, model)
-    return vision_pieces.vision_rows(encoder, model)
+        return audio_pieces.rows_of(encoder, model)
+    return vision_pieces.rows_of(encoder, model)

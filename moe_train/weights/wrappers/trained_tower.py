@@ -13,7 +13,7 @@ from moe_train.weights import merge
 from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.names import WeightPiece
 from moe_train.weights.on_disk import Carried, FileTensor, StoredTensor
-from moe_train.weights.wrappers import tower_pieces
+from moe_train.weights.wrappers import encoders
 
 
 class TrainedTensor(NamedTuple):
@@ -57,7 +57,7 @@ def with_trained(
     if not weights:
         return carried
     tensors: dict[str, StoredTensor] = dict(carried.tensors)
-    for piece in tower_pieces.pieces_of(carried, model):
+    for piece in encoders.pieces_of(carried, model):
         if piece.path in weights:
             tensors[piece.name] = TrainedTensor(piece.name, tensors[piece.name].shape, dtype, piece, weights, lora)
     return carried._replace(tensors=tensors)

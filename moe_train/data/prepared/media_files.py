@@ -1,7 +1,7 @@
-"""The files of the pictures in a shard as they were when it was made, so that a later change is noticed.
+"""The files of the pictures and the sound in a shard as they were when it was made, so that a later change is noticed.
 
-A shard is known by the content of its records, which name pictures without saying what is in them: other folders may have the same
-records beside other pictures.
+A shard is known by the content of its records, which name files without saying what is in them: other folders may have the same
+records beside other files.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ FileState = tuple[int, int, str]
 """Size in bytes, time of modification in ns, and sha256 of a file."""
 
 
-class PictureFiles:
-    """The states of all files of pictures of a shard, by the number of their span and their path in its folder."""
+class MediaFiles:
+    """The states of all files of pictures and sound of a shard, by the number of their span and their path in its folder."""
 
     def __init__(self) -> None:
         self.states: dict[int, dict[str, FileState]] = {}
 
     def add(self, span: int, folder: Path | None, example: Example) -> None:
-        """Note the files of an example's pictures.
+        """Note the files of an example's pictures or sound.
 
         Args:
             span: Number of the span of the shard that the example is from.
-            folder: The folder of its records; None if all pictures are data URLs.
+            folder: The folder of its records; None if all references are data URLs.
             example: The example.
         """
-        if not example.picture_files:
+        if not example.media_files:
             return
         assert folder is not None  # as the files were found in it
         states = self.states.setdefault(span, {})
         root = folder.resolve()
-        for file in example.picture_files:
+        for file in example.media_files:
             name = str(Path(file).relative_to(root))
             if name not in states:
                 states[name] = _state(Path(file))
@@ -47,8 +47,8 @@ def _state(file: Path) -> FileState:
     return status.st_size, status.st_mtime_ns, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def changed_picture(directory: Path, folders: Sequence[Path | None]) -> Path | None:
-    """Return a file that is missing, or whose picture is another one than in the shard `directory`; None if there is none.
+def changed_file(directory: Path, folders: Sequence[Path | None]) -> Path | None:
+    """Return a file that is missing, or another one than in the shard `directory`; None if there is none.
 
     Content is read only where size or time differ.
 
@@ -56,7 +56,7 @@ def changed_picture(directory: Path, folders: Sequence[Path | None]) -> Path | N
         directory: The shard.
         folders: The folder of the records of each of its spans, as they are now.
     """
-    by_span = json.loads((directory / "facts.json").read_bytes()).get("picture_files", {})
+    by_span = json.loads((directory / "facts.json").read_bytes()).get("media_files", {})
     for span, states in by_span.items():
         folder = folders[int(span)]
         if folder is None:

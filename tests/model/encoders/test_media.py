@@ -1,6 +1,8 @@
-"""Features in the place of embeddings."""
+"""Shardings of patches and chunks, and features in the place of embeddings."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 
 from moe_train import config
 from moe_train.machine.mesh import put_batch
-from moe_train.model.encoders.pictures import write_features
+from moe_train.model.encoders.media import Media, write_features
 from tests.meshes import mesh_of
 
 
@@ -36,3 +38,13 @@ def test_features_and_their_gradients_on_any_mesh(mesh: config.Mesh) -> None:
     for row, column in np.argwhere(index >= 0):
         total[row, index[row, column]] += dy[row, column]
     assert np.allclose(dfeatures, total, atol=1e-6)
+
+
+@pytest.mark.parametrize("unit", [(12,), (32, 8)])
+def test_units_are_split_over_context(unit: tuple[int, ...]) -> None:
+    with jax.set_mesh(mesh_of(config.Mesh(data=2, context=2, fsdp=2))):
+        arrays: tuple[Any, ...] = (np.zeros((4, 4, *unit)), np.zeros((4, 4, 2), np.int32))
+        ids = np.zeros((4, 4), np.int32)
+        media = Media(arrays[0], arrays[1], ids, ids).placed()  # type: ignore[arg-type]
+        for array in media:
+            assert array.addressable_shards[0].data.shape == (1, 2, *array.shape[2:])

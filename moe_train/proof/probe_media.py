@@ -1,4 +1,6 @@
-"""Features of a probe picture: what the vision tower in the files of an export makes of it, compared with the trained tower."""
+"""Features of a probe picture or of probe sound: what the tower in the files of an export makes of it, compared with the base's or
+the trained tower.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import numpy as np
 
 from moe_train import config
 from moe_train.machine.mesh import BATCH
-from moe_train.model.encoders.pictures import Pictures
+from moe_train.model.encoders.media import Media
 from moe_train.model.parameters import Parameters, combine_some, parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
@@ -24,6 +26,8 @@ from moe_train.proof.round_weights import round_weights
 from moe_train.weights import arrays, external
 from moe_train.weights.arrays import LazyParameters
 
+Encoder = config.VisionEncoder | config.AudioEncoder
+"""The sizes of a tower and its projector."""
 TOKENS = (2, 3)
 """Rows and columns of tokens of the probe picture: two sides, so that rows and columns cannot be confused."""
 STORED_NUMBERS = 8
@@ -31,9 +35,9 @@ STORED_NUMBERS = 8
 
 
 class Tower(NamedTuple):
-    """A vision tower with its projector, and the text model whose width the features have."""
+    """A vision or audio tower with its projector, and the text model whose width the features have."""
 
-    encoder: config.VisionEncoder
+    encoder: Encoder
     model: config.Model
     lora: config.Lora | None = None
     """The section of the adapters of the tower; None without any."""
@@ -42,10 +46,10 @@ class Tower(NamedTuple):
         """Return the structure of the whole model, in float32 with plain kernels, and the shapes of the tower's weights."""
         compute = config.Compute(dtype="float32", param_dtype="float32", attention="reference", grouped_matmul="blocked")
         structure, shapes = parameters(abstract_model(self.model, compute, None, self.encoder))
-        return structure, {path: like for path, like in shapes.items() if ParameterPath.parse(path).is_vision}
+        return structure, {path: like for path, like in shapes.items() if ParameterPath.parse(path).is_tower}
 
 
-def check_pictures(
+def check_features(
     directory: Path, origin: CarriedFrom, tower: Tower, trained: LazyParameters, dtype: str, tolerance: float | None
 ) -> tuple[Finding, np.ndarray]:
     """Compare the features of the files with those of the base's tower, with the trained weights in place of the base's.
@@ -73,72 +77,97 @@ def check_pictures(
     expected = probe_features(tower, loaded)
     features = features_of_files(directory, tower)
     source = "the trained tower" if trained else f"the tower of {origin.base}"
-    return _compare(features, expected, source, tolerance), features
+    return _compare(features, expected, tower, source, tolerance), features
 
 
 def check_features_again(directory: Path, tower: Tower, recorded: list[list[float]], tolerance: float) -> Finding:
     """Compare the features of the files with those in the record of the export. Raises Fault if they differ."""
     features = features_of_files(directory, tower)[:, :STORED_NUMBERS]
-    return _compare(features, np.asarray(recorded), "the export", tolerance)
+    return _compare(features, np.asarray(recorded), tower, "the export", tolerance)
 
 
 def features_of_files(directory: Path, tower: Tower) -> np.ndarray:
-    """Return the features of the probe picture through the tower in the files of a model."""
+    """Return the features of the probe through the tower in the files of a model."""
     _, shapes = tower.shapes()
     return probe_features(tower, external.load_external_parameters(directory, shapes))
 
 
-def encoder_in_files(directory: Path) -> config.VisionEncoder:
-    """Return the sizes of the vision tower in the files of a model. Raises NotChecked if there is none that can be computed."""
-    encoder = external.find_vision_encoder(directory)
+def encoder_in_files(directory: Path) -> Encoder:
+    """Return the sizes of the tower in the files of a model. Raises NotChecked if there is none that can be computed."""
+    encoder = external.find_encoder(directory)
     if encoder is None:
-        raise NotChecked("the files have no vision tower that can be computed: none, one of audio, or a quantized one")
+        raise NotChecked("the files have no tower that can be computed: none, or a quantized one")
     return encoder
 
 
 def probe_features(tower: Tower, weights: Mapping[str, jax.Array]) -> np.ndarray:
-    """Return the features (tokens, width) of the probe picture in float32, on the mesh in force."""
+    """Return the features (tokens, width) of the probe in float32, on the mesh in force."""
     structure, _ = tower.shapes()
     mesh = jax.sharding.get_mesh()
-    pictures = _probe(tower.encoder, math.prod(mesh.shape[axis] for axis in BATCH), mesh.shape["context"])
+    context = mesh.shape["context"]
+    encoder = tower.encoder
+    probe = _random_sound(encoder, context) if isinstance(encoder, config.AudioEncoder) else _random_picture(encoder, context)
+    rows = math.prod(mesh.shape[axis] for axis in BATCH)
+    media = Media(*(np.tile(x, (rows, *(1,) * x.ndim)) for x in probe))  # type: ignore[arg-type]
     # By default a TPU rounds the operands of float32 products to bfloat16.
     with jax.default_matmul_precision("highest"):
-        features = _features(structure, dict(weights), pictures)
-    return np.asarray(features)[: math.prod(TOKENS)]
+        features = _features(structure, dict(weights), media)
+    return np.asarray(features)[: encoder.num_features(int(np.count_nonzero(probe.ids)))]
 
 
 @partial(jax.jit, static_argnums=0)
-def _features(structure: Any, weights: Parameters, pictures: Pictures) -> jax.Array:
-    vision = combine_some(structure, weights).vision
-    assert vision is not None
-    return jax.sharding.reshard(vision(pictures.placed()), jax.sharding.PartitionSpec())[0]
+def _features(structure: Any, weights: Parameters, media: Media) -> jax.Array:
+    model = combine_some(structure, weights)
+    return jax.sharding.reshard(model.media_features(media.placed()), jax.sharding.PartitionSpec())[0]
 
 
-def _probe(encoder: config.VisionEncoder, rows: int, context: int) -> Pictures:
-    """Return a picture of random pixels in each row, padded to patches that divide over the axis `context`."""
+class _Probe(NamedTuple):
+    """The fields of `Media` for one row, as NumPy arrays."""
+
+    units: np.ndarray
+    places: np.ndarray
+    ids: np.ndarray
+    feature_index: np.ndarray
+
+
+def _random_picture(encoder: config.VisionEncoder, context: int) -> _Probe:
+    """Return a picture of random pixels, padded to patches that divide over the axis `context`."""
     side = encoder.cell_size
     height, width = TOKENS
     patches = height * width * encoder.patches_per_token
     multiple = context * encoder.patches_per_token
     padded = -(-patches // multiple) * multiple
-    pixels = np.random.default_rng(0).normal(size=(padded, encoder.patch_values)).astype(np.float32)
     places = np.zeros((padded, 2), np.int32)
     # Patches of a token are neighbours, so places count through the square of each token in turn.
     grid = np.stack(np.meshgrid(np.arange(height * side), np.arange(width * side), indexing="ij"), axis=-1)
     places[:patches] = grid.reshape(height, side, width, side, 2).swapaxes(1, 2).reshape(-1, 2)
     ids = (np.arange(padded) < patches).astype(np.int32)
-    index = np.full(context, -1, np.int32)  # no tokens: only the features are wanted
-    return Pictures(*(np.tile(x, (rows, *(1,) * x.ndim)) for x in (pixels, places, ids, index)))  # type: ignore[arg-type]
+    return _Probe(_random(padded, encoder), places, ids, _no_tokens(context))
 
 
-def _compare(features: np.ndarray, expected: np.ndarray, source: str, tolerance: float | None) -> Finding:
+def _random_sound(encoder: config.AudioEncoder, context: int) -> _Probe:
+    """Return a chunk of random sound, padded to chunks that divide over the axis `context`."""
+    ids = (np.arange(context) == 0).astype(np.int32)
+    return _Probe(_random(context, encoder), np.zeros((context, 2), np.int32), ids, _no_tokens(context))
+
+
+def _random(units: int, encoder: Encoder) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(units, *encoder.unit_shape)).astype(np.float32)
+
+
+def _no_tokens(context: int) -> np.ndarray:
+    """Return the index of features for a row without tokens, since only the features are compared."""
+    return np.full(context, -1, np.int32)
+
+
+def _compare(features: np.ndarray, expected: np.ndarray, tower: Tower, source: str, tolerance: float | None) -> Finding:
     """Compare features. Raises Fault if they differ by more than the tolerance."""
+    probe = "probe sound" if isinstance(tower.encoder, config.AudioEncoder) else "a probe picture"
     largest = float(np.abs(expected).max())
     difference = float(np.abs(features - expected).max()) / max(largest, 1e-30)
     metrics: dict[str, MetricValue] = {"tolerance": tolerance, "features": difference, "tokens": len(features)}
     if not math.isfinite(difference) or (tolerance is not None and not difference <= tolerance):
-        raise Fault(f"features of the probe picture are off by {difference:.3g} of the largest; the tolerance is {tolerance}")
+        raise Fault(f"features of {probe} are off by {difference:.3g} of the largest; the tolerance is {tolerance}")
     return Finding(
-        f"features of a probe picture ({len(features)} tokens) are those of {source}, off by {difference:.1e} of the largest",
-        metrics,
+        f"features of {probe} ({len(features)} tokens) are those of {source}, off by {difference:.1e} of the largest", metrics
     )

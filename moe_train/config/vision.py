@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import model_validator
 
 from moe_train.config.section import NonNegative, Positive, PositiveFloat, Section
+from moe_train.config.tower_features import ComputedFeatures, TowerFeatures
 
 
 class VisionEncoder(Section):
@@ -92,5 +93,7 @@ class Vision(Section):
     """Patterns of the modules of tower and projector that full training trains with the text model, such as `vision.projector.*` or
     `vision.tower.*`. With a `lora` section, name them there: it freezes whatever it does not name.
     """
+    features: TowerFeatures = ComputedFeatures()
+    """Where the features of pictures come from: computed in every step, or stored once, which only a frozen tower allows."""
     encoder: VisionEncoder | None = None
     """Sizes of the tower and the projector. Leave it out: `init_from` states them."""

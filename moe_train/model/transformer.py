@@ -231,7 +231,7 @@ class Transformer(nnx.Module):
         rngs: RandomSource,
         model: config.Model,
         compute: config.Compute,
-        encoder: config.VisionEncoder | config.AudioEncoder | None = None,
+        encoder: config.Encoder | None = None,
     ):
         dtype = jnp.dtype(compute.param_dtype)
         std = model.init_stddev
@@ -252,6 +252,7 @@ class Transformer(nnx.Module):
         segment_ids_BT: Int[Array | np.ndarray, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
         media: Media | None = None,
+        features: Features | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Compute the hidden states after the final norm.
 
@@ -264,6 +265,7 @@ class Transformer(nnx.Module):
             segment_ids_BT: packed segments; 0 for padding. None if each row is one segment without padding.
             key: PRNG key for the dropout of the adapters; None for no dropout, as in evaluation.
             media: pictures or sound that tokens stand for; None without any. The model needs a tower for them.
+            features: features that tokens stand for, computed before; None without any. They need no tower.
 
         Returns:
             The hidden states, and the statistics (L, …) of the routers in the order of the sparse layers (`config.sparse_layers`);
@@ -280,6 +282,9 @@ class Transformer(nnx.Module):
         if media is not None:
             # No key of a layer: those come from `split`.
             x_BTD = self.with_media(x_BTD, media, None if key is None else jax.random.fold_in(key, 0))
+        if features is not None:
+            placed = features.placed()
+            x_BTD = write_features(x_BTD, placed.features_BMD, placed.feature_index_BT)
         # One key per repeat over all stacks, so that no two layers drop the same entries.
         keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
         stats = []
@@ -316,7 +321,7 @@ class Transformer(nnx.Module):
         if media.units.ndim == 4:
             if self.audio is None:
                 raise ValueError("the model has no audio tower, so it takes no sound; build it with an encoder")
-            return self.audio(media)
+            return self.audio(media, key)
         if self.vision is None:
             raise ValueError("the model has no vision tower, so it takes no pictures; build it with an encoder")
         return self.vision(media, key)
@@ -388,7 +393,7 @@ def init_model(
     model: config.Model,
     compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
     lora: config.Lora | None = None,
-    encoder: config.VisionEncoder | config.AudioEncoder | None = None,
+    encoder: config.Encoder | None = None,
 ) -> Transformer:
     """Initialize a model with random weights, including adapters and quantized weights.
 
@@ -415,7 +420,7 @@ def abstract_model(
     model: config.Model,
     compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
     lora: config.Lora | None = None,
-    encoder: config.VisionEncoder | config.AudioEncoder | None = None,
+    encoder: config.Encoder | None = None,
 ) -> Transformer:
     """Return the model of `init_model` with a `jax.ShapeDtypeStruct` in place of each array, in a fraction of the time.
 
@@ -430,7 +435,7 @@ def _build(
     model: config.Model,
     compute: config.Compute,
     lora: config.Lora | None,
-    encoder: config.VisionEncoder | config.AudioEncoder | None,
+    encoder: config.Encoder | None,
 ) -> Transformer:
     transformer = Transformer(rngs, model, compute, encoder)
     if lora is not None:
@@ -440,8 +445,10 @@ def _build(
             linear_maps = [
                 (name, module)
                 for name, module in adaptable(transformer)
-                # A vision tower is small, and stays as it is.
-                if isinstance(module, Linear | ExpertLinear) and not lora.trains_in_full(name) and not name.startswith("vision.")
+                # A tower is small, and stays as it is.
+                if isinstance(module, Linear | ExpertLinear)
+                and not lora.trains_in_full(name)
+                and not name.startswith(config.TOWERS)
             ]
             quantize_weights(linear_maps, lora.quantize)
     return transformer

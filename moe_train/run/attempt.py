@@ -38,6 +38,7 @@ from moe_train.run.start import Start, starting_state
 from moe_train.run.start_check import check_start
 from moe_train.run.stopping import StopRequest, StopVotes, Votes
 from moe_train.run.suite_scores import SuiteScores, load_run_suites
+from moe_train.run.tower_features import add_features
 from moe_train.run.writer import Writer
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
@@ -227,6 +228,8 @@ def open_attempt(
     introduction.introduce(run, writer.say, inputs, begin)
     stop_request.starting = "computing the reference log-probabilities"
     add_reference(run, inputs, begin, objective, mesh, writer.say)
+    stop_request.starting = "computing features"
+    add_features(run, inputs, begin.base, mesh, writer.say)
     stop_request.starting = "testing the kernels"
     run_self_tests(run, writer.say)
 

@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike
 
 from moe_train import config
 from moe_train.machine.devices import peak_flops
-from moe_train.model.flops import flops_of_run
 from moe_train.model.moe.router import RouterStats
 from moe_train.model.parameters import Parameters
+from moe_train.model.tower_flops import flops_of_run
 from moe_train.run.chosen_answers import ChosenAnswers
 from moe_train.run.goodput import Goodput
 from moe_train.run.stopping import Votes

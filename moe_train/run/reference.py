@@ -33,7 +33,7 @@ from moe_train.model.parameters import Parameters, combine, parameters
 from moe_train.model.transformer import abstract_model
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
-from moe_train.train.objectives.choose import objective_of
+from moe_train.train.objectives.choose import objective_of_run
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.token_logprobs import batch_logprobs
 
@@ -79,7 +79,7 @@ def store_reference(run: config.Run, tokenizer: Tokenizer, say: Say) -> None:
     Raises:
         ValueError: The run reads none that are stored.
     """
-    objective = objective_of(run.objective, run.media)
+    objective = objective_of_run(run)
     if not objective.uses_reference or run.lora is not None or run.init_from is None:
         raise ValueError(
             "--reference has no effect: only full training from init_from, on an objective with a reference, reads stored "

@@ -14,6 +14,7 @@ import safetensors.numpy
 from PIL import Image
 
 from moe_train import config
+from moe_train.commands.adapters import diff, merge_into
 from moe_train.commands.chat import Chat
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import ExportOptions, export
@@ -210,6 +211,14 @@ def test_adapters_of_the_tower_are_trained_resumed_merged_and_exported(ready: Pa
     record = export(tmp_path / "run", tmp_path / "adapter", "peft")
     assert {check["name"]: check["passed"] for check in record["checks"]}["names"]
     assert not failed(tmp_path / "adapter", run=tmp_path / "run") and not failed(tmp_path / "adapter", base=ready / "base")
+    # PEFT's files and the run itself are merged as the export of the run is.
+    for name, adapter in (("of_run", tmp_path / "run"), ("of_peft", tmp_path / "adapter")):
+        merged = merge_into(ready / "base", adapter, tmp_path / name)
+        assert not [check for check in merged["checks"] if check["passed"] is False]
+        assert all(np.array_equal(after[key], x) for key, x in tensors_of(tmp_path / name).items())
+    assert not failed(tmp_path / "of_run", base=ready / "base", adapter=tmp_path / "adapter", depth="tensors")
+    modules = {change.module for change in diff(tmp_path / "adapter", ready / "base").changes}
+    assert {"vision.tower.patch_proj", "vision.projector.in_proj", "attention.q_proj"} <= modules
     export(tmp_path / "run", tmp_path / "gguf", "gguf", merge=True, options=TENSORS)
     with pytest.raises(ValueError, match="--format peft"):
         export(tmp_path / "run", tmp_path / "lora", "mistral-lora")

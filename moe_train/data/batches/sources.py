@@ -18,6 +18,7 @@ from moe_train.data.batches.packing import TooLong
 from moe_train.data.chat.chat_date import dated, keep_date, reads_date
 from moe_train.data.chat.example import has_trained_token
 from moe_train.data.media import MediaRules
+from moe_train.data.prepared.features import StoredFeatures
 from moe_train.data.prepared.reference import StoredReference
 from moe_train.data.prepared.shard_pool import ProgressReport
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
@@ -54,6 +55,9 @@ class RowSource(NamedTuple):
     """(N,) positions that each example fills, where it takes more so that a row has room for the patches of its pictures, or the
     chunks of its sound; None without either."""
 
+    features: StoredFeatures | None = None
+    """Stored features of the pictures or the sound; None if the tower computes them, or there are none."""
+
     @property
     def name(self) -> str:
         """The name in messages."""
@@ -66,7 +70,14 @@ class RowSource(NamedTuple):
             # The store counts positions without the last token of each segment.
             segments = self.store.segments
             pieces = [piece._replace(length=piece.length - int(segments[piece.example])) for piece in pieces]
-        contents = self.store.read(pieces) if self.mismatched is None else self._with_mismatched(self.mismatched, pieces)
+        if self.mismatched is not None:
+            contents = self._with_mismatched(self.mismatched, pieces)
+        else:
+            contents = self.store.read(pieces, with_media=self.features is None)
+        if self.features is not None:
+            features = self.features
+            own = [features.of_example(self.store, piece.example) for piece in pieces]
+            contents = [x._replace(features=rows) for x, rows in zip(contents, own, strict=True)]
         if self.reference is None:
             return contents
         reference = self.reference

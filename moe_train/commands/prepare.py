@@ -24,6 +24,7 @@ from moe_train.machine import progress
 from moe_train.machine.files import JsonObject
 from moe_train.run.reference import store_reference
 from moe_train.run.resolve import resolve
+from moe_train.run.shared_prompt import with_layout
 from moe_train.train.objectives.choose import objective_of
 
 
@@ -156,6 +157,7 @@ def _resolve(written: config.Config) -> config.Run:
 
 def _train_loader(run: config.Run, tokenizer: Tokenizer) -> Loader:
     """Return the loader of a run's training data, with the batches of its objective."""
+    run = with_layout(run)
     rows = BatchRows(run.train.batch_size, run.train.seq_len)
     batch_type = objective_of(run.objective, run.media).batch_type
     return Loader(run.training_data(), "train", tokenizer, rows, seed=run.seed, batch_type=batch_type)

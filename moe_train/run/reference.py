@@ -21,7 +21,7 @@ from moe_train import config
 from moe_train.checkpoint.identity import base_origin
 from moe_train.checkpoint.metadata import WeightOrigin
 from moe_train.checkpoint.model_dir import load_parameters
-from moe_train.data.batches.answer_batches import UnpairedBatch
+from moe_train.data.batches.answer_batches import SharedPromptBatch, UnpairedBatch
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
 from moe_train.data.batches.sources import RowSource
@@ -32,6 +32,7 @@ from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model.parameters import Parameters, combine, parameters
 from moe_train.model.transformer import abstract_model
 from moe_train.run.inputs import RunInputs
+from moe_train.run.shared_prompt import with_layout
 from moe_train.run.start import Start
 from moe_train.train.objectives.choose import objective_of
 from moe_train.train.objectives.objective import Objective
@@ -79,16 +80,18 @@ def store_reference(run: config.Run, tokenizer: Tokenizer, say: Say) -> None:
     Raises:
         ValueError: The run reads none that are stored.
     """
-    objective = objective_of(run.objective, run.media)
-    if not objective.uses_reference or run.lora is not None or run.init_from is None:
+    init_from = run.init_from
+    if not objective_of(run.objective, run.media).uses_reference or run.lora is not None or init_from is None:
         raise ValueError(
             "--reference has no effect: only full training from init_from, on an objective with a reference, reads stored "
             "log-probabilities; leave it out"
         )
     mesh = make_mesh(run.mesh)
     with jax.set_mesh(mesh):
+        run = with_layout(run)
+        objective = objective_of(run.objective, run.media)
         structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
-        base = base_origin(run.init_from)
+        base = base_origin(init_from)
         model = ReferenceModel(structure, base, partial(load_parameters, base.source, shapes, base.step))
         stored_references(run, loader_of_all(run, tokenizer, objective), model, mesh, say)
 
@@ -103,7 +106,9 @@ def stored_references(run: config.Run, loader: Loader, model: ReferenceModel, me
     references = []
     for i, source in enumerate(loader.sources):
         fitting = source.lengths[source.lengths <= run.train.seq_len]
-        identity = ReferenceIdentity(source.store.manifest.hash, model_sha256, int(source.lengths.sum()), int(fitting.sum()))
+        sizes = (int(source.lengths.sum()), int(fitting.sum()))
+        shares_prompts = issubclass(loader.batch_type, SharedPromptBatch)
+        identity = ReferenceIdentity(source.store.manifest.hash, model_sha256, *sizes, shares_prompts)
         named = isinstance(source.section, config.PreparedSource)
         cache_dir = run.training_data().cache_dir
         folder = reference_folder(source.store.path, cache_dir, source.store.manifest, identity, named)

@@ -83,6 +83,8 @@ def test_pairs_with_adapters_start_at_zero_and_learn(
     said = capfd.readouterr().err
     assert "start check: rewards are 0 and the loss is 0.6931, as expected" in said
     assert "objective: preference, sigmoid, beta 0.5, compared with the model without its adapters" in said
+    assert "pairs: both answers attend to one prompt, which routers count once (objective.shared_prompt true)" in said
+    assert "shared_prompt: true" in (tmp_path / "run" / "config.yaml").read_text()
     steps = lines(tmp_path / "run")
     assert steps[0]["rewards/margins"] == 0 and steps[0]["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert steps[-1]["rewards/margins"] > 0 and steps[-1]["loss"] < steps[0]["loss"]

@@ -12,7 +12,10 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from moe_train.data.batches.batch import Batch, RowPlace, SegmentIds, StoredPiece, write_segment
+from moe_train.data.chat.example import SEGMENT_START
 
+SHARED_POSITIONS = 1
+"""Column of `TokenStore.values` for pairs with the positions that all segments share; see `data.chat.pairs_to_tokens`."""
 SYNTHETIC_ANSWERS = 4
 """Number of answers in a row of a synthetic batch."""
 
@@ -52,6 +55,71 @@ class PreferenceBatch(NamedTuple):
                 self.answer_ids[row, place.position : behind.position] = 2 * k + segment.answer
                 place = behind
             self.reference[row, start : place.position] = np.nan if piece.reference is None else piece.reference
+
+
+class SharedPromptBatch(NamedTuple):
+    """Packed preference pairs with one prompt for both answers; arrays as in `PreferenceBatch`.
+
+    A pair has the segment of the prompt, and one for each answer, which begins with the last token of the prompt: the tokens that
+    it predicts differ. Positions of an answer go on from the prompt's. `answer_ids` of the prompt are those of the chosen answer.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    loss_mask: np.ndarray
+    segment_ids: np.ndarray
+    positions: np.ndarray
+    answer_ids: np.ndarray
+    reference: np.ndarray
+    prompt_ids: np.ndarray
+    """Segment id of the prompt that a position's segment continues (int32); its own segment id where it continues none."""
+
+    @classmethod
+    def empty(cls, rows: int, seq_len: int) -> Self:
+        """Return a batch of padding only."""
+        return cls(*PreferenceBatch.empty(rows, seq_len), np.zeros((rows, seq_len), np.int32))
+
+    @classmethod
+    def synthetic(cls, rows: int, seq_len: int, vocab_size: int, seed: int) -> Self:
+        """Return a batch of uniformly random tokens with two pairs per row, whose prompts take half of it."""
+        batch = cls.empty(rows, seq_len)
+        ids = np.random.default_rng(seed).integers(0, vocab_size, (rows, seq_len // 2 + 1))
+        first = seq_len // 2
+        for row in range(rows):
+            pieces = []
+            for length in (first, seq_len - first):
+                prompt = length // 2
+                chosen = (length - prompt) // 2
+                sizes = (prompt + 1 + chosen, prompt + 1 + length - prompt - chosen)
+                pieces.append(_synthetic_pair(ids[row], sizes, prompt))
+            batch.fill_row(row, pieces)
+        return batch
+
+    def fill_row(self, row: int, pieces: Sequence[StoredPiece]) -> None:
+        """Write pairs one after the other into an empty row."""
+        place = RowPlace()
+        for k, piece in enumerate(pieces):
+            assert piece.values is not None
+            start = place.position
+            num_shared = int(piece.values[SHARED_POSITIONS])
+            prompt_id = place.segment
+            if num_shared:
+                first = next(piece.segments())
+                # The next token is a target only: each answer begins with it.
+                prompt = SegmentIds(first.tokens[: num_shared + 1], first.loss_mask[: num_shared + 1], 1)
+                place = self._write(row, place, prompt, 2 * k + 1, prompt_id)
+            for segment in piece.segments():
+                answer = SegmentIds(segment.tokens[num_shared:], segment.loss_mask[num_shared:], segment.answer)
+                continued = prompt_id if num_shared else place.segment
+                place = self._write(row, place._replace(first_position=num_shared), answer, 2 * k + segment.answer, continued)
+            self.reference[row, start : place.position] = np.nan if piece.reference is None else piece.reference
+
+    def _write(self, row: int, place: RowPlace, segment: SegmentIds, answer_id: int, prompt_id: int) -> RowPlace:
+        """Write a segment, and return the place behind it."""
+        behind = write_segment(self, row, place, segment)
+        self.answer_ids[row, place.position : behind.position] = answer_id
+        self.prompt_ids[row, place.position : behind.position] = prompt_id
+        return behind
 
 
 class UnpairedBatch(NamedTuple):
@@ -117,6 +185,14 @@ def mismatched_segment(piece: StoredPiece, mismatched: StoredPiece) -> SegmentId
     tokens = np.concatenate([prompt, another.tokens[answer_start:]])
     mask = np.concatenate([np.zeros(len(prompt), bool), another.loss_mask[answer_start:]])
     return SegmentIds(tokens, mask, 2)
+
+
+def _synthetic_pair(ids: np.ndarray, sizes: tuple[int, int], num_shared: int) -> StoredPiece:
+    """Return a pair whose answers have the given numbers of tokens, of which all but the first `num_shared + 1` are trained on."""
+    tokens = np.concatenate([ids[: sizes[0]], ids[: sizes[1]]])
+    places = np.concatenate([np.arange(size) for size in sizes])
+    answers = np.repeat([1, 2], sizes) + SEGMENT_START * (places == 0)
+    return StoredPiece(tokens, places > num_shared, answers, np.array([np.nan, num_shared]))
 
 
 def _synthetic(rows: int, seq_len: int, vocab_size: int, seed: int) -> tuple[Batch, np.ndarray]:

@@ -147,6 +147,8 @@ class RowPlace(NamedTuple):
     position: int = 0
     segment: int = 1
     """Number of the next segment."""
+    first_position: int = 0
+    """Position of its first token in its text: that many stand in an earlier segment, which it continues."""
 
 
 class _SegmentArrays(Protocol):
@@ -165,7 +167,7 @@ class _SegmentArrays(Protocol):
 
 
 def write_segment(batch: _SegmentArrays, row: int, place: RowPlace, segment: SegmentIds) -> RowPlace:
-    """Write a segment into a row, and return the place behind it."""
+    """Write a segment into a row, and return the place behind it, for a text of its own."""
     start = place.position
     end = start + len(segment.tokens) - 1
     # The last id is only a target, and the first one only an input, so the mask moves with the targets.
@@ -174,5 +176,5 @@ def write_segment(batch: _SegmentArrays, row: int, place: RowPlace, segment: Seg
     batch.loss_mask[row, start:end] = segment.loss_mask[1:]
     batch.segment_ids[row, start:end] = place.segment
     # From 0 for a later piece of a split example too: it is a text of its own to attention.
-    batch.positions[row, start:end] = np.arange(end - start)
+    batch.positions[row, start:end] = place.first_position + np.arange(end - start)
     return RowPlace(end, place.segment + 1)

@@ -69,6 +69,7 @@ class Loader:
         batch_type: The batch type of the objective.
 
     Attributes:
+        batch_type: The batch type.
         num_records: Number of records in the files. All counts are those of one epoch, the first.
         num_examples: Number of examples that are used; a record with tools may have several.
         num_rows: Number of rows.
@@ -100,7 +101,7 @@ class Loader:
         template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
         self._batch_rows = rows
         self._prefetch = data.prefetch
-        self._batch_type = batch_type
+        self.batch_type = batch_type
         self._sources: list[RowSource] = []
         for i, source in enumerate(chosen):
             store = open_store(source, data, tokenizer, template)
@@ -109,11 +110,7 @@ class Loader:
                 store.warn_of_cache(data.shuffle_tokens)
                 shuffle = Shuffle((seed, i), data.shuffle_tokens)
             check_set(batch_type, source_name(source), store, rows.seq_len, too_long_of(source, store))
-            with_mismatched = batch_type is UnpairedBatch
-            last_token = getattr(batch_type, "reads_last_token", False)
-            patches = getattr(batch_type, "patches_per_row", getattr(batch_type, "chunks_per_row", None))
-            opened_rows = open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, with_mismatched, last_token, patches)
-            self._sources.append(opened_rows)
+            self._sources.append(open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, batch_type))
         if batch_type is UnpairedBatch:
             check_labels([opened.store for opened in self._sources])
         if sources == "train":
@@ -318,7 +315,7 @@ class Loader:
     def _fill(self, numbers: np.ndarray) -> PackedBatch:
         """Make this process's part of the batch with these row numbers."""
         own_rows = self._batch_rows.own_rows
-        batch = self._batch_type.empty(own_rows.stop - own_rows.start, self._batch_rows.seq_len)
+        batch = self.batch_type.empty(own_rows.stop - own_rows.start, self._batch_rows.seq_len)
         # Grain shortens the last batch of an evaluation; the rows that it lacks stay empty.
         source_of_row, rows = np.divmod(numbers[own_rows], _ROWS)
         for i, source in enumerate(self._sources):

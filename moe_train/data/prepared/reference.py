@@ -3,8 +3,8 @@
 SET/reference-MODEL/logprobs     float32: for each example, one number for each position that it takes in a row
                     about.json   the set and the model that they belong to, written last
 
-MODEL is the beginning of the model's hash. The manifest's hash covers records, tokenizer and chat template, so one that differs
-means other ids.
+MODEL is the beginning of the model's hash, with `-shared` after it where both answers of a pair share the positions of one prompt.
+The manifest's hash covers records, tokenizer and chat template, so one that differs means other ids.
 """
 
 from __future__ import annotations
@@ -34,10 +34,17 @@ class ReferenceIdentity(NamedTuple):
     """Positions of all examples together, mismatched answers included."""
     computed: int
     """Positions of those examples that fit into a row; the others have none."""
+    shared_prompt: bool = False
+    """Whether both answers of a pair share the positions of one prompt."""
 
     @property
     def folder_name(self) -> str:
         """Name of the folder that holds them."""
+        return f"{self.of_model}-shared" if self.shared_prompt else self.of_model
+
+    @property
+    def of_model(self) -> str:
+        """How the names of all folders with log-probabilities of the model begin."""
         return f"{PREFIX}{self.model_sha256[:16]}"
 
 
@@ -57,7 +64,8 @@ class StoredReference:
     def __init__(self, directory: Path, identity: ReferenceIdentity, lengths: np.ndarray) -> None:
         about = read_object(directory / "about.json")
         for name, expected in identity._asdict().items():
-            if about.get(name) != expected:
+            # Folders of earlier versions do not state a layout: they had a prompt for each answer.
+            if about.get(name, False if name == "shared_prompt" else None) != expected:
                 raise ValueError(
                     f"{directory} holds reference log-probabilities of another {_WORDS[name]} ({about.get(name)}, not {expected}); "
                     "remove the folder to compute them again"
@@ -80,6 +88,7 @@ _WORDS = {
     "model_sha256": "model",
     "positions": "packing",
     "computed": "train.seq_len",
+    "shared_prompt": "objective.shared_prompt",
 }
 
 
@@ -108,7 +117,7 @@ def reference_folder(set_path: str, cache_dir: str, manifest: Manifest, identity
     if "://" in set_path:
         return Path(cache_dir) / "references" / manifest.hash[:32] / identity.folder_name
     folder = Path(set_path) / identity.folder_name
-    others = sorted(path for path in Path(set_path).glob(f"{PREFIX}*") if path.name != identity.folder_name)
+    others = sorted(path for path in Path(set_path).glob(f"{PREFIX}*") if not path.name.startswith(identity.of_model))
     if is_prepared and others and not folder.exists():
         raise ValueError(
             f"{others[0]} holds reference log-probabilities of another model than init_from; start from that model, or remove the "

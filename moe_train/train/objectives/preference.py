@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
-from moe_train.data.batches.answer_batches import PreferenceBatch
+from moe_train.data.batches.answer_batches import PreferenceBatch, SharedPromptBatch
 from moe_train.model.moe.drift import changed_assignments
 from moe_train.model.moe.router import RouterStats
 from moe_train.train.objectives.answer_sums import count_pairs, pairs_of, sum_by_answer
@@ -28,9 +28,9 @@ class StepCounts(NamedTuple):
 
 
 def preference(section: config.Preference) -> Objective:
-    """Return the objective of a config section; its batch type is `PreferenceBatch`."""
+    """Return the objective of a config section; its batch type is `SharedPromptBatch` if it states so, or `PreferenceBatch`."""
     return Objective(
-        PreferenceBatch,
+        SharedPromptBatch if section.shared_prompt is True else PreferenceBatch,
         _weight,
         partial(_loss, section),
         mean_name="preference_loss",

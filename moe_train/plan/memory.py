@@ -63,7 +63,8 @@ def memory(run: config.Run, layout: WeightLayout, platform: Platform = "tpu") ->
     sizes = axis_sizes(run.mesh)
     shape = microbatch_shape(run)
     # Of a whole row, since room for the pictures or sound is that of a row.
-    bytes_per_row = sum(array.nbytes for array in objective_of(run.objective, run.media).batch_type.empty(1, run.train.seq_len))
+    empty_row = objective_of(run.objective, run.media).batch_type.empty(1, run.train.seq_len)
+    bytes_per_row = sum(array.nbytes for array in empty_row)
     M = run.train.microbatches
     stacked = [w for w in layout.weights if w.path.in_layer]
     stacks = config.stacks(model)

@@ -7,12 +7,13 @@ rows and positions are split over a mesh as tokens are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
 from moe_train.data.batches.batch import Batch, RowPlace, SegmentIds, StoredPiece, write_segment
 from moe_train.data.chat.example import SEGMENT_START
+from moe_train.data.prepared.reference_values import ReferenceValues
 
 SHARED_POSITIONS = 1
 """Column of `TokenStore.values` for pairs with the positions that all segments share; see `data.chat.pairs_to_tokens`."""
@@ -33,17 +34,20 @@ class PreferenceBatch(NamedTuple):
     """Number of the answer that a position belongs to, prompt included: 2k - 1 for chosen and 2k for rejected; 0 on padding."""
     reference: np.ndarray
     """Stored log-probability of each target under the reference model; NaN if none is stored."""
+    reference_experts: np.ndarray
+    """(B, T, L * A) uint8 or uint16: stored experts that the routers of the reference model choose at each position, layer by
+    layer; (B, T, 0) if none are stored."""
 
     @classmethod
     def empty(cls, rows: int, seq_len: int) -> Self:
         """Return a batch of padding only."""
-        return cls(*Batch.empty(rows, seq_len), np.zeros((rows, seq_len), np.int32), np.zeros((rows, seq_len), np.float32))
+        return cls(*Batch.empty(rows, seq_len), np.zeros((rows, seq_len), np.int32), *_no_reference(rows, seq_len))
 
     @classmethod
     def synthetic(cls, rows: int, seq_len: int, vocab_size: int, seed: int) -> Self:
         """Return a batch of uniformly random tokens with two pairs per row, all of whose tokens belong to answers."""
         batch, answer_ids = _synthetic(rows, seq_len, vocab_size, seed)
-        return cls(*batch, answer_ids, np.zeros((rows, seq_len), np.float32))
+        return cls(*batch, answer_ids, *_no_reference(rows, seq_len))
 
     def fill_row(self, row: int, pieces: Sequence[StoredPiece]) -> None:
         """Write pairs one after the other into an empty row."""
@@ -54,7 +58,7 @@ class PreferenceBatch(NamedTuple):
                 behind = write_segment(self, row, place, segment)
                 self.answer_ids[row, place.position : behind.position] = 2 * k + segment.answer
                 place = behind
-            self.reference[row, start : place.position] = np.nan if piece.reference is None else piece.reference
+            _write_reference(self, row, slice(start, place.position), piece.reference)
 
 
 class SharedPromptBatch(NamedTuple):
@@ -71,6 +75,7 @@ class SharedPromptBatch(NamedTuple):
     positions: np.ndarray
     answer_ids: np.ndarray
     reference: np.ndarray
+    reference_experts: np.ndarray
     prompt_ids: np.ndarray
     """Segment id of the prompt that a position's segment continues (int32); its own segment id where it continues none."""
 
@@ -112,7 +117,7 @@ class SharedPromptBatch(NamedTuple):
                 answer = SegmentIds(segment.tokens[num_shared:], segment.loss_mask[num_shared:], segment.answer)
                 continued = prompt_id if num_shared else place.segment
                 place = self._write(row, place._replace(first_position=num_shared), answer, 2 * k + segment.answer, continued)
-            self.reference[row, start : place.position] = np.nan if piece.reference is None else piece.reference
+            _write_reference(self, row, slice(start, place.position), piece.reference)
 
     def _write(self, row: int, place: RowPlace, segment: SegmentIds, answer_id: int, prompt_id: int) -> RowPlace:
         """Write a segment, and return the place behind it."""
@@ -136,6 +141,7 @@ class UnpairedBatch(NamedTuple):
     positions: np.ndarray
     answer_ids: np.ndarray
     reference: np.ndarray
+    reference_experts: np.ndarray
     mismatched_ids: np.ndarray
     """Segment ids of the mismatched segments alone; the labelled ones are padding here."""
     good: np.ndarray
@@ -154,7 +160,7 @@ class UnpairedBatch(NamedTuple):
         is_mismatched = answer_ids % 2 == 0
         mismatched_ids = np.where(is_mismatched, batch.segment_ids, 0)
         batch = batch._replace(segment_ids=np.where(is_mismatched, 0, batch.segment_ids))
-        return cls(*batch, answer_ids, np.zeros((rows, seq_len), np.float32), mismatched_ids, answer_ids == 1)
+        return cls(*batch, answer_ids, *_no_reference(rows, seq_len), mismatched_ids, answer_ids == 1)
 
     def fill_row(self, row: int, pieces: Sequence[StoredPiece]) -> None:
         """Write labelled answers, each with its mismatched one, one after the other into an empty row."""
@@ -173,7 +179,28 @@ class UnpairedBatch(NamedTuple):
             self.mismatched_ids[row, mismatched] = place.segment
             self.segment_ids[row, mismatched] = 0
             place = behind
-            self.reference[row, start : place.position] = np.nan if piece.reference is None else piece.reference
+            _write_reference(self, row, slice(start, place.position), piece.reference)
+
+
+def _no_reference(rows: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the arrays of stored log-probabilities and experts where nothing is stored."""
+    return np.zeros((rows, seq_len), np.float32), np.zeros((rows, seq_len, 0), np.uint8)
+
+
+class _ReferenceArrays(Protocol):
+    """The arrays of a batch that hold what a reference model makes of it."""
+
+    @property
+    def reference(self) -> np.ndarray: ...
+    @property
+    def reference_experts(self) -> np.ndarray: ...
+
+
+def _write_reference(batch: _ReferenceArrays, row: int, positions: slice, stored: ReferenceValues | None) -> None:
+    """Write what is stored of the reference model for an example into its positions of a row."""
+    batch.reference[row, positions] = np.nan if stored is None else stored.logprobs
+    if stored is not None and stored.expert_ids is not None:
+        batch.reference_experts[row, positions] = stored.expert_ids
 
 
 def mismatched_segment(piece: StoredPiece, mismatched: StoredPiece) -> SegmentIds:

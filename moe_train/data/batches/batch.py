@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_train.data.chat.example import SEGMENT_START
 from moe_train.data.media import MediaOfPiece
+from moe_train.data.prepared.reference_values import ReferenceValues
 from moe_train.data.prepared.teacher_values import TeacherValues
 
 
@@ -36,8 +37,8 @@ class StoredPiece(NamedTuple):
     """(n,) see `data.chat.example.Example.answers`; None for a single segment."""
     values: np.ndarray | None = None
     """Numbers of the whole example; None if the record kind has none."""
-    reference: np.ndarray | None = None
-    """(positions,) float32 log-probability of each target under the reference model; None if it is not stored."""
+    reference: ReferenceValues | None = None
+    """Outputs of the reference model; None if they are not stored."""
     teacher: TeacherValues | None = None
     """A teacher's predictions for the trained tokens; None if none are stored."""
     pictures: MediaOfPiece | None = None

@@ -287,7 +287,7 @@ class Loader:
         return tuple(self._sources)
 
     def add_references(self, references: Sequence[StoredReference]) -> None:
-        """Add log-probabilities under a reference model to the batches that are made from now on, one store for each source."""
+        """Add the stored outputs of a reference model to the batches that are made from now on, one store for each source."""
         self._sources = [source._replace(reference=reference) for source, reference in zip(self._sources, references, strict=True)]
 
     def pieces(self, step: int) -> list[tuple[int, list[ExampleSlice]]]:
@@ -315,7 +315,12 @@ class Loader:
     def _fill(self, numbers: np.ndarray) -> PackedBatch:
         """Make this process's part of the batch with these row numbers."""
         own_rows = self._batch_rows.own_rows
-        batch = self.batch_type.empty(own_rows.stop - own_rows.start, self._batch_rows.seq_len)
+        batch: Any = self.batch_type.empty(own_rows.stop - own_rows.start, self._batch_rows.seq_len)
+        reference = self._sources[0].reference
+        # All sources are compared with one model.
+        if reference is not None and reference.experts is not None:
+            experts = reference.experts
+            batch = batch._replace(reference_experts=np.zeros((*batch.tokens.shape, experts.ids_per_position), experts.dtype))
         # Grain shortens the last batch of an evaluation; the rows that it lacks stay empty.
         source_of_row, rows = np.divmod(numbers[own_rows], _ROWS)
         for i, source in enumerate(self._sources):

@@ -47,7 +47,7 @@ class RowSource(NamedTuple):
     mismatched: Mismatched | None = None
     """The partners of labelled answers; None if the objective sets no answers against other prompts."""
     reference: StoredReference | None = None
-    """Log-probabilities under a reference model; None if the objective needs none that are stored."""
+    """Outputs of a reference model; None if the objective needs none that are stored."""
     stored_lengths: np.ndarray | None = None
     """(N,) positions of each example as the store counts them, where it takes another number in a row; such examples are read
     whole. None where both are equal."""

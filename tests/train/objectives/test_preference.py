@@ -152,7 +152,12 @@ def test_full_training_reads_the_reference_from_the_batch() -> None:
         base = combine(structure_of(None), frozen, {path: x + 0.5 for path, x in trained_in_full(learned, LORA).items()})
         _, reference = jax.jit(plain_logprobs)(base, put_batch(batch, ONE))
     section = DPO.model_copy(update={"sft_weight": 0.0})
-    stored = gradients(preference(section), ONE, rows=batch._replace(reference=np.asarray(reference)))
+    # Experts that the model chooses nowhere, and those of the second layer that it always chooses among.
+    experts = np.concatenate([np.full((*batch.tokens.shape, 2), 255), np.tile(np.arange(4), (*batch.tokens.shape, 1))], axis=-1)
+    of_base = {"reference": np.asarray(reference), "reference_experts": experts[..., [0, 1, 2, 3]].astype(np.uint8)}
+    stored = gradients(preference(section), ONE, rows=batch._replace(**of_base))
+    drift = stored.terms.metrics[DRIFT_METRIC]
+    assert drift.sum[0] == drift.weight == 2 * (batch.segment_ids != 0).sum() and 0 < drift.sum[1] < drift.weight
     with jax.set_mesh(ONE):
         model = combine(structure_of(None), random_parameters(MODEL, scale=0.3), {})
         value = jax.jit(lambda *xs: plain_loss(section, *xs))(model, base, put_batch(batch, ONE))

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Literal
 
+import jax
+
 from moe_train import config
 from moe_train.checkpoint.model_dir import find_tokenizer_config
 from moe_train.commands.prepare_teacher import TeacherOptions, TeacherWriter, check_files
@@ -22,6 +24,7 @@ from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine import progress
 from moe_train.machine.files import JsonObject
+from moe_train.machine.mesh import join_processes
 from moe_train.run.reference import store_reference
 from moe_train.run.resolve import resolve
 from moe_train.run.shared_prompt import with_layout
@@ -45,6 +48,9 @@ def prepare(
     Raises:
         ValueError: a record cannot be used; the message names file and line.
     """
+    if with_reference or (teacher is not None and teacher.model is not None):
+        # A model computes on the devices of all processes of a job.
+        join_processes()
     run = _resolve(written)
     data = run.training_data()
     tokenizer = _open_tokenizer(run)
@@ -79,7 +85,7 @@ def prepare(
     if with_reference:
         # On the devices that are present, unlike the rest.
         store_reference(resolve(written), tokenizer, lambda line: print(line, file=sys.stderr))
-    if to is not None:
+    if to is not None and jax.process_index() == 0:
         # Last, so that a copy has the log-probabilities too.
         for prepared in sets:
             prepared["path"] = upload(str(prepared["path"]), to)

@@ -214,8 +214,8 @@ def chat_command(
 ) -> None:
     """Talk to a run or a model in the terminal, or through a pipe: a question per line.
 
-    /image FILE shows a picture with the next question, /reset begins a new conversation, /messages prints it as JSON, and /exit
-    ends the command.
+    /image FILE shows a picture with the next question, /audio FILE plays sound with it, /reset begins a new conversation,
+    /messages prints it as JSON, and /exit ends the command.
     """
     from moe_train.commands.at_step import at_step
     from moe_train.commands.generate import Sampling
@@ -225,6 +225,10 @@ def chat_command(
     sampling = Sampling(max_tokens, (), temperature, top_k, top_p, min_p, repetition_penalty, seed)
     use_compile_cache()
     _converse(at_step(directory, step), sampling, settings)
+
+
+_FILE_COMMANDS = ("/image", "/audio")
+"""Commands that add a file to the next question."""
 
 
 def _converse(directory: Path, sampling: Sampling, settings: ChatSettings) -> None:
@@ -248,9 +252,9 @@ def _converse(directory: Path, sampling: Sampling, settings: ChatSettings) -> No
                 conversation.reset()
             case "/messages":
                 print_json(conversation.messages)
-            case command if command.startswith("/") and command.split()[0] != "/image":
+            case command if command.startswith("/") and command.split()[0] not in _FILE_COMMANDS:
                 print(
-                    f"moe-train: {command.split()[0]}: no such command; use /image FILE, /reset, /messages or /exit",
+                    f"moe-train: {command.split()[0]}: no such command; use /image FILE, /audio FILE, /reset, /messages or /exit",
                     file=sys.stderr,
                 )
             case question:
@@ -264,12 +268,15 @@ def _converse(directory: Path, sampling: Sampling, settings: ChatSettings) -> No
 
 
 def _answer_line(conversation: Chat, line: str) -> None:
-    """Show the picture that a line /image FILE names, or print the answer to a question."""
-    if line.split()[0] == "/image":
-        file = line.removeprefix("/image").strip()
+    """Attach the file that a line /image FILE or /audio FILE names, or print the answer to a question."""
+    command = line.split()[0]
+    if command in _FILE_COMMANDS:
+        from moe_train.data.records.media_parts import PICTURES, SOUND
+
+        file = line.removeprefix(command).strip()
         if not file:
-            raise ValueError("/image names no file; write /image FILE")
-        conversation.show(file)
+            raise ValueError(f"{command} names no file; write {command} FILE")
+        conversation.attach(PICTURES if command == "/image" else SOUND, file)
         return
     for piece in conversation.answer(line):
         print(piece, end="", flush=True)

@@ -9,32 +9,32 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.tree_util import PyTreeDef
 
 from moe_train import config
 from moe_train.machine.compiler_options import brief_options
 from moe_train.machine.devices import peak_flops
 from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import make_mesh, platform, put_batch
-from moe_train.model.flops import flops_of_run
 from moe_train.model.parameters import initial_parameters, parameters
+from moe_train.model.tower_flops import flops_of_run
 from moe_train.model.transformer import abstract_model, init_model
 from moe_train.run.resolve import resolve
 from moe_train.run.self_test import run_self_tests
 from moe_train.train.optimizer import make_optimizer_of_any_length
-from moe_train.train.state import partition, state_of_learned, trained_in_full
-from moe_train.train.step import compile_step
+from moe_train.train.state import TrainState, partition, state_of_learned, trained_in_full
+from moe_train.train.step import StepMetrics, compile_step
 from moe_train.train.step_definition import definition_of
 
 WARM_UP_STEPS = 2
 """Number of steps after the first one that are not timed."""
 TIMED_STEPS = 7
 """Number of steps that are timed."""
-
-
 PROFILED_STEPS = 3
 """Number of further steps that are traced by the profiler, which makes them slower."""
 
@@ -70,24 +70,21 @@ def bench(written: config.Config, begun: float | None = None, profile: Path | No
         start_time = time.perf_counter()
         step = compile_step(definition, state, batch, base_weights)
         compile_seconds = time.perf_counter() - start_time
-        seconds = []
-        cpu_seconds = []
-        losses = []
-        for _ in range(1 + WARM_UP_STEPS + TIMED_STEPS):
-            step_start = time.perf_counter()
-            cpu_start = time.process_time()
-            state, metrics = step(state, batch, base_weights)
-            # Reading the loss waits for the step to finish.
-            losses.append(float(metrics.loss))
-            seconds.append(time.perf_counter() - step_start)
-            cpu_seconds.append(time.process_time() - cpu_start)
-            if len(losses) == 1:
-                first_step_seconds = time.time() - begun
-                first_step_cpu_seconds = time.process_time()
 
+        def next_step(state: TrainState) -> tuple[TrainState, StepMetrics]:
+            return step(state, batch, base_weights)
+
+        state, first = _time_step(next_step, state)
+        first_step_seconds = time.time() - begun
+        first_step_cpu_seconds = time.process_time()
+        timed = []
+        for _ in range(WARM_UP_STEPS + TIMED_STEPS):
+            state, times = _time_step(next_step, state)
+            timed.append(times)
+        timed = timed[-TIMED_STEPS:]
         if profile is not None:
-            _trace_steps(profile, lambda at: step(at, batch, base_weights), state)
-        median = statistics.median(seconds[-TIMED_STEPS:])
+            _trace_steps(profile, next_step, state)
+        median = statistics.median(times.seconds for times in timed)
         tokens = run.train.batch_size * run.train.seq_len
         # With frozen base weights the step computes no gradients of them, so it takes fewer FLOPs.
         adapters = state.trainable if run.lora else None
@@ -98,19 +95,40 @@ def bench(written: config.Config, begun: float | None = None, profile: Path | No
             "first_step_seconds": first_step_seconds,
             "first_step_cpu_seconds": first_step_cpu_seconds,
             "median_step_seconds": median,
-            "cpu_seconds_per_step": statistics.median(cpu_seconds[-TIMED_STEPS:]),
+            "cpu_seconds_per_step": statistics.median(times.cpu_seconds for times in timed),
             "tokens_per_second": tokens / median,
             "model_flops_per_second": flops,
             "share_of_attainable": None if peak is None else flops / peak,
             "attainable": source,
             "bytes_of_program_per_device": _program_bytes(step),
             "bytes_at_peak": _peak_bytes(mesh),
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
+            "first_loss": first.loss,
+            "last_loss": timed[-1].loss,
         }
 
 
-def _trace_steps(folder: Path, step: Callable[..., Any], state: Any) -> None:
+class _StepTimes(NamedTuple):
+    """A step and its loss."""
+
+    seconds: float
+    cpu_seconds: float
+    loss: float
+
+
+_Step = Callable[[TrainState], tuple[TrainState, StepMetrics]]
+
+
+def _time_step(step: _Step, state: TrainState) -> tuple[TrainState, _StepTimes]:
+    """Take a step, and return the new state and the time until its loss could be read."""
+    start = time.perf_counter()
+    cpu_start = time.process_time()
+    state, metrics = step(state)
+    # Reading the loss waits for the step to finish.
+    loss = float(metrics.loss)
+    return state, _StepTimes(time.perf_counter() - start, time.process_time() - cpu_start, loss)
+
+
+def _trace_steps(folder: Path, step: _Step, state: TrainState) -> None:
     """Take further steps, and write what the devices and the host do meanwhile into a folder."""
     with jax.profiler.trace(str(folder)):
         for _ in range(PROFILED_STEPS):
@@ -118,11 +136,12 @@ def _trace_steps(folder: Path, step: Callable[..., Any], state: Any) -> None:
         jax.block_until_ready(metrics)
 
 
-def _random_state(run: config.Run) -> tuple[Any, Any, Any]:
-    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.encoder)
-    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
+def _random_state(run: config.Run) -> tuple[TrainState, PyTreeDef, optax.GradientTransformation]:
+    """Return the state of a run with random weights, the structure of its model, and its optimizer."""
+    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.model_encoder)
+    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))
     optimizer = make_optimizer_of_any_length(run.optimizer)
-    trainable, frozen = partition(initial_parameters(model, shapes.keys()), run.lora, run.trained_vision)
+    trainable, frozen = partition(initial_parameters(model, shapes.keys()), run.lora, run.trained_tower)
     options = brief_options(platform()) or None
     state = jax.jit(lambda params: state_of_learned(params, optimizer), donate_argnums=0, compiler_options=options)(trainable)
     return state._replace(frozen=frozen), structure, optimizer

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.commands.text_generator import ChatSettings, TextGenerator
-from moe_train.data.pictures.read import open_picture
+from moe_train.data.records.media_parts import MediaKind
 from moe_train.data.records.normal_form import Message
 from moe_train.evaluate.generation.sampling import Sampling
 
@@ -32,21 +32,20 @@ class Chat:
         self._sampling = sampling
         self.messages: list[Message] = []
         """The turns so far, without the system message of the settings."""
-        self.pictures: list[str] = []
-        """Files of the pictures that the next question shows."""
+        self.media: list[dict[str, str]] = []
+        """The pictures and the sound of the next question, as parts of its content."""
         # A template that cannot write the system message or the tools fails before the first question.
         self._generator.conversation_tokens([{"role": "user", "content": "Hello"}])
 
-    def show(self, file: str) -> None:
-        """Add a picture to the next question, before its text.
+    def attach(self, kind: MediaKind, file: str) -> None:
+        """Add a picture or sound to the next question, before its text.
 
         Raises:
-            ValueError: the file is no picture that can be used, or the model sees none.
+            ValueError: the file cannot be used, or the model takes none of this kind.
         """
-        self._generator.check_pictures()
         path = str(Path(file).expanduser().absolute())
-        open_picture(path)
-        self.pictures.append(path)
+        self._generator.check_file(kind, path)
+        self.media.append({"type": kind.part, kind.part: path})
 
     def answer(self, text: str) -> Iterator[str]:
         """Put a question, and yield the answer piece by piece; both are added to the conversation when the answer is complete.
@@ -55,9 +54,8 @@ class Chat:
             ValueError: the conversation has become too long, or the question is not text; the conversation stays as it was.
         """
         question: Message = {"role": "user", "content": text}
-        if self.pictures:
-            parts = [{"type": "image", "image": file} for file in self.pictures]
-            question = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+        if self.media:
+            question = {"role": "user", "content": [*self.media, {"type": "text", "text": text}]}
         prompt = self._generator.conversation_tokens([*self.messages, question])
         if len(prompt.tokens) + self._sampling.max_tokens > self._generator.max_seq_len:
             raise ValueError(
@@ -69,9 +67,9 @@ class Chat:
             answer += part.text
             yield part.text
         self.messages += [question, {"role": "assistant", "content": answer}]
-        self.pictures.clear()
+        self.media.clear()
 
     def reset(self) -> None:
         """Begin a new conversation."""
         self.messages.clear()
-        self.pictures.clear()
+        self.media.clear()

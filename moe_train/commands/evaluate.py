@@ -54,15 +54,7 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
     if opened.model.scores is not None:
         return evaluate_scores(directory, files, run, chat_template)
     mesh = opened.mesh
-    seq_len = run.train.seq_len if run else min(opened.model.max_seq_len, 2048)
-    replicas = math.prod(mesh.shape[axis] for axis in BATCH)
-    # About 8 rows, and at least one for each replica.
-    batch_size = replicas * max(1, 8 // replicas)
-    if run:
-        # A microbatch of the run is known to fit into memory.
-        batch_size = run.train.batch_size // run.train.microbatches
-    # Rounded up to a multiple of the replicas, over which the batch is divided.
-    batch_size += -batch_size % replicas
+    rows = _rows_of_batches(opened)
     sources = tuple(config.FileSource(name="files", files=(str(file),), record=_record(file, run)) for file in files)
     chat_date = None
     if run and isinstance(run.data, config.RunData):
@@ -71,14 +63,14 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
     with tempfile.TemporaryDirectory() as cache, jax.set_mesh(mesh):
         # Only `eval` is read, but a data section has to have training sources.
         data = config.Data(chat_template=chat_template, chat_date=chat_date, train=sources, eval=sources, cache_dir=cache)
-        objective = _objective(sources, _media(opened, seq_len))
-        loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0, batch_type=objective.batch_type)
+        objective = _objective(sources, _media(opened, rows.seq_len))
+        loader = Loader(data, "eval", opened.tokenizer, rows, seed=0, batch_type=objective.batch_type)
         if any(source.store.manifest.media is not None for source in loader.sources):
             structure, params, step = opened.load_with_tower()
         else:
             # Without pictures or sound the batches have none, and the tower is not needed.
             objective = _objective(sources)
-            loader = Loader(data, "eval", opened.tokenizer, BatchRows(batch_size, seq_len), seed=0, batch_type=objective.batch_type)
+            loader = Loader(data, "eval", opened.tokenizer, rows, seed=0, batch_type=objective.batch_type)
             structure, params, step = opened.load_with_step()
         metrics = evaluate_held_out(make_batch_sums(structure, objective), params, {}, loader, mesh)
     if "pairs" in metrics:
@@ -96,9 +88,25 @@ def evaluate_model(directory: Path, files: Sequence[Path], chat_template: str | 
         "perplexity": math.exp(min(metrics["loss"], 700)),
         "records": loader.num_records,
         "records_truncated": loader.num_truncated,
-        "seq_len": seq_len,
+        "seq_len": rows.seq_len,
         **({"not_read": unread.in_words(loader.unread)} if loader.unread else {}),
     }
+
+
+def _rows_of_batches(opened: OpenedModel) -> BatchRows:
+    """Return the number of rows of a batch and their length."""
+    run = opened.run
+    replicas = math.prod(opened.mesh.shape[axis] for axis in BATCH)
+    if run is not None:
+        seq_len = run.train.seq_len
+        # A microbatch of the run is known to fit into memory.
+        batch_size = run.train.batch_size // run.train.microbatches
+    else:
+        seq_len = min(opened.model.max_seq_len, 2048)
+        # About 8 rows, and at least one for each replica.
+        batch_size = replicas * max(1, 8 // replicas)
+    # Rounded up to a multiple of the replicas, over which the batch is divided.
+    return BatchRows(batch_size + -batch_size % replicas, seq_len)
 
 
 def _record(file: Path, run: config.Run | None) -> config.Record:
@@ -129,14 +137,15 @@ def _media(opened: OpenedModel, seq_len: int) -> config.RunVision | config.RunAu
     if opened.run is not None:
         return opened.run.media
     encoder = opened.encoder
+    rules = opened.tokenizer.media
+    if encoder is None or rules is None or rules.media != encoder.media:
+        return None
     if isinstance(encoder, config.AudioEncoder):
         chunks = seq_len // encoder.tokens_per_chunk
-        if opened.tokenizer.sound is None or not chunks:
+        if not chunks:
             return None
         # The chunks of a row are divided over the devices along `context`.
         return config.RunAudio(encoder=encoder, chunks_per_row=chunks + -chunks % opened.mesh.shape["context"])
-    if encoder is None or opened.tokenizer.pictures is None:
-        return None
     patches = seq_len * encoder.patches_per_token
     return config.RunVision(encoder=encoder, patches_per_row=patches)
 

@@ -20,7 +20,7 @@ from moe_train import config
 from moe_train.checkpoint.initial_files import carried_of, first_files
 from moe_train.checkpoint.model_dir import LoadedWeights, OpenedModel, dtype_of_files, open_model
 from moe_train.checkpoint.runs import is_run, run_folder, saved_config
-from moe_train.checkpoint.trained_vision import trained_vision_paths
+from moe_train.checkpoint.trained_tower import trained_tower_paths
 from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import summary_of_hashes
 from moe_train.commands.documents import documents_of_export
@@ -28,10 +28,10 @@ from moe_train.config import yaml_file
 from moe_train.data.pictures.read import open_picture
 from moe_train.data.records.answers import judged_conversations
 from moe_train.data.records.conversation import normalise
-from moe_train.data.records.media import locate_media
+from moe_train.data.records.media import locate_media, references_of
+from moe_train.data.records.media_parts import PICTURES
 from moe_train.data.records.normal_form import Conversation
 from moe_train.data.records.open_source import open_source
-from moe_train.data.records.pictures import references_of
 from moe_train.governance.exports_of_run import ExportEntry, hash_of_record, note_export
 from moe_train.machine.files import JsonObject, refuse_existing
 from moe_train.machine.mesh import join_processes
@@ -164,7 +164,7 @@ def export(
                     wrapping=wrapping,
                     mmproj=mmproj,
                     base=left_out.fp8_base(source),
-                    encoder=None if wrapping is None else trained_vision_paths(source).encoder,
+                    encoder=None if wrapping is None else trained_tower_paths(source).encoder,
                 )
                 record = write_and_prove.export_model(loaded.weights, opened.model, out_dir, write_options)
             case "peft" | "mistral-lora" | "gguf-lora":
@@ -208,9 +208,9 @@ def _check_source(opened: OpenedModel, layout: serve.ExportFormat, merge: bool) 
             f"{opened.directory} scores texts with a head of its own, which --format {layout} cannot hold; export the whole model "
             "with --format hf, and with --merge if it has adapters"
         )
-    if layout in ("mistral-lora", "gguf-lora") and opened.lora is not None and opened.lora.trains_vision:
+    if layout in ("mistral-lora", "gguf-lora") and opened.lora is not None and opened.lora.trains_tower:
         raise ValueError(
-            f"{opened.directory} trained modules of a vision tower, which --format {layout} cannot hold; use --format peft, or "
+            f"{opened.directory} trained modules of a tower, which --format {layout} cannot hold; use --format peft, or "
             "--format hf --merge"
         )
     if layout in get_args(expected.ModelLayout) or (opened.lora is not None and not merge):
@@ -260,12 +260,9 @@ def _export_adapter(
     return record
 
 
-def _adapted_tower(opened: OpenedModel) -> config.VisionEncoder | None:
-    """Return the vision tower that a run's adapters change; None if they leave it as it was."""
-    encoder = opened.encoder
-    if opened.lora is None or not opened.lora.trains_vision or not isinstance(encoder, config.VisionEncoder):
-        return None
-    return encoder
+def _adapted_tower(opened: OpenedModel) -> config.Encoder | None:
+    """Return the tower that a run's adapters change; None if they leave it as it was."""
+    return opened.encoder if opened.lora is not None and opened.lora.trains_tower else None
 
 
 def _write_adapter(directory: Path, files: _AdapterFiles, weights: LazyParameters, opened: OpenedModel, texts: Texts) -> None:
@@ -360,8 +357,7 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
     base_folder = _hugging_face_base(opened)
     wrapper = None if base_folder is None else hf.find_wrapper(base_folder)
     auto_class = "AutoModelForCausalLM" if wrapper is None else wrapper.auto_class
-    return base_export + serve.serving_command(
-        server,
+    served = serve.ServedExport(
         layout,
         opened.model,
         out_dir,
@@ -371,6 +367,7 @@ def _serve_command(server: serve.Server | None, layout: serve.ExportFormat, open
         auto_class=auto_class,
         tool_parser=_tool_parser(opened),
     )
+    return base_export + serve.serving_command(server, served)
 
 
 def _tool_parser(opened: OpenedModel) -> serve.ToolParser | None:
@@ -437,7 +434,7 @@ def _conversations(run: config.Run) -> Iterator[Conversation]:
                 normal = normalise(fields, source.record)
                 locate_media(normal, records.folder(origin.place))
                 for conversation in judged_conversations(normal):
-                    for reference in references_of(conversation):
+                    for reference in references_of(conversation.messages, PICTURES):
                         open_picture(reference)
                     yield conversation
         except (FileNotFoundError, ValueError) as error:

@@ -13,8 +13,8 @@ from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Problem, brief, checked_text, located
 from moe_train.data.records.read_each import read_each, refuse_unread
-from moe_train.data.records.sound import take_transcription
 from moe_train.data.records.tools import take_tools
+from moe_train.data.records.transcription import take_transcription
 from moe_train.data.records.unread import Unread
 
 

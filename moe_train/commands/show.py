@@ -22,11 +22,10 @@ from moe_train.commands.segment_notes import segment_notes
 from moe_train.data.batches.answer_batches import SharedPromptBatch, UnpairedBatch
 from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch, StoredPiece
 from moe_train.data.batches.classification_batch import ClassificationBatch, classification_batch
+from moe_train.data.batches.media_batch import media_batch
 from moe_train.data.batches.packing import make_plan
-from moe_train.data.batches.picture_batch import picture_batch
 from moe_train.data.batches.reward_batch import RewardBatch
 from moe_train.data.batches.shared_prompts import shared_positions
-from moe_train.data.batches.sound_batch import sound_batch
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
 from moe_train.data.records.open_source import first_record, open_source
@@ -50,14 +49,14 @@ class Rows(NamedTuple):
     """For each row of an objective that trains a head, what is known of its segments: labels, or which answer it is. The loss mask
     of such rows marks the tokens at which scores are read, and all tokens are inputs. None for rows with targets.
     """
-    pictures: list[list[Sequence[bytes]]] | None = None
+    media: list[list[Sequence[bytes]]] | None = None
     """For each row, the files of the pictures or the sound of its segments, in order; None without either."""
     shares_prompts: bool = False
     """Whether both answers of a pair attend to one prompt."""
 
-    def pictures_of(self, segment: ShownSegment) -> Sequence[bytes]:
-        """Return the files of the pictures of a segment."""
-        return () if self.pictures is None else self.pictures[segment.row - 1][segment.number - 1]
+    def media_of(self, segment: ShownSegment) -> Sequence[bytes]:
+        """Return the files of the pictures or the sound of a segment."""
+        return () if self.media is None else self.media[segment.row - 1][segment.number - 1]
 
 
 class Token(NamedTuple):
@@ -138,8 +137,8 @@ def rows_of_records(source: config.FileSource, count: int, tokenizer: Tokenizer,
         piece_indices = range(*plan.row_pieces[row : row + 2].tolist())
         batch.fill_row(row, [_piece(examples[plan.example[i]], int(plan.start[i]), int(plan.length[i])) for i in piece_indices])
         placed.append([places[plan.example[i]] for i in piece_indices])
-        shown.append([examples[plan.example[i]].pictures for i in piece_indices])
-    return Rows(batch, placed, pictures=shown)
+        shown.append([examples[plan.example[i]].media for i in piece_indices])
+    return Rows(batch, placed, media=shown)
 
 
 def _piece(example: Example, start: int, length: int) -> StoredPiece:
@@ -186,15 +185,15 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     if isinstance(rows, ClassificationBatch | RewardBatch):
         batch = Batch(rows.tokens, np.zeros_like(rows.tokens), rows.is_last, rows.segment_ids, rows.positions)
         return Rows(batch, places, [segment_notes(rows, row, len(names)) for row, names in enumerate(places)])
-    pictures = None if run.vision is None and run.audio is None else [_pictures(loader, step - 1, row) for row in range(count)]
+    media = None if run.vision is None and run.audio is None else [_media(loader, step - 1, row) for row in range(count)]
     batch = Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions)
-    return Rows(batch, places, pictures=pictures, shares_prompts=isinstance(rows, SharedPromptBatch))
+    return Rows(batch, places, media=media, shares_prompts=isinstance(rows, SharedPromptBatch))
 
 
-def _pictures(loader: Loader, step: int, row: int) -> list[Sequence[bytes]]:
+def _media(loader: Loader, step: int, row: int) -> list[Sequence[bytes]]:
     """Return the files of the pictures, or of the sound, of each segment of a row."""
     index, pieces = loader.pieces(step)[row]
-    return [loader.sources[index].store.picture_files(piece.example) for piece in pieces]
+    return [loader.sources[index].store.media_files(piece.example) for piece in pieces]
 
 
 def _batch_type(run: config.Config) -> type[PackedBatch]:
@@ -204,9 +203,7 @@ def _batch_type(run: config.Config) -> type[PackedBatch]:
 
         media = resolve(run).media
         assert media is not None  # as the config states the section
-        if isinstance(media, config.RunAudio):
-            return sound_batch(media.encoder, media.chunks_per_row)
-        return picture_batch(media.encoder, media.patches_per_row)
+        return media_batch(media.encoder, media.units_per_row)
     match run.objective:
         case config.UnpairedPreference():
             return UnpairedBatch

@@ -41,7 +41,7 @@ def page(rows: Rows, tokenizer: Tokenizer, title: str, positions: bool) -> str:
     for segment in segments(rows, tokenizer):
         heading = html.escape(title_of(segment, rows))
         spans = "".join(_span(token, positions) for token in segment.tokens)
-        pictures = "".join(map(_picture, rows.pictures_of(segment)))
+        pictures = "".join(map(_picture, rows.media_of(segment)))
         body.append(f"<h2>{heading}</h2>\n{pictures}<pre>{spans}</pre>")
     return _PAGE.format(
         title=html.escape(escape_control_characters(title)),

@@ -14,7 +14,8 @@ from moe_train.checkpoint.model_dir import open_model
 from moe_train.data.chat.chat_date import date_of_data, dated
 from moe_train.data.chat.conversation_to_tokens import check_effort_option, load_template, rendered_prompt
 from moe_train.data.chat.example import RenderedPrompt
-from moe_train.data.media import media_of_piece
+from moe_train.data.media import check_file, media_of_piece
+from moe_train.data.records.media_parts import MediaKind
 from moe_train.data.records.normal_form import Message
 from moe_train.data.records.problem import checked_text
 from moe_train.evaluate.generation.batch import ContinuationPlan
@@ -114,12 +115,14 @@ class TextGenerator:
     def check(self, prompts: Sequence[RenderedPrompt], max_tokens: int, names: Sequence[str] | None = None) -> None:
         """Raise ValueError if a prompt is empty, too long for `max_tokens` more, or has pictures or sound in vain."""
         check_lengths([prompt.tokens for prompt in prompts], max_tokens, self._opened.model, names)
-        if any(prompt.pictures for prompt in prompts):
+        if any(prompt.media for prompt in prompts):
             self._opened.check_media()
 
-    def check_pictures(self) -> None:
-        """Raise ValueError if the model sees no pictures."""
-        self._opened.check_pictures()
+    def check_file(self, kind: MediaKind, file: str) -> None:
+        """Raise ValueError if a file is no picture or no sound that can be used, or the model takes none."""
+        self._opened.check_media(kind)
+        assert self.tokenizer.media is not None  # as has been checked
+        check_file(file, self.tokenizer.media)
 
     def stream(
         self,
@@ -147,12 +150,11 @@ class TextGenerator:
         stop_texts = StopTexts(self.tokenizer, tuple(stop)) if stop else None
         plan = ContinuationPlan(sampling, stop_texts, None if schema is None else JsonSchema(schema, self.tokenizer))
         texts = [TextStream(self.tokenizer, prompt.tokens, stop_texts) for prompt in prompts]
-        rules = self.tokenizer.pictures or self.tokenizer.sound
-        pictures = [media_of_piece(prompt.pictures, rules) for prompt in prompts]
+        media = [media_of_piece(prompt.media, self.tokenizer.media) for prompt in prompts]
         with jax.set_mesh(self._opened.mesh):
-            generator = self._loaded(any(picture is not None for picture in pictures))
+            generator = self._loaded(any(of_prompt is not None for of_prompt in media))
             tokens = [prompt.tokens for prompt in prompts]
-            parts = generator.stream(tokens, plan, block_tokens=block_tokens, pictures=pictures)
+            parts = generator.stream(tokens, plan, block_tokens=block_tokens, media=media)
         while True:
             # The mesh is in force for one block at a time, and not while the caller handles its text.
             with jax.set_mesh(self._opened.mesh):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from moe_train.config.section import NonNegative, Positive, PositiveFloat, Section
+from moe_train.config.tower_features import ComputedFeatures, TowerFeatures
 
 
 class VisionEncoder(Section):
     """A Pixtral vision tower (arXiv:2410.07073) and the projector to the width of the text model."""
+
+    media: ClassVar[str] = "pictures"
+    """What the tower takes, for messages."""
 
     tower_dim: Positive
     """Width of the tower's hidden states (`hidden_size`)."""
@@ -52,6 +56,20 @@ class VisionEncoder(Section):
         """Numbers of a patch: its pixels in three colours."""
         return 3 * self.patch_size**2
 
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """Shape of a unit that a batch has room for: a patch."""
+        return (self.patch_values,)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes that a tokenizer has to share, for messages by what they are."""
+        return {"patch size": self.patch_size, "merged side": self.cell_size, "largest side": self.max_image_size}
+
+    def num_features(self, patches: int) -> int:
+        """Return the number of tokens that stand for some patches."""
+        return patches // self.patches_per_token
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.tower_dim % (4 * self.num_heads):
@@ -75,5 +93,7 @@ class Vision(Section):
     """Patterns of the modules of tower and projector that full training trains with the text model, such as `vision.projector.*` or
     `vision.tower.*`. With a `lora` section, name them there: it freezes whatever it does not name.
     """
+    features: TowerFeatures = ComputedFeatures()
+    """Where the features of pictures come from: computed in every step, or stored once, which only a frozen tower allows."""
     encoder: VisionEncoder | None = None
     """Sizes of the tower and the projector. Leave it out: `init_from` states them."""

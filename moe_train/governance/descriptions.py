@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from moe_train import config
+from moe_train.data.pictures.rules import PictureRules
+from moe_train.data.sound.rules import SoundRules
 from moe_train.governance.lineage import Training
 from moe_train.governance.markdown import TODO, table
 from moe_train.machine.files import JsonObject
@@ -37,8 +39,9 @@ def sets_table(training: Training) -> str:
 
 def modalities(training: Training) -> list[str]:
     """Return the kinds of content that were trained on, text first."""
-    has_pictures = any(manifest.pictures is not None for manifest in training.data)
-    has_sound = any(manifest.sound is not None for manifest in training.data)
+    rules = [manifest.media for manifest in training.data]
+    has_pictures = any(isinstance(of_set, PictureRules) for of_set in rules)
+    has_sound = any(isinstance(of_set, SoundRules) for of_set in rules)
     return ["text", *(["image"] if has_pictures else []), *(["audio"] if has_sound else [])]
 
 

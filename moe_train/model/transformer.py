@@ -24,8 +24,7 @@ from moe_train import config
 from moe_train.machine.mesh import use_default_mesh
 from moe_train.model.attention.kinds import Cache, apply_attention, attention_layer, empty_cache
 from moe_train.model.encoders.audio import Audio
-from moe_train.model.encoders.pictures import PictureFeatures, Pictures, write_features
-from moe_train.model.encoders.sound import Sound
+from moe_train.model.encoders.media import Features, Media, write_features
 from moe_train.model.encoders.vision import Vision
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Embedding, Head, Linear, RandomSource, RMSNorm, keys_of
@@ -236,7 +235,7 @@ class Transformer(nnx.Module):
         rngs: RandomSource,
         model: config.Model,
         compute: config.Compute,
-        encoder: config.VisionEncoder | config.AudioEncoder | None = None,
+        encoder: config.Encoder | None = None,
     ):
         dtype = jnp.dtype(compute.param_dtype)
         std = model.init_stddev
@@ -256,8 +255,8 @@ class Transformer(nnx.Module):
         positions_BT: Int[Array | np.ndarray, "B T"] | None = None,
         segment_ids_BT: Int[Array | np.ndarray, "B T"] | None = None,
         key: Key[Array, ""] | None = None,
-        pictures: Pictures | None = None,
-        sound: Sound | None = None,
+        media: Media | None = None,
+        features: Features | None = None,
         prompt_ids_BT: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Compute the hidden states after the final norm.
@@ -270,8 +269,8 @@ class Transformer(nnx.Module):
             positions_BT: positions, which restart in each segment that continues no prompt; None for 0, 1, 2, … in each row.
             segment_ids_BT: packed segments; 0 for padding. None if each row is one segment without padding.
             key: PRNG key for the dropout of the adapters; None for no dropout, as in evaluation.
-            pictures: pictures that tokens stand for; None without any. The model needs a vision tower for them.
-            sound: sound that tokens stand for; None without any. The model needs an audio tower for it.
+            media: pictures or sound that tokens stand for; None without any. The model needs a tower for them.
+            features: features that tokens stand for, computed before; None without any. They need no tower.
             prompt_ids_BT: id of the earlier segment of the row whose tokens a segment continues, and sees; its own id where it
                 continues none. None if no segment continues another.
 
@@ -289,11 +288,12 @@ class Transformer(nnx.Module):
         if prompt_ids_BT is not None:
             prompt_ids_BT = place(prompt_ids_BT, "BT")
         x_BTD = self.embed(tokens_BT, self.dtype)
-        if pictures is not None:
+        if media is not None:
             # No key of a layer: those come from `split`.
-            x_BTD = self.with_pictures(x_BTD, pictures, None if key is None else jax.random.fold_in(key, 0))
-        if sound is not None:
-            x_BTD = self.with_sound(x_BTD, sound)
+            x_BTD = self.with_media(x_BTD, media, None if key is None else jax.random.fold_in(key, 0))
+        if features is not None:
+            placed = features.placed()
+            x_BTD = write_features(x_BTD, placed.features_BMD, placed.feature_index_BT)
         # One key per repeat over all stacks, so that no two layers drop the same entries.
         keys = None if key is None else jax.random.split(key, sum(stack.repeats for stack in self.stacks))
         stats = []
@@ -306,34 +306,34 @@ class Transformer(nnx.Module):
             first += stack.repeats
         return plain_on_one_device(self.final_norm(x_BTD)), _concatenate(stats)
 
-    def with_pictures(
-        self, x_BTD: Float[Array, "B T D"], pictures: Pictures, key: Key[Array, ""] | None = None
-    ) -> Float[Array, "B T D"]:
-        """Return embeddings in which the tokens that stand for pictures have the features of these.
+    def with_media(self, x_BTD: Float[Array, "B T D"], media: Media, key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
+        """Return embeddings in which the tokens that stand for pictures or sound have the features of these.
 
         Args:
             x_BTD: embeddings.
-            pictures: pictures.
+            media: pictures or sound.
+            key: PRNG key for the dropout of the tower's adapters; None for no dropout.
+        """
+        placed = media.placed()
+        return write_features(x_BTD, self.media_features(placed, key), placed.feature_index_BT)
+
+    def media_features(self, media: Media, key: Key[Array, ""] | None = None) -> Float[Array, "B M D"]:
+        """Return the features of the pictures or the sound of each row, for arrays with the shardings of activations.
+
+        Args:
+            media: pictures or sound.
             key: PRNG key for the dropout of the tower's adapters; None for no dropout.
 
         Raises:
-            ValueError: the model has no vision tower.
+            ValueError: the model has no tower for them.
         """
+        if media.units.ndim == 4:
+            if self.audio is None:
+                raise ValueError("the model has no audio tower, so it takes no sound; build it with an encoder")
+            return self.audio(media, key)
         if self.vision is None:
             raise ValueError("the model has no vision tower, so it takes no pictures; build it with an encoder")
-        placed = pictures.placed()
-        return write_features(x_BTD, self.vision(placed, key), placed.feature_index_BT)
-
-    def with_sound(self, x_BTD: Float[Array, "B T D"], sound: Sound) -> Float[Array, "B T D"]:
-        """Return embeddings in which the tokens that stand for sound have the features of it.
-
-        Raises:
-            ValueError: the model has no audio tower.
-        """
-        if self.audio is None:
-            raise ValueError("the model has no audio tower, so it takes no sound; build it with an encoder")
-        placed = sound.placed()
-        return write_features(x_BTD, self.audio(placed), placed.feature_index_BT)
+        return self.vision(media, key)
 
     def head_weight(self) -> Float[Array, "V D"]:
         """Return the output matrix; with tied embeddings it is the embedding table."""
@@ -363,7 +363,7 @@ class Transformer(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         caches: Sequence[Sequence[Cache]],
-        features: PictureFeatures | None = None,
+        features: Features | None = None,
     ) -> tuple[Float[Array, "B T D"], Sequence[Sequence[Cache]]]:
         """Compute the hidden states of T further tokens of each sequence, after the final norm.
 
@@ -371,7 +371,7 @@ class Transformer(nnx.Module):
             tokens_BT: token ids.
             positions_BT: positions in the sequences; -1 for padding.
             caches: caches as from `empty_caches`.
-            features: features of pictures that tokens stand for; None without any.
+            features: features of pictures or sound that tokens stand for; None without any.
 
         Returns:
             The hidden states, of which `logits` makes logits, and the extended caches.
@@ -402,7 +402,7 @@ def init_model(
     model: config.Model,
     compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
     lora: config.Lora | None = None,
-    encoder: config.VisionEncoder | config.AudioEncoder | None = None,
+    encoder: config.Encoder | None = None,
 ) -> Transformer:
     """Initialize a model with random weights, including adapters and quantized weights.
 
@@ -429,7 +429,7 @@ def abstract_model(
     model: config.Model,
     compute: config.Compute = config.Compute(),  # noqa: B008 (immutable)
     lora: config.Lora | None = None,
-    encoder: config.VisionEncoder | config.AudioEncoder | None = None,
+    encoder: config.Encoder | None = None,
 ) -> Transformer:
     """Return the model of `init_model` with a `jax.ShapeDtypeStruct` in place of each array, in a fraction of the time.
 
@@ -444,7 +444,7 @@ def _build(
     model: config.Model,
     compute: config.Compute,
     lora: config.Lora | None,
-    encoder: config.VisionEncoder | config.AudioEncoder | None,
+    encoder: config.Encoder | None,
 ) -> Transformer:
     transformer = Transformer(rngs, model, compute, encoder)
     if lora is not None:
@@ -454,8 +454,10 @@ def _build(
             linear_maps = [
                 (name, module)
                 for name, module in adaptable(transformer)
-                # A vision tower is small, and stays as it is.
-                if isinstance(module, Linear | ExpertLinear) and not lora.trains_in_full(name) and not name.startswith("vision.")
+                # A tower is small, and stays as it is.
+                if isinstance(module, Linear | ExpertLinear)
+                and not lora.trains_in_full(name)
+                and not name.startswith(config.TOWERS)
             ]
             quantize_weights(linear_maps, lora.quantize)
     return transformer

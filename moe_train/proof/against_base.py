@@ -22,7 +22,7 @@ from moe_train.proof.expected_tensor import ExpectedTensor, Part
 from moe_train.proof.reread import Stored
 from moe_train.proof.rounding import MANTISSA, decode_with_tolerance
 from moe_train.weights.on_disk import WeightFiles
-from moe_train.weights.wrappers import vision_pieces
+from moe_train.weights.wrappers import encoders
 
 BASE_CHUNK_BYTES = 2**22
 """Bytes of a file that are compared at once."""
@@ -66,8 +66,8 @@ def compare_with_base(
     """
     pieces = list(base.pieces)
     tensors = dict(base.tensors)
-    if base.carried is not None and vision_pieces.tower_fault(base.carried) is None:
-        pieces += vision_pieces.pieces_of(base.carried, base.model)
+    if base.carried is not None and encoders.is_computed(base.carried):
+        pieces += encoders.pieces_of(base.carried, base.model)
         tensors |= base.carried.tensors
     base_pieces = {(piece.path, piece.lead): piece for piece in pieces}
     tally = _Tally()
@@ -149,7 +149,7 @@ def _rank(lora: config.Lora | None, part: Part) -> int | None:
     path = ParameterPath.parse(part.path)
     if path.is_trained(lora):
         return None
-    if path.is_vision and part.mixes_factors:  # rows of a kernel are no outputs, so the rank of its change says nothing
+    if path.is_tower and part.mixes_factors:  # rows of a kernel are no outputs, so the rank of its change says nothing
         return None
     routed = len(part.lead) == 2
     if path.leaf != "weight":  # norms and biases have no adapters

@@ -39,8 +39,9 @@ from moe_train.run.start import Start, starting_state
 from moe_train.run.start_check import check_start
 from moe_train.run.stopping import StopRequest, StopVotes, Votes
 from moe_train.run.suite_scores import SuiteScores, load_run_suites
+from moe_train.run.tower_features import add_features
 from moe_train.run.writer import Writer
-from moe_train.train.objectives.choose import objective_of
+from moe_train.train.objectives.choose import objective_of_run
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
 from moe_train.train.step import StepMetrics, compile_step
@@ -206,7 +207,7 @@ def open_attempt(
     suites_of_run = load_run_suites(run)
     if objective is None:
         run = with_layout(run)
-        objective = objective_of(run.objective, run.media)
+        objective = objective_of_run(run)
     inputs = open_inputs(run, objective)
     stop_request.starting = "reading the checkpoint"
     # Locked before the checkpoints are read, so that no other process replaces them meanwhile.
@@ -232,6 +233,8 @@ def open_attempt(
     introduction.introduce(run, writer.say, inputs, begin)
     stop_request.starting = "computing the reference log-probabilities"
     add_reference(run, inputs, begin, objective, mesh, writer.say)
+    stop_request.starting = "computing features"
+    add_features(run, inputs, begin.base, mesh, writer.say)
     stop_request.starting = "testing the kernels"
     run_self_tests(run, writer.say)
 

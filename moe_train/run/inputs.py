@@ -9,7 +9,7 @@ import jax
 from moe_train import config
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
-from moe_train.data.batches.sound_batch import check_sizes
+from moe_train.data.batches.media_batch import check_sizes
 from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.padding import padding_id
 from moe_train.data.tokenizers.tokenizer import Tokenizer
@@ -44,14 +44,8 @@ def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
     # Checked before any data is tokenized, which may take long.
     check_files(data)
     check_ready(run, data, tokenizer)
-    if run.pictures is not None and tokenizer.pictures is None:
-        raise ValueError(
-            f"vision needs a tokenizer that states the sizes of pictures, and {tokenizer.files[0]} states none; name the model's "
-            "tekken.json in data.tokenizer: {name: mistral, path: …}"
-        )
-    if isinstance(run.audio, config.RunAudio):
-        # Before any data is tokenized, as above.
-        check_sizes(run.audio.encoder, tokenizer.sound, tokenizer.files[0])
+    if run.encoder is not None:
+        check_sizes(run.encoder, tokenizer.media, tokenizer.files[0])
 
     def open_loader(sources: Literal["train", "eval"], batch_size: int) -> Loader:
         # Each process opens only its rows, but all plan the same global order.
@@ -61,10 +55,9 @@ def open_inputs(run: config.Run, objective: Objective) -> RunInputs:
         return loader
 
     train = open_loader("train", run.train.batch_size)
-    if run.pictures is not None and all(source.store.manifest.pictures is None for source in train.sources):
-        raise ValueError("vision has no effect, since no record of data.train has a picture; leave it out")
-    if isinstance(run.audio, config.RunAudio) and all(source.store.manifest.sound is None for source in train.sources):
-        raise ValueError("audio has no effect, since no record of data.train has sound; leave it out")
+    if run.encoder is not None and all(source.store.manifest.media is None for source in train.sources):
+        section = "audio" if isinstance(run.audio, config.RunAudio) else "vision"
+        raise ValueError(f"{section} has no effect, since no record of data.train has {run.encoder.media}; leave it out")
     # One microbatch is the most that training computes at once, so held-out batches have its size.
     microbatch = run.train.batch_size // run.train.microbatches
     held_out = open_loader("eval", microbatch) if data.eval else None

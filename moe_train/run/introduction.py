@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -14,8 +14,10 @@ from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER
 from moe_train.data.records import unread
 from moe_train.machine.program import runnable
 from moe_train.model.moe.transport.choose import describe_transport
+from moe_train.model.paths import ParameterPath
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
+from moe_train.train.muon import matrix_dims
 
 Say = Callable[[str], None]
 
@@ -36,7 +38,9 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"export: none, since no file format can express {config.without_format(run.model)}")
     for line in _describe_objective(run):
         say(line)
-    for line in describe_initial_files(run.init_from, run.trains_vision) if run.init_from else ():
+    if isinstance(run.optimizer, config.Muon):
+        say(describe_muon(run.optimizer, list(begin.state.trainable)))
+    for line in describe_initial_files(run.init_from, run.trains_tower) if run.init_from else ():
         say(line)
     loader = inputs.train
     examples = "" if loader.num_examples == loader.num_records else f", {loader.num_examples:,} examples"
@@ -55,6 +59,22 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"continuing after step {int(begin.state.step)}")
     for change in _changes(begin):
         say(f"changed since the checkpoint: {change}")
+
+
+def describe_muon(optimizer: config.Muon, trained: Sequence[str]) -> str:
+    """Return a line on which trained arrays Muon updates, and which it leaves to AdamW.
+
+    Args:
+        optimizer: the section.
+        trained: paths of the trained arrays.
+    """
+    others = [ParameterPath.parse(path) for path in trained if matrix_dims(path) is None]
+    line = f"optimizer: Muon orthogonalizes the updates of {len(trained) - len(others):,} arrays of matrices"
+    if not others:
+        return line
+    kinds = ", ".join(sorted({path.kind for path in others}))
+    rate = f"learning rate {optimizer.adamw_learning_rate:g}"
+    return f"{line}; AdamW ({rate}) takes {len(others):,}, which are no matrices of linear maps: {kinds}"
 
 
 def _describe_objective(run: config.Run) -> list[str]:

@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike
 
 from moe_train import config
 from moe_train.machine.devices import peak_flops
-from moe_train.model.flops import flops_of_run
 from moe_train.model.moe.router import RouterStats
 from moe_train.model.parameters import Parameters
+from moe_train.model.tower_flops import flops_of_run
 from moe_train.run.chosen_answers import ChosenAnswers
 from moe_train.run.goodput import Goodput
 from moe_train.run.stopping import Votes
@@ -105,14 +105,10 @@ class MetricsReader:
         # A batch type without `segment_ids` states no padding.
         self._tokens_read.append(self._positions if now.tokens is None else int(now.tokens))
         if done > self._done and step % self._run.metrics.every_steps == 0:
-            self._seconds = (time.perf_counter() - self._since) / (done - self._done)
-            self._input_wait = self.waited / (time.perf_counter() - self._since)
-            self._tokens = sum(self._tokens_read) / len(self._tokens_read)
-            self.restart_timer(done)
+            self._measure_time(done)
         if self.goodput is not None:
             self.goodput.step = step
             self.goodput.write()
-        limit = self._run.train.max_skipped_steps
         self.finite = bool(now.finite)
         if not now.finite:
             # The device has left the state unchanged; this count only follows it.
@@ -131,6 +127,20 @@ class MetricsReader:
                 writer.say(warning)
         if now.routers is not None:
             check_dropped(step, now.routers, self._run.train, self._sparse_layers)
+        self._check_limits(step)
+        return Votes(*(bool(vote) for vote in voted))
+
+    def _measure_time(self, done: int) -> None:
+        """Take the means of time and tokens since the timer was started, and start it again at the step that is done."""
+        seconds = time.perf_counter() - self._since
+        self._seconds = seconds / (done - self._done)
+        self._input_wait = self.waited / seconds
+        self._tokens = sum(self._tokens_read) / len(self._tokens_read)
+        self.restart_timer(done)
+
+    def _check_limits(self, step: int) -> None:
+        """Raise RuntimeError if more steps than allowed were not finite, or were spikes."""
+        limit = self._run.train.max_skipped_steps
         if self._not_finite > limit:
             raise RuntimeError(
                 f"{self._not_finite} steps had a loss or gradient that is not finite, the last one step {step}, and "
@@ -144,7 +154,6 @@ class MetricsReader:
                 f"{guard.max_events}; check the data, lower optimizer.learning_rate, or raise train.spike_guard.factor "
                 "(checkpoints are kept)"
             )
-        return Votes(*(bool(vote) for vote in voted))
 
     def _explain_once(self, step: int, writer: Writer, explain: Callable[[], list[str]] | None) -> None:
         """Say why a step is not finite, if it is the first one of this process."""

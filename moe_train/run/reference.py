@@ -44,7 +44,7 @@ from moe_train.model.transformer import abstract_model
 from moe_train.run.inputs import RunInputs
 from moe_train.run.shared_prompt import with_layout
 from moe_train.run.start import Start
-from moe_train.train.objectives.choose import objective_of
+from moe_train.train.objectives.choose import objective_of_run
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.token_logprobs import batch_logprobs
 
@@ -91,7 +91,7 @@ def store_reference(run: config.Run, tokenizer: Tokenizer, say: Say) -> None:
         ValueError: The run reads none that are stored.
     """
     init_from = run.init_from
-    if not objective_of(run.objective, run.media).uses_reference or run.lora is not None or init_from is None:
+    if not objective_of_run(run).uses_reference or run.lora is not None or init_from is None:
         raise ValueError(
             "--reference has no effect: only full training from init_from, on an objective with a reference, reads stored "
             "log-probabilities; leave it out"
@@ -99,7 +99,7 @@ def store_reference(run: config.Run, tokenizer: Tokenizer, say: Say) -> None:
     mesh = make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         run = with_layout(run)
-        objective = objective_of(run.objective, run.media)
+        objective = objective_of_run(run)
         structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
         base = base_origin(init_from)
         model = ReferenceModel(structure, base, partial(load_parameters, base.source, shapes, base.step))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 from moe_train import config
 from moe_train.model.parameters import Parameters
@@ -17,8 +17,7 @@ from moe_train.weights.hf.config_keys import CONFIG_FILE
 from moe_train.weights.mistral.files import STEM
 from moe_train.weights.mistral.params_json import PARAMS_FILE
 from moe_train.weights.on_disk import FileTensor, WeightFiles
-from moe_train.weights.wrappers import audio_pieces, vision_pieces
-from moe_train.weights.wrappers.whisper import WhisperSettings
+from moe_train.weights.wrappers import encoders
 
 
 def layout_of(path: str | Path) -> Literal["hf", "mistral", "gguf"]:
@@ -139,42 +138,32 @@ def load_external_parameters(path: str | Path, abstract: Abstract) -> Parameters
     return loaded
 
 
-def read_vision_encoder(path: str | Path) -> config.VisionEncoder:
-    """Return the sizes of the vision tower and the projector of the multimodal model at `path`.
+_Encoder = TypeVar("_Encoder", config.VisionEncoder, config.AudioEncoder)
+
+
+def read_encoder(path: str | Path, section: type[_Encoder]) -> _Encoder:
+    """Return the sizes of the tower and the projector of the multimodal model at `path`.
+
+    Args:
+        path: the model.
+        section: the kind of tower.
 
     Raises:
-        ValueError: the model has no vision tower, or one that this package cannot compute.
+        ValueError: the model has no tower of this kind, or one that this package cannot compute.
     """
     weights = open_external_weights(path)
-    carried = vision_pieces.require_tower(path, weights.carried)
-    return vision_pieces.encoder_of(carried, weights.model, Path(path))
+    encoder = encoders.encoder_of(encoders.require_tower(path, weights.carried, section), weights.model, Path(path))
+    assert isinstance(encoder, section)  # as `require_tower` has checked
+    return encoder
 
 
-def find_vision_encoder(path: str | Path) -> config.VisionEncoder | None:
-    """Return what `read_vision_encoder` does; None for a model without a vision tower, or with a quantized one."""
-    weights = open_external_weights(path)
-    if vision_pieces.tower_fault(weights.carried) is not None:
-        return None
-    assert weights.carried is not None
-    return vision_pieces.encoder_of(weights.carried, weights.model, Path(path))
-
-
-def read_audio_encoder(path: str | Path) -> config.AudioEncoder:
-    """Return the sizes of the audio tower and the projector of the multimodal model at `path`.
-
-    Raises:
-        ValueError: the model has no audio tower, or one that this package cannot compute.
-    """
-    carried = audio_pieces.require_audio_tower(path, open_external_weights(path).carried)
-    return audio_pieces.audio_encoder_of(carried, Path(path))
-
-
-def find_encoder(path: str | Path) -> config.VisionEncoder | config.AudioEncoder | None:
+def find_encoder(path: str | Path) -> config.Encoder | None:
     """Return the sizes of the tower of the model at `path`; None for a text model, or one with a quantized tower."""
-    carried = open_external_weights(path).carried
-    if carried is None or not isinstance(carried.settings, WhisperSettings):
-        return find_vision_encoder(path)
-    return None if audio_pieces.audio_fault(carried) is not None else audio_pieces.audio_encoder_of(carried, Path(path))
+    weights = open_external_weights(path)
+    for section in (config.VisionEncoder, config.AudioEncoder):
+        if encoders.tower_fault(weights.carried, section) is None:
+            return encoders.encoder_of(encoders.require_tower(path, weights.carried, section), weights.model, Path(path))
+    return None
 
 
 def open_external_lazily(path: str | Path, abstract: Abstract) -> dict[str, LazyArray]:
@@ -196,17 +185,14 @@ class _Part(NamedTuple):
 def _open_parts(path: str | Path, abstract: Abstract) -> Iterator[_Part]:
     """Yield the arrays of the text model, and those of its vision or audio tower if there are any."""
     of_text = {name: like for name, like in abstract.items() if not ParameterPath.parse(name).is_tower}
-    of_vision = {name: like for name, like in abstract.items() if ParameterPath.parse(name).is_vision}
-    of_audio = {name: like for name, like in abstract.items() if name not in of_text and name not in of_vision}
+    of_tower = {name: like for name, like in abstract.items() if name not in of_text}
     weights = _open_and_check(path, of_text) if of_text else open_external_weights(path)
     yield _Part(of_text, weights.pieces, weights.tensors)
-    if of_vision:
-        carried = vision_pieces.require_tower(path, weights.carried)
-        yield _Part(of_vision, vision_pieces.pieces_of(carried, weights.model), carried.tensors)
-    if of_audio:
-        carried = audio_pieces.require_audio_tower(path, weights.carried)
-        pieces = audio_pieces.audio_pieces_of(carried, weights.model)
-        yield _Part(of_audio, pieces, audio_pieces.audio_tensors(carried))
+    if of_tower:
+        is_vision = any(ParameterPath.parse(name).is_vision for name in of_tower)
+        section = config.VisionEncoder if is_vision else config.AudioEncoder
+        carried = encoders.require_tower(path, weights.carried, section)
+        yield _Part(of_tower, encoders.pieces_of(carried, weights.model), encoders.tensors_of(carried))
 
 
 def _open_and_check(path: str | Path, abstract: Abstract) -> WeightFiles:

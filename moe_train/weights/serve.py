@@ -150,68 +150,76 @@ def auto_class_of(model: config.Model) -> str:
     return "AutoModelForImageTextToText" if model.family == "mistral4" else "AutoModelForCausalLM"
 
 
-def serving_command(
-    server: Server,
-    layout: ExportFormat,
-    model: config.Model,
-    out_dir: str | Path,
-    *,
-    base_model: str | None = None,
-    rank: int = 1,
-    tokenizer: Literal["mistral", "huggingface"] = "huggingface",
-    auto_class: str = "AutoModelForCausalLM",
-    tool_parser: ToolParser | None = None,
-) -> str:
-    """Return the command line that serves an export.
+class ServedExport(NamedTuple):
+    """What a server has to know of an export."""
 
-    Args:
-        server: the server.
-        layout: layout of the export.
-        model: its architecture.
-        out_dir: its folder.
-        base_model: of an adapter: its base in Hugging Face's layout; None to print the placeholder BASE_MODEL.
-        rank: of an adapter: its largest rank.
-        tokenizer: the kind of tokenizer that is exported with the weights.
-        auto_class: of an adapter: the Auto class of transformers that loads its base; a multimodal one has its own.
-        tool_parser: format of the model's tool calls (`tool_parser_of`); None if it has none.
+    layout: ExportFormat
+    model: config.Model
+    out_dir: str | Path
+    base_model: str | None = None
+    """Of an adapter: its base in Hugging Face's layout; None to print the placeholder BASE_MODEL."""
+    rank: int = 1
+    """Of an adapter: its largest rank."""
+    tokenizer: Literal["mistral", "huggingface"] = "huggingface"
+    """The kind of tokenizer that is exported with the weights."""
+    auto_class: str = "AutoModelForCausalLM"
+    """Of an adapter: the Auto class of transformers that loads its base; a multimodal one has its own."""
+    tool_parser: ToolParser | None = None
+    """Format of the model's tool calls (`tool_parser_of`); None if it has none."""
+
+
+def serving_command(server: Server, export: ServedExport) -> str:
+    """Return the command line that serves an export.
 
     Raises:
         ValueError: the server does not read the layout; the message names those it reads.
     """
-    readable = SERVING_COMMANDS[server]
-    if layout not in readable:
-        raise ValueError(f"{server} does not read --format {layout}; use --format {' or '.join(readable)}")
-    is_mistral4 = model.family == "mistral4"
-    if server == "vllm" and layout == "mistral" and isinstance(model.ffn, config.MoeFfn) and not is_mistral4:
-        raise ValueError("vLLM does not know the names that --format mistral gives to experts; use --format hf")
-    if server == "vllm" and layout != "mistral" and is_mistral4:
-        raise ValueError(_NO_MISTRAL4_IN_VLLM)
-    base = base_model or "BASE_MODEL"
-    max_rank = rank
+    _check_readable(server, export)
+    model = export.model
+    base = export.base_model or "BASE_MODEL"
+    max_rank = export.rank
     if server == "vllm":
-        max_rank = next(supported for supported in VLLM_RANKS if supported >= rank)
-    if is_mistral4:
+        max_rank = next(supported for supported in VLLM_RANKS if supported >= export.rank)
+    auto_class = export.auto_class
+    if model.family == "mistral4":
         auto_class = auto_class_of(model)
-    template = readable[layout]
+    template = SERVING_COMMANDS[server][export.layout]
     code = _PEFT_CODE
+    tool_parser = export.tool_parser
     if model.scores is not None:
         # A server of answers has no use for a model that scores texts.
         tool_parser = None
         if server == "vllm":
             template += " --runner pooling"
         else:
-            template, code = "python -c {code}", _SCORING_CODE
-    elif server == "transformers" and layout == "hf" and auto_class != "AutoModelForCausalLM":
+            template = "python -c {code}"
+            code = _SCORING_CODE
+    elif server == "transformers" and export.layout == "hf" and auto_class != "AutoModelForCausalLM":
         template = "python -c {code}"
         code = _MODEL_CODE
+    out_dir = Path(export.out_dir)
     command = template.format(
         out=shlex.quote(str(out_dir)),
         base=shlex.quote(base),
-        name=shlex.quote(Path(out_dir).name),
-        ollama_name=re.sub(r"[^a-z0-9._-]+", "-", Path(out_dir).resolve().name.lower()).strip("-._") or "model",
+        name=shlex.quote(out_dir.name),
+        ollama_name=re.sub(r"[^a-z0-9._-]+", "-", out_dir.resolve().name.lower()).strip("-._") or "model",
         rank=max_rank,
-        tokenizer="mistral" if tokenizer == "mistral" else "auto",
+        tokenizer="mistral" if export.tokenizer == "mistral" else "auto",
         # Quoted twice: by !r in the template for Python, and here for the shell.
         code=shlex.quote(code.format(out=str(out_dir), base=base, auto_class=auto_class)),
     )
     return _with_tool_flags(command, server, tool_parser)
+
+
+def _check_readable(server: Server, export: ServedExport) -> None:
+    """Raise ValueError if the server does not read the layout of this model."""
+    readable = SERVING_COMMANDS[server]
+    if export.layout not in readable:
+        raise ValueError(f"{server} does not read --format {export.layout}; use --format {' or '.join(readable)}")
+    if server != "vllm":
+        return
+    is_mistral4 = export.model.family == "mistral4"
+    if export.layout == "mistral" and isinstance(export.model.ffn, config.MoeFfn) and not is_mistral4:
+        raise ValueError("vLLM does not know the names that --format mistral gives to experts; use --format hf")
+    if export.layout != "mistral" and is_mistral4:
+        raise ValueError(_NO_MISTRAL4_IN_VLLM)

@@ -12,6 +12,7 @@ import pytest
 
 from moe_train.commands.generate import GeneratedText, GenerationRequest
 from moe_train.commands.text_generator import ChatSettings
+from moe_train.data.records.media_parts import MediaKind
 from moe_train.evaluate.generation.sampling import Sampling
 from tests.cli.command import run
 
@@ -90,10 +91,10 @@ class _Chat:
         self.messages.append(text)
         yield from (text.upper(), f" {len(self.messages)}")
 
-    def show(self, file: str) -> None:
+    def attach(self, kind: MediaKind, file: str) -> None:
         if file == "none.png":
             raise ValueError("there is no picture none.png")
-        self.messages.append(file)
+        self.messages.append([kind.part, file])
 
     def reset(self) -> None:
         self.messages.clear()
@@ -105,14 +106,18 @@ def test_chat_answers_line_by_line_through_a_pipe(monkeypatch: pytest.MonkeyPatc
     assert run("chat", "runs/tiny") == 0
     out, err = capsys.readouterr()
     assert out == 'A 1\nB 2\n[\n  "a",\n  "b"\n]\nC 1\n'
-    assert err == "moe-train: /what: no such command; use /image FILE, /reset, /messages or /exit\n"
+    assert err == "moe-train: /what: no such command; use /image FILE, /audio FILE, /reset, /messages or /exit\n"
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nlong"))
     assert run("chat", "runs/tiny") == 2
     assert "the conversation has 99 tokens" in capsys.readouterr().err
-    monkeypatch.setattr("sys.stdin", io.StringIO("/image a picture.png\nb\n/messages\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("/image a picture.png\n/audio a.wav\nb\n/messages\n"))
     assert run("chat", "runs/tiny") == 0
-    assert json.loads(capsys.readouterr().out.removeprefix("B 2")) == ["a picture.png", "b"]
-    for line, message in (("/image none.png", "there is no picture none.png"), ("/image ", "/image names no file")):
+    assert json.loads(capsys.readouterr().out.removeprefix("B 3")) == [["image", "a picture.png"], ["audio", "a.wav"], "b"]
+    for line, message in (
+        ("/image none.png", "no picture none.png"),
+        ("/image ", "/image names no file"),
+        ("/audio", "/audio names no file"),
+    ):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"{line}\na\n"))
         assert run("chat", "runs/tiny") == 2
         out, err = capsys.readouterr()

@@ -14,6 +14,7 @@ from moe_train.commands.generate import GenerationRequest, generate, generate_te
 from moe_train.commands.prompt_file import read_prompt_file
 from moe_train.commands.text_generator import ChatSettings
 from moe_train.commands.train_tokenizer import train_tokenizer
+from moe_train.data.records.media_parts import PICTURES, SOUND
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.generate import GenerationOptions, generate_tokens
 from moe_train.evaluate.generation.sampling import Sampling
@@ -97,6 +98,8 @@ def test_a_chat_remembers_its_turns_until_it_is_reset(model_dir: tuple[Path, Tok
     chat.reset()
     assert "".join(chat.answer("the quick")) == first
     with pytest.raises(ValueError, match="has no vision tower that can be computed, so it sees no pictures"):
-        chat.show("picture.png")
+        chat.attach(PICTURES, "picture.png")
+    with pytest.raises(ValueError, match="has no audio tower that can be computed, so it hears no sound"):
+        chat.attach(SOUND, "clip.wav")
     with pytest.raises(ValueError, match="leaves the system message out"):
         Chat(model, Sampling(2), ChatSettings("{{ messages[-1].content }}", system="jump"))

@@ -281,7 +281,7 @@ def save_run_with_tower(folder: Path, tokenizer: HuggingFace, lora: config.Lora 
     """`folder / "run"`, which trained parts of the tower of `folder / "base"`."""
     with jax.set_mesh(ONE):
         save_wrapper(folder / "base", random_parameters(TEXT))
-        encoder = external.read_vision_encoder(folder / "base")
+        encoder = external.read_encoder(folder / "base", config.VisionEncoder)
         weights = random_parameters(TEXT, lora=lora, encoder=encoder, seed=3)
         vision = config.Vision(patches_per_row=16, encoder=encoder, train=patterns)
         sections = {"model": TEXT, "mesh": config.Mesh(), "loss": config.Loss(), "lora": lora, "vision": vision}
@@ -302,10 +302,10 @@ def test_a_trained_tower_is_exported_and_proved(kind: str, small_tokenizer: Hugg
     checks = {check["name"]: check for check in record["checks"]}
     assert checks["carried"]["figures"]["count"] == len(TOWER) - len(changed)
     if merge:
-        assert "those of the trained tower" in checks["pictures"]["said"]
+        assert "those of the trained tower" in checks["features"]["said"]
         again = {check.name: check for check in verify(tmp_path / "hf", base=base)[1]}
         # Attention of two layers and seven maps of the tower's; in full, the projector's four tensors, and the kernel, of no rank.
-        assert again["pictures"].passed and again["merge"].metrics["adapted"] == 2 * 4 + 7
+        assert again["features"].passed and again["merge"].metrics["adapted"] == 2 * 4 + 7
         assert again["merge"].metrics["trained_in_full"] == 5
     export(run, tmp_path / "native", "mistral", merge=merge, options=TENSORS)
     for name in ("hf", "native"):
@@ -362,7 +362,7 @@ def test_an_adapter_on_native_files_has_the_names_of_their_export(
             shutil.copyfile(file, tmp_path / "hf" / file.name)
     export(tmp_path / "hf", tmp_path / "base", "mistral", options=TENSORS)
     with jax.set_mesh(ONE):
-        encoder = external.read_vision_encoder(tmp_path / "base")
+        encoder = external.read_encoder(tmp_path / "base", config.VisionEncoder)
         weights = random_parameters(TEXT, lora=lora, encoder=encoder, seed=3)
         sections = {"model": TEXT, "mesh": config.Mesh(), "loss": config.Loss(), "lora": lora}
         sections |= {"vision": config.Vision(patches_per_row=16, encoder=encoder)}

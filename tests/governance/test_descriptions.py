@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moe_train.data.prepared.manifest import PictureEntry, SoundEntry
+from moe_train.data.pictures.rules import PictureRules
+from moe_train.data.sound.rules import SoundRules
 from moe_train.governance.descriptions import machines, modalities, sets_table
 from moe_train.governance.training_summary import training_summary
 from tests.governance.lineages import SET, lineage_of
@@ -22,16 +23,15 @@ def test_a_machine_that_a_run_came_back_to_is_named_once(tmp_path):
 def test_pictures_are_a_modality(tmp_path):
     training = lineage_of(tmp_path).training
     assert modalities(training) == ["text"]
-    entry = PictureEntry(patch_size=14, cell_size=2, max_image_size=1540, image_token=10, break_token=12, end_token=13)
-    training = training._replace(data=(SET, SET.model_copy(update={"pictures": entry})))
+    rules = PictureRules(14, 2, 1540, 10, 12, 13)
+    training = training._replace(data=(SET, SET.model_copy(update={"media": rules})))
     assert modalities(training) == ["text", "image"]
     assert "| image | pictures in records; TODO" in training_summary("m", (training,), "2026-11-03")
 
 
 def test_sound_is_a_modality(tmp_path):
     training = lineage_of(tmp_path).training
-    sizes = {"sampling_rate": 16000, "num_mel_bins": 128, "hop_length": 160, "window_size": 400}
-    entry = SoundEntry(**sizes, frames_per_chunk=3000, frames_per_token=8, audio_token=24, begin_token=25)
-    training = training._replace(data=(SET.model_copy(update={"sound": entry}),))
+    rules = SoundRules(16000, 128, 160, 400, 3000, 8, 24, 25)
+    training = training._replace(data=(SET.model_copy(update={"media": rules}),))
     assert modalities(training) == ["text", "audio"]
     assert "| audio | sound in records; TODO" in training_summary("m", (training,), "2026-11-03")

@@ -14,6 +14,7 @@ import safetensors.numpy
 from PIL import Image
 
 from moe_train import config
+from moe_train.commands.adapters import diff, merge_into
 from moe_train.commands.chat import Chat
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import ExportOptions, export
@@ -26,10 +27,11 @@ from moe_train.commands.train import train
 from moe_train.commands.verify import verify
 from moe_train.data.batches.batch import BatchRows
 from moe_train.data.batches.loader import Loader
-from moe_train.data.batches.picture_batch import picture_batch
+from moe_train.data.batches.media_batch import media_batch
 from moe_train.data.check.check import check_data
 from moe_train.data.check.settings import CheckSettings
 from moe_train.data.check.sources import CheckedSource
+from moe_train.data.records.media_parts import PICTURES
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.run import loop
 from moe_train.run.inputs import open_inputs
@@ -209,6 +211,14 @@ def test_adapters_of_the_tower_are_trained_resumed_merged_and_exported(ready: Pa
     record = export(tmp_path / "run", tmp_path / "adapter", "peft")
     assert {check["name"]: check["passed"] for check in record["checks"]}["names"]
     assert not failed(tmp_path / "adapter", run=tmp_path / "run") and not failed(tmp_path / "adapter", base=ready / "base")
+    # PEFT's files and the run itself are merged as the export of the run is.
+    for name, adapter in (("of_run", tmp_path / "run"), ("of_peft", tmp_path / "adapter")):
+        merged = merge_into(ready / "base", adapter, tmp_path / name)
+        assert not [check for check in merged["checks"] if check["passed"] is False]
+        assert all(np.array_equal(after[key], x) for key, x in tensors_of(tmp_path / name).items())
+    assert not failed(tmp_path / "of_run", base=ready / "base", adapter=tmp_path / "adapter", depth="tensors")
+    modules = {change.module for change in diff(tmp_path / "adapter", ready / "base").changes}
+    assert {"vision.tower.patch_proj", "vision.projector.in_proj", "attention.q_proj"} <= modules
     export(tmp_path / "run", tmp_path / "gguf", "gguf", merge=True, options=TENSORS)
     with pytest.raises(ValueError, match="--format peft"):
         export(tmp_path / "run", tmp_path / "lora", "mistral-lora")
@@ -232,12 +242,12 @@ def test_patterns_of_the_tower_have_to_have_an_effect(ready: Path) -> None:
 def test_a_chat_sees_the_picture_that_it_is_shown(trained: Path, tmp_path: Path) -> None:
     chat = Chat(trained, Sampling(8), ChatSettings())
     with pytest.raises(ValueError, match=r"there is no picture .*0\.png"):
-        chat.show(str(tmp_path / "0.png"))
+        chat.attach(PICTURES, str(tmp_path / "0.png"))
     for i, name in enumerate(("blue", "red")):
         save_picture(tmp_path / f"{i}.png", name, 100 + i)
-        chat.show(str(tmp_path / f"{i}.png"))
+        chat.attach(PICTURES, str(tmp_path / f"{i}.png"))
         assert "".join(chat.answer("Colour?")) == name
-        assert not chat.pictures
+        assert not chat.media
         chat.reset()
 
 
@@ -258,7 +268,7 @@ def test_a_run_with_pictures_continues_and_notices_another_tower(trained: Path, 
 
 def loader_of(run: config.Run, ready: Path, rows: BatchRows) -> Loader:
     assert run.pictures is not None
-    batch_type = picture_batch(run.pictures.encoder, run.pictures.patches_per_row)
+    batch_type = media_batch(run.pictures.encoder, run.pictures.patches_per_row)
     return Loader(run.training_data(), "train", Mistral(ready / "tekken.json"), rows, seed=0, batch_type=batch_type)
 
 
@@ -270,8 +280,8 @@ def test_batches_do_not_depend_on_the_number_of_processes(ready: Path) -> None:
         assert np.array_equal(array, np.concatenate(halves))
     assert ((whole.feature_index >= 0) == (whole.tokens == 10)).all()
     assert not (whole.loss_mask & np.isin(whole.targets, (10, 12, 13))).any()
-    assert (whole.picture_ids > 0).sum() == 4 * (whole.tokens == 10).sum()
-    assert whole.picture_ids.max() > 1  # several pictures in a row
+    assert (whole.ids > 0).sum() == 4 * (whole.tokens == 10).sum()
+    assert whole.ids.max() > 1  # several pictures in a row
 
 
 def test_rows_have_no_more_patches_than_room(ready: Path) -> None:
@@ -279,8 +289,8 @@ def test_rows_have_no_more_patches_than_room(ready: Path) -> None:
     run = resolve(written(ready, vision=config.Vision(patches_per_row=16)), 8)
     loader = loader_of(run, ready, BatchRows(2, 64))
     batches = [loader.batch(step) for step in range(loader.steps())]
-    assert max((batch.picture_ids > 0).sum(axis=1).max() for batch in batches) == 16
-    assert max(batch.picture_ids.max() for batch in batches) == 2
+    assert max((batch.ids > 0).sum(axis=1).max() for batch in batches) == 16
+    assert max(batch.ids.max() for batch in batches) == 2
     for segment in loader.trace(0, 0):
         assert segment.length == loader.sources[0].store.lengths()[segment.example]
     assert run.pictures is not None
@@ -295,7 +305,7 @@ def test_what_training_would_get_wrong_is_refused(ready: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match=r"records with pictures; set vision: \{\}"):
         Loader(data, "train", Mistral(ready / "tekken.json"), BatchRows(4, 32), seed=0)
     cut = data.train[0].model_copy(update={"record": config.ChatRecord(name="chat", too_long="truncate")})
-    with pytest.raises(ValueError, match="too_long truncate would cut them"):
+    with pytest.raises(ValueError, match="too_long truncate would cut it"):
         loader_of(run.model_copy(update={"data": data.model_copy(update={"train": (cut,)})}), ready, BatchRows(4, 32))
     with pytest.raises(ValueError, match="vision needs init_from"):
         written(ready, init_from=None, model=MODEL)

@@ -15,15 +15,16 @@ from moe_train import config
 from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.data.batches.batch import StoredPiece
-from moe_train.data.batches.picture_batch import PictureBatch, picture_batch
-from moe_train.data.pictures.patches import PicturesOfPiece, patched
+from moe_train.data.batches.media_batch import MediaBatch, media_batch
+from moe_train.data.media import MediaOfPiece
+from moe_train.data.pictures.patches import patched
 from moe_train.data.pictures.rules import PictureRules
 from moe_train.machine.mesh import make_mesh, put_batch
 from moe_train.model import parameters as flat
-from moe_train.model.encoders.pictures import Pictures
 from moe_train.model.paths import ParameterPath
 from moe_train.model.transformer import abstract_model
 from moe_train.proof.prove_adapter import AdapterExport, prove_adapter
+from moe_train.train.objectives.next_token import media_of
 from moe_train.weights import external, names, peft
 from moe_train.weights.wrappers import vision_pieces
 from tests.judges.test_transformers_and_peft import distance
@@ -42,7 +43,7 @@ KINDS = [("mistral3", "mistral"), ("mistral3", "ministral3"), ("mistral3", "mist
 class Packed(NamedTuple):
     """A batch of rows, of which the first has three segments: a picture, none, a picture."""
 
-    batch: PictureBatch
+    batch: MediaBatch
     segments: list[tuple[np.ndarray, np.ndarray | None]]
     """Tokens and pixels of each segment of the first row."""
 
@@ -50,7 +51,7 @@ class Packed(NamedTuple):
 def packed(encoder: config.VisionEncoder) -> Packed:
     draw = np.random.default_rng(5)
     rules = PictureRules(encoder.patch_size, encoder.cell_size, encoder.max_image_size, PLACEHOLDER, 12, 13)
-    batch = picture_batch(encoder, PATCHES).empty(ROWS, SEQ_LEN)
+    batch = media_batch(encoder, PATCHES).empty(ROWS, SEQ_LEN)
     segments: list[tuple[np.ndarray, np.ndarray | None]] = []
     pieces = []
     for size, length in zip((SIZES[0], None, SIZES[1]), (24, 11, 22), strict=True):
@@ -61,17 +62,14 @@ def packed(encoder: config.VisionEncoder) -> Packed:
             pixels = draw.normal(size=(3, *size)).astype(np.float32)
             ids = rules.tokens(rules.grid(size[1], size[0]))
             tokens[2 : 2 + len(ids)] = ids
-            pictures = PicturesOfPiece((patched(pixels, rules),), PLACEHOLDER)
+            patches, places = patched(pixels, rules)
+            pictures = MediaOfPiece(patches, places, np.ones(len(patches), np.int32), PLACEHOLDER)
         segments.append((tokens, pixels))
-        pieces.append(StoredPiece(tokens, np.ones(length, bool), pictures=pictures))
+        pieces.append(StoredPiece(tokens, np.ones(length, bool), media=pictures))
     batch.fill_row(0, pieces)
     for row in range(1, ROWS):  # the same again, in another order
         batch.fill_row(row, pieces[1:])
     return Packed(batch, segments)
-
-
-def pictures_of(batch: Any) -> Pictures:
-    return Pictures(batch.patches, batch.places, batch.picture_ids, batch.feature_index)
 
 
 class Ours(NamedTuple):
@@ -89,8 +87,8 @@ def ours(base: Path, encoder: config.VisionEncoder, batch: Any, mesh: jax.shardi
 
         def loss(weights: dict[str, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             module = flat.combine(structure, weights)
-            pictures = pictures_of(placed)
-            hidden, _ = module(placed.tokens, placed.positions, placed.segment_ids, pictures=pictures)
+            pictures = media_of(placed)
+            hidden, _ = module(placed.tokens, placed.positions, placed.segment_ids, media=pictures)
             logits = module.logits(hidden)
             chosen = jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(placed.targets, model.vocab_size), axis=-1)
             features = module.vision(pictures.placed())
@@ -106,7 +104,7 @@ def test_features_logits_and_gradients_equal_transformers(kind: str, text: str, 
     torch = pytest.importorskip("torch")
     judge = wrapper(kind, text)
     judge.save_pretrained(tmp_path / "base")
-    encoder = external.read_vision_encoder(tmp_path / "base")
+    encoder = external.read_encoder(tmp_path / "base", config.VisionEncoder)
     batch, segments = packed(encoder)
     total = 0.0
     features, logits = [], []
@@ -158,7 +156,7 @@ def test_an_adapter_of_the_tower_works_in_peft(kind: str, lora: config.Lora, tmp
     torch = pytest.importorskip("torch")
     PeftModel = pytest.importorskip("peft").PeftModel
     wrapper(kind, "mistral").save_pretrained(tmp_path / "base")
-    encoder = external.read_vision_encoder(tmp_path / "base")
+    encoder = external.read_encoder(tmp_path / "base", config.VisionEncoder)
     batch, segments = packed(encoder)
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
         model = external.read_external_model(tmp_path / "base")
@@ -170,7 +168,7 @@ def test_an_adapter_of_the_tower_works_in_peft(kind: str, lora: config.Lora, tmp
             if path not in weights:
                 weights[path] = jnp.asarray(draw.normal(0, 0.3, like.shape), like.dtype)
         module = flat.combine(structure, weights)
-        hidden, _ = module(batch.tokens, batch.positions, batch.segment_ids, pictures=pictures_of(batch))
+        hidden, _ = module(batch.tokens, batch.positions, batch.segment_ids, media=media_of(batch))
         ours = np.asarray(module.logits(hidden))[0]
         peft.export_adapter(weights, model, lora, tmp_path / "adapter", base_model="base", layout=names.WRAPPED, encoder=encoder)
         prove_adapter(
@@ -207,7 +205,7 @@ def test_native_files_give_the_same_tower(tmp_path: Path) -> None:
     for file in (tmp_path / "tokenizer").iterdir():
         shutil.copyfile(file, base / file.name)
     export(base, tmp_path / "native", "mistral", options=ExportOptions(depth="tensors"))
-    encoders = [external.read_vision_encoder(path) for path in (base, tmp_path / "native")]
+    encoders = [external.read_encoder(path, config.VisionEncoder) for path in (base, tmp_path / "native")]
     # Mistral's own layout does not state the constant of the projector's norm.
     assert encoders[0].model_copy(update={"projector_norm_eps": 1e-5}) == encoders[1]
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):

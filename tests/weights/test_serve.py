@@ -86,22 +86,22 @@ def test_what_a_server_cannot_apply_is_refused() -> None:
         with pytest.raises(ValueError, match=rf"vLLM rejects an adapter of embed in a {family}; .*--merge"):
             serve.adapter_shapes("vllm", family, ends)
     with pytest.raises(ValueError, match=r"does not know the names that --format mistral gives to experts; use --format hf"):
-        serve.serving_command("vllm", "mistral", MIXTRAL, "out")
+        serve.serving_command("vllm", serve.ServedExport("mistral", MIXTRAL, "out"))
     for server, layout, reads in (("llama.cpp", "hf", "gguf or gguf-lora"), ("transformers", "mistral", "hf or peft")):
         with pytest.raises(ValueError, match=f"does not read --format {layout}; use --format {reads}"):
-            serve.serving_command(server, layout, MIXTRAL, "out")
+            serve.serving_command(server, serve.ServedExport(layout, MIXTRAL, "out"))
 
 
 def test_commands() -> None:
-    line = serve.serving_command("vllm", "peft", MIXTRAL, "my run/out", base_model="base", rank=17)
+    line = serve.serving_command("vllm", serve.ServedExport("peft", MIXTRAL, "my run/out", base_model="base", rank=17))
     assert line == "vllm serve base --enable-lora --max-lora-rank 32 --lora-modules out='my run/out'"
-    assert serve.serving_command("vllm", "mistral", MINISTRAL, "out", tokenizer="mistral").endswith(
+    assert serve.serving_command("vllm", serve.ServedExport("mistral", MINISTRAL, "out", tokenizer="mistral")).endswith(
         "out --tokenizer-mode mistral --config-format mistral --load-format mistral"
     )
-    assert "--tokenizer-mode auto" in serve.serving_command("vllm", "mistral", MINISTRAL, "out")
-    assert serve.serving_command("llama.cpp", "gguf", MIXTRAL, "out") == "llama-server -m out/model.gguf"
-    assert serve.serving_command("transformers", "hf", MIXTRAL, "out") == "transformers serve out"
-    assert serve.serving_command("ollama", "gguf", MIXTRAL, "runs/My run") == (
+    assert "--tokenizer-mode auto" in serve.serving_command("vllm", serve.ServedExport("mistral", MINISTRAL, "out"))
+    assert serve.serving_command("llama.cpp", serve.ServedExport("gguf", MIXTRAL, "out")) == "llama-server -m out/model.gguf"
+    assert serve.serving_command("transformers", serve.ServedExport("hf", MIXTRAL, "out")) == "transformers serve out"
+    assert serve.serving_command("ollama", serve.ServedExport("gguf", MIXTRAL, "runs/My run")) == (
         "ollama create my-run -f 'runs/My run'/Modelfile && ollama run my-run"
     )
 
@@ -110,17 +110,21 @@ def test_commands_have_the_flags_of_tools() -> None:
     assert serve.tool_parser_of("{% if tools %}[AVAILABLE_TOOLS]{% endif %}[TOOL_CALLS]") == "mistral"
     assert serve.tool_parser_of("<tool_call>{{ call | tojson }}</tool_call>") == "hermes"
     assert serve.tool_parser_of("{{ messages }}") is None
-    line = serve.serving_command("vllm", "hf", MIXTRAL, "out", tool_parser="hermes")
+    line = serve.serving_command("vllm", serve.ServedExport("hf", MIXTRAL, "out", tool_parser="hermes"))
     assert line == "vllm serve out --enable-auto-tool-choice --tool-call-parser hermes"
-    assert serve.serving_command("llama.cpp", "gguf", MIXTRAL, "out", tool_parser="mistral").endswith(" --jinja")
+    assert serve.serving_command("llama.cpp", serve.ServedExport("gguf", MIXTRAL, "out", tool_parser="mistral")).endswith(
+        " --jinja"
+    )
 
 
 def test_a_mistral4_is_served_by_what_knows_it() -> None:
-    line = serve.serving_command("transformers", "hf", MISTRAL4, "out")
+    line = serve.serving_command("transformers", serve.ServedExport("hf", MISTRAL4, "out"))
     assert "AutoModelForImageTextToText as M" in line and "M.from_pretrained('" in line.replace("'\"'\"'", "'")
     with pytest.raises(ValueError, match="vLLM runs mistral4 from Mistral's own files alone"):
-        serve.serving_command("vllm", "hf", MISTRAL4, "out")
-    assert "--load-format mistral" in serve.serving_command("vllm", "mistral", MISTRAL4, "out", tokenizer="mistral")
+        serve.serving_command("vllm", serve.ServedExport("hf", MISTRAL4, "out"))
+    assert "--load-format mistral" in serve.serving_command(
+        "vllm", serve.ServedExport("mistral", MISTRAL4, "out", tokenizer="mistral")
+    )
     assert serve.auto_class_of(DEEPSEEK_V3) == "AutoModelForCausalLM"
 
 
@@ -132,16 +136,18 @@ def test_vllm_finds_query_scaling_where_it_looks() -> None:
 
 def test_the_class_that_loads_a_wrapper_is_named() -> None:
     for name in ("AutoModelForCausalLM", "AutoModelForImageTextToText"):
-        line = serve.serving_command("transformers", "peft", MIXTRAL, "out", base_model="base", auto_class=name)
+        line = serve.serving_command("transformers", serve.ServedExport("peft", MIXTRAL, "out", base_model="base", auto_class=name))
         assert f"from transformers import {name} as M" in line
 
 
 def test_mistral4_is_served_by_vllm_from_mistrals_own_files_alone() -> None:
-    assert serve.serving_command("vllm", "mistral", MISTRAL4, "out", tokenizer="mistral").startswith("vllm serve out")
+    assert serve.serving_command("vllm", serve.ServedExport("mistral", MISTRAL4, "out", tokenizer="mistral")).startswith(
+        "vllm serve out"
+    )
     for layout in ("hf", "peft"):
         with pytest.raises(ValueError, match=r"runs mistral4 from Mistral's own files alone; .*--format mistral"):
-            serve.serving_command("vllm", layout, MISTRAL4, "out")  # type: ignore[arg-type]
+            serve.serving_command("vllm", serve.ServedExport(layout, MISTRAL4, "out"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="runs mistral4 from Mistral's own files alone"):
         serve.adapter_shapes("vllm", "mistral4", {Q: AdapterShape(4, 8.0)})
-    line = serve.serving_command("transformers", "peft", MISTRAL4, "out", base_model="base")
+    line = serve.serving_command("transformers", serve.ServedExport("peft", MISTRAL4, "out", base_model="base"))
     assert "from transformers import AutoModelForImageTextToText as M" in line

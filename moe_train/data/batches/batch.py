@@ -11,6 +11,7 @@ import numpy as np
 
 from moe_train.data.chat.example import SEGMENT_START
 from moe_train.data.media import MediaOfPiece
+from moe_train.data.prepared.feature_values import FeaturesOfPiece
 from moe_train.data.prepared.reference_values import ReferenceValues
 from moe_train.data.prepared.teacher_values import TeacherValues
 
@@ -41,8 +42,10 @@ class StoredPiece(NamedTuple):
     """Outputs of the reference model; None if they are not stored."""
     teacher: TeacherValues | None = None
     """A teacher's predictions for the trained tokens; None if none are stored."""
-    pictures: MediaOfPiece | None = None
+    media: MediaOfPiece | None = None
     """The pictures, or the sound, of the example; None if it has none."""
+    features: FeaturesOfPiece | None = None
+    """Stored features of the pictures or the sound of the example; None if it has none, or they are not stored."""
     mismatched: StoredPiece | None = None
     """The example whose answer is set against this one's prompt; None if the objective uses none."""
 

@@ -11,11 +11,11 @@ from moe_train.data.batches.answer_batches import PreferenceBatch, SharedPromptB
 from moe_train.data.batches.batch import PackedBatch
 from moe_train.data.batches.classification_batch import ClassificationBatch
 from moe_train.data.batches.distillation_batch import DistillationBatch
+from moe_train.data.batches.feature_batch import FeatureBatch
+from moe_train.data.batches.media_batch import MediaBatch, check_sizes
 from moe_train.data.batches.packing import TooLong
-from moe_train.data.batches.picture_batch import PictureBatch
 from moe_train.data.batches.reward_batch import RewardBatch
-from moe_train.data.batches.sound_batch import SoundBatch
-from moe_train.data.pictures.rules import PictureRules
+from moe_train.data.media import MediaRules
 from moe_train.data.prepared.store import TokenStore
 from moe_train.data.sound.rules import SoundRules
 
@@ -30,7 +30,7 @@ _KINDS: tuple[tuple[type[PackedBatch], str], ...] = (
 
 
 def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_len: int, too_long: TooLong) -> None:
-    """Check the kind of the records, and their labels, pictures or the predictions of a teacher, if batches have them.
+    """Check the kind of the records, and their labels, pictures, sound or the predictions of a teacher, if batches have them.
 
     Args:
         batch_type: the batch type of the objective.
@@ -40,8 +40,8 @@ def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_l
         too_long: what happens to longer examples.
 
     Raises:
-        ValueError: the records are of another kind, the labels are others, pictures have no place, or there are no predictions that
-            belong to these rows.
+        ValueError: the records are of another kind, the labels are others, pictures or sound have no place, or there are no
+            predictions that belong to these rows.
     """
     kind = str(store.manifest.rules.record["name"])
     for needing, needed in _KINDS:
@@ -52,10 +52,11 @@ def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_l
             )
     if issubclass(batch_type, ClassificationBatch):
         _check_labels(cast(type[ClassificationBatch], batch_type), name, store)
-    if store.manifest.pictures is not None:
-        _check_pictures(batch_type, name, store.manifest.pictures.rules(), too_long)
-    if store.manifest.sound is not None:
-        _check_sound(batch_type, name, store.manifest.sound.rules(), too_long)
+    if issubclass(batch_type, FeatureBatch):
+        # Stored features stand for pictures or sound, and have the same sizes.
+        batch_type = cast(type[FeatureBatch], batch_type).computed_type()
+    if store.manifest.media is not None:
+        _check_media(batch_type, name, store.manifest.media, too_long)
     if issubclass(batch_type, DistillationBatch):
         _check_teacher(cast(type[DistillationBatch], batch_type), name, store, seq_len, too_long)
 
@@ -66,16 +67,18 @@ def _check_labels(batch_type: type[ClassificationBatch], name: str, store: Token
         raise ValueError(f"{name} was prepared with other labels than objective.labels; state the same, or prepare it again")
 
 
-def _check_pictures(batch_type: type[PackedBatch], name: str, rules: PictureRules, too_long: TooLong) -> None:
-    """Raise ValueError unless the batches have room for pictures, and the tower takes them as they became tokens."""
-    if not issubclass(batch_type, PictureBatch):
+def _check_media(batch_type: type[PackedBatch], name: str, rules: MediaRules, too_long: TooLong) -> None:
+    """Raise ValueError unless the batches have room for pictures or sound, and the tower takes them as they became tokens."""
+    encoder = cast(type[MediaBatch], batch_type).encoder if issubclass(batch_type, MediaBatch) else None
+    if encoder is None or encoder.media != rules.media:
+        section = "audio" if isinstance(rules, SoundRules) else "vision"
         raise ValueError(
-            f"{name} has records with pictures; set vision: {{}} in the config to train on them with the tower of init_from and "
-            "objective next_token, or drop the records"
+            f"{name} has records with {rules.media}; set {section}: {{}} in the config to train on them with the tower of "
+            "init_from and objective next_token, or drop the records"
         )
     if too_long in ("split", "truncate"):
-        raise ValueError(f"{name} has pictures, and too_long {too_long} would cut them; set record.too_long to drop or error")
-    cast(type[PictureBatch], batch_type).check_rules(rules, name)
+        raise ValueError(f"{name} has {rules.media}, and too_long {too_long} would cut it; set record.too_long to drop or error")
+    check_sizes(encoder, rules, name)
 
 
 def check_varied_labels(batch_type: type[PackedBatch], stores: Sequence[TokenStore]) -> None:
@@ -97,18 +100,6 @@ def check_varied_labels(batch_type: type[PackedBatch], stores: Sequence[TokenSto
                 f"{stores[0].where(0)}: this and all other texts ({len(labels)}) have {stated}, so nothing tells one label from "
                 "another; add records with others"
             )
-
-
-def _check_sound(batch_type: type[PackedBatch], name: str, rules: SoundRules, too_long: TooLong) -> None:
-    """Raise ValueError unless the batches have room for sound, and the tower takes it as it became tokens."""
-    if not issubclass(batch_type, SoundBatch):
-        raise ValueError(
-            f"{name} has records with sound; set audio: {{}} in the config to train on them with the tower of init_from and "
-            "objective next_token, or drop the records"
-        )
-    if too_long in ("split", "truncate"):
-        raise ValueError(f"{name} has sound, and too_long {too_long} would cut it; set record.too_long to drop or error")
-    cast(type[SoundBatch], batch_type).check_rules(rules, name)
 
 
 def _check_teacher(batch_type: type[DistillationBatch], name: str, store: TokenStore, seq_len: int, too_long: TooLong) -> None:

@@ -29,6 +29,7 @@ from moe_train.data.batches.packing import Plan
 from moe_train.data.batches.sources import RowSource, open_rows, open_store, source_name, too_long_of
 from moe_train.data.chat import conversation_to_tokens
 from moe_train.data.prepared import manifest
+from moe_train.data.prepared.features import StoredFeatures
 from moe_train.data.prepared.reference import StoredReference
 from moe_train.data.prepared.store import ExampleSlice
 from moe_train.data.records.source import Origin
@@ -289,6 +290,10 @@ class Loader:
     def add_references(self, references: Sequence[StoredReference]) -> None:
         """Add the stored outputs of a reference model to the batches that are made from now on, one store for each source."""
         self._sources = [source._replace(reference=reference) for source, reference in zip(self._sources, references, strict=True)]
+
+    def add_features(self, features: Sequence[StoredFeatures | None]) -> None:
+        """Add stored features of pictures or sound to the batches that are made from now on, one store for each source."""
+        self._sources = [source._replace(features=stored) for source, stored in zip(self._sources, features, strict=True)]
 
     def pieces(self, step: int) -> list[tuple[int, list[ExampleSlice]]]:
         """Return, for each row of the global batch of `step`, the index of its source, and what it takes from its examples."""

@@ -19,6 +19,8 @@ from moe_train.data.batches.packing import TooLong
 from moe_train.data.batches.shared_prompts import shared_positions
 from moe_train.data.chat.chat_date import dated, keep_date, reads_date
 from moe_train.data.chat.example import has_trained_token
+from moe_train.data.media import MediaRules
+from moe_train.data.prepared.features import StoredFeatures
 from moe_train.data.prepared.reference import StoredReference
 from moe_train.data.prepared.shard_pool import ProgressReport
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
@@ -26,6 +28,7 @@ from moe_train.data.prepared.tokenize_ahead import prepare
 from moe_train.data.prepared.tokenize_shard import Recipe
 from moe_train.data.records.local_files import LocalFiles, suffixes_in_words
 from moe_train.data.records.open_source import open_source
+from moe_train.data.sound.rules import SoundRules
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,9 @@ class RowSource(NamedTuple):
     """(N,) positions that each example fills, where it takes more so that a row has room for the patches of its pictures, or the
     chunks of its sound; None without either."""
 
+    features: StoredFeatures | None = None
+    """Stored features of the pictures or the sound; None if the tower computes them, or there are none."""
+
     @property
     def name(self) -> str:
         """The name in messages."""
@@ -64,9 +70,16 @@ class RowSource(NamedTuple):
         """Return the content of pieces of this source's rows."""
         pieces = [self.filled(piece) for piece in pieces]
         if self.stored_lengths is not None:
-            stored = self.stored_lengths
-            pieces = [piece._replace(length=int(stored[piece.example])) for piece in pieces]
-        contents = self.store.read(pieces) if self.mismatched is None else self._with_mismatched(self.mismatched, pieces)
+            stored_lengths = self.stored_lengths
+            pieces = [piece._replace(length=int(stored_lengths[piece.example])) for piece in pieces]
+        if self.mismatched is not None:
+            contents = self._with_mismatched(self.mismatched, pieces)
+        else:
+            contents = self.store.read(pieces, with_media=self.features is None)
+        if self.features is not None:
+            features = self.features
+            own = [features.of_example(self.store, piece.example) for piece in pieces]
+            contents = [x._replace(features=rows) for x, rows in zip(contents, own, strict=True)]
         if self.reference is None:
             return contents
         reference = self.reference
@@ -128,10 +141,11 @@ def open_rows(
     too_long = too_long_of(source, store)
     lengths = store.lengths()
     own_lengths = None
-    patches_per_row = getattr(batch_type, "patches_per_row", getattr(batch_type, "chunks_per_row", None))
-    if patches_per_row is not None and store.manifest.media is not None:
+    rules = store.manifest.media
+    units_per_row = getattr(batch_type, "units_per_row", None)
+    if units_per_row is not None and rules is not None:
         own_lengths = lengths
-        lengths = np.maximum(lengths, _positions_for_patches(store, seq_len, patches_per_row))
+        lengths = np.maximum(lengths, _positions_for_media(store, rules, seq_len, units_per_row))
     stored_lengths = None
     if getattr(batch_type, "reads_last_token", False):
         stored_lengths = lengths
@@ -160,26 +174,26 @@ def open_rows(
     )
 
 
-def _positions_for_patches(store: TokenStore, seq_len: int, patches_per_row: int) -> np.ndarray:
-    """Return (N,) the share of a row's room for patches that each example takes, in positions.
+def _positions_for_media(store: TokenStore, rules: MediaRules, seq_len: int, units_per_row: int) -> np.ndarray:
+    """Return (N,) the share of a row's room for patches or chunks that each example takes, in positions.
 
-    Rows are packed by positions alone. An example that takes as many of them as its share of the patches never shares a row with
-    more pictures than there is room for.
+    Rows are packed by positions alone. An example that takes as many of them as its share of the room never shares a row with
+    more pictures or sound than there is room for.
 
     Raises:
-        ValueError: If the pictures of an example need more room than a row has.
+        ValueError: If the pictures or the sound of an example need more room than a row has.
     """
-    patches = store.patches.astype(np.int64)
-    largest = int(np.argmax(patches)) if len(patches) else 0
-    if len(patches) and patches[largest] > patches_per_row:
+    units = store.media_units.astype(np.int64)
+    largest = int(np.argmax(units)) if len(units) else 0
+    if len(units) and units[largest] > units_per_row:
         parts, setting = "pictures of the record have {} patches", "vision.patches_per_row"
-        if store.manifest.sound is not None:
+        if isinstance(rules, SoundRules):
             parts, setting = "sound of the record has {} chunks", "audio.chunks_per_row"
         raise ValueError(
-            f"{store.where(largest)}: the {parts.format(patches[largest])}, and a row has room for {patches_per_row}; raise "
+            f"{store.where(largest)}: the {parts.format(units[largest])}, and a row has room for {units_per_row}; raise "
             f"{setting}, or drop the record"
         )
-    return -(-patches * seq_len // patches_per_row)
+    return -(-units * seq_len // units_per_row)
 
 
 def too_long_of(source: config.Source, store: TokenStore) -> TooLong:

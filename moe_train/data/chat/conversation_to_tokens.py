@@ -118,7 +118,7 @@ def render_prompt(
 ) -> list[int]:
     """Return the tokens of a conversation without pictures and sound; otherwise like `rendered_prompt`."""
     rendered = rendered_prompt(messages, template, tokenizer, tools, reasoning_effort)
-    if rendered.pictures:
+    if rendered.media:
         raise Problem("picture", "the conversation has pictures or sound, which are not shown to the model here", "leave them out")
     return rendered.tokens
 

@@ -24,9 +24,9 @@ class Example(NamedTuple):
     """
     values: tuple[float, ...] = ()
     """Numbers that belong to the whole example; the record kind decides what they are (see `pairs_to_tokens`)."""
-    pictures: tuple[bytes, ...] = ()
+    media: tuple[bytes, ...] = ()
     """Content of the pictures, or of the clips of sound, that tokens stand for, in the order of the tokens."""
-    picture_files: tuple[str, ...] = ()
+    media_files: tuple[str, ...] = ()
     """Files of those pictures or clips that are no data URLs."""
 
     @property
@@ -40,7 +40,7 @@ class RenderedPrompt(NamedTuple):
     """A conversation up to where the assistant's next turn begins."""
 
     tokens: list[int]
-    pictures: tuple[bytes, ...] = ()
+    media: tuple[bytes, ...] = ()
     """Content of the pictures, or of the clips of sound, that tokens stand for, in the order of the tokens."""
 
 

@@ -24,22 +24,14 @@ from mistral_common.tokens.tokenizers.base import SpecialTokens, TokenizerVersio
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
 from moe_train.data.chat.example import EXTEND_VOCAB, Example, RenderedPrompt, turns, uses_tools, without_tools
-from moe_train.data.chat.mistral_pictures import PictureTokens, check_pictures, picture_files
+from moe_train.data.chat.mistral_media import check_media, media_chunk, media_files, media_of, read_files_with
 from moe_train.data.chat.mistral_prefixes import Prefixes
 from moe_train.data.chat.mistral_refusals import refusal
 from moe_train.data.chat.mistral_settings import check_written, request_fields
-from moe_train.data.chat.mistral_sound import (
-    SoundTokens,
-    check_sound,
-    files_of,
-    is_transcription,
-    sound_files,
-    transcription_example,
-    transcription_prompt,
-)
 from moe_train.data.chat.mistral_trajectory import merged_examples
+from moe_train.data.chat.mistral_transcription import is_transcription, transcription_example, transcription_prompt
 from moe_train.data.chat.pieces import trained_ids
-from moe_train.data.records.normal_form import Conversation, Message
+from moe_train.data.records.normal_form import MEDIA, Conversation, Message
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.mistral import Mistral
 
@@ -61,8 +53,7 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
     """
     messages = conversation.messages
     check_written(conversation, tokenizer)
-    check_pictures(conversation, tokenizer)
-    check_sound(conversation, tokenizer)
+    check_media(conversation, tokenizer)
     if is_transcription(conversation):
         with _refusals(conversation, tokenizer):
             return [transcription_example(conversation, _instruct(tokenizer), tokenizer)]
@@ -82,16 +73,14 @@ def examples(conversation: Conversation, tokenizer: Mistral) -> list[Example]:
 def prompt(conversation: Conversation, tokenizer: Mistral) -> RenderedPrompt:
     """Return the prompt up to where the assistant's next turn begins."""
     check_written(conversation, tokenizer)
-    check_pictures(conversation, tokenizer)
-    check_sound(conversation, tokenizer)
+    check_media(conversation, tokenizer)
     if is_transcription(conversation):
         with _refusals(conversation, tokenizer):
             return transcription_prompt(conversation, _instruct(tokenizer))
     request = _request(conversation, tokenizer, ValidationMode.test)
     with _refusals(conversation, tokenizer):
         encoded = _instruct(tokenizer).encode_instruct(request)
-    pictures = tuple(picture.tobytes() for picture in encoded.images)
-    return RenderedPrompt(encoded.tokens, pictures + files_of(encoded.audios))
+    return RenderedPrompt(encoded.tokens, media_of(encoded))
 
 
 def check_has_tools(tokenizer: Mistral) -> None:
@@ -119,10 +108,7 @@ def _all_turns(conversation: Conversation, tokenizer: Mistral) -> Example:
         start = end - _length_of_last(tokens[:end], message, tokenizer)
         if turn.trained_on:
             mask[start:end] = trained_ids(tokens[start:end], conversation.messages[turn.start : turn.end], tokenizer)
-    # `check_sound` has made sure that there are not both.
-    pictures = tuple(picture.tobytes() for picture in encoded.images) + files_of(encoded.audios)
-    files = (*picture_files(conversation), *sound_files(conversation))
-    return Example(tokens, mask, pictures=pictures, picture_files=files)
+    return Example(tokens, mask, media=media_of(encoded), media_files=media_files(conversation.messages))
 
 
 def _length_of_last(tokens: list[int], message: AssistantMessage, tokenizer: Mistral) -> int:
@@ -169,11 +155,7 @@ def _instruct(tokenizer: Mistral) -> InstructTokenizerBase:
     assert isinstance(encoder, InstructTokenizerBase)
     # An attribute of the copy shadows the method of its class, so that the tokenizer's own encoder still decodes.
     vars(encoder)["decode"] = _no_decoding
-    if tokenizer.pictures is not None:
-        vars(encoder)["image_encoder"] = PictureTokens(tokenizer.pictures)
-    if tokenizer.sound is not None:
-        assert encoder.audio_encoder is not None  # which states the rules
-        vars(encoder)["audio_encoder"] = SoundTokens(encoder.audio_encoder, tokenizer.sound)
+    read_files_with(encoder, tokenizer)
     return encoder
 
 
@@ -220,17 +202,10 @@ def _plain(message: Message) -> Message:
     """Keep only the keys that mistral-common knows, since it rejects others."""
     plain = {"role": message["role"], **{key: message[key] for key in _KEYS.get(message["role"], ("content",)) if key in message}}
     if isinstance(plain.get("content"), list):
-        plain["content"] = [_chunk(part) for part in plain["content"]]
+        plain["content"] = [media_chunk(part) if part["type"] in MEDIA else part for part in plain["content"]]
     if "tool_calls" in plain:
         plain["tool_calls"] = [ToolCall.from_openai(call) for call in plain["tool_calls"]]
     return plain
-
-
-def _chunk(part: dict[str, Any]) -> dict[str, Any]:
-    """Return a part in mistral-common's form, where pictures and sound are URLs: `PictureTokens` and `SoundTokens` read them."""
-    if part["type"] == "audio":
-        return {"type": "audio_url", "audio_url": part["audio"]}
-    return {"type": "image_url", "image_url": part["image"]} if part["type"] == "image" else part
 
 
 @contextlib.contextmanager

@@ -17,6 +17,8 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import ToolCall
 from mistral_common.tokens.tokenizers.instruct import InstructTokenizerBase
 
+from moe_train.data.chat.mistral_media import media_of
+
 
 class TurnSpan(NamedTuple):
     """A turn of the assistant in the tokens of a conversation: `tokens[start:end]`."""
@@ -32,8 +34,8 @@ class EncodedPrefix(NamedTuple):
 
     tokens: list[int]
     spans: list[TurnSpan]
-    pictures: tuple[bytes, ...]
-    """Content of the pictures that tokens stand for, in the order of the tokens."""
+    media: tuple[bytes, ...]
+    """Content of the pictures, or of the clips of sound, that tokens stand for, in the order of the tokens."""
 
 
 class Prefixes:
@@ -72,7 +74,7 @@ class Prefixes:
             end: Number of messages to encode.
 
         Returns:
-            The tokens, with the ids of calls, the spans of the turns, and the pictures.
+            The tokens, with the ids of calls, the spans of the turns, and the pictures or the sound.
         """
         prefix = self._request.model_copy(update={"messages": self._request.messages[:end]})
         normal = self._normalizer.from_chat_completion_request(prefix)
@@ -88,7 +90,7 @@ class Prefixes:
             i = assistant_messages[number]
             spans.append(TurnSpan(ends[i], ends[i + 1], self._as_generated(normal.messages[i], self._segments[i])))
         assert spans[-1].end == len(tokens), "mistral-common writes something after the assistant's last turn"
-        return EncodedPrefix(tokens, spans, tuple(picture.tobytes() for picture in encoded.images))
+        return EncodedPrefix(tokens, spans, media_of(encoded))
 
     def _as_generated(self, message: AssistantMessage, seen: list[int]) -> list[int]:
         """Return the tokens of a message as the assistant generates them, given those that later turns see."""

@@ -19,8 +19,8 @@ import dataclasses
 from moe_train.data.chat.example import WITHOUT_ID, Example, MergedTurns, Turn, restart_reason, turns
 from moe_train.data.chat.mistral_prefixes import Prefixes, TurnSpan
 from moe_train.data.chat.pieces import trained_ids
-from moe_train.data.records.normal_form import Conversation, Message
-from moe_train.data.records.pictures import references_of
+from moe_train.data.records.media import references_of
+from moe_train.data.records.normal_form import Message
 from moe_train.data.tokenizers.mistral import Mistral
 
 _MOST_ENCODED = 64  # encoded prefixes of a conversation, apart from those before a new user turn
@@ -39,10 +39,10 @@ class _Row:
     spans: list[TurnSpan]
     turn_messages: list[list[Message]]
     """The messages of each turn."""
-    pictures: tuple[bytes, ...]
-    """Content of the pictures of the tokens."""
+    media: tuple[bytes, ...]
+    """Content of the pictures, or of the clips of sound, of the tokens."""
     references: list[str]
-    """The same pictures as the messages name them."""
+    """The same files as the messages name them."""
 
     def seen(self, span: TurnSpan) -> list[int]:
         """Return the tokens of a turn as later turns see them."""
@@ -67,17 +67,17 @@ def merged_examples(messages: list[Message], prefixes: Prefixes, tokenizer: Mist
         end = all_turns[numbers[-1]].end
         turn_messages = [messages[all_turns[number].start : all_turns[number].end] for number in numbers]
         encoded = prefixes.encode(numbers, end)
-        references = references_of(Conversation(messages[:end], []))
+        references = references_of(messages[:end])
         if rows and encoded.tokens[: len(rows[-1].tokens)] == rows[-1].tokens:
             rows[-1].tokens = encoded.tokens
             rows[-1].spans += encoded.spans
             rows[-1].turn_messages += turn_messages
-            rows[-1].pictures = encoded.pictures
+            rows[-1].media = encoded.media
             rows[-1].references = references
         else:
             between = messages[previous_end : all_turns[numbers[0]].start]
             restart = restart_reason(between) if rows else None
-            rows.append(_Row(restart, encoded.tokens, encoded.spans, turn_messages, encoded.pictures, references))
+            rows.append(_Row(restart, encoded.tokens, encoded.spans, turn_messages, encoded.media, references))
         previous_end = end
     return [_example(row, tokenizer) for row in _with_first_call_alone(rows)]
 
@@ -110,11 +110,11 @@ def _with_first_call_alone(rows: list[_Row]) -> list[_Row]:
     for i, row in enumerate(rows):
         for j, span in enumerate(row.spans):
             if row.seen(span) != span.generated:
-                alone = _Row(row.restart, row.tokens[: span.end], [span], [row.turn_messages[j]], row.pictures, row.references)
+                alone = _Row(row.restart, row.tokens[: span.end], [span], [row.turn_messages[j]], row.media, row.references)
                 # A turn is trained on once, so the rest leaves out the one that is alone.
                 turn_messages = row.turn_messages[:j] + row.turn_messages[j + 1 :]
                 spans = row.spans[:j] + row.spans[j + 1 :]
-                rest = _Row(WITHOUT_ID, row.tokens, spans, turn_messages, row.pictures, row.references)
+                rest = _Row(WITHOUT_ID, row.tokens, spans, turn_messages, row.media, row.references)
                 return [*rows[:i], alone, rest, *rows[i + 1 :]]
     return rows
 
@@ -130,11 +130,11 @@ def _example(row: _Row, tokenizer: Mistral) -> Example:
         mask[span.start : span.end] = [generated and trained_on for generated, trained_on in covered]
     ends = (*(span.end for span in row.spans[:-1]), len(tokens))
     separate_tokens = sum(span.start + len(span.generated) for span in row.spans)
-    # A row that was cut has the first pictures alone; each picture ends with a token of its own.
-    count = 0 if tokenizer.pictures is None else tokens.count(tokenizer.pictures.end_token)
+    # A row that was cut has the first pictures or clips alone.
+    count = 0 if tokenizer.media is None else len(tokenizer.media.sizes_in(tokens))
     files = [reference for reference in row.references[:count] if not reference.startswith("data:")]
     merged = MergedTurns(ends, separate_tokens, row.restart, may_be_cut=not count)
-    return Example(tokens, mask, merged, pictures=row.pictures[:count], picture_files=tuple(files))
+    return Example(tokens, mask, merged, media=row.media[:count], media_files=tuple(files))
 
 
 def _aligned(seen: list[int], generated: list[int]) -> list[bool]:

@@ -1,9 +1,9 @@
 """Find duplicate records in a corpus, exact or near (MinHash with LSH), in constant memory.
 
-Two records are near duplicates if the sets of their 5-word sequences (`ngrams`) have a Jaccard similarity of at least 0.8,
-estimated from 128 minima (Broder 1997; standard error 0.035 at 0.8) over the first 2^20 words of each. Candidates share one of 16
-bands of 8 minima: this finds 95% of the pairs at 0.8 and all but one in 10^4 at 0.9, and compares 6% of the pairs at 0.5.
-Fingerprints (0.35 KB a record) are on disk, and are sorted in parts.
+Two records with the same pictures and sound, if any, are near duplicates if the sets of their 5-word sequences (`ngrams`) have a
+Jaccard similarity of at least 0.8, estimated from 128 minima (Broder 1997; standard error 0.035 at 0.8) over the first 2^20 words
+of each. Candidates share one of 16 bands of 8 minima: this finds 95% of the pairs at 0.8 and all but one in 10^4 at 0.9, and
+compares 6% of the pairs at 0.5. Fingerprints (0.35 KB a record) are on disk, and are sorted in parts.
 """
 
 from __future__ import annotations
@@ -44,15 +44,21 @@ class Fingerprints(NamedTuple):
     """(m, 128) uint16: the upper 16 bits of each minimum."""
 
 
-def fingerprints(contents: Sequence[str], words: Words) -> Fingerprints:
+def fingerprints(contents: Sequence[str], words: Words, media: np.ndarray | None = None) -> Fingerprints:
     """Compute the fingerprints of records.
 
     Args:
         contents: For each record, a text that is equal only for exact duplicates.
         words: The words that decide similarity.
+        media: (n,) uint64, a hash of the pictures and the sound of each record, 0 without any; records with others are never near
+            duplicates. None if no record has any.
     """
     digests = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in contents)
     hashes, offsets = grams(first_words(words, _MOST_WORDS), WORDS)
+    if media is not None and media.any():
+        # No sequence of words equals one about other pictures or sound.
+        of_gram = np.repeat(media, np.diff(offsets))
+        hashes = np.where(of_gram > 0, mixed(hashes ^ mixed(of_gram)), hashes)
     # `reduceat` has no result for an empty part: it would give the first hash of the next text instead.
     with_words = np.flatnonzero(np.diff(offsets))
     starts = offsets[with_words]

@@ -5,7 +5,6 @@ The findings depend only on the chunk, so any process can examine it.
 
 from __future__ import annotations
 
-import json
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,6 @@ from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens
 from moe_train.data.chat.pairs_to_tokens import pair_examples_batch
 from moe_train.data.check import rules
-from moe_train.data.check.duplicates import fingerprints
 from moe_train.data.check.findings import (
     Change,
     Chunk,
@@ -32,6 +30,7 @@ from moe_train.data.check.findings import (
     ReadRecord,
 )
 from moe_train.data.check.kinds import kind_of
+from moe_train.data.check.media_content import fingerprints_of
 from moe_train.data.check.ngrams import words
 from moe_train.data.check.overlap import compared_text, overlap
 from moe_train.data.check.redacted import search_personal_data
@@ -46,7 +45,6 @@ from moe_train.data.records.normal_form import (
     ClassifiedText,
     Conversation,
     LabelledAnswer,
-    NormalRecord,
     PreferencePair,
     messages_of,
     tools_of,
@@ -86,7 +84,7 @@ class _ExampleCounts:
 
     def add_media(self, example: Example, rules: MediaRules | None) -> None:
         """Count the tokens of each picture, or of each clip of sound, of an example."""
-        if example.pictures:
+        if example.media:
             assert rules is not None  # by which the pictures or the sound became tokens
             sizes = self.sound if isinstance(rules, SoundRules) else self.pictures
             sizes.update(rules.sizes_in(example.tokens))
@@ -135,7 +133,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         problems += [(entry.number, problem) for problem in entry.problems]
         for example in entry.examples:
             counts.add(entry.section.name, example, question.seq_len)
-            counts.add_media(example, question.tokenizer.pictures or question.tokenizer.sound)
+            counts.add_media(example, question.tokenizer.media)
     texts = words([compared_text(entry.record) for entry in records.read])
     overlapping, held_out = overlap(texts, question.held_out)
     numbers = np.array([entry.number for entry in records.read], np.int64)
@@ -155,7 +153,7 @@ def examine(chunk: Chunk, question: Question, form: Requirements) -> Findings:
         pictures=counts.pictures,
         sound=counts.sound,
         numbers=numbers,
-        prints=fingerprints([_content(entry.record) for entry in records.read], texts),
+        prints=fingerprints_of([entry.record for entry in records.read], texts),
         overlapping=numbers[overlapping],
         held_out=held_out,
         corrected=_corrected(records, question, form, searched.changes) if question.repairing else None,
@@ -313,11 +311,3 @@ def _loss_tokens(example: Example) -> int:
     if example.loss_mask is None:
         return len(example.tokens) - 1
     return sum(example.loss_mask[1:])
-
-
-def _content(record: NormalRecord) -> str:
-    """Return a text that is equal only for exact duplicates."""
-    if isinstance(record, str):
-        return record
-    # Sorted, since the order of keys in a file does not tell records apart.
-    return json.dumps(record, sort_keys=True, default=str)

@@ -12,7 +12,7 @@ from moe_train.machine.files import refuse_existing
 
 _RULES_OF_READING = {
     "arguments", "call-text", "columns", "effort", "no-template", "pair", "settings", "template", "text-and-call",
-    "text-and-content", "thinking", "tool-schema", "tools", "type", "unread-key", "weight", "image", "sound",
+    "text-and-content", "thinking", "tool-schema", "tools", "type", "unread-key", "weight", "picture", "sound",
 }  # fmt: skip
 _RULES_OF_TRAINING = {"empty-text", "mixed-kinds", "no-loss", "refused", "stretch", "too-long"}
 _RULES_OF_FILES = {"empty-file", "not-a-record", "not-json", "not-utf-8", "unreadable"}  # these concern no record

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from moe_train.data.pictures.read import rgb_of
 from moe_train.data.pictures.resize import resize_bicubic
 from moe_train.data.pictures.rules import PictureRules
 
@@ -23,20 +21,6 @@ class PatchedPicture(NamedTuple):
     """(n, 3 * patch_size**2) float32: channel, row, column."""
     places: np.ndarray
     """(n, 2) int32: row and column of each patch in the picture."""
-
-
-class PicturesOfPiece(NamedTuple):
-    """The pictures of an example, in the order of their tokens."""
-
-    pictures: tuple[PatchedPicture, ...]
-    image_token: int
-    """Id of the token that stands for a square of patches."""
-
-
-def pictures_of_piece(files: Sequence[bytes], rules: PictureRules) -> PicturesOfPiece | None:
-    """Return the patches of pictures that have been checked, in the order of their tokens; None if there are none."""
-    pictures = [patched(normalized(rgb_of(data), rules), rules) for data in files]
-    return PicturesOfPiece(tuple(pictures), rules.image_token) if pictures else None
 
 
 def normalized(rgb: np.ndarray, rules: PictureRules) -> np.ndarray:

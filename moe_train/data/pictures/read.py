@@ -6,15 +6,13 @@ several frames, or in colours for printing.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import functools
 import io
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moe_train.data.records.data_urls import data_of
 from moe_train.data.records.problem import Problem, brief
 
 MOST_PIXELS = 100_000_000
@@ -50,13 +48,13 @@ def open_picture(reference: str) -> Picture:
     """Read and check a picture.
 
     Args:
-        reference: a data URL, or the path of a file (`records.pictures.located_path`).
+        reference: a data URL, or the path of a file (`records.media.located_path`).
 
     Raises:
         Problem: there is no such picture, or it cannot be used.
     """
     name = brief(reference)
-    data = _data_of_url(reference, name) if reference.startswith("data:") else _data_of_file(Path(reference), name)
+    data = data_of(reference, name, RULE, "picture")
     if not data:
         raise Problem(RULE, f"the picture {name} is empty: 0 bytes", "replace it, or drop the record")
     Image = _pillow()
@@ -76,29 +74,6 @@ def open_picture(reference: str) -> Picture:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Problem(RULE, f"the picture {name} cannot be decoded: {reason}", "replace it, or drop the record") from error
-
-
-def _data_of_url(url: str, name: str) -> bytes:
-    """Decode a data URL."""
-    header, comma, content = url.partition(",")
-    if not comma or not header.endswith(";base64"):
-        raise Problem(RULE, f"{name} is no data URL of a picture", "write data:image/png;base64,…")
-    try:
-        return base64.b64decode(content, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise Problem(RULE, f"the data URL {name} is not base64: {error}", "encode the picture again") from error
-
-
-def _data_of_file(file: Path, name: str) -> bytes:
-    """Read a file."""
-    try:
-        return file.read_bytes()
-    except FileNotFoundError as error:
-        raise Problem(RULE, f"there is no picture {file}", "copy it there, or drop the record") from error
-    except OSError as error:
-        raise Problem(
-            RULE, f"the picture {name} cannot be read: {error.strerror}", "correct the path, or drop the record"
-        ) from error
 
 
 def _too_large(name: str, pixels: object) -> Problem:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 
 class TokenGrid(NamedTuple):
@@ -13,8 +14,12 @@ class TokenGrid(NamedTuple):
     height: int
 
 
-class PictureRules(NamedTuple):
+@dataclass(frozen=True)
+class PictureRules:
     """Sizes and token ids for the pictures of one model."""
+
+    media: ClassVar[str] = "pictures"
+    """What becomes tokens, for messages."""
 
     patch_size: int
     """Side of a patch in pixels."""
@@ -28,6 +33,11 @@ class PictureRules(NamedTuple):
     """Id of [IMG_BREAK], which ends each row of tokens but the last."""
     end_token: int
     """Id of [IMG_END], which ends a picture."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes that a vision tower has to share, for messages by what they are."""
+        return {"patch size": self.patch_size, "merged side": self.cell_size, "largest side": self.max_image_size}
 
     @property
     def token_pixels(self) -> int:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from moe_train.data.pictures.rules import PictureRules
-from moe_train.data.sound.rules import SoundRules
+from moe_train.data.media import MediaRules
 from moe_train.machine.files import Json, JsonObject, write_text
 
 MANIFEST = "manifest.json"
 """File name of the manifest."""
+_OLDER_FIELDS = ("pictures", "sound")
+"""Fields of earlier versions, whose shards had other files for pictures and sound; null in sets of text."""
 
 
 class _Entry(BaseModel):
@@ -86,44 +87,12 @@ class TeacherEntry(_Entry):
     agreement: float = 0.0
 
 
-class PictureEntry(_Entry):
-    """How the pictures of a set became tokens; see `data.pictures.rules`."""
-
-    patch_size: int
-    cell_size: int
-    max_image_size: int
-    image_token: int
-    break_token: int
-    end_token: int
-
-    def rules(self) -> PictureRules:
-        """Return the rules by which pictures become patches."""
-        return PictureRules(**self.model_dump())
-
-
-class SoundEntry(_Entry):
-    """How the sound of a set became tokens; see `data.sound.rules`."""
-
-    sampling_rate: int
-    num_mel_bins: int
-    hop_length: int
-    window_size: int
-    frames_per_chunk: int
-    frames_per_token: int
-    audio_token: int
-    begin_token: int
-
-    def rules(self) -> SoundRules:
-        """Return the rules by which sound becomes spectrograms."""
-        return SoundRules(**self.model_dump())
-
-
 class Manifest(_Entry):
     """The description of a prepared set.
 
     empty: number of records without text, which are left out. loss_tokens: number of ids that are trained on. too_long: the
     config's setting for records that are too long. unread: number of records in which a key was not read, by its name. teacher:
-    None without predictions of a teacher. pictures: None without pictures. sound: None without sound.
+    None without predictions of a teacher. media: how pictures or sound became tokens; None without either.
     """
 
     layout: Literal[2] = 2
@@ -144,13 +113,17 @@ class Manifest(_Entry):
     files: tuple[SourceFile, ...]
     shards: tuple[ShardEntry, ...]
     teacher: TeacherEntry | None = None
-    pictures: PictureEntry | None = None
-    sound: SoundEntry | None = None
+    media: MediaRules | None = None
 
-    @property
-    def media(self) -> PictureEntry | SoundEntry | None:
-        """How pictures or sound became tokens; None without either."""
-        return self.pictures if self.sound is None else self.sound
+    @model_validator(mode="before")
+    @classmethod
+    def _with_older_fields(cls, fields: Any) -> Any:
+        """Read `media` from the two fields that stood in its place in earlier versions."""
+        if not isinstance(fields, dict):
+            return fields  # which is refused, since a manifest is an object
+        older = [fields[name] for name in _OLDER_FIELDS if fields.get(name) is not None]
+        remaining = {name: value for name, value in fields.items() if name not in _OLDER_FIELDS}
+        return {**remaining, "media": older[0]} if older else remaining
 
     def sealed(self) -> Self:
         """Return the manifest with its hash, which covers everything except the paths of files, the handling of records that are
@@ -165,10 +138,8 @@ class Manifest(_Entry):
             del content["rules"]["chat_date"]
         if self.teacher is None:
             del content["teacher"]
-        if self.pictures is None:
-            del content["pictures"]
-        if self.sound is None:
-            del content["sound"]
+        if self.media is None:
+            del content["media"]
         return self.model_copy(update={"hash": _sha256(content)})
 
     def write(self, directory: Path) -> None:
@@ -194,6 +165,10 @@ def read_manifest(text: str | bytes, location: str) -> Manifest:
         raise ValueError(
             f"{location} is no manifest that this version reads: {key}: {first['msg']}; prepare the data again"
         ) from error
+    if any(json.loads(text).get(name) is not None for name in _OLDER_FIELDS):
+        raise ValueError(
+            f"{location} was written by an earlier version, which stored pictures and sound in other files; prepare the data again"
+        )
     # The hash covers the hash of each shard, so it pins the tokens too.
     if manifest.sealed().hash != manifest.hash:
         raise ValueError(f"{location} was changed after it was written: its hash is another; prepare the data again")

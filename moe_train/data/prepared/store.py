@@ -146,13 +146,13 @@ class TokenStore:
         return np.concatenate(parts)
 
     @functools.cached_property
-    def patches(self) -> np.ndarray:
+    def media_units(self) -> np.ndarray:
         """(N,) the number of patches of the pictures, or of chunks of the sound, of each example."""
-        stored = [shard for shard in self.manifest.shards if "patches" in shard.sizes]
-        arrays = iter(self._folder.read_whole([_file(shard, "patches", "int32") for shard in stored]))
+        stored = [shard for shard in self.manifest.shards if "media_units" in shard.sizes]
+        arrays = iter(self._folder.read_whole([_file(shard, "media_units", "int32") for shard in stored]))
         parts = []
         for shard in self.manifest.shards:
-            parts.append(next(arrays) if "patches" in shard.sizes else np.zeros(shard.examples, np.int32))
+            parts.append(next(arrays) if "media_units" in shard.sizes else np.zeros(shard.examples, np.int32))
         return np.concatenate(parts)
 
     @functools.cached_property
@@ -202,8 +202,13 @@ class TokenStore:
         tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
         return _ShardArrays(tokens, mask, answers, self._folder.array(_file(shard, "offsets", "int64")))
 
-    def read(self, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
-        """Return the ids of each piece, one more than positions for each segment, and what belongs to them."""
+    def read(self, pieces: Sequence[ExampleSlice], with_media: bool = True) -> list[StoredPiece]:
+        """Return the ids of each piece, one more than positions for each segment, and what belongs to them.
+
+        Args:
+            pieces: The pieces.
+            with_media: Whether pictures and sound are decoded.
+        """
         located = self._located(pieces)
         # One read for all arrays together, so that the blocks of a bucket are fetched in parallel.
         parts: list[ArrayPart] = []
@@ -219,7 +224,8 @@ class TokenStore:
             mask = None if piece.shard.mask is None else next(arrays)
             answers = None if piece.shard.answers is None else next(arrays)
             own_values = values[slice_.example] if values.shape[1] else None
-            read.append(StoredPiece(tokens, mask, answers, own_values, pictures=self._pictures(slice_.example)))
+            media = self._media(slice_.example) if with_media else None
+            read.append(StoredPiece(tokens, mask, answers, own_values, media=media))
         if self._teacher is None:
             return read
         places = []
@@ -230,25 +236,25 @@ class TokenStore:
         teacher = self._teacher.read([piece.start for piece in pieces], places, counts)
         return [content._replace(teacher=values) for content, values in zip(read, teacher, strict=True)]
 
-    def _pictures(self, example: int) -> MediaOfPiece | None:
+    def _media(self, example: int) -> MediaOfPiece | None:
         """Return the patches of an example's pictures, or the spectrograms of its sound; None if it has neither."""
         if self.manifest.media is None:
             return None
-        return media_of_piece(self.picture_files(example), self.manifest.media.rules())
+        return media_of_piece(self.media_files(example), self.manifest.media)
 
-    def picture_files(self, example: int) -> list[bytes]:
+    def media_files(self, example: int) -> list[bytes]:
         """Return the files of an example's pictures or sound, in the order of their tokens."""
         number, index = self._place_in_shards(example)
         shard = self.manifest.shards[number]
-        if "pictures" not in shard.sizes:
+        if "media" not in shard.sizes:
             return []
-        first, end = (int(x) for x in self._folder.array(_file(shard, "first_pictures", "int64"))[index : index + 2])
+        first, end = (int(x) for x in self._folder.array(_file(shard, "first_media", "int64"))[index : index + 2])
         if first == end:
             return []
-        # The end of the picture before the first one is where that begins.
-        bounds = self._folder.array(_file(shard, "picture_ends", "int64"))[max(first - 1, 0) : end].tolist()
+        # The end of the file before the first one is where that begins.
+        bounds = self._folder.array(_file(shard, "media_ends", "int64"))[max(first - 1, 0) : end].tolist()
         starts = bounds if first else [0, *bounds]
-        content = self._folder.array(_file(shard, "pictures", "uint8"))
+        content = self._folder.array(_file(shard, "media", "uint8"))
         return [bytes(content[start:stop]) for start, stop in itertools.pairwise(starts)]
 
     def _place_in_shards(self, example: int) -> tuple[int, int]:

@@ -23,14 +23,16 @@ from typing import Literal, TypedDict
 
 from moe_train import config
 from moe_train.data.chat.chat_date import date_of
-from moe_train.data.prepared.manifest import Manifest, PictureEntry, Rules, ShardEntry, SoundEntry, SourceFile
-from moe_train.data.prepared.picture_files import changed_picture
+from moe_train.data.media import MediaRules
+from moe_train.data.prepared.manifest import Manifest, Rules, ShardEntry, SourceFile
+from moe_train.data.prepared.media_files import changed_file
 from moe_train.data.prepared.shard_pool import PrepareProgress, ProgressReport, tokenize_shards
 from moe_train.data.prepared.shards import Shard, cut
 from moe_train.data.prepared.tokenize_shard import Recipe, is_intact
 from moe_train.data.records.scan import Scan
 from moe_train.data.records.source import OpenSource
 from moe_train.data.records.unread import add_counts
+from moe_train.data.sound.rules import SoundRules
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ _RULES = 7
 """Version of the rules that turn a record into ids. Increase it with every change of the ids, so that old sets are made again."""
 _RULES_OF_PAIRS = 8
 """The version for preference pairs, whose sets count the positions that both answers share."""
+_MEDIA_FILES = 2
+"""Version of the files of a shard that hold pictures and sound; it decides the keys of sets whose tokenizer writes either."""
 
 
 def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: ProgressReport | None = None) -> Path:
@@ -61,13 +65,14 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     scans = recipe.records.scan(cache / "scans")
     rules = _rules(recipe.source.record, recipe.template)
     # Everything besides the content that decides ids; any change here gives every shard a new key.
-    conversion = json.dumps([_version(rules), recipe.tokenizer.identity, rules.model_dump(mode="json")], sort_keys=True)
+    versions = [_version(rules)] if recipe.tokenizer.media is None else [_version(rules), _MEDIA_FILES]
+    conversion = json.dumps([*versions, recipe.tokenizer.identity, rules.model_dump(mode="json")], sort_keys=True)
     shards = cut(recipe.records, scans, conversion)
     # None stands where earlier versions had a list of places, so that the folders of sets keep their names.
     identity = [recipe.source.licence, recipe.source.origin, None, [shard.key for shard in shards]]
     directory = cache / f"tokens-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}"
     if directory.exists():
-        _check_pictures(directory, shards, recipe)
+        _check_media(directory, shards, recipe)
         return directory
     with only_one(directory.with_suffix(".lock")):
         # Another process may have made the set while this one waited for the lock.
@@ -92,12 +97,12 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     return directory
 
 
-def _check_pictures(directory: Path, shards: list[Shard], recipe: Recipe) -> None:
+def _check_media(directory: Path, shards: list[Shard], recipe: Recipe) -> None:
     """Raise ValueError if a picture or clip is another one than in the set in `directory`, whose records are the same."""
     for shard in shards:
-        changed = _changed_picture(directory / shard.key, shard, recipe.records)
+        changed = _changed_file(directory / shard.key, shard, recipe.records)
         if changed is not None:
-            kind = "picture" if recipe.tokenizer.sound is None else "sound"
+            kind = "sound" if isinstance(recipe.tokenizer.media, SoundRules) else "picture"
             state = "is another one" if changed.is_file() else "is missing, or another one,"
             raise ValueError(
                 f"the {kind} {changed} {state} than when records with the same content were tokenized; restore it, or remove "
@@ -105,9 +110,9 @@ def _check_pictures(directory: Path, shards: list[Shard], recipe: Recipe) -> Non
             )
 
 
-def _changed_picture(folder: Path, shard: Shard, records: OpenSource) -> Path | None:
-    """Return a picture of a shard in `folder` that is another one now; None if there is none."""
-    return changed_picture(folder, [records.folder(span.place) for span in shard.spans])
+def _changed_file(folder: Path, shard: Shard, records: OpenSource) -> Path | None:
+    """Return a picture or a clip of a shard in `folder` that is another one now; None if there is none."""
+    return changed_file(folder, [records.folder(span.place) for span in shard.spans])
 
 
 def _tokenize_missing(unfinished: Path, shards: list[Shard], recipe: Recipe, num_proc: int, report: ProgressReport) -> None:
@@ -119,7 +124,7 @@ def _tokenize_missing(unfinished: Path, shards: list[Shard], recipe: Recipe, num
         if folder.exists() and not is_intact(folder):
             log.warning("%s is damaged; it is tokenized again", folder)
             shutil.rmtree(folder)
-        elif folder.exists() and _changed_picture(folder, shard, recipe.records) is not None:
+        elif folder.exists() and _changed_file(folder, shard, recipe.records) is not None:
             shutil.rmtree(folder)
         if not folder.exists() and not _linked(shard, unfinished, recipe.records):
             todo.append(shard)
@@ -163,7 +168,7 @@ def _linked(shard: Shard, unfinished: Path, records: OpenSource) -> bool:
     """Return whether another set has the same shard; if so, link its files into this one."""
     # Sets in progress match as well: the folder of a shard appears only when it is complete.
     for existing in unfinished.parent.glob(f"tokens-*/{shard.key}"):
-        if not is_intact(existing) or _changed_picture(existing, shard, records) is not None:
+        if not is_intact(existing) or _changed_file(existing, shard, records) is not None:
             continue
         # Hidden until all files are there: a folder named by the key counts as a finished shard.
         link_dir = unfinished / f".{shard.key}.unfinished-link"
@@ -253,25 +258,13 @@ def _manifest(directory: Path, shards: list[Shard], scans: list[Scan], recipe: R
         unread=dict(unread),
         files=tuple(files),
         shards=tuple(entries),
-        pictures=_picture_entry(recipe, entries),
-        sound=_sound_entry(recipe, entries),
+        media=_media_rules(recipe, entries),
     ).sealed()
 
 
-def _picture_entry(recipe: Recipe, entries: list[ShardEntry]) -> PictureEntry | None:
-    """Return how pictures became tokens; None if no record has any."""
-    rules = recipe.tokenizer.pictures
-    if rules is None or not any("pictures" in entry.sizes for entry in entries):
-        return None
-    return PictureEntry(**rules._asdict())
-
-
-def _sound_entry(recipe: Recipe, entries: list[ShardEntry]) -> SoundEntry | None:
-    """Return how sound became tokens; None if no record has any."""
-    rules = recipe.tokenizer.sound
-    if rules is None or not any("pictures" in entry.sizes for entry in entries):
-        return None
-    return SoundEntry(**rules._asdict())
+def _media_rules(recipe: Recipe, entries: list[ShardEntry]) -> MediaRules | None:
+    """Return how pictures or sound became tokens; None if no record has any."""
+    return recipe.tokenizer.media if any("media" in entry.sizes for entry in entries) else None
 
 
 class _Log:

@@ -8,11 +8,11 @@ SHARD/tokens      uint16 or uint32: the ids of all examples, concatenated
       answers     uint8 for each id (see `Example.answers`); absent unless examples have several segments
       segments    int32 for each example: its number of segments; absent with `answers`
       values      float64: the numbers of each example, one example after the other; absent if the record kind has none
-      pictures    uint8: the files of all pictures, or clips of sound, one after the other; this and the next three are absent
+      media       uint8: the files of all pictures, or clips of sound, one after the other; this and the next three are absent
                   without pictures and sound
-      picture_ends    int64 for each picture: its end in `pictures`
-      first_pictures  int64, one more than examples: example i has the pictures first_pictures[i] to first_pictures[i + 1]
-      patches     int32 for each example: the patches of its pictures, or the chunks of its sound
+      media_ends  int64 for each file: its end in `media`
+      first_media int64, one more than examples: example i has the files first_media[i] to first_media[i + 1]
+      media_units int32 for each example: the patches of its pictures, or the chunks of its sound
       origins     int64 pairs: for each example, the span of the shard and the line (or row) it is from
       facts.json  what the manifest records about the shard
 """
@@ -35,7 +35,7 @@ from moe_train import config
 from moe_train.data.chat.encode import FolderOfOrigin, encode
 from moe_train.data.chat.example import Example
 from moe_train.data.media import MediaRules
-from moe_train.data.prepared.picture_files import PictureFiles
+from moe_train.data.prepared.media_files import MediaFiles
 from moe_train.data.prepared.shards import Shard
 from moe_train.data.records.source import OpenSource, Origin
 from moe_train.data.tokenizers.tokenizer import Tokenizer
@@ -44,8 +44,8 @@ from moe_train.machine.files import new_directory
 ShardReport = Callable[[int, int], None]
 """A function that is called with the numbers of records and tokens since its last call."""
 _FLUSH = 1 << 16  # ids buffered before they are written
-_FLUSH_BYTES = 1 << 24  # bytes of pictures buffered before they are written
-_OF_PICTURES = frozenset({"pictures", "picture_ends", "first_pictures", "patches"})
+_FLUSH_BYTES = 1 << 24  # bytes of pictures and sound buffered before they are written
+_OF_MEDIA = frozenset({"media", "media_ends", "first_media", "media_units"})
 
 
 class Recipe(NamedTuple):
@@ -74,14 +74,14 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
     """
     source, records, tokenizer, template = recipe
     record = source.record
-    files_of_pictures = PictureFiles()
+    media_files = MediaFiles()
     # Half the bytes to store and to fetch, where the vocabulary allows it.
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     per_span: list[tuple[int, int]] = []  # (records, tokens)
     empty = 0
     unread: Counter[str] = Counter()
     with new_directory(directory) as unfinished:
-        with _uncollected(), _Arrays(unfinished, dtype, record.name != "text", tokenizer.pictures or tokenizer.sound) as arrays:
+        with _uncollected(), _Arrays(unfinished, dtype, record.name != "text", tokenizer.media) as arrays:
             for i, span in enumerate(shard.spans):
                 numbered = ((Origin(span.place, number), fields) for number, fields in records.read(span))
                 num_records = 0
@@ -95,7 +95,7 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
                     empty += not examples
                     for example in examples:
                         arrays.add(example, (i, origin.number))
-                        files_of_pictures.add(i, records.folder(span.place), example)
+                        media_files.add(i, records.folder(span.place), example)
                     # Not for each record: with several processes a report takes a lock that they share.
                     if arrays.num_tokens - reported_tokens > _FLUSH:
                         report(num_records - reported_records, arrays.num_tokens - reported_tokens)
@@ -115,14 +115,14 @@ def write_shard(directory: Path, shard: Shard, recipe: Recipe, report: ShardRepo
             "sizes": {file.name: file.stat().st_size for file in files},
             "sha256": _hash(dtype, files),
         }
-        if files_of_pictures.states:
-            facts["picture_files"] = files_of_pictures.states
+        if media_files.states:
+            facts["media_files"] = media_files.states
         # Written last, and not part of the hash, which it contains.
         (unfinished / "facts.json").write_text(json.dumps(facts) + "\n")
 
 
 def _folder_of(records: OpenSource) -> FolderOfOrigin:
-    """Return the function from the origin of a record to the folder of its pictures."""
+    """Return the function from the origin of a record to the folder of its pictures and sound."""
     return lambda origin: records.folder(origin.place)
 
 
@@ -168,15 +168,15 @@ class _Arrays:
             self._buffers |= {"loss_mask": array("B"), "turn_ends": array("q")}
         self._buffers |= {"answers": array("B"), "segments": array("i")}
         self._buffers |= {
-            "pictures": array("B"),
-            "picture_ends": array("q"),
-            "first_pictures": array("q", [0]),
-            "patches": array("i"),
+            "media": array("B"),
+            "media_ends": array("q"),
+            "first_media": array("q", [0]),
+            "media_units": array("i"),
         }
         self._values = array("d")
-        self._unused = {"turn_ends", "answers", "segments", "values", *_OF_PICTURES}
-        self._num_pictures = 0
-        self._picture_bytes = 0
+        self._unused = {"turn_ends", "answers", "segments", "values", *_OF_MEDIA}
+        self._num_files = 0
+        self._media_bytes = 0
         self.num_examples = 0
         self.num_tokens = 0
         self.loss_tokens = 0
@@ -199,7 +199,7 @@ class _Arrays:
             buffers["answers"].frombytes(bytes(example.answers))
             buffers["segments"].append(len(example.tokens) - example.num_positions)
             self._unused -= {"answers", "segments"}
-        self._add_pictures(example)
+        self._add_media(example)
         if example.values:
             self._values.extend(example.values)
             self._unused.discard("values")
@@ -207,24 +207,24 @@ class _Arrays:
         self.num_tokens += len(example.tokens)
         buffers["offsets"].append(self.num_tokens)
         buffers["origins"].extend(origin)
-        if len(buffers["tokens"]) > _FLUSH or len(buffers["pictures"]) > _FLUSH_BYTES:
+        if len(buffers["tokens"]) > _FLUSH or len(buffers["media"]) > _FLUSH_BYTES:
             self._flush()
 
-    def _add_pictures(self, example: Example) -> None:
+    def _add_media(self, example: Example) -> None:
         """Append the pictures, or the clips of sound, of an example."""
         buffers = self._buffers
-        for picture in example.pictures:
-            buffers["pictures"].frombytes(picture)
-            self._picture_bytes += len(picture)
-            buffers["picture_ends"].append(self._picture_bytes)
-            self._num_pictures += 1
-            self._unused -= _OF_PICTURES
-        buffers["first_pictures"].append(self._num_pictures)
-        patches = 0
-        if example.pictures:
+        for content in example.media:
+            buffers["media"].frombytes(content)
+            self._media_bytes += len(content)
+            buffers["media_ends"].append(self._media_bytes)
+            self._num_files += 1
+            self._unused -= _OF_MEDIA
+        buffers["first_media"].append(self._num_files)
+        units = 0
+        if example.media:
             assert self._rules is not None  # by which the pictures or the sound became tokens
-            patches = self._rules.room(example.tokens)
-        buffers["patches"].append(patches)
+            units = self._rules.room(example.tokens)
+        buffers["media_units"].append(units)
 
     def _flush(self) -> None:
         """Write the buffered numbers to the files."""

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 from moe_train.data.records.flags import FlaggedPiece, take_flag
 from moe_train.data.records.meaning import PART
+from moe_train.data.records.media_parts import kind_of, read_media_part
 from moe_train.data.records.normal_form import JOINT, MEDIA
-from moe_train.data.records.pictures import PICTURE_PARTS, read_picture_part
 from moe_train.data.records.problem import Problem, brief
-from moe_train.data.records.sound import SOUND_PARTS, read_sound_part
 from moe_train.data.records.tool_calls import read_calls
 from moe_train.data.records.unread import Unread, is_empty
 
@@ -76,11 +75,8 @@ def read_parts(value: list[Any], location: str, role: object, unread: Unread) ->
                 raise Problem("thinking", f"{part_where} is reasoning, and the message is {role}", "leave it out")
             parts.append(_thinking(remaining, part_where))
             flags.append(flag)
-        elif kind in PICTURE_PARTS:
-            parts.append(read_picture_part(remaining, part_where))
-            flags.append(flag)
-        elif kind in SOUND_PARTS:
-            parts.append(read_sound_part(remaining, part_where))
+        elif (media := kind_of(kind)) is not None:
+            parts.append(read_media_part(remaining, media, part_where))
             flags.append(flag)
         elif kind in _CALL:
             calls += _calls(remaining, part_where, unread)

@@ -15,7 +15,7 @@ Supported spellings (`…` stands for a list, which may also be JSON text):
 | the above with `label` | an answer that is good or bad; see `preference` |
 | `prompt`, `chosen`, `rejected` | a preference pair; see `preference` |
 | `text` or `messages`, `labels` | labels of targets; see `classified` |
-| `audio`, `text` or `transcript`, `language` | a transcription; see `sound` |
+| `audio`, `text` or `transcript`, `language` | a transcription; see `transcription` |
 
 The normal form is that of `normal_form`. Keys with the value null are left out, because columnar files fill missing keys with
 null. A key that is not read is named; one that changes the meaning is a Problem, unless the section ignores it by name. Apart
@@ -38,17 +38,17 @@ from moe_train.data.records.completion import (
     with_system,
 )
 from moe_train.data.records.meaning import RECORD, lost_meaning
-from moe_train.data.records.media import refuse_media
+from moe_train.data.records.media import refuse_media, take_columns, with_media
+from moe_train.data.records.media_parts import COLUMNS
 from moe_train.data.records.messages import MESSAGE_COLUMNS, read_messages
 from moe_train.data.records.normal_form import ClassifiedText, Conversation, LabelledAnswer, NormalRecord
-from moe_train.data.records.pictures import PICTURE_COLUMNS, take_pictures, with_pictures
 from moe_train.data.records.preference import read_pair, take_label, take_margin
 from moe_train.data.records.problem import NoColumn, Problem, brief, text_field
 from moe_train.data.records.recognise import TEXT_COLUMNS, recognise
 from moe_train.data.records.settings import SETTINGS, default_settings, take_settings
-from moe_train.data.records.sound import SOUND_COLUMNS, read_transcription, take_sound, with_sound
 from moe_train.data.records.tool_call_text import read_tool_call_text
 from moe_train.data.records.tools import TOOL_COLUMNS, take_tools
+from moe_train.data.records.transcription import read_transcription
 from moe_train.data.records.unread import Unread, is_empty
 
 
@@ -76,14 +76,13 @@ def read(fields: Mapping[str, Any], record: config.Record) -> Reading:
         Problem: If the record has no normal form, or a key that changes its meaning is not read.
     """
     unread = Unread(record.ignore)
-    fields, pictures = take_pictures(fields, record)
-    fields, clips = take_sound(fields, record)
+    fields, media = take_columns(fields, record)
     try:
         normal = _read(fields, record, unread)
     except NoColumn as problem:
         raise _missing_column(problem, fields, record) from None
     if isinstance(normal, Conversation):
-        normal = with_sound(with_pictures(normal, pictures), clips)
+        normal = with_media(normal, media)
     else:
         refuse_media(normal)
     return Reading(normal, tuple(unread.names))
@@ -169,8 +168,8 @@ def _may_read(record: config.Record) -> list[str]:
             names = (text, messages, labels)
         case config.TranscriptionRecord(audio=audio, text=text, language=language):
             return [audio, text, language]
-    pictures = (*PICTURE_COLUMNS, *SOUND_COLUMNS) if isinstance(record, config.ChatRecord | config.CompletionRecord) else ()
-    every = (*names, *pictures, *TOOL_COLUMNS, *SYSTEM_COLUMNS, *MORE_PROMPT, *SETTINGS)
+    media = COLUMNS if isinstance(record, config.ChatRecord | config.CompletionRecord) else ()
+    every = (*names, *media, *TOOL_COLUMNS, *SYSTEM_COLUMNS, *MORE_PROMPT, *SETTINGS)
     return [name for name in every if name is not None]
 
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar
 
 
-class SoundRules(NamedTuple):
+@dataclass(frozen=True)
+class SoundRules:
     """Sizes and token ids for the sound of one model."""
+
+    media: ClassVar[str] = "sound"
+    """What becomes tokens, for messages."""
 
     sampling_rate: int
     """Samples a second that the model takes; other sound is resampled."""
@@ -25,6 +30,15 @@ class SoundRules(NamedTuple):
     """Id of [AUDIO], which stands for the frames of a token."""
     begin_token: int
     """Id of [BEGIN_AUDIO], which begins a clip."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes that an audio tower has to share, for messages by what they are."""
+        return {
+            "frequency bands": self.num_mel_bins,
+            "frames of a chunk": self.frames_per_chunk,
+            "frames of a token": self.frames_per_token,
+        }
 
     @property
     def samples_per_chunk(self) -> int:

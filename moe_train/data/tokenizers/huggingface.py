@@ -135,13 +135,8 @@ class HuggingFace(Tokenizer):
         return stretches_of_json(self.longest_stretch, json.loads(self._plain.to_str()))
 
     @property
-    def pictures(self) -> None:
-        """None: pictures are written with Mistral's own tokenizers."""
-        return None
-
-    @property
-    def sound(self) -> None:
-        """None: sound is written with Mistral's own tokenizers."""
+    def media(self) -> None:
+        """None: pictures and sound are written with Mistral's own tokenizers."""
         return None
 
     def encode(self, text: str) -> list[int]:

@@ -83,22 +83,21 @@ class Mistral(Tokenizer):
         return frozenset(number for number in range(self.vocab_size) if self._text.is_special(number))
 
     @functools.cached_property
-    def pictures(self) -> PictureRules | None:
-        """How pictures become tokens; None for a tokenizer of text alone."""
-        encoder = self.finetuning.instruct_tokenizer.image_encoder
-        if encoder is None:
-            return None
-        sizes = encoder.image_config
-        ids = encoder.special_ids
+    def media(self) -> PictureRules | SoundRules | None:
+        """How pictures or sound become tokens; None for a tokenizer of text alone."""
+        pictures = self.finetuning.instruct_tokenizer.image_encoder
+        if pictures is None:
+            return self._sound()
+        sizes = pictures.image_config
+        ids = pictures.special_ids
         return PictureRules(
             sizes.image_patch_size, sizes.spatial_merge_size, sizes.max_image_size, ids.img, ids.img_break, ids.img_end
         )
 
-    @functools.cached_property
-    def sound(self) -> SoundRules | None:
-        """How sound becomes tokens; None for a tokenizer without sound, of a stream, or of pictures, which no model has besides."""
+    def _sound(self) -> SoundRules | None:
+        """Return how sound becomes tokens; None for a tokenizer without sound, or with that of a stream."""
         encoder = self.finetuning.instruct_tokenizer.audio_encoder
-        if encoder is None or self.pictures is not None:
+        if encoder is None:
             return None
         sizes = encoder.audio_config
         spectrogram = sizes.encoding_config

@@ -39,13 +39,8 @@ class Tokenizer(Protocol):
     """The text of the tokenizer's own chat template; None if it has none."""
 
     @property
-    def pictures(self) -> PictureRules | None:
-        """How pictures become tokens; None if the tokenizer's files state no such rules."""
-        ...
-
-    @property
-    def sound(self) -> SoundRules | None:
-        """How sound becomes tokens; None if the tokenizer's files state no such rules."""
+    def media(self) -> PictureRules | SoundRules | None:
+        """How pictures, or sound, become tokens; None if the tokenizer's files state no such rules."""
         ...
 
     @property

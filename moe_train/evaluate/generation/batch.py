@@ -14,10 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train import config
 from moe_train.data.media import MediaOfPiece
-from moe_train.data.sound.clips import SoundOfPiece
 from moe_train.evaluate.generation.completion import Progress, StopReason, StopTexts
 from moe_train.evaluate.generation.json_schema import JsonSchema
-from moe_train.evaluate.generation.pictures import shown_pictures
+from moe_train.evaluate.generation.media import arranged_media
 from moe_train.evaluate.generation.programs import (
     Block,
     Choice,
@@ -26,15 +25,12 @@ from moe_train.evaluate.generation.programs import (
     empty_memory,
     first_tokens,
     generate_block,
-    picture_features,
+    media_features,
     read_prompts,
-    sound_features,
 )
 from moe_train.evaluate.generation.sampling import Sampling, sampling_kind, sampling_values
-from moe_train.evaluate.generation.sound import heard_sound
 from moe_train.machine.mesh import BATCH, put_equal
-from moe_train.model.encoders.pictures import Pictures
-from moe_train.model.encoders.sound import Sound
+from moe_train.model.encoders.media import Media
 from moe_train.model.transformer import Transformer
 
 PROMPT_TOKENS = 64
@@ -49,7 +45,7 @@ class Request(NamedTuple):
     draw_index: int
     """Index on which its draws depend."""
     prompt: list[int]
-    pictures: MediaOfPiece | None = None
+    media: MediaOfPiece | None = None
     """The pictures, or the sound, of the prompt; None if it has none."""
 
 
@@ -63,7 +59,7 @@ class ContinuationPlan(NamedTuple):
     """JSON schema that the continuations fit; None for any text. Blocks have a single token then."""
 
 
-class ShownPictures(NamedTuple):
+class ShownMedia(NamedTuple):
     """Pictures or sound of prompts, as the model sees or hears them."""
 
     features_BMD: jax.Array
@@ -164,29 +160,21 @@ class Batch:
         self._rows.positions_B[is_new_B] -= 1
         yield from self._collect(first)
 
-    def _shown(self, admitted: Sequence[int], shape: tuple[int, ...]) -> ShownPictures | None:
+    def _shown(self, admitted: Sequence[int], shape: tuple[int, ...]) -> ShownMedia | None:
         """Compute the features of the pictures or the sound of new sequences, whose prompts have `shape` (B, T), if any."""
         requests: dict[int, Request] = {}
         for row in admitted:
             sequence = self._sequences[row]
             assert sequence is not None
-            if sequence.request.pictures is not None:
+            if sequence.request.media is not None:
                 requests[row] = sequence.request
         if not requests:
             return None
-        heard: dict[int, tuple[list[int], SoundOfPiece]] = {}
-        for row, request in requests.items():
-            if isinstance(request.pictures, SoundOfPiece):
-                heard[row] = (request.prompt, request.pictures)
-        if heard:  # a tokenizer has rules for either pictures or sound, so no other request has pictures
-            prompt_sound = heard_sound(heard, shape, self._mesh.shape["context"])
-            sound = Sound(*put_equal(tuple(prompt_sound.sound), self._mesh, P(BATCH, "context")))
-            return ShownPictures(sound_features(self._transformer, sound), prompt_sound.feature_index)
-        shown = shown_pictures(requests, shape, self._mesh.shape["context"])
-        pictures = Pictures(*put_equal(tuple(shown.pictures), self._mesh, P(BATCH, "context")))
-        return ShownPictures(picture_features(self._transformer, pictures), shown.feature_index)
+        arranged = arranged_media(requests, shape, self._mesh.shape["context"])
+        media = Media(*put_equal(tuple(arranged.media), self._mesh, P(BATCH, "context")))
+        return ShownMedia(media_features(self._transformer, media), arranged.feature_index)
 
-    def _read(self, tokens: np.ndarray, lengths: np.ndarray, shown: ShownPictures | None) -> None:
+    def _read(self, tokens: np.ndarray, lengths: np.ndarray, shown: ShownMedia | None) -> None:
         """Read the prompts (B, T) of some lengths (B,), 0 for rows that read none, part by part."""
         columns = PROMPT_TOKENS + -PROMPT_TOKENS % self._mesh.shape["context"]
         padding = ((0, 0), (0, -tokens.shape[1] % columns))

@@ -18,8 +18,6 @@ from jax.sharding import Mesh
 
 from moe_train import config
 from moe_train.data.media import MediaOfPiece
-from moe_train.data.pictures.patches import PicturesOfPiece
-from moe_train.data.sound.clips import SoundOfPiece
 from moe_train.evaluate.generation.batch import Batch, ContinuationPlan, Request
 from moe_train.evaluate.generation.completion import Completion, Progress, StopTexts
 from moe_train.evaluate.generation.json_schema import JsonSchema
@@ -99,7 +97,7 @@ class Generator:
         stop_texts: StopTexts | None = None,
         indices: Sequence[int] | None = None,
         schema: JsonSchema | None = None,
-        pictures: Sequence[MediaOfPiece | None] | None = None,
+        media: Sequence[MediaOfPiece | None] | None = None,
     ) -> list[Completion]:
         """Continue each prompt.
 
@@ -109,13 +107,13 @@ class Generator:
             stop_texts: Texts that end a continuation.
             indices: The index of each prompt, on which its draws depend; None for 0, 1, 2, …
             schema: JSON schema that every continuation fits, unless it reaches `max_tokens` before its end; None for any text.
-            pictures: The pictures, or the sound, of each prompt; None if no prompt has any.
+            media: The pictures, or the sound, of each prompt; None if no prompt has any.
 
         Raises:
             ValueError: If a prompt is empty or too long (see `check_lengths`); nothing has been generated then.
         """
         completions = [Completion([], [], "max_tokens") for _ in prompts]
-        for progress in self.stream(prompts, ContinuationPlan(sampling, stop_texts, schema), indices, pictures=pictures):
+        for progress in self.stream(prompts, ContinuationPlan(sampling, stop_texts, schema), indices, media=media):
             completion = completions[progress.request]
             completion.tokens.extend(progress.tokens)
             completion.logprobs.extend(progress.logprobs)
@@ -129,7 +127,7 @@ class Generator:
         plan: ContinuationPlan,
         indices: Sequence[int] | None = None,
         block_tokens: int = BLOCK_TOKENS,
-        pictures: Sequence[MediaOfPiece | None] | None = None,
+        media: Sequence[MediaOfPiece | None] | None = None,
     ) -> Iterator[Progress]:
         """Continue each prompt as `generate` does, and yield the tokens block by block, with the last ones of a prompt its stop.
 
@@ -138,20 +136,17 @@ class Generator:
             plan: How they are continued.
             indices: The index of each prompt, on which its draws depend; None for 0, 1, 2, …
             block_tokens: Number of tokens of a block; small for a quick first answer.
-            pictures: The pictures, or the sound, of each prompt; None if no prompt has any.
+            media: The pictures, or the sound, of each prompt; None if no prompt has any.
 
         Raises:
             ValueError: If there are pictures or sound, and the model has no tower for them.
         """
         check_lengths(prompts, plan.sampling.max_tokens, self._model)
-        shown = [None] * len(prompts) if pictures is None else list(pictures)
-        for media in shown:
-            if isinstance(media, SoundOfPiece) and self._transformer.audio is None:
-                raise ValueError("a prompt has sound, and the model was loaded without an audio tower; leave it out")
-            if isinstance(media, PicturesOfPiece) and self._transformer.vision is None:
-                raise ValueError("a prompt has pictures, and the model was loaded without a vision tower; leave them out")
+        shown = [None] * len(prompts) if media is None else list(media)
         requests = []
         for number, (prompt, of_prompt) in enumerate(zip(prompts, shown, strict=True)):
+            if of_prompt is not None and self._transformer.audio is None and self._transformer.vision is None:
+                raise ValueError("a prompt has pictures or sound, and the model was loaded without a tower; leave them out")
             requests.append(Request(number, number if indices is None else indices[number], list(prompt), of_prompt))
         return self._stream(requests, plan, block_tokens)
 

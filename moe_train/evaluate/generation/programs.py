@@ -19,8 +19,7 @@ from moe_train import config
 from moe_train.evaluate.generation.sampling import DrawIds, Draws, SamplingKind, SamplingValues, TokenMasks, choose_tokens
 from moe_train.machine.mesh import BATCH, axis_size
 from moe_train.model.attention.kinds import Cache
-from moe_train.model.encoders.pictures import PictureFeatures, Pictures
-from moe_train.model.encoders.sound import Sound
+from moe_train.model.encoders.media import Features, Media
 from moe_train.model.transformer import Transformer, empty_caches
 
 BLOCK_TOKENS = 32
@@ -79,21 +78,13 @@ class Prompts(NamedTuple):
     is_new_B: Bool[Array, " B"]
     """Whether the row starts a new sequence with this part."""
     feature_index_BT: Int[Array, "B T"] | None = None
-    """Index of the feature of a picture that a token stands for, -1 for other tokens; None without pictures."""
+    """Index of the feature that a token of a picture or of sound stands for, -1 for other tokens; None without either."""
 
 
 @jax.jit
-def picture_features(transformer: Transformer, pictures: Pictures) -> Float[Array, "B M D"]:
-    """Return the features of the pictures of each row."""
-    assert transformer.vision is not None  # `Generator` has refused pictures otherwise
-    return transformer.vision(pictures.placed())
-
-
-@jax.jit
-def sound_features(transformer: Transformer, sound: Sound) -> Float[Array, "B M D"]:
-    """Return the features of the sound of each row."""
-    assert transformer.audio is not None  # `Generator` has refused sound otherwise
-    return transformer.audio(sound.placed())
+def media_features(transformer: Transformer, media: Media) -> Float[Array, "B M D"]:
+    """Return the features of the pictures or the sound of each row."""
+    return transformer.media_features(media.placed())
 
 
 @partial(jax.jit, static_argnames=("model", "rows", "slots", "dtype", "keeps_tokens"))
@@ -119,11 +110,11 @@ def empty_memory(
 def read_prompts(
     transformer: Transformer, prompts: Prompts, memory: Memory, features_BMD: Float[Array, "B M D"] | None = None
 ) -> Memory:
-    """Read a part of the prompts into the caches; `features_BMD` are those of the pictures of each row."""
-    features: PictureFeatures | None = None
+    """Read a part of the prompts into the caches; `features_BMD` are those of the pictures or the sound of each row."""
+    features: Features | None = None
     if features_BMD is not None:
         assert prompts.feature_index_BT is not None
-        features = PictureFeatures(features_BMD, prompts.feature_index_BT)
+        features = Features(features_BMD, prompts.feature_index_BT)
     hidden_BTD, caches = transformer.decode(prompts.tokens_BT, prompts.positions_BT, memory.caches, features)
     batch = P(BATCH)
 

@@ -75,9 +75,8 @@ def generate_answers(
     stops = StopTexts(tokenizer, generation.stop)
     transformer = combine(loaded.structure, loaded.weights)
     generator = Generator(transformer, loaded.model, loaded.mesh, loaded.cache_dtype, options.batch_size)
-    rules = tokenizer.pictures or tokenizer.sound
-    pictures = [media_of_piece(prompt.pictures, rules) for prompt in prompts]
-    completions = generator.generate([prompt.tokens for prompt in prompts], sampling, stops, pictures=pictures)
+    media = [media_of_piece(prompt.media, tokenizer.media) for prompt in prompts]
+    completions = generator.generate([prompt.tokens for prompt in prompts], sampling, stops, media=media)
     texts = []
     for prompt, completion in zip(prompts, completions, strict=True):
         text = stops.before_stop(decode_after(tokenizer, prompt.tokens, completion.tokens, keep_special=options.keep_special))

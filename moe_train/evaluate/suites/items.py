@@ -15,8 +15,8 @@ from moe_train.data.records.media import locate_media, with_columns
 from moe_train.data.records.messages import PLAIN, read_messages
 from moe_train.data.records.normal_form import Conversation, Message
 from moe_train.data.records.problem import Item, Problem, brief, checked_text, located
-from moe_train.data.records.sound import take_transcription
 from moe_train.data.records.tools import take_tools
+from moe_train.data.records.transcription import take_transcription
 from moe_train.data.records.unread import Unread
 from moe_train.evaluate.suites.tool_calls import Call, calls_of
 

@@ -48,7 +48,7 @@ class Prompter(NamedTuple):
     def tokens(self, item: SuiteItem) -> list[int]:
         """Return the tokens up to where the answer begins, of an item without pictures and sound; otherwise like `rendered`."""
         rendered = self.rendered(item)
-        if rendered.pictures:
+        if rendered.media:
             raise ValueError(
                 f"{item.location}: the item has pictures or sound, which this grader shows to no model; remove the item"
             )

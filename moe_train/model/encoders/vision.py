@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 
 from moe_train import config
 from moe_train.model.attention.bidirectional import attend_segments, separated_padding
-from moe_train.model.encoders.pictures import Pictures
+from moe_train.model.encoders.media import Media
 from moe_train.model.encoders.rope_2d import rotate_2d
 from moe_train.model.layers import Linear, RandomSource, RMSNorm, keys_of
 from moe_train.model.sharding.specs import activation_spec, fsdp_axis, split_axes
@@ -122,7 +122,7 @@ class VisionTower(nnx.Module):
 
         self.layers = jax.vmap(layer_of)(keys)
 
-    def __call__(self, pictures: Pictures, dtype: jnp.dtype, key: Key[Array, ""] | None = None) -> Float[Array, "B P D"]:
+    def __call__(self, pictures: Media, dtype: jnp.dtype, key: Key[Array, ""] | None = None) -> Float[Array, "B P D"]:
         """Return the hidden states of the last layer, without a norm, for patches with the shardings of activations.
 
         Args:
@@ -130,15 +130,15 @@ class VisionTower(nnx.Module):
             dtype: dtype of the computation.
             key: PRNG key for the dropout of the adapters; None for no dropout.
         """
-        segments_BP = separated_padding(pictures.picture_ids_BP)
+        segments_BP = separated_padding(pictures.ids_BN)
         patch_key, layers_key = keys_of(key, 2)
-        x_BPD = self.patch_norm(self.patch_proj(pictures.patches_BPC.astype(dtype), patch_key))
+        x_BPD = self.patch_norm(self.patch_proj(pictures.units.astype(dtype), patch_key))
 
         def layer_on(
             x_BPD: Float[Array, "B P D"], layer_and_key: tuple[PatchLayer, Key[Array, ""] | None]
         ) -> tuple[Float[Array, "B P D"], None]:
             layer, layer_key = layer_and_key
-            return layer(x_BPD, pictures.places_BP2, segments_BP, layer_key), None
+            return layer(x_BPD, pictures.places_BN2, segments_BP, layer_key), None
 
         num_layers = self.layers.attention_norm.scale.shape[0]
         keys = None if layers_key is None else jax.random.split(layers_key, num_layers)
@@ -207,7 +207,7 @@ class Vision(nnx.Module):
         self.projector = Projector(rngs, encoder, text_dim, compute)
         self.dtype = jnp.dtype(compute.dtype)
 
-    def __call__(self, pictures: Pictures, key: Key[Array, ""] | None = None) -> Float[Array, "B M D"]:
+    def __call__(self, pictures: Media, key: Key[Array, ""] | None = None) -> Float[Array, "B M D"]:
         """Return the features of all pictures of each row, in the order of their tokens.
 
         Args:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from moe_train import config
-from moe_train.data.batches.picture_batch import picture_batch
-from moe_train.data.batches.sound_batch import sound_batch
+from moe_train.data.batches.feature_batch import FeatureShape, feature_batch
+from moe_train.data.batches.media_batch import media_batch
 from moe_train.train.objectives.classification import classification
 from moe_train.train.objectives.distillation import distillation
 from moe_train.train.objectives.next_token import next_token
@@ -12,6 +12,14 @@ from moe_train.train.objectives.objective import Objective
 from moe_train.train.objectives.preference import preference
 from moe_train.train.objectives.reward import reward
 from moe_train.train.objectives.unpaired_preference import unpaired_preference
+
+
+def objective_of_run(run: config.Run) -> Objective:
+    """Return the objective of a resolved run, whose batches have features where these are stored."""
+    media = run.media
+    if media is None or run.stored_features is None:
+        return objective_of(run.objective, media)
+    return next_token(feature_batch(media.encoder, media.units_per_row, FeatureShape(run.model.model_dim, run.compute.dtype)))
 
 
 def objective_of(objective: config.Objective, media: config.RunVision | config.RunAudio | None = None) -> Objective:
@@ -29,9 +37,7 @@ def objective_of(objective: config.Objective, media: config.RunVision | config.R
         case config.NextToken():
             if media is None:
                 return next_token()
-            if isinstance(media, config.RunAudio):
-                return next_token(sound_batch(media.encoder, media.chunks_per_row))
-            return next_token(picture_batch(media.encoder, media.patches_per_row))
+            return next_token(media_batch(media.encoder, media.units_per_row))
         case config.Preference():
             return preference(objective)
         case config.Reward():

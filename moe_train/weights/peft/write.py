@@ -37,7 +37,7 @@ from moe_train.weights.peft.pieces import (
     matrix_for_each_expert,
     saved_pieces,
 )
-from moe_train.weights.peft.vision_tower import Tower, tower_of, vision_adapters, with_tower
+from moe_train.weights.peft.tower import Tower, tower_adapters, tower_of, with_tower
 from moe_train.weights.peft.write_settings import adapter_config
 from moe_train.weights.serve import AdapterShape, Server, adapter_shapes
 from moe_train.weights.texts import NO_TEXTS, Texts, write_texts
@@ -51,7 +51,7 @@ def export_adapter(
     *,
     base_model: str,
     layout: names.TensorLayout = names.HUGGING_FACE,
-    encoder: config.VisionEncoder | None = None,
+    encoder: config.Encoder | None = None,
     texts: Texts = NO_TEXTS,
     server: Server | None = None,
 ) -> None:
@@ -67,7 +67,7 @@ def export_adapter(
         out_dir: the folder to write.
         base_model: name or path of the model that the adapter belongs to.
         layout: names of the base's modules in transformers; `names.WRAPPED` for the text model inside a vision wrapper.
-        encoder: sizes of the vision tower whose modules `lora` names; None if it names none.
+        encoder: sizes of the tower whose modules `lora` names; None if it names none.
         texts: tokenizer, chat template and config to put beside the adapter.
         server: the server that is to read the adapter; None for PEFT itself.
 
@@ -79,14 +79,19 @@ def export_adapter(
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
     layout = matrix_for_each_expert(layout, model)
     trained = {module: _shape(lora, module, rank) for module, rank in adapted.items()}
-    vision = vision_adapters(trained)
-    shapes = _in_file(model, {module: shape for module, shape in trained.items() if module not in vision})
+    of_tower = tower_adapters(trained)
+    shapes = _in_file(model, {module: shape for module, shape in trained.items() if module not in of_tower})
     saved = _saved(model, lora, layout)
     tower = Tower({}, [], [])
     if encoder is not None:
-        tower = tower_of(encoder, model, lora, vision)
+        tower = tower_of(encoder, model, lora, of_tower)
+        if convolutions := [module for module in of_tower if module.startswith("audio.") and module.endswith("_conv")]:
+            raise ValueError(
+                f"{convolutions[0]} has an adapter, and transformers cannot run convolutions that PEFT has wrapped; export the "
+                "merged model with --merge, or train that module in full (lora.train)"
+            )
         if server == "vllm":
-            raise ValueError("vLLM reads no adapters of a vision tower or its projector; export the merged model with --merge")
+            raise ValueError("vLLM reads no adapters of a tower or its projector; export the merged model with --merge")
     if server is not None:
         shapes = adapter_shapes(server, model.family, shapes, {ParameterPath.parse(piece.path).module_path for piece in saved})
         _check_server(server, model, shapes)
@@ -97,7 +102,7 @@ def export_adapter(
     settings = adapter_config(model, shapes, experts, lora, layout, [piece.name for piece in saved])
     settings = with_tower(settings, tower)
     saved += tower.saved
-    shapes |= vision
+    shapes |= of_tower
     dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
 
     def matrix(piece: names.WeightPiece) -> np.ndarray:

@@ -1,53 +1,21 @@
-"""An audio tower in files as weights of our model: its sizes as a config section, and the place of every matrix."""
+"""The audio tower of Voxtral in files: its sizes, and the place of every matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from moe_train import config
 from moe_train.weights.names.pieces import WeightPiece, piece_of
 from moe_train.weights.names.tensor_layout import Row
 from moe_train.weights.on_disk import Carried, FileTensor
 from moe_train.weights.wrappers import whisper
+from moe_train.weights.wrappers.tower_tensor import TowerRows
 from moe_train.weights.wrappers.whisper import WhisperSettings
 
 
-def require_audio_tower(path: object, carried: Carried | None) -> Carried:
-    """Return the parts around a text model. Raises ValueError unless they are an unquantized audio tower and its projector."""
-    fault = audio_fault(carried)
-    if fault is not None:
-        raise ValueError(f"{path} {fault}")
-    assert carried is not None
-    return carried
-
-
-def audio_fault(carried: Carried | None) -> str | None:
-    """Say why the parts around a text model hear nothing, for a message; None if they do."""
-    if carried is None or not isinstance(carried.settings, WhisperSettings):
-        parts = "no tower" if carried is None else f"the {carried.parts}"
-        return f"has {parts}, but sound needs an audio tower; name a model with one, or leave audio out"
-    quantized = [name for name, tensor in carried.tensors.items() if tensor.dtype.itemsize == 1]
-    if quantized:
-        return (
-            f"has a quantized audio tower ({quantized[0]} is {carried.tensors[quantized[0]].dtype}), and sound needs it in "
-            "bfloat16 or float32; start from the unquantized release"
-        )
-    return None
-
-
-def audio_encoder_of(carried: Carried, path: Path) -> config.AudioEncoder:
-    """Return the sizes of an audio tower and its projector.
-
-    Args:
-        carried: the tower in files (`require_audio_tower`).
-        path: the folder, for messages.
-
-    Raises:
-        ValueError: the tower computes something that this package does not.
-    """
+def required_settings(carried: Carried) -> dict[str, tuple[object, object]]:
+    """Return each setting of a tower that is computed with one value alone: key -> the files' value, the one that is computed."""
     settings = carried.settings
     assert isinstance(settings, WhisperSettings)
     required: dict[str, tuple[object, object]] = {
@@ -56,17 +24,21 @@ def audio_encoder_of(carried: Carried, path: Path) -> config.AudioEncoder:
     }
     if carried.layout == "hf":
         required["projector_hidden_act"] = (carried.fields.get("projector_hidden_act", "gelu"), "gelu")
-    else:
-        encoder = whisper.native_section(carried.fields, "encoder_args")
-        required["encoder_args.pos_embed"] = (encoder.get("pos_embed") or "sinusoidal", "sinusoidal")
-        required["encoder_args.sliding_window"] = (encoder.get("sliding_window"), None)
-    for key, (value, only) in required.items():
-        if value != only:
-            raise ValueError(f"{path}: {key} is {value!r}, and sound needs a tower with {only!r}")
+        return required
+    encoder = whisper.native_section(carried.fields, "encoder_args")
+    required["encoder_args.pos_embed"] = (encoder.get("pos_embed") or "sinusoidal", "sinusoidal")
+    required["encoder_args.sliding_window"] = (encoder.get("sliding_window"), None)
+    return required
+
+
+def sizes_of(carried: Carried, model: config.Model, path: Path) -> dict[str, object]:
+    """Return the sizes of a tower and its projector as fields of `config.AudioEncoder`; see `encoders.encoder_of`."""
+    settings = carried.settings
+    assert isinstance(settings, WhisperSettings)
     D = settings.hidden_size
     if settings.projector_inputs % D:
         raise ValueError(f"{path}: its projector takes {settings.projector_inputs} numbers, which are no whole positions of {D}")
-    sizes = {
+    return {
         "tower_dim": D,
         "ffn_dim": settings.intermediate_size,
         "num_layers": settings.num_hidden_layers,
@@ -75,11 +47,6 @@ def audio_encoder_of(carried: Carried, path: Path) -> config.AudioEncoder:
         "max_positions": settings.max_source_positions,
         "downsampling": settings.projector_inputs // D,
     }
-    try:
-        return config.AudioEncoder.model_validate(sizes)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: the audio tower is not supported: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
 
 
 _OUTSIDE_LAYERS = (
@@ -115,34 +82,57 @@ feed-forward layers, M frequency bands, W taps of a convolution, S positions, U 
 model."""
 
 
-def audio_pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
+def pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
     """List every weight of an audio tower and its projector in the layout of its files.
 
     Args:
-        carried: the tower in files (`require_audio_tower`).
+        carried: the tower in files (`encoders.require_tower`).
         model: the text model.
     """
     settings = carried.settings
     assert isinstance(settings, WhisperSettings)
-    D = settings.hidden_size
-    N = settings.num_attention_heads
-    sizes = {"D": D, "E": D, "F": settings.intermediate_size, "N": N, "H": D // N, "M": settings.num_mel_bins, "W": 3}
-    sizes |= {"S": settings.max_source_positions, "U": settings.projector_inputs, "T": model.model_dim, "G": model.model_dim}
     native = {tensor.name: tensor.native for tensor in whisper.tensors(settings)} if carried.layout == "mistral" else {}
-
-    def in_files(row: Row) -> Row:
-        # Positions have no name in Mistral's own layout, and are computed (`audio_tensors`).
-        return row._replace(name=native.get(row.name) or row.name)
-
-    table = [piece_of(sizes, in_files(row)) for row in _OUTSIDE_LAYERS]
-    for layer in range(settings.num_hidden_layers):
-        for row in _IN_LAYER:
-            named = row._replace(name=f"audio_tower.layers.{layer}.{row.name}", path=f"audio.tower.layers.{row.path}")
-            table.append(piece_of(sizes, in_files(named), (layer,)))
+    sizes = _sizes(settings, model.model_dim)
+    table: list[WeightPiece] = []
+    for row, lead in _rows(settings):
+        # Positions have no name in Mistral's own layout, and are computed (`tensors_of`).
+        table.append(piece_of(sizes, row._replace(name=native.get(row.name) or row.name), lead))
     return table
 
 
-def audio_tensors(carried: Carried) -> Mapping[str, FileTensor]:
+def rows_of(encoder: config.AudioEncoder, model: config.Model) -> TowerRows:
+    """Return every tensor of a tower and its projector, given the sizes of the tower and the text model."""
+    settings = WhisperSettings(
+        hidden_size=encoder.tower_dim,
+        intermediate_size=encoder.ffn_dim,
+        num_hidden_layers=encoder.num_layers,
+        num_attention_heads=encoder.num_heads,
+        num_mel_bins=encoder.num_mel_bins,
+        max_source_positions=encoder.max_positions,
+        text_dim=model.model_dim,
+        projector_inputs=encoder.downsampling * encoder.tower_dim,
+    )
+    return TowerRows(list(_rows(settings)), _sizes(settings, model.model_dim))
+
+
+def _sizes(settings: WhisperSettings, text_dim: int) -> dict[str, int]:
+    """Return the sizes of dims by letter."""
+    D = settings.hidden_size
+    N = settings.num_attention_heads
+    sizes = {"D": D, "E": D, "F": settings.intermediate_size, "N": N, "H": D // N, "M": settings.num_mel_bins, "W": 3}
+    return sizes | {"S": settings.max_source_positions, "U": settings.projector_inputs, "T": text_dim, "G": text_dim}
+
+
+def _rows(settings: WhisperSettings) -> Iterator[tuple[Row, tuple[int, ...]]]:
+    """Yield every tensor in Hugging Face's layout, with its entry in the stacked dim of layers."""
+    for row in _OUTSIDE_LAYERS:
+        yield row, ()
+    for layer in range(settings.num_hidden_layers):
+        for row in _IN_LAYER:
+            yield row._replace(name=f"audio_tower.layers.{layer}.{row.name}", path=f"audio.tower.layers.{row.path}"), (layer,)
+
+
+def tensors_of(carried: Carried) -> Mapping[str, FileTensor]:
     """Return the tensors of an audio tower by name, with its positions, which Mistral's own layout leaves to the readers."""
     settings = carried.settings
     assert isinstance(settings, WhisperSettings)

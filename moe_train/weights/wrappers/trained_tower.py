@@ -1,4 +1,4 @@
-"""A vision tower and projector of a base whose weights were trained in part: trained tensors take the place of the base's."""
+"""A tower and projector of a base whose weights were trained in part: trained tensors take the place of the base's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from moe_train.weights import merge
 from moe_train.weights.arrays import LazyParameters
 from moe_train.weights.names import WeightPiece
 from moe_train.weights.on_disk import Carried, FileTensor, StoredTensor
-from moe_train.weights.wrappers import vision_pieces
+from moe_train.weights.wrappers import encoders
 
 
 class TrainedTensor(NamedTuple):
@@ -36,9 +36,9 @@ class TrainedTensor(NamedTuple):
         return self.piece.to_file(merge.merged(self.parameters, self.lora, self.piece, self.dtype))[index]
 
 
-def vision_weights(parameters: LazyParameters) -> LazyParameters:
-    """Return the weights of a vision tower and its projector among `parameters`."""
-    return {path: x for path, x in parameters.items() if ParameterPath.parse(path).is_vision}
+def tower_weights(parameters: LazyParameters) -> LazyParameters:
+    """Return the weights of a tower and its projector among `parameters`."""
+    return {path: x for path, x in parameters.items() if ParameterPath.parse(path).is_tower}
 
 
 def with_trained(
@@ -49,15 +49,15 @@ def with_trained(
     Args:
         carried: the base's.
         model: the text model.
-        parameters: all weights that were trained, those of the tower under paths that begin with `vision.`.
+        parameters: all weights that were trained, those of the tower among them.
         lora: the section of the adapters, which are merged; None without any.
         dtype: dtype of the trained tensors.
     """
-    weights = vision_weights(parameters)
+    weights = tower_weights(parameters)
     if not weights:
         return carried
     tensors: dict[str, StoredTensor] = dict(carried.tensors)
-    for piece in vision_pieces.pieces_of(carried, model):
+    for piece in encoders.pieces_of(carried, model):
         if piece.path in weights:
             tensors[piece.name] = TrainedTensor(piece.name, tensors[piece.name].shape, dtype, piece, weights, lora)
     return carried._replace(tensors=tensors)

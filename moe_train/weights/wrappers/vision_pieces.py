@@ -1,17 +1,16 @@
-"""A vision tower in files as weights of our model: its sizes as a config section, and the place of every matrix and adapter."""
+"""The vision tower of Pixtral in files: its sizes, and the place of every matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from moe_train import config
 from moe_train.weights.names.pieces import WeightPiece, piece_of
 from moe_train.weights.names.tensor_layout import Row
 from moe_train.weights.on_disk import Carried
 from moe_train.weights.wrappers.pixtral_settings import largest_image
+from moe_train.weights.wrappers.tower_tensor import TowerRows
 from moe_train.weights.wrappers.towers import PixtralSettings
 
 _COLOURS = 3
@@ -19,65 +18,34 @@ _NATIVE_NORM_EPS = 1e-5
 """Constant of the projector's norm in readers of Mistral's own layout, whose files do not state it."""
 
 
-def require_tower(path: object, carried: Carried | None) -> Carried:
-    """Return the parts around a text model. Raises ValueError unless they are an unquantized vision tower and its projector."""
-    fault = tower_fault(carried)
-    if fault is not None:
-        raise ValueError(f"{path} {fault}")
-    assert carried is not None
-    return carried
-
-
-def tower_fault(carried: Carried | None) -> str | None:
-    """Say why the parts around a text model see no pictures, for a message; None if they do."""
-    if carried is None or not isinstance(carried.settings, PixtralSettings):
-        parts = "no tower" if carried is None else f"the {carried.parts}"
-        return f"has {parts}, but pictures need a vision tower; name a model with one, or leave vision out"
-    quantized = [name for name, tensor in carried.tensors.items() if tensor.dtype.itemsize == 1]
-    if quantized:
-        return (
-            f"has a quantized vision tower ({quantized[0]} is {carried.tensors[quantized[0]].dtype}), and pictures need it in "
-            "bfloat16 or float32; start from the unquantized release"
-        )
-    return None
-
-
-def encoder_of(carried: Carried, model: config.Model, path: Path) -> config.VisionEncoder:
-    """Return the sizes of a vision tower and its projector.
-
-    Args:
-        carried: the tower in files (`require_tower`).
-        model: the text model, whose norms the projector's follows in Hugging Face's layout.
-        path: the folder, whose preprocessor states the largest picture.
-
-    Raises:
-        ValueError: the tower computes something that this package does not.
-    """
+def required_settings(carried: Carried) -> dict[str, tuple[object, object]]:
+    """Return each setting of a tower that is computed with one value alone: key -> the files' value, the one that is computed."""
     settings = carried.settings
     assert isinstance(settings, PixtralSettings)
-    fields = carried.fields
+    required: dict[str, tuple[object, object]] = {"vision_config.num_channels": (settings.num_channels, _COLOURS)}
+    if carried.layout == "hf":
+        for key, only in (
+            ("projector_hidden_act", "gelu"),
+            ("vision_feature_layer", -1),
+            ("vision_feature_select_strategy", "full"),
+        ):
+            required[key] = (carried.fields.get(key, only), only)
+    return required
+
+
+def sizes_of(carried: Carried, model: config.Model, path: Path) -> dict[str, object]:
+    """Return the sizes of a tower and its projector as fields of `config.VisionEncoder`; see `encoders.encoder_of`."""
+    settings = carried.settings
+    assert isinstance(settings, PixtralSettings)
     is_native = carried.layout == "mistral"
-    if is_native:
-        longest = fields["vision_encoder"].get("max_image_size") or settings.image_size
-    else:
-        longest = largest_image(path) or settings.image_size
-        required = {
-            "projector_hidden_act": (fields.get("projector_hidden_act", "gelu"), "gelu"),
-            "vision_feature_layer": (fields.get("vision_feature_layer", -1), -1),
-            "vision_feature_select_strategy": (fields.get("vision_feature_select_strategy", "full"), "full"),
-        }
-        for key, (value, only) in required.items():
-            if value != only:
-                raise ValueError(f"{path}: {key} is {value!r} in config.json, and pictures need a tower with {only!r}")
-    if settings.num_channels != _COLOURS:
-        raise ValueError(f"{path}: the vision tower takes {settings.num_channels} channels, and pictures have {_COLOURS}")
-    sizes = {
+    longest = carried.fields["vision_encoder"].get("max_image_size") if is_native else largest_image(path)
+    return {
         "tower_dim": settings.hidden_size,
         "ffn_dim": settings.intermediate_size,
         "num_layers": settings.num_hidden_layers,
         "num_heads": settings.num_attention_heads,
         "patch_size": settings.patch_size,
-        "max_image_size": longest,
+        "max_image_size": longest or settings.image_size,
         "theta": settings.rope_theta,
         "activation": settings.hidden_act,
         "merge_size": settings.merge,
@@ -85,15 +53,8 @@ def encoder_of(carried: Carried, model: config.Model, path: Path) -> config.Visi
         "projector_norm_eps": _NATIVE_NORM_EPS if is_native else model.norm_eps,
         "projector_bias": settings.bias,
     }
-    try:
-        return config.VisionEncoder.model_validate(sizes)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: the vision tower is not supported: {'.'.join(map(str, first['loc']))} {first['msg']}") from error
 
 
-_IN_MEMORY = "model."
-"""What transformers 5 puts before the names of files in memory, and so in the names of adapters."""
 _OUTSIDE_LAYERS = (
     Row("vision_tower.patch_conv.weight", "D A X Y", "vision.tower.patch_proj.weight", "AXY D"),
     Row("vision_tower.ln_pre.weight", "D", "vision.tower.patch_norm.scale", "D"),
@@ -142,7 +103,7 @@ def pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
     """List every weight of a vision tower and its projector in the layout of its files.
 
     Args:
-        carried: the tower in files (`require_tower`).
+        carried: the tower in files (`encoders.require_tower`).
         model: the text model.
     """
     settings = carried.settings
@@ -154,41 +115,10 @@ def pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
     return table
 
 
-def pieces_in_memory(encoder: config.VisionEncoder, model: config.Model) -> list[WeightPiece]:
-    """List every weight of a tower and its projector under the names that transformers 5 gives to them in memory."""
+def rows_of(encoder: config.VisionEncoder, model: config.Model) -> TowerRows:
+    """Return every tensor of a tower and its projector, given the sizes of the tower and the text model."""
     settings = _settings_of(encoder, model)
-    sizes = _sizes(settings, model.model_dim)
-    return [piece_of(sizes, row._replace(name=f"{_IN_MEMORY}{row.name}"), lead) for row, lead in _rows(settings)]
-
-
-def adapter_pieces(encoder: config.VisionEncoder, model: config.Model, ranks: Mapping[str, int]) -> list[WeightPiece]:
-    """List A and B of the adapters of a tower and its projector, as PEFT names them on the wrapper.
-
-    A is (J, in) and B (out, J); the convolution's are kernels, (J, colour, row, column) and (out, J, 1, 1).
-
-    Args:
-        encoder: sizes of the tower.
-        model: the text model.
-        ranks: rank J of each module that has an adapter, such as `vision.projector.in_proj`; others are ignored.
-    """
-    settings = _settings_of(encoder, model)
-    table: list[WeightPiece] = []
-    for row, lead in _rows(settings):
-        module = row.path.removesuffix(".weight")
-        if module not in ranks or not row.path.endswith(".weight"):
-            continue
-        out, *ins = row.file_dims.split()
-        is_kernel = len(ins) > 1
-        internal_in = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set("".join(ins)))
-        internal_out = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set(out))
-        stem = f"base_model.model.{_IN_MEMORY}{row.name.removesuffix('.weight')}"
-        a = Row(f"{stem}.lora_A.weight", f"J {' '.join(ins)}", f"{module}.lora_a", f"{internal_in} J")
-        b = Row(f"{stem}.lora_B.weight", f"{out} J", f"{module}.lora_b", f"J {internal_out}")
-        if is_kernel:
-            b = b._replace(file_dims=f"{out} J I K", internal_dims=f"JIK {internal_out}")
-        sizes = {**_sizes(settings, model.model_dim), "J": ranks[module], "I": 1, "K": 1}
-        table += [piece_of(sizes, a, lead), piece_of(sizes, b, lead)]
-    return table
+    return TowerRows(list(_rows(settings)), _sizes(settings, model.model_dim))
 
 
 def _settings_of(encoder: config.VisionEncoder, model: config.Model) -> PixtralSettings:

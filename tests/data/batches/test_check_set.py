@@ -22,7 +22,7 @@ SPEED = config.ScoreTarget(name="speed", labels=("quick", "lazy"), several=True)
 def store(kind: str = "classification", values: Any = ()) -> Any:
     rules = SimpleNamespace(record={"name": kind, "targets": [ANIMAL.model_dump(mode="json")]})
     return SimpleNamespace(
-        manifest=SimpleNamespace(rules=rules, pictures=None, sound=None),
+        manifest=SimpleNamespace(rules=rules, media=None),
         values=np.asarray(values),
         where=lambda i: f"a.jsonl:{i + 1}",
     )

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from moe_train import config
+from moe_train.data.media import MediaRules
+from moe_train.data.pictures.rules import PictureRules
 from moe_train.data.prepared import manifest
 from moe_train.data.prepared.manifest import Manifest
 from moe_train.data.prepared.tokenize_ahead import prepare
 from moe_train.data.prepared.tokenize_shard import Recipe
 from moe_train.data.records.open_source import open_source
+from moe_train.data.sound.rules import SoundRules
 from moe_train.data.tokenizers.huggingface import HuggingFace
 
 
@@ -49,6 +53,30 @@ def test_it_names_the_keys_that_were_not_read(make: Callable[..., Manifest], wri
     assert manifest.read_manifest(json.dumps(older), "here").hash == made.hash
 
 
+RULES = (
+    (PictureRules(14, 2, 1540, 10, 12, 13), "pictures"),
+    (SoundRules(16000, 128, 160, 400, 3000, 8, 24, 25), "sound"),
+)
+
+
+@pytest.mark.parametrize(("rules", "older_field"), RULES)
+def test_pictures_and_sound_of_this_version_and_of_earlier_ones(
+    rules: MediaRules, older_field: str, make: Callable[..., Manifest], write_lines: Callable[..., Path]
+) -> None:
+    plain = make(write_lines("a.jsonl", [{"text": "fox"}]))
+    made = plain.model_copy(update={"media": rules}).sealed()
+    assert made.hash != plain.hash
+    assert manifest.read_manifest(made.model_dump_json(), "here").media == rules
+    # A set of text is the same set as before, and one with files is known, though its shards are not read.
+    fields = plain.model_dump(mode="json", exclude={"media"})
+    older = json.dumps(fields | {"pictures": None, "sound": None})
+    assert manifest.read_manifest(older, "here") == plain
+    older = json.dumps(fields | {"pictures": None, "sound": None} | {older_field: asdict(rules)})
+    assert Manifest.model_validate_json(older).media == rules
+    with pytest.raises(ValueError, match="here was written by an earlier version, which stored pictures and sound in other files"):
+        manifest.read_manifest(older, "here")
+
+
 def test_the_hash_follows_content_rules_and_licence_and_not_the_path(
     make: Callable[..., Manifest], write_lines: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -69,7 +97,7 @@ def test_what_was_changed_by_hand_is_refused(make: Callable[..., Manifest], writ
         assert old and old in text
         with pytest.raises(ValueError, match=r"^here was changed after it was written"):
             manifest.read_manifest(text.replace(old, new), "here")
-    for broken in ("", "{}", text.replace('"layout":2', '"layout":3'), text[:-9]):
+    for broken in ("", "[]", "{}", text.replace('"layout":2', '"layout":3'), text[:-9]):
         with pytest.raises(ValueError, match=r"^here is no manifest that this version reads: ") as caught:
             manifest.read_manifest(broken, "here")
         assert "\n" not in str(caught.value)

@@ -15,8 +15,8 @@ import pytest
 from moe_train import config
 from moe_train.data.records.column_values import rows
 from moe_train.data.records.conversation import read
+from moe_train.data.records.media import references_of
 from moe_train.data.records.normal_form import Conversation
-from moe_train.data.records.pictures import references_of
 from moe_train.data.records.problem import Problem, check_usable
 from tests.data.records.sources import opened, texts
 from tests.data.records.tables import json_array, write_table
@@ -125,7 +125,7 @@ def test_pictures_that_datasets_has_stored(tmp_path: Path) -> None:
     section = config.ChatRecord(name="chat")
     [(_, fields)] = opened(path, record=section)
     record = read(fields, section).record
-    assert isinstance(record, Conversation) and references_of(record) == ["data:image;base64,iVBORw==", "b.png"]
+    assert isinstance(record, Conversation) and references_of(record.messages) == ["data:image;base64,iVBORw==", "b.png"]
 
 
 @pytest.mark.usefixtures("no_network")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moe_train.model.encoders.audio import LayerNorm
-from moe_train.model.encoders.sound import Sound
+from moe_train.model.encoders.media import Media
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import abstract_model, init_model
 from tests.commands.audio_wrapper import ENCODER
@@ -61,7 +61,8 @@ def test_features_of_packed_chunks_equal_those_of_each_alone() -> None:
             tree, [jax.device_put(draw.normal(0, 0.3, x.shape).astype(np.float32), x.sharding) for x in leaves]
         )
         index = np.full((2, 1), -1, np.int32)
-        found = np.asarray(jax.jit(lambda a: a(Sound(frames, ids, index).placed()))(audio))
+        places = np.zeros((2, 3, 2), np.int32)
+        found = np.asarray(jax.jit(lambda a: a(Media(frames, places, ids, index).placed()))(audio))
         plain = jax.tree.unflatten(tree, [np.asarray(x) for x in jax.tree.leaves(audio)])
     for row, chunk in ((0, 0), (0, 1), (0, 2), (1, 0)):
         expected = reference(plain, frames[row, chunk])
@@ -86,6 +87,7 @@ def test_the_text_model_of_a_seed_does_not_depend_on_a_tower() -> None:
 
 def test_sound_needs_a_tower() -> None:
     with jax.set_mesh(ONE):
-        sound = Sound(*(jnp.zeros((1, 4), jnp.int32) for _ in range(3)))  # type: ignore[misc]
+        ids = jnp.zeros((1, 4), jnp.int32)
+        sound = Media(jnp.zeros((1, 4, 32, 8)), jnp.zeros((1, 4, 2), jnp.int32), ids, ids)
         with pytest.raises(ValueError, match="no audio tower"):
-            abstract_model(MINISTRAL).with_sound(jnp.zeros((1, 4, MINISTRAL.model_dim)), sound)
+            abstract_model(MINISTRAL).with_media(jnp.zeros((1, 4, MINISTRAL.model_dim)), sound)

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 
 from moe_train import config
 from moe_train.machine.mesh import make_mesh
-from moe_train.model.encoders.pictures import Pictures
+from moe_train.model.encoders.media import Media
 from moe_train.model.encoders.rope_2d import rotate_2d
 from moe_train.model.encoders.vision import Vision
 from moe_train.model.parameters import combine_some, parameters
@@ -71,7 +71,7 @@ def test_features_of_packed_pictures_equal_those_of_each_alone() -> None:
         # Larger, so that attention is far from even.
         vision = jax.tree_util.tree_map_with_path(lambda keys, w: w if "scale" in str(keys) else 10 * w, vision)
         index = np.full((2, 1), -1, np.int32)
-        found = np.asarray(jax.jit(lambda v: v(Pictures(patches, places, ids, index).placed()))(vision))
+        found = np.asarray(jax.jit(lambda v: v(Media(patches, places, ids, index).placed()))(vision))
         for row, picture in ((0, 1), (0, 2), (1, 1)):
             own = ids[row] == picture
             expected = reference(vision, patches[row][own], places[row][own])
@@ -90,9 +90,9 @@ def test_the_text_model_of_a_seed_does_not_depend_on_a_tower() -> None:
 
 def test_pictures_need_a_tower() -> None:
     with jax.set_mesh(ONE):
-        pictures = Pictures(*(jnp.zeros((1, 4), jnp.int32) for _ in range(4)))  # type: ignore[misc]
+        pictures = Media(jnp.zeros((1, 4, 12)), jnp.zeros((1, 4, 2), jnp.int32), *(jnp.zeros((1, 4), jnp.int32),) * 2)
         with pytest.raises(ValueError, match="no vision tower"):
-            abstract_model(MINISTRAL).with_pictures(jnp.zeros((1, 4, MINISTRAL.model_dim)), pictures)
+            abstract_model(MINISTRAL).with_media(jnp.zeros((1, 4, MINISTRAL.model_dim)), pictures)
 
 
 ADAPTERS = config.Lora(
@@ -121,7 +121,7 @@ def test_gradients_of_adapters_and_their_dropout_do_not_depend_on_the_mesh() -> 
 
             def loss(weights: dict[str, jax.Array]) -> jax.Array:
                 vision = combine_some(structure, weights).vision
-                return jnp.sum(vision(Pictures(patches, places, ids, index).placed(), key) * place(weight, "BTD"))
+                return jnp.sum(vision(Media(patches, places, ids, index).placed(), key) * place(weight, "BTD"))
 
             gradients = jax.jit(jax.grad(loss))(weights)
             return {path: np.asarray(x) for path, x in gradients.items()}

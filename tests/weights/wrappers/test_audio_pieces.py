@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +18,6 @@ from moe_train.weights import external
 from moe_train.weights.names import mistral_of, weight_pieces
 from moe_train.weights.wrappers.carry import carry
 from tests.commands.audio_wrapper import ENCODER, MODEL, save_audio_wrapper
-from tests.commands.wrapper import save_wrapper
 from tests.random_parameters import random_parameters
 from tests.tiny import ONE
 
@@ -40,8 +38,7 @@ def loaded(path: Path) -> dict[str, np.ndarray]:
 
 
 def test_every_tensor_has_its_place(base: Path) -> None:
-    assert external.read_audio_encoder(base) == external.find_encoder(base) == ENCODER
-    assert external.find_vision_encoder(base) is None
+    assert external.read_encoder(base, config.AudioEncoder) == external.find_encoder(base) == ENCODER
     files = safetensors.numpy.load_file(base / "model.safetensors")
     with jax.set_mesh(ONE):
         ours = loaded(base)
@@ -72,26 +69,7 @@ def test_mistrals_own_layout_holds_the_same_tower(base: Path, tmp_path: Path) ->
         params = {"dim": MODEL.model_dim, "n_layers": MODEL.num_layers, "head_dim": a.head_dim, "hidden_dim": MODEL.ffn.ffn_dim}
         params |= {"n_heads": a.num_heads, "n_kv_heads": a.num_kv_heads, "norm_eps": MODEL.norm_eps, "vocab_size": MODEL.vocab_size}
         (native / "params.json").write_text(json.dumps(wrapping.around(params | {"rope_theta": 1e6})))
-        assert external.read_audio_encoder(native) == ENCODER
+        assert external.read_encoder(native, config.AudioEncoder) == ENCODER
         ours, theirs = loaded(base), loaded(native)
     for name, x in ours.items():
         assert np.array_equal(x, theirs[name]), name
-
-
-def edited(base: Path, **changes: Any) -> Path:
-    fields = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(fields | changes))
-    return base
-
-
-def test_towers_that_are_not_computed(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"projector_hidden_act is 'relu', and sound needs a tower with 'gelu'"):
-        external.read_audio_encoder(edited(base, projector_hidden_act="relu"))
-    section = json.loads((base / "config.json").read_text())["audio_config"]
-    edited(base, projector_hidden_act="gelu", audio_config=section | {"scale_embedding": True})
-    with pytest.raises(ValueError, match=r"scale_embedding is True, and sound needs a tower with False"):
-        external.read_audio_encoder(base)
-    with jax.set_mesh(ONE):
-        save_wrapper(tmp_path / "seeing", random_parameters(MODEL), model=MODEL.model_copy(update={"family": "mistral"}))
-    with pytest.raises(ValueError, match=r"has the vision tower and projector, but sound needs an audio tower"):
-        external.read_audio_encoder(tmp_path / "seeing")

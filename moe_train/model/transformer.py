@@ -67,6 +67,7 @@ class Layer(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         cache: Cache | None = None,
         key: Key[Array, ""] | None = None,
+        prompt_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, RouterStats | None]:
         """Apply the layer.
 
@@ -76,6 +77,7 @@ class Layer(nnx.Module):
             segment_ids_BT: packed segments; 0 for padding.
             cache: what the attention keeps of earlier positions; None outside generation.
             key: PRNG key for the dropout of the adapters; None for no dropout.
+            prompt_ids_BT: as in `Transformer`.
 
         Returns:
             The hidden states, the extended cache or None, and the router's statistics or None in a dense layer.
@@ -83,7 +85,7 @@ class Layer(nnx.Module):
         attention_key, ffn_key = keys_of(key, 2)
         layer_input_BTD = x_BTD
         h_BTD = self.attention_norm(x_BTD)
-        y_BTD, cache = apply_attention(self.attention, h_BTD, positions_BT, segment_ids_BT, cache, attention_key)
+        y_BTD, cache = apply_attention(self.attention, h_BTD, positions_BT, segment_ids_BT, cache, attention_key, prompt_ids_BT)
         x_BTD += y_BTD
         h_BTD = self.ffn_norm(x_BTD)
         stats = None
@@ -139,6 +141,7 @@ class Stack(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"],
         keys: Key[Array, " R"] | None = None,
+        prompt_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Apply all layers of the stack.
 
@@ -147,6 +150,7 @@ class Stack(nnx.Module):
             positions_BT: positions, which restart in each segment.
             segment_ids_BT: packed segments; 0 for padding.
             keys: one PRNG key per repeat, for dropout; None for no dropout.
+            prompt_ids_BT: as in `Transformer`.
 
         Returns:
             The hidden states, and the statistics of the stack's routers (layers of the stack, …); None for dense layers.
@@ -158,7 +162,7 @@ class Stack(nnx.Module):
             layers, key = layers_and_key
             period_stats = []
             for layer, layer_key in zip(layers, keys_of(key, len(self.layers)), strict=True):
-                x_BTD, _, layer_stats = layer(x_BTD, positions_BT, segment_ids_BT, key=layer_key)
+                x_BTD, _, layer_stats = layer(x_BTD, positions_BT, segment_ids_BT, None, layer_key, prompt_ids_BT)
                 period_stats.append(layer_stats)
             return x_BTD, period_stats
 
@@ -253,6 +257,7 @@ class Transformer(nnx.Module):
         key: Key[Array, ""] | None = None,
         media: Media | None = None,
         features: Features | None = None,
+        prompt_ids_BT: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Compute the hidden states after the final norm.
 
@@ -261,11 +266,13 @@ class Transformer(nnx.Module):
 
         Args:
             tokens_BT: token ids.
-            positions_BT: positions, which restart in each segment; None for 0, 1, 2, … in each row.
+            positions_BT: positions, which restart in each segment that continues no prompt; None for 0, 1, 2, … in each row.
             segment_ids_BT: packed segments; 0 for padding. None if each row is one segment without padding.
             key: PRNG key for the dropout of the adapters; None for no dropout, as in evaluation.
             media: pictures or sound that tokens stand for; None without any. The model needs a tower for them.
             features: features that tokens stand for, computed before; None without any. They need no tower.
+            prompt_ids_BT: id of the earlier segment of the row whose tokens a segment continues, and sees; its own id where it
+                continues none. None if no segment continues another.
 
         Returns:
             The hidden states, and the statistics (L, …) of the routers in the order of the sparse layers (`config.sparse_layers`);
@@ -278,6 +285,8 @@ class Transformer(nnx.Module):
             segment_ids_BT = np.ones(tokens_BT.shape, np.int32)
         positions_BT = place(positions_BT, "BT")
         segment_ids_BT = place(segment_ids_BT, "BT")
+        if prompt_ids_BT is not None:
+            prompt_ids_BT = place(prompt_ids_BT, "BT")
         x_BTD = self.embed(tokens_BT, self.dtype)
         if media is not None:
             # No key of a layer: those come from `split`.
@@ -291,7 +300,7 @@ class Transformer(nnx.Module):
         first = 0
         for stack in self.stacks:
             stack_keys = None if keys is None else keys[first : first + stack.repeats]
-            x_BTD, stack_stats = stack(x_BTD, positions_BT, segment_ids_BT, stack_keys)
+            x_BTD, stack_stats = stack(x_BTD, positions_BT, segment_ids_BT, stack_keys, prompt_ids_BT)
             if stack_stats is not None:
                 stats.append(stack_stats)
             first += stack.repeats

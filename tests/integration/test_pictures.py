@@ -291,7 +291,7 @@ def test_batches_have_the_smallest_room_that_fits_on_all_processes(ready: Path) 
     batch_type = objective_of_run(run).batch_type
 
     def batches(process: int, count: int) -> list[Any]:
-        rows = BatchRows(2, 32, process, count)
+        rows = BatchRows(2, 24, process, count)
         loader = Loader(run.training_data(), "train", Mistral(ready / "tekken.json"), rows, seed=0, batch_type=batch_type)
         return [loader.batch(step) for step in range(24)]
 

@@ -321,7 +321,7 @@ class Loader:
 
     def _type_of(self, numbers: np.ndarray) -> type[PackedBatch]:
         """Return the batch type with room for the pictures or sound of the rows with these numbers, those of all processes."""
-        batch_type = self._batch_type
+        batch_type = self.batch_type
         if not issubclass(batch_type, MediaBatch | FeatureBatch) or len(batch_type.rooms) == 1:
             return batch_type
         most = 0

@@ -37,6 +37,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "evaluate/suites/not_graded.py": "evaluate/suites/test_own_function.py raises it; the file only declares it",
     "commands/origin_of_export.py": "commands/test_export.py compares the texts and the origin of exports",
     "commands/serve_export.py": "commands/test_export.py asks for the commands of several exports",
+    "model/stack.py": "model/test_transformer.py compares stacked layers with single ones",
     "commands/evaluate.py": "integration/test_bad_input.py evaluates files, and refuses others, through the command",
     "commands/chat.py": "commands/test_generate.py holds a conversation",
     "commands/text_generator.py": "commands/test_generate.py opens a model with it, as all commands that generate do",

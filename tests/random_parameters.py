@@ -14,7 +14,7 @@ from moe_train.model.transformer import abstract_model
 
 
 def abstract(
-    model: config.Model, dtype: str = "float32", lora: config.Lora | None = None, encoder: config.VisionEncoder | None = None
+    model: config.Model, dtype: str = "float32", lora: config.Lora | None = None, encoder: config.Encoder | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of all weights, on the mesh in force."""
     compute = config.Compute(param_dtype=dtype)
@@ -27,7 +27,7 @@ def random_parameters(
     lora: config.Lora | None = None,
     scale: float = 0.1,
     seed: int = 0,
-    encoder: config.VisionEncoder | None = None,
+    encoder: config.Encoder | None = None,
 ) -> Parameters:
     """Normal weights of standard deviation `scale`, lora_b included, on the mesh in force; the same numbers on any mesh."""
     mesh, draw = jax.sharding.get_mesh(), np.random.default_rng(seed).normal

@@ -54,15 +54,15 @@ def carried_of(source: str | Path) -> Carried | None:
     return None if files is None else external.open_external_weights(files).carried
 
 
-def describe_initial_files(source: str | Path, trains_vision: bool = False) -> list[str]:
+def describe_initial_files(source: str | Path, trains_tower: bool = False) -> list[str]:
     """Describe, in a line each, what of the files that a run starts from is not trained.
 
     Args:
         source: `init_from` of the run. Without its weights, such as on a machine that only plans, nothing is said.
-        trains_vision: whether the run trains modules of a vision tower or its projector.
+        trains_tower: whether the run trains modules of a tower or its projector.
     """
     outcome = "are not trained; exports carry them unchanged"
-    if trains_vision:
+    if trains_tower:
         outcome = "are trained where the config names their modules; exports have them as trained"
     files = first_files(source)
     if files is None or not external.has_weights(files):

@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 
 from moe_train import config
 from moe_train.checkpoint.identity import check_base, check_tower
+from moe_train.checkpoint.initial_files import first_files
 from moe_train.checkpoint.load_params import load_params
 from moe_train.checkpoint.metadata import CheckpointMetadata, WeightOrigin, survey
 from moe_train.checkpoint.runs import TOKENIZER_FOLDER, is_run, named_step, read_run, run_folder
-from moe_train.checkpoint.trained_vision import trained_vision_paths
+from moe_train.checkpoint.trained_tower import trained_tower_paths
 from moe_train.data.batches.media_batch import check_sizes
 from moe_train.data.chat.conversation_to_tokens import load_template
 from moe_train.data.records.media_parts import PICTURES, SOUND, MediaKind
@@ -65,11 +66,9 @@ class OpenedModel(NamedTuple):
     """The mesh to load the weights onto."""
 
     @property
-    def encoder(self) -> config.VisionEncoder | config.AudioEncoder | None:
+    def encoder(self) -> config.Encoder | None:
         """The tower that the run was trained with, or that the external model has; None without one that is computed."""
-        if self.run is not None:
-            return self.run.encoder
-        return external.find_encoder(self.directory)
+        return self.run.encoder if self.run is not None else external.find_encoder(self.directory)
 
     def check_media(self, kind: MediaKind | None = None) -> None:
         """Raise ValueError if the model has no tower for pictures or sound, or one of other sizes than its tokenizer states.
@@ -110,9 +109,7 @@ class OpenedModel(NamedTuple):
         """Load as `load` does; returns the model's structure, its weights, and the step of a run's checkpoint they are from."""
         return self._load(None if self.lora is None else self.lora.of_text(), None)
 
-    def _load(
-        self, lora: config.Lora | None, encoder: config.VisionEncoder | config.AudioEncoder | None
-    ) -> tuple[Any, Parameters, int | None]:
+    def _load(self, lora: config.Lora | None, encoder: config.Encoder | None) -> tuple[Any, Parameters, int | None]:
         """Load the parts of the model that the arguments describe."""
         # Only shapes are computed, so the seed does not matter.
         structure, shapes = parameters(abstract_model(self.model, self.compute, lora, encoder))
@@ -123,12 +120,12 @@ class OpenedModel(NamedTuple):
     def to_export(self) -> LoadedWeights:
         """Return the weights for an export, adapters included; weights of external files are read lazily (see `load_lazily`).
 
-        Of a vision tower and its projector they have what training may have changed: the rest is carried as bytes.
+        Of a tower and its projector they have what training may have changed: the rest is carried as bytes.
         """
-        encoder, names = trained_vision_paths(self.directory)
+        encoder, names = trained_tower_paths(self.directory)
         _, shapes = parameters(abstract_model(self.model, self.compute, self.lora, encoder))
         for path in list(shapes):
-            if ParameterPath.parse(path).is_vision and path not in names:
+            if ParameterPath.parse(path).is_tower and path not in names:
                 del shapes[path]
         return load_weights(self.directory, shapes, load=load_lazily)
 
@@ -166,6 +163,14 @@ def read_model(directory: str | Path) -> config.Model:
     if is_run(directory):
         return read_run(directory).model
     return external.read_external_model(directory)
+
+
+def encoder_of(directory: str | Path) -> config.Encoder | None:
+    """Return the tower of an external model, or of the one that a run started from; None without one that is computed."""
+    if is_run(directory) and (encoder := read_run(directory).encoder) is not None:
+        return encoder
+    files = first_files(directory)
+    return None if files is None else external.find_encoder(files)
 
 
 def find_tokenizer_config(directory: str | Path) -> config.Tokenizer:
@@ -300,7 +305,7 @@ def load_weights(
     if not is_run(directory):
         return LoadedWeights(load(directory, abstract), None, None)
     run = read_run(directory)
-    trainable, frozen = partition(dict(abstract), run.lora, run.trained_vision)
+    trainable, frozen = partition(dict(abstract), run.lora, run.trained_tower)
 
     # Checkpoints hold unquantized weights; each part is quantized as soon as it is read if `abstract` asks for it.
     def convert(array: jax.Array, path: str, like: jax.ShapeDtypeStruct) -> Parameters:
@@ -333,17 +338,17 @@ def _trained_shapes(run: config.Run) -> dict[str, Any]:
     # Checkpoints hold unquantized weights, also where the run trains on a quantized base.
     lora = run.lora and run.lora.model_copy(update={"quantize": None})
     _, shapes = parameters(abstract_model(run.model, run.compute, lora, run.encoder))
-    trainable, _ = partition(shapes, lora, run.trained_vision)
+    trainable, _ = partition(shapes, lora, run.trained_tower)
     return trainable
 
 
-def read_adapter(source: str | Path, model: config.Model, encoder: config.VisionEncoder | None = None) -> config.Lora:
+def read_adapter(source: str | Path, model: config.Model, encoder: config.Encoder | None = None) -> config.Lora:
     """Return the `lora` section of the adapters of a run or of external files.
 
     Args:
         source: A run, or a folder of external adapter files.
         model: The architecture that the adapters have to fit.
-        encoder: The vision tower that they may adapt; None to refuse adapters of one.
+        encoder: The tower that they may adapt; None to refuse adapters of one.
 
     Raises:
         ValueError: If the adapters belong to another model, or the run has none.
@@ -356,16 +361,16 @@ def read_adapter(source: str | Path, model: config.Model, encoder: config.Vision
         raise ValueError(f"{source} is a run without adapters: it was trained in full; name a run with a section `lora`")
     if run.model != model:
         raise ValueError(f"the adapters of {source} belong to a model of another architecture; name the base they were trained on")
-    if run.lora.trains_vision and encoder is None:
+    if run.lora.trains_tower and encoder is None:
         raise ValueError(
-            f"the adapters of {source} include modules of a vision tower, which only training with a section vision reads; "
+            f"the adapters of {source} include modules of a tower, which only a multimodal base has; name that base, or "
             "export the run with --merge, and use the merged model"
         )
     return run.lora
 
 
 def load_adapter(
-    origin: WeightOrigin, model: config.Model, abstract: Mapping[str, Any], encoder: config.VisionEncoder | None = None
+    origin: WeightOrigin, model: config.Model, abstract: Mapping[str, Any], encoder: config.Encoder | None = None
 ) -> Parameters:
     """Load adapters, and the weights that were trained in full with them, from a run or from external files.
 
@@ -373,7 +378,7 @@ def load_adapter(
         origin: Where the adapters are.
         model: The architecture.
         abstract: Shapes, dtypes and shardings of the arrays.
-        encoder: The vision tower that they may adapt; None to refuse adapters of one.
+        encoder: The tower that they may adapt; None to refuse adapters of one.
 
     Returns:
         The arrays of `abstract` whose paths are trained by the `lora` section that `read_adapter` returns, and no others.

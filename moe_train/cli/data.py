@@ -250,6 +250,9 @@ def prepare_command(
     reference: Annotated[
         bool, typer.Option("--reference", help="Also store log-probabilities of init_from, for full training on preferences.")
     ] = False,
+    features: Annotated[
+        bool, typer.Option("--features", help="Also store what a frozen tower computes of pictures or sound (vision.features).")
+    ] = False,
     teacher: Annotated[
         Path | None,
         typer.Option(
@@ -290,7 +293,7 @@ def prepare_command(
     if teacher or teacher_file or teacher_column:
         options = TeacherOptions(teacher, tuple(teacher_file or ()), teacher_column, top_k)
     with progress_line("preparing"):
-        answer = prepare(config, to, options, reference)
+        answer = prepare(config, to, options, reference, features)
     if as_json:
         print_json(answer)
     else:

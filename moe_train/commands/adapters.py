@@ -10,7 +10,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from rich.text import Text
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
 from moe_train.checkpoint.metadata import WeightOrigin
+from moe_train.checkpoint.trained_tower import trained_tower_paths
 from moe_train.commands import left_out, multimodal_base, write_and_prove
 from moe_train.commands.base_of_adapter import warn_of_another_base
 from moe_train.machine.files import JsonObject, new_directory, read_object, refuse_existing
@@ -32,6 +33,7 @@ from moe_train.weights import gguf, merge, names, peft, texts
 from moe_train.weights.arrays import LazyParameters, fetch_entry
 from moe_train.weights.gguf import lora as gguf_lora
 from moe_train.weights.on_disk import FileDtype
+from moe_train.weights.wrappers import tower_pieces
 
 ReadBaseWeight = Callable[[names.WeightPiece], np.ndarray]
 """Reads the base model's weight of a piece."""
@@ -44,7 +46,7 @@ class MatrixChange(NamedTuple):
     """The change of one matrix of one layer, and of one expert if it is routed, relative to the base model."""
 
     layer: int | None
-    """None for embedding, final norm and head."""
+    """Layer of the text model, or of the tower if `module` is one of that; None outside the layers."""
     module: str
     expert: int | None
     """None for a matrix outside the routed experts."""
@@ -116,12 +118,17 @@ def diff(source: str | Path, base: str | Path | None = None, against: str | Path
     """
     base = _find_base(source) if base is None else base
     model = model_dir.read_model(base)
+    encoder = model_dir.encoder_of(base)
     # One device is enough, since the norms are computed by numpy on the host.
     with jax.set_mesh(make_mesh(config.Mesh(), jax.devices()[:1])):
-        adapters = [_load_adapter(path, model) for path in (source, against) if path is not None]
-        read_weight = _base_weights(base, model)
+        adapters = [_load_adapter(path, model, encoder) for path in (source, against) if path is not None]
+        changed = {path for _, trained in adapters for path in trained}
+        if not any(ParameterPath.parse(path).is_tower for path in changed):
+            encoder = None  # a tower that nothing changes need not be read
+        read_weight = _base_weights(base, model, encoder)
         changes = []
-        for piece in names.weight_pieces(model):
+        of_tower = [] if encoder is None else tower_pieces.pieces_in_memory(encoder, model)
+        for piece in (*names.weight_pieces(model), *of_tower):
             change = _measure_change(piece, model, adapters, read_weight)
             if change is not None:
                 changes.append(change)
@@ -146,17 +153,17 @@ def _find_base(source: str | Path) -> str:
     return named
 
 
-def _load_adapter(source: str | Path, model: config.Model) -> tuple[config.Lora, Parameters]:
+def _load_adapter(source: str | Path, model: config.Model, encoder: config.Encoder | None) -> tuple[config.Lora, Parameters]:
     """Return the section `lora` of an adapter, and the trained parameters."""
     # Quantization is a matter of the base's weights in training; here they are read as its files hold them.
-    lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
-    shapes = parameters(abstract_model(model, config.Compute(), lora))[1]
-    return lora, model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes)
+    lora = model_dir.read_adapter(source, model, encoder).model_copy(update={"quantize": None})
+    shapes = parameters(abstract_model(model, config.Compute(), lora, encoder))[1]
+    return lora, model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes, encoder)
 
 
-def _base_weights(base: str | Path, model: config.Model) -> ReadBaseWeight:
+def _base_weights(base: str | Path, model: config.Model, encoder: config.Encoder | None) -> ReadBaseWeight:
     """Return a function that reads the base's weight of a piece from its files when it is called."""
-    shapes = parameters(abstract_model(model, config.Compute()))[1]
+    shapes = parameters(abstract_model(model, config.Compute(), None, encoder))[1]
     lazy_weights = model_dir.load_parameters(base, shapes, load=model_dir.load_lazily)
 
     def read_weight(piece: names.WeightPiece) -> np.ndarray:
@@ -178,7 +185,9 @@ def _measure_change(
         delta = float(np.linalg.norm(trained_weight - (second_weights[0] if second_weights else base_weight)))
     else:
         delta = _norm_of_product([_factors(lora, trained, path, piece.lead) for lora, trained in adapters])
-    layer = path.layer(model, piece.lead[0]) if piece.lead else None
+    layer = None
+    if piece.lead:
+        layer = piece.lead[0] if path.is_tower else path.layer(model, piece.lead[0])
     expert = piece.lead[1] if len(piece.lead) == 2 else None
     # In float16 a square overflows from 256 on, and a long sum in float32 loses small terms.
     weight_norm = math.sqrt(np.sum(np.square(base_weight, dtype=np.float32), dtype=np.float64))
@@ -250,11 +259,13 @@ def merge_into(
         raise ValueError(f"BASE {base} is a run with adapters of its own; export it with --merge, and merge into that export")
     dtype = dtype or model_dir.dtype_of_files(base, otherwise=opened.compute.param_dtype)
     with jax.set_mesh(opened.mesh):
-        lora, weights = base_and_adapter(base, source, opened.model, dtype)
+        encoder = model_dir.encoder_of(base)
+        lora, weights = base_and_adapter(base, source, opened.model, dtype, encoder)
         # Warnings come after the files have been read, so that an error is alone.
         lost = left_out.report_rounding(base, (dtype, dtype))
         text = multimodal_base.TextOfExport(opened.model, opened.tokenizer, opened.chat_template)
-        wrapping = multimodal_base.find_wrapping(base, "hf", text, None, text_only)
+        tower = multimodal_base.trained_tower_of(weights, lora, dtype)
+        wrapping = multimodal_base.find_wrapping(base, "hf", text, None, text_only, tower)
         if text_only:
             lost |= left_out.report_left_out(base, "--text-only writes the text model alone")
         warn_of_another_base(base, source)
@@ -266,12 +277,17 @@ def merge_into(
             about={"source": str(base), "adapter": str(source), **lost},
             wrapping=wrapping,
             base=left_out.fp8_base(base),
+            encoder=None if tower is None or wrapping is None else encoder,
         )
         return write_and_prove.export_model(weights, opened.model, out_dir, options)
 
 
 def base_and_adapter(
-    base: str | Path, source: str | Path, model: config.Model, dtype: FileDtype | None = None
+    base: str | Path,
+    source: str | Path,
+    model: config.Model,
+    dtype: FileDtype | None = None,
+    encoder: config.Encoder | None = None,
 ) -> tuple[config.Lora, LazyParameters]:
     """Load a base model and adapters for it; the mesh must be in force.
 
@@ -280,18 +296,27 @@ def base_and_adapter(
         source: a run or an external adapter.
         model: the architecture of the base.
         dtype: dtype of the base's weights; None, or fp8, for the dtype of its files.
+        encoder: the base's tower, which the adapters may adapt; None without one that is computed.
 
     Returns:
-        (the section `lora` of the adapters, the weights of base and adapters). Weights in external files are read lazily.
+        (the section `lora` of the adapters, the weights of base and adapters). Weights in external files are read lazily. Of a
+        tower they have what training has changed.
     """
     if dtype is None or dtype == "fp8":
         dtype = model_dir.dtype_of_files(base, otherwise=model_dir.default_compute().param_dtype)
     # float32 holds every number of a float16 file.
     compute = config.Compute(param_dtype="float32" if dtype == "float16" else dtype)
-    lora = model_dir.read_adapter(source, model).model_copy(update={"quantize": None})
-    shapes = parameters(abstract_model(model, compute, lora))[1]
-    trained = model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes)
-    frozen_shapes = {path: shape for path, shape in shapes.items() if not ParameterPath.parse(path).is_trained(lora)}
+    lora = model_dir.read_adapter(source, model, encoder).model_copy(update={"quantize": None})
+    shapes = parameters(abstract_model(model, compute, lora, encoder))[1]
+    trained = model_dir.load_adapter(WeightOrigin(str(source), None, {}), model, shapes, encoder)
+    # Of a tower, what the base's own training has not changed either is carried as bytes.
+    _, tower_of_base = trained_tower_paths(base)
+    frozen_shapes: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        path = ParameterPath.parse(name)
+        is_carried = path.is_tower and not path.has_adapter(trained) and name not in tower_of_base
+        if not path.is_trained(lora) and not is_carried:
+            frozen_shapes[name] = shape
     # Loaded lazily, since the base may be larger than the host's memory.
     frozen = model_dir.load_parameters(base, frozen_shapes, load=model_dir.load_lazily)
     return lora, {**frozen, **trained}

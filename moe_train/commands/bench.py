@@ -21,8 +21,8 @@ from moe_train.machine.compiler_options import brief_options
 from moe_train.machine.devices import peak_flops
 from moe_train.machine.files import JsonObject
 from moe_train.machine.mesh import make_mesh, platform, put_batch
-from moe_train.model.flops import flops_of_run
 from moe_train.model.parameters import initial_parameters, parameters
+from moe_train.model.tower_flops import flops_of_run
 from moe_train.model.transformer import abstract_model, init_model
 from moe_train.run.resolve import resolve
 from moe_train.run.self_test import run_self_tests
@@ -138,10 +138,10 @@ def _trace_steps(folder: Path, step: _Step, state: TrainState) -> None:
 
 def _random_state(run: config.Run) -> tuple[TrainState, PyTreeDef, optax.GradientTransformation]:
     """Return the state of a run with random weights, the structure of its model, and its optimizer."""
-    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.encoder)
-    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
+    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.model_encoder)
+    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))
     optimizer = make_optimizer_of_any_length(run.optimizer)
-    trainable, frozen = partition(initial_parameters(model, shapes.keys()), run.lora, run.trained_vision)
+    trainable, frozen = partition(initial_parameters(model, shapes.keys()), run.lora, run.trained_tower)
     options = brief_options(platform()) or None
     state = jax.jit(lambda params: state_of_learned(params, optimizer), donate_argnums=0, compiler_options=options)(trainable)
     return state._replace(frozen=frozen), structure, optimizer

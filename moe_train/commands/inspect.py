@@ -44,7 +44,7 @@ def inspect(written: config.Config) -> Report:
     """
     run = resolve(written, jax.device_count())
     shapes = abstract_parameters(run)
-    trainable, _ = partition(shapes, run.lora, run.trained_vision)
+    trainable, _ = partition(shapes, run.lora, run.trained_tower)
     rows = [
         {
             "path": path,
@@ -66,7 +66,7 @@ def inspect(written: config.Config) -> Report:
     transport = describe_transport(run, run.mesh.model_dump())
     if transport:
         totals["transport"] = transport
-    if run.init_from and (lines := describe_initial_files(run.init_from, run.trains_vision)):
+    if run.init_from and (lines := describe_initial_files(run.init_from, run.trains_tower)):
         totals["init_from"] = "; ".join(lines)
     return Report(run.to_config(), rows, totals)
 
@@ -74,7 +74,7 @@ def inspect(written: config.Config) -> Report:
 def abstract_parameters(run: config.Run) -> dict[str, jax.ShapeDtypeStruct]:
     """Return {path: ShapeDtypeStruct with its sharding} of a model, adapters included, on the mesh of `run`."""
     with jax.sharding.use_abstract_mesh(abstract_mesh(run.mesh.model_dump())):
-        return parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))[1]
+        return parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))[1]
 
 
 def active_parameters(shapes: dict[str, jax.ShapeDtypeStruct], model: config.Model) -> int:

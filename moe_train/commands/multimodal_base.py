@@ -75,25 +75,37 @@ def parts_of_export(
         ValueError, FileNotFoundError: see `find_wrapping`.
     """
     source = opened.directory
-    trained_vision = trained_tower.vision_weights(loaded.weights)
+    weights_of_tower = trained_tower.tower_weights(loaded.weights)
     if jax.process_count() > 1:
         # The first process alone writes what is carried in Mistral's own layout.
-        trained_vision = together.gather_on_each_process(trained_vision)
+        weights_of_tower = together.gather_on_each_process(weights_of_tower)
     if layout == "gguf":
         if text_only:
             raise ValueError("--text-only has no effect with --format gguf, which always has the text model alone; leave it out")
-        mmproj = find_mmproj(source, bool(trained_vision) or _trains_embeddings(opened))
+        mmproj = find_mmproj(source, bool(weights_of_tower) or _trains_embeddings(opened))
         return PartsOfExport(None, mmproj.file, mmproj.to_json())
-    tower = None
-    if trained_vision:
-        # Tensors of a tower are no linear maps of the text model, which alone become FP8.
-        tower = TrainedTower(trained_vision, opened.lora, jnp.dtype("bfloat16" if dtype == "fp8" else dtype))
+    tower = trained_tower_of(weights_of_tower, opened.lora, dtype)
     text = TextOfExport(opened.model, opened.tokenizer, opened.chat_template)
     wrapping = find_wrapping(source, layout, text, loaded.about, text_only, tower)
     lost: JsonObject = {}
     if text_only:
         lost = report_left_out(source, "--text-only exports the text model alone")
     return PartsOfExport(wrapping, None, lost)
+
+
+def trained_tower_of(weights: LazyParameters, lora: config.Lora | None, dtype: str) -> TrainedTower | None:
+    """Return what was trained of a tower among `weights`; None for nothing.
+
+    Args:
+        weights: weights by path, with the adapters and what these adapt.
+        lora: the section of the adapters.
+        dtype: dtype of the export.
+    """
+    of_tower = trained_tower.tower_weights(weights)
+    if not of_tower:
+        return None
+    # Tensors of a tower are no linear maps of the text model, which alone become FP8.
+    return TrainedTower(of_tower, lora, jnp.dtype("bfloat16" if dtype == "fp8" else dtype))
 
 
 def _trains_embeddings(opened: OpenedModel) -> bool:

@@ -38,7 +38,7 @@ def plan_run(
         written = written.model_copy(update={"mesh": _starting_mesh(written.mesh, place)})
     run = resolve(written, place.num_devices)
     answer = planning.rank_and_compile(run, place, options, say)
-    lines = describe_initial_files(run.init_from, run.trains_vision) if run.init_from else []
+    lines = describe_initial_files(run.init_from, run.trains_tower) if run.init_from else []
     return answer._replace(initial_files=tuple(lines))
 
 

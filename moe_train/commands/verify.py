@@ -7,9 +7,9 @@ from typing import get_args
 
 import jax
 
-from moe_train.checkpoint.model_dir import mesh_for_devices, open_model
+from moe_train.checkpoint.model_dir import encoder_of, mesh_for_devices, open_model
 from moe_train.checkpoint.runs import is_run
-from moe_train.checkpoint.trained_vision import trained_vision_paths
+from moe_train.checkpoint.trained_tower import trained_tower_paths
 from moe_train.commands.adapters import base_and_adapter
 from moe_train.commands.export import unquantized_model
 from moe_train.machine.files import JsonObject
@@ -67,16 +67,19 @@ def verify(
             holds_adapter = record["format"] not in get_args(expected.ModelLayout) or record.get("adapted")
             lora = opened.lora if holds_adapter else None
             trained = prove.Export(directory, record["format"], record.get("dtype", ""), weights, opened.model, lora, None, None)
-            if "vision" in record:
-                trained = trained._replace(encoder=trained_vision_paths(run).encoder)
+            if "tower" in record:
+                trained = trained._replace(encoder=trained_tower_paths(run).encoder)
             return record, repeat.repeat(directory, depth, record, model, trained)
     if adapter is not None:
         assert base is not None
         if record["format"] not in get_args(expected.ModelLayout):
             raise ValueError(f"{directory} contains an adapter, not a merged model; compare it with its run (--run)")
         with jax.set_mesh(make_mesh(mesh_for_devices(None, model))):
-            lora, weights = base_and_adapter(base, adapter, model)
+            encoder = encoder_of(base)
+            lora, weights = base_and_adapter(base, adapter, model, None, encoder)
             trained = prove.Export(directory, record["format"], record["dtype"], weights, model, lora, None, None)
+            if "tower" in record:
+                trained = trained._replace(encoder=encoder)
             return record, repeat.repeat(directory, depth, record, model, trained)
     if base is not None and is_run(base):
         raise ValueError(f"--base {base} is a run; state the files that training started from, or use --run")

@@ -61,8 +61,8 @@ class WriteOptions:
     """llama.cpp's file of the base's tower, which is copied into a GGUF export; None for none."""
     base: WeightFiles | None = None
     """The files that training started from, if they are FP8 (`left_out.fp8_base`)."""
-    encoder: config.VisionEncoder | None = None
-    """Sizes of a vision tower of which the parameters have trained weights; None if nothing of it was trained."""
+    encoder: config.Encoder | None = None
+    """Sizes of a tower of which the parameters have trained weights; None if nothing of it was trained."""
 
 
 def export_model(parameters: LazyParameters, model: config.Model, out_dir: str | Path, options: WriteOptions) -> JsonObject:
@@ -92,7 +92,7 @@ def export_model(parameters: LazyParameters, model: config.Model, out_dir: str |
     # Adapters take no space of their own in a whole model: they are merged.
     paths = {path: ParameterPath.parse(path) for path in parameters}
     # Nor what was trained of a tower, which counts with what is carried.
-    num_values = sum(x.size for name, x in parameters.items() if not (paths[name].is_adapter or paths[name].is_vision))
+    num_values = sum(x.size for name, x in parameters.items() if not (paths[name].is_adapter or paths[name].is_tower))
     if options.dtype == "fp8" and options.wrapping is not None and options.wrapping.is_quantized:
         raise ValueError(
             f"the {options.wrapping.parts} of {options.wrapping.source} is FP8 with scales of its own, and files state one "

@@ -5,7 +5,7 @@ default is written in one place only. Nothing in this folder imports jax, so tha
 what the user wrote; `Run` is the resolved record of what will happen.
 """
 
-from moe_train.config.adapters import NAMED_IN_FULL, Fp8, Int8, Lora, LoraTarget, Nf4, names_module
+from moe_train.config.adapters import NAMED_IN_FULL, TOWERS, Fp8, Int8, Lora, LoraTarget, Nf4, names_module
 from moe_train.config.architecture import (
     DefaultRope,
     DenseFfn,
@@ -28,7 +28,7 @@ from moe_train.config.attention import (
 )
 from moe_train.config.audio import Audio, AudioEncoder
 from moe_train.config.average import Average, ExponentialAverage, LastCheckpoints, NoAverage
-from moe_train.config.checks import Sections, check_audio, check_batch, check_model, check_vision
+from moe_train.config.checks import Sections, check_audio, check_batch, check_model, check_trained_tower, check_vision
 from moe_train.config.compute import AxisSize, Compute, Mesh
 from moe_train.config.config import Config, RunName
 from moe_train.config.data import (
@@ -103,6 +103,7 @@ from moe_train.config.records import (
 )
 from moe_train.config.router import Router, SigmoidRouter, SoftmaxRouter
 from moe_train.config.run import (
+    Encoder,
     FullTraining,
     InitialWeights,
     NoAudio,
@@ -129,6 +130,7 @@ from moe_train.config.section import (
     Section,
 )
 from moe_train.config.suite import AnswerGeneration, Columns, FewShot, Prompt, Suite
+from moe_train.config.tower_features import ComputedFeatures, StoredFeatures, TowerFeatures
 from moe_train.config.trackers import MlflowTracker, Tracker, TrackioTracker, WandbTracker
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, SpikeGuard, Train
 from moe_train.config.vision import Vision, VisionEncoder
@@ -137,6 +139,7 @@ __all__ = [
     "FAMILIES",
     "FEATURES",
     "NAMED_IN_FULL",
+    "TOWERS",
     "Adafactor",
     "AdamW",
     "AnswerGeneration",
@@ -154,6 +157,7 @@ __all__ = [
     "Columns",
     "CompletionRecord",
     "Compute",
+    "ComputedFeatures",
     "Config",
     "ConstantSchedule",
     "ContainsGrader",
@@ -166,6 +170,7 @@ __all__ = [
     "DenseLayers",
     "Distillation",
     "Dtype",
+    "Encoder",
     "Evaluation",
     "ExactGrader",
     "ExponentialAverage",
@@ -254,10 +259,12 @@ __all__ = [
     "SoftmaxRouter",
     "Source",
     "SpikeGuard",
+    "StoredFeatures",
     "Suite",
     "TextRecord",
     "Tokenizer",
     "ToolCallsGrader",
+    "TowerFeatures",
     "Tracker",
     "TrackioTracker",
     "Train",
@@ -273,6 +280,7 @@ __all__ = [
     "check_batch",
     "check_model",
     "check_records",
+    "check_trained_tower",
     "check_vision",
     "describe_features",
     "extra_forward_passes",

@@ -18,25 +18,21 @@ from moe_train.config.section import (
 
 NAMED_IN_FULL = ("ffn.router", "embed", "head")
 """Modules that a wildcard pattern never matches: the router, the embedding and the head stay frozen unless they are named."""
-_VISION = "vision."
-"""Beginning of the names of the modules of a vision tower and its projector."""
-
-
-_AUDIO = "audio."
-"""Beginning of the names of the modules of an audio tower and its projector, which are always frozen."""
+TOWERS = ("vision.", "audio.")
+"""Beginnings of the names of the modules of a vision or audio tower and its projector."""
+_POSITIONS = "audio.tower"
+"""Module of the positions of an audio tower: sinusoids, which readers of files compute anew."""
 
 
 def names_module(pattern: str, module: str) -> bool:
-    """Return whether a pattern of the section `lora` or `vision` matches a module such as `attention.q_proj`.
+    """Return whether a pattern of the section `lora`, `vision` or `audio` matches a module such as `attention.q_proj`.
 
-    Modules of a vision tower have names like `vision.tower.layers.attention.q_proj`. Only patterns that begin with `vision.` match
-    them, so that patterns that are meant for the text model, such as `*_norm`, leave the tower frozen.
+    Modules of a tower have names like `vision.tower.layers.attention.q_proj`. Only patterns that begin with `vision.` or `audio.`
+    match them, so that patterns that are meant for the text model, such as `*_norm`, leave the tower frozen.
     """
     if module in NAMED_IN_FULL:
         return pattern == module
-    if module.startswith(_VISION) and not pattern.startswith(_VISION):
-        return False
-    if module.startswith(_AUDIO):
+    if module == _POSITIONS or (module.startswith(TOWERS) and not pattern.startswith(TOWERS)):
         return False
     return fnmatchcase(module, pattern)
 
@@ -46,8 +42,8 @@ class LoraTarget(Section):
 
     modules: Annotated[tuple[str, ...], Field(min_length=1)]
     """Patterns over module paths inside a layer, such as `attention.*`, `ffn.*`, `ffn.gate_proj` or `*.down_proj`, or one of the
-    names `ffn.router`, `embed` and `head`, which no wildcard matches. Patterns of a vision tower and its projector begin with
-    `vision.`, such as `vision.tower.layers.attention.*`.
+    names `ffn.router`, `embed` and `head`, which no wildcard matches. Patterns of a tower and its projector begin with
+    `vision.` or `audio.`, such as `vision.tower.layers.attention.*`.
     """
     rank: Positive
     """Rank of the update B·A. 8 to 32 is usual; a higher rank learns more and costs memory and time in proportion."""
@@ -112,8 +108,8 @@ class Lora(Section):
     loss falls.
     """
     train: tuple[str, ...] = ()
-    """Patterns of modules that are trained in full in addition to the adapters, such as `*_norm`, `ffn.router`, `embed`, `head` or
-    `vision.projector.*`.
+    """Patterns of modules that are trained in full in addition to the adapters, such as `*_norm`, `ffn.router`, `embed`, `head`,
+    `vision.projector.*` or `audio.projector.*`.
     """
     init_from: LocalPath | None = None
     """Directory of an existing adapter (PEFT, Mistral or GGUF) to start from; `targets` and `train` default to those of that
@@ -136,23 +132,24 @@ class Lora(Section):
         return "ffn.router" in self.train or any("ffn.router" in target.modules for target in self.targets)
 
     @property
-    def adapts_vision(self) -> bool:
-        """Whether a vision tower or its projector has adapters."""
-        return any(pattern.startswith(_VISION) for target in self.targets for pattern in target.modules)
+    def tower_patterns(self) -> tuple[str, ...]:
+        """Patterns of modules of a tower or its projector that are trained, in full or through adapters."""
+        patterns = [*(pattern for target in self.targets for pattern in target.modules), *self.train]
+        return tuple(pattern for pattern in patterns if pattern.startswith(TOWERS))
 
     @property
-    def trains_vision(self) -> bool:
-        """Whether modules of a vision tower or its projector are trained, in full or through adapters."""
-        return self.adapts_vision or any(pattern.startswith(_VISION) for pattern in self.train)
+    def trains_tower(self) -> bool:
+        """Whether modules of a tower or its projector are trained, in full or through adapters."""
+        return bool(self.tower_patterns)
 
     def of_text(self) -> Lora | None:
         """Return the section for the text model alone; None if it trains nothing of that."""
         targets = []
         for target in self.targets:
-            modules = tuple(pattern for pattern in target.modules if not pattern.startswith(_VISION))
+            modules = tuple(pattern for pattern in target.modules if not pattern.startswith(TOWERS))
             if modules:
                 targets.append(target.model_copy(update={"modules": modules}))
-        train = tuple(pattern for pattern in self.train if not pattern.startswith(_VISION))
+        train = tuple(pattern for pattern in self.train if not pattern.startswith(TOWERS))
         if not targets and not train:
             return None
         return self.model_copy(update={"targets": tuple(targets), "train": train})

@@ -7,11 +7,12 @@ from typing import Literal, Protocol, assert_never
 from moe_train.config.adapters import Lora
 from moe_train.config.architecture import Model, MoeFfn, without_format
 from moe_train.config.attention import Attention, GroupedQueryAttention, MultiHeadLatentAttention
-from moe_train.config.audio import AudioEncoder
+from moe_train.config.audio import Audio, AudioEncoder
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data, HubSource, PreparedSource
 from moe_train.config.objective import NextToken, Objective
 from moe_train.config.optimization import Loss, Optimizer
+from moe_train.config.tower_features import StoredFeatures
 from moe_train.config.training import Evaluation, Metrics, Train
 from moe_train.config.vision import Vision, VisionEncoder
 
@@ -162,17 +163,40 @@ def check_objective_of_pictures(objective: Objective) -> None:
         raise ValueError(f"vision has no effect on objective {objective.name}, only next_token takes pictures; leave vision out")
 
 
-def check_trained_vision(vision: Vision, lora: Lora | None) -> None:
-    """Raise ValueError if the section `vision` names what it cannot train."""
-    for pattern in vision.train:
-        if not pattern.startswith("vision."):
+def check_trained_tower(vision: Vision | None, audio: Audio | None, lora: Lora | None) -> None:
+    """Raise ValueError if patterns name modules of a tower that there is no section for, or that cannot be trained so."""
+    for key, medium, section in (("vision", "pictures", vision), ("audio", "sound", audio)):
+        if section is not None:
+            _check_train(key, section.train, lora)
+            _check_features(key, section, lora)
+        elif lora is not None and any(pattern.startswith(f"{key}.") for pattern in lora.tower_patterns):
+            tower = f"{'an' if key == 'audio' else 'a'} {key} tower"
             raise ValueError(
-                f"vision.train: pattern {pattern!r} names no module of the tower; patterns begin with vision., such as "
-                "vision.projector.* or vision.tower.*"
+                f"lora names modules of {tower}, but there is no section {key}, whose {medium} train them; add {key}: {{}}"
             )
-    if vision.train and lora is not None:
+
+
+def _check_features(key: str, section: Vision | Audio, lora: Lora | None) -> None:
+    """Raise ValueError if features are stored of a tower that training changes."""
+    patterns = [*section.train, *(() if lora is None else lora.tower_patterns)]
+    if isinstance(section.features, StoredFeatures) and patterns:
         raise ValueError(
-            f"vision.train has no effect with a section lora, which freezes whatever it does not name; move {list(vision.train)} "
+            f"{key}.features are stored, and {patterns[0]!r} trains what they come from; set {key}.features to {{name: computed}}, "
+            "or freeze tower and projector"
+        )
+
+
+def _check_train(key: str, patterns: tuple[str, ...], lora: Lora | None) -> None:
+    """Raise ValueError if `vision.train` or `audio.train` names what it cannot train."""
+    for pattern in patterns:
+        if not pattern.startswith(f"{key}."):
+            raise ValueError(
+                f"{key}.train: pattern {pattern!r} names no module of the tower; patterns begin with {key}., such as "
+                f"{key}.projector.* or {key}.tower.*"
+            )
+    if patterns and lora is not None:
+        raise ValueError(
+            f"{key}.train has no effect with a section lora, which freezes whatever it does not name; move {list(patterns)} "
             "to lora.train, or to lora.targets for adapters"
         )
 

@@ -17,7 +17,7 @@ from moe_train.config.checks import (
     check_model,
     check_objective_of_pictures,
     check_rounding,
-    check_trained_vision,
+    check_trained_tower,
 )
 from moe_train.config.compute import Compute, Mesh
 from moe_train.config.data import Data
@@ -101,15 +101,11 @@ class Config(Section):
         check_batch(self)
         if self.vision is not None:
             check_objective_of_pictures(self.objective)
-            check_trained_vision(self.vision, self.lora)
             if self.init_from is None:
                 raise ValueError(
                     "vision needs init_from, a multimodal model whose tower sees the pictures; state it, or leave vision out"
                 )
-        elif self.lora is not None and self.lora.trains_vision:
-            raise ValueError(
-                "lora names modules of a vision tower, but there is no section vision, whose pictures train them; add vision: {}"
-            )
+        check_trained_tower(self.vision, self.audio, self.lora)
         if self.audio is not None:
             check_audio_section(self.objective, has_base=self.init_from is not None, has_vision=self.vision is not None)
         if self.network == "none":

@@ -124,8 +124,10 @@ class Adafactor(_OptimizerBase):
 class Muon(_OptimizerBase):
     """Muon: orthogonalized momentum (https://kellerjordan.github.io/posts/muon).
 
-    It applies to the matrices of attention and of the (expert) FFN, which are selected by name. Embeddings, head, router and norms
-    use AdamW with `adamw_learning_rate`.
+    It applies to the matrices of attention and of the (expert) FFN, and to those of a trained tower and its projector, which are
+    selected by name; a convolution, such as the map of patches, is the matrix of its windows. Embeddings, head, router, norms and
+    biases use AdamW with `adamw_learning_rate`: lookups and vectors have no directions to balance, and heads and routers train
+    worse with it. A run says how many arrays each of the two updates.
     """
 
     name: Literal["muon"]
@@ -136,7 +138,7 @@ class Muon(_OptimizerBase):
     nesterov: bool = True
     """Whether the gradient enters the update a second time, after the momentum."""
     adamw_learning_rate: PositiveFloat
-    """Peak learning rate of embeddings, head, router and norms, which use AdamW."""
+    """Peak learning rate of embeddings, head, router, norms and biases, which use AdamW."""
     b1: Decay = 0.9
     """Decay of AdamW's mean of gradients per step."""
     b2: Decay = 0.95

@@ -20,8 +20,12 @@ from moe_train.config.objective import Objective
 from moe_train.config.optimization import Loss, Optimizer
 from moe_train.config.profile import Profile
 from moe_train.config.section import LocalPath, Positive, RunDirectory, Section, Seed
+from moe_train.config.tower_features import StoredFeatures
 from moe_train.config.training import Checkpoint, Evaluation, Metrics, Train
 from moe_train.config.vision import Vision, VisionEncoder
+
+Encoder = VisionEncoder | AudioEncoder
+"""Sizes of a tower and its projector."""
 
 
 class RandomWeights(Section):
@@ -151,19 +155,54 @@ class Run(Section):
         return self.audio if isinstance(self.audio, RunAudio) else self.pictures
 
     @property
-    def encoder(self) -> VisionEncoder | AudioEncoder | None:
+    def encoder(self) -> Encoder | None:
         """The vision or audio tower; None if the records have neither pictures nor sound."""
         return None if self.media is None else self.media.encoder
 
     @property
-    def trained_vision(self) -> tuple[str, ...]:
-        """Patterns of the modules of the vision tower that full training trains."""
-        return () if self.pictures is None else self.pictures.train
+    def rooms(self) -> tuple[int, ...]:
+        """Patches or chunks that rows of a step may have room for, ascending to all of `units_per_row`; () without a tower.
+
+        Each is half of the next, rounded up to what divides over `context`.
+        """
+        media = self.media
+        if media is None:
+            return ()
+        multiple = self.mesh.context * (media.encoder.patches_per_token if isinstance(media, RunVision) else 1)
+        sizes = {media.units_per_row}
+        for halvings in range(1, media.buckets):
+            size = -(-media.units_per_row // 2**halvings)
+            sizes.add(min(size + -size % multiple, media.units_per_row))
+        return tuple(sorted(sizes))
 
     @property
-    def trains_vision(self) -> bool:
-        """Whether a module of the vision tower or its projector is trained, in full or through an adapter."""
-        return bool(self.trained_vision) or (self.lora is not None and self.lora.trains_vision)
+    def stored_features(self) -> StoredFeatures | None:
+        """How features of the tower are stored; None if steps compute them, or without a tower."""
+        features = None if self.media is None else self.media.features
+        return features if isinstance(features, StoredFeatures) else None
+
+    @property
+    def computed_media(self) -> RunVision | RunAudio | None:
+        """The section `vision` or `audio` if steps run its tower; None otherwise."""
+        return self.media if self.stored_features is None else None
+
+    @property
+    def model_encoder(self) -> Encoder | None:
+        """The tower of the model that is trained; None without one, or where its features are stored.
+
+        Suites are answered with the model that is trained, so that it has a tower for their pictures or sound.
+        """
+        return self.encoder if self.stored_features is None or self.evaluation.suites else None
+
+    @property
+    def trained_tower(self) -> tuple[str, ...]:
+        """Patterns of the modules of the tower and its projector that full training trains."""
+        return () if self.media is None else self.media.train
+
+    @property
+    def trains_tower(self) -> bool:
+        """Whether a module of the tower or its projector is trained, in full or through an adapter."""
+        return bool(self.trained_tower) or (self.lora is not None and self.lora.trains_tower)
 
     def training_data(self) -> RunData:
         """Return the data section. Raises ValueError, which names the remedy, if there is none."""

@@ -10,10 +10,11 @@ import jax
 from moe_train import config
 from moe_train.governance.lineage import Training
 from moe_train.machine.mesh import AXES, abstract_mesh
-from moe_train.model.flops import flops_of_run, flops_per_token
+from moe_train.model.flops import flops_per_token
 from moe_train.model.parameters import parameters
 from moe_train.model.paths import ParameterPath
 from moe_train.model.quantize import unquantized_shapes
+from moe_train.model.tower_flops import flops_of_run
 from moe_train.model.transformer import abstract_model
 
 
@@ -46,5 +47,5 @@ def _shapes(run: config.Run) -> dict[str, jax.ShapeDtypeStruct]:
         # For the shapes alone: without any, `abstract_model` would put one in force for the rest of the process.
         mesh = jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1)))
     with mesh:
-        _, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
+        _, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))
     return unquantized_shapes(shapes)

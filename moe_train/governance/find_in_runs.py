@@ -20,7 +20,7 @@ from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.governance.exports_of_run import ExportEntry, exports_of_run
 from moe_train.governance.lineage import manifests_of
 from moe_train.governance.provenance import state_of
-from moe_train.train.objectives.choose import objective_of
+from moe_train.train.objectives.choose import objective_of_run
 
 _DECODED_AT_ONCE = 256
 """Number of examples that are read and decoded together."""
@@ -179,7 +179,7 @@ def _steps(
     data = run.training_data()
     prepared = [_as_prepared(source, searched) for source, searched in zip(data.train, sets, strict=True)]
     rows = BatchRows(run.train.batch_size, run.train.seq_len)
-    batch_type = objective_of(run.objective, run.media).batch_type
+    batch_type = objective_of_run(run).batch_type
     on_sets = data.model_copy(update={"train": tuple(prepared)})
     loader = Loader(on_sets, "train", tokenizer, rows, seed=run.seed, batch_type=batch_type)
     if loader.identity != about.data:

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_train import config
+from moe_train.model.encoders.audio import BiasedProjection, LayerNorm
 from moe_train.model.encoders.vision import BiasedLinear
 from moe_train.model.layers import Adapted, Embedding, Head, Linear, RandomSource, RMSNorm, lora_equations
 from moe_train.model.moe.layer import ExpertLinear
@@ -79,16 +80,17 @@ def _modules(model: Any) -> Iterator[tuple[str, nnx.Module]]:
                 elif isinstance(part, nnx.Module):
                     yield from _parts(name, part)
     # Last, so that the initial adapters of the text model do not depend on those of the tower.
-    if model.vision is not None:
-        yield from _parts("vision", model.vision)
+    for name in ("vision", "audio"):
+        if getattr(model, name) is not None:
+            yield from _parts(name, getattr(model, name))
 
 
 def _parts(name: str, module: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """Yield (name, module) for every module with weights of its own inside `module`."""
     for n, part in vars(module).items():
-        if isinstance(part, Adapted | RMSNorm):  # norms of latents
+        if isinstance(part, Adapted | RMSNorm | LayerNorm):  # norms of latents and of towers
             yield f"{name}.{n}", part
-        elif isinstance(part, nnx.Module):  # shared experts, parts of a vision tower
+        elif isinstance(part, nnx.Module):  # shared experts, parts of a tower
             yield from _parts(f"{name}.{n}", part)
 
 
@@ -132,8 +134,8 @@ def _check_experts(lora: config.Lora, name: str, module: Adapted, targets: list[
 
 def _make_float32(module: nnx.Module) -> None:
     """Cast the weights to float32, as for adapters: an update of 1e-4 to a bfloat16 weight would mostly be rounded away."""
-    names = ["scale" if isinstance(module, RMSNorm) else "weight"]
-    if isinstance(module, BiasedLinear) and module.bias is not None:
+    names = ["scale" if isinstance(module, RMSNorm | LayerNorm) else "weight"]
+    if isinstance(module, BiasedLinear | BiasedProjection | LayerNorm) and module.bias is not None:
         names.append("bias")
     for name in names:
         setattr(module, name, nnx.Param(getattr(module, name)[...].astype(jnp.float32)))
@@ -188,7 +190,7 @@ def _count_dims(module: Adapted) -> tuple[int, int]:
             to_rank, _ = lora_equations(module.equation)
             a_letters = to_rank.split("->")[0].split(",")[1]
             w_letters = module.equation.split("->")[0].split(",")[1]
-            # A stack of layers has a leading dim; the projector of a vision tower is not stacked.
+            # A stack of layers has a leading dim; the projector of a tower is not stacked.
             return module.weight[...].ndim - len(w_letters), len(a_letters) - 1
         case ExpertLinear():
             return 2, 1

@@ -193,9 +193,9 @@ def abstract_step(run: config.Run, mesh: Mesh) -> AbstractStep:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     optimizer = make_optimizer_of_any_length(run.optimizer)
-    structure, params = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
+    structure, params = parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))
     state = jax.eval_shape(
-        lambda params: create_state(params, optimizer, run.lora, run.trained_vision), jax.tree.map(placed, params)
+        lambda params: create_state(params, optimizer, run.lora, run.trained_tower), jax.tree.map(placed, params)
     )
     state = jax.tree.map(placed, state)
     sharding = NamedSharding(mesh, P(BATCH, "context"))

@@ -16,11 +16,11 @@ from moe_train.model.sharding.collectives import LANES
 from moe_train.plan.attention_sizes import attention_sizes
 from moe_train.plan.gpu_memory import gpu_layer_bytes
 from moe_train.plan.topology import Platform
+from moe_train.plan.tower_memory import saved_tower_bytes, tower_bytes
 from moe_train.plan.traffic import MicrobatchShape, microbatch_shape
-from moe_train.plan.vision_memory import saved_vision_bytes, vision_bytes
 from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes, is_nf4, numbers_per_element
 from moe_train.train.logits import CHUNK_ELEMENTS
-from moe_train.train.objectives.choose import objective_of
+from moe_train.train.objectives.choose import objective_of_run
 
 
 class Memory(NamedTuple):
@@ -63,7 +63,7 @@ def memory(run: config.Run, layout: WeightLayout, platform: Platform = "tpu") ->
     sizes = axis_sizes(run.mesh)
     shape = microbatch_shape(run)
     # Of a whole row, since room for the pictures or sound is that of a row.
-    bytes_per_row = sum(array.nbytes for array in objective_of(run.objective, run.media).batch_type.empty(1, run.train.seq_len))
+    bytes_per_row = sum(array.nbytes for array in objective_of_run(run).batch_type.empty(1, run.train.seq_len))
     M = run.train.microbatches
     stacked = [w for w in layout.weights if w.path.in_layer]
     stacks = config.stacks(model)
@@ -86,27 +86,10 @@ def memory(run: config.Run, layout: WeightLayout, platform: Platform = "tpu") ->
         optimizer=layout.optimizer_bytes + _average_bytes(run, trained, sizes),
         batch=M * shape.tokens * bytes_per_row // run.train.seq_len,
         gradients=gradients,
-        saved=_saved_bytes(run, stacked, sizes, shape, platform) + saved_vision_bytes(run, shape),
-        layer=max(layer, vision_bytes(run, sizes, shape), _audio_bytes(run, sizes, shape)),
+        saved=_saved_bytes(run, stacked, sizes, shape, platform) + saved_tower_bytes(run, shape),
+        layer=max(layer, tower_bytes(run, sizes, shape)),
         loss=loss,
     )
-
-
-def _audio_bytes(run: config.Run, sizes: dict[str, int], shape: MicrobatchShape) -> int:
-    """Return the bytes that the forward pass of a frozen audio tower needs at its peak, before that of the text model."""
-    if not isinstance(run.audio, config.RunAudio):
-        return 0
-    encoder = run.audio.encoder
-    positions = shape.tokens * run.audio.chunks_per_row * encoder.max_positions // run.train.seq_len
-    D = encoder.tower_dim
-    t = sizes["tensor"]
-    # Of the second convolution: the first one's output at twice as many frames, and the windows of three. Of a layer: input, norm,
-    # and either queries, keys, values and their sum, or the hidden layer before and after its activation.
-    convolutions = 2 * D + 3 * D
-    layer = 2 * D + max(4 * D, 2 * encoder.ffn_dim) // t
-    features = run.model.model_dim // encoder.downsampling
-    weights = (4 * D * D + 2 * D * encoder.ffn_dim) // t
-    return (positions * (max(layer, convolutions) + features) + weights) * shape.itemsize
 
 
 def _average_bytes(run: config.Run, trained: list[ShardedWeight], sizes: dict[str, int]) -> int:
@@ -177,7 +160,7 @@ def _is_narrow(w: ShardedWeight) -> bool:
 
 
 def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: MicrobatchShape) -> int:
-    """Return the bytes that remat `minimal` keeps per layer besides its input (`transformer.SAVED`)."""
+    """Return the bytes that remat `minimal` keeps per layer besides its input (`stack.SAVED`)."""
     m = shape.tokens
     b = shape.itemsize
     t = sizes["tensor"]

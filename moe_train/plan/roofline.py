@@ -19,7 +19,8 @@ from typing import NamedTuple
 from moe_train import config
 from moe_train.machine.devices import Device
 from moe_train.machine.mesh import AXES
-from moe_train.model.flops import flops_of_run, flops_per_token
+from moe_train.model.flops import flops_per_token
+from moe_train.model.tower_flops import flops_of_run
 from moe_train.plan.attention_sizes import attention_sizes
 from moe_train.plan.topology import Topology
 from moe_train.plan.traffic import Flow, MicrobatchShape, microbatch_shape

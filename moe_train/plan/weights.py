@@ -83,7 +83,7 @@ def layout(run: config.Run) -> WeightLayout:
     """
     # Settings that change no weight keep their defaults, so that more searches hit the cache.
     compute = config.Compute(dtype=run.compute.dtype, param_dtype=run.compute.param_dtype)
-    return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh, run.encoder, run.trained_vision))
+    return _layout(_Inputs(run.model, run.lora, run.optimizer, compute, run.mesh, run.model_encoder, run.trained_tower))
 
 
 class _Inputs(NamedTuple):
@@ -95,8 +95,8 @@ class _Inputs(NamedTuple):
     compute: config.Compute
     """Only dtypes are stated, since kernels and transports change no weight."""
     mesh: config.Mesh
-    encoder: config.VisionEncoder | config.AudioEncoder | None
-    trained_vision: tuple[str, ...]
+    encoder: config.Encoder | None
+    trained_tower: tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -106,7 +106,7 @@ def _layout(inputs: _Inputs) -> WeightLayout:
     with jax.sharding.use_abstract_mesh(abstract_mesh(sizes)):
         model = abstract_model(inputs.model, inputs.compute, inputs.lora, inputs.encoder)
         _, shapes = parameters(model)
-        trained, _ = partition(shapes, inputs.lora, inputs.trained_vision)
+        trained, _ = partition(shapes, inputs.lora, inputs.trained_tower)
         # Only shapes are computed: a model of any size takes milliseconds and no memory.
         state = jax.eval_shape(lambda trained: state_of_learned(trained, optimizer), trained)
     weights = tuple(_weight(ParameterPath.parse(path), x, path in state.trainable) for path, x in shapes.items())

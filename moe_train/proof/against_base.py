@@ -66,7 +66,7 @@ def compare_with_base(
     """
     pieces = list(base.pieces)
     tensors = dict(base.tensors)
-    if base.carried is not None and encoders.tower_fault(base.carried, config.VisionEncoder) is None:
+    if base.carried is not None and encoders.is_computed(base.carried):
         pieces += encoders.pieces_of(base.carried, base.model)
         tensors |= base.carried.tensors
     base_pieces = {(piece.path, piece.lead): piece for piece in pieces}
@@ -149,7 +149,7 @@ def _rank(lora: config.Lora | None, part: Part) -> int | None:
     path = ParameterPath.parse(part.path)
     if path.is_trained(lora):
         return None
-    if path.is_vision and part.mixes_factors:  # rows of a kernel are no outputs, so the rank of its change says nothing
+    if path.is_tower and part.mixes_factors:  # rows of a kernel are no outputs, so the rank of its change says nothing
         return None
     routed = len(part.lead) == 2
     if path.leaf != "weight":  # norms and biases have no adapters

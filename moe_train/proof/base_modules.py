@@ -15,7 +15,7 @@ from moe_train import config
 from moe_train.machine.files import read_object
 from moe_train.proof import expected, reread
 from moe_train.proof.checks import Fault, Finding
-from moe_train.proof.expected_vision import vision_tensors
+from moe_train.proof.expected_tower import tower_tensors
 
 WRAPPERS = {
     "Mistral3ForConditionalGeneration": "mistral3",
@@ -72,19 +72,19 @@ def read_base_modules(base: Path) -> BaseModules:
     return BaseModules(architecture, is_wrapper, frozenset(weights), str(model_type))
 
 
-def exported_modules(model: config.Model, is_wrapper: bool = False, encoder: config.VisionEncoder | None = None) -> BaseModules:
+def exported_modules(model: config.Model, is_wrapper: bool = False, encoder: config.Encoder | None = None) -> BaseModules:
     """Return the modules of a base that has to be exported to Hugging Face's layout before transformers can load it.
 
     Args:
         model: the text model.
         is_wrapper: whether the export is a multimodal model.
-        encoder: sizes of its vision tower; None if the adapter has nothing of that.
+        encoder: sizes of its tower; None if the adapter has nothing of that.
     """
     weights = {"lm_head.weight"}
     tensors = expected.model_tensors("hf", model)
     if is_wrapper:
         tensors = [expected.in_wrapper(tensor) for tensor in tensors]
-    for tensor in vision_tensors("hf", encoder, model.model_dim) if encoder is not None else ():
+    for tensor in tower_tensors("hf", encoder, model.model_dim) if encoder is not None else ():
         tensors.append(tensor._replace(name=_in_memory(tensor.name)))
     for tensor in tensors:
         weights.update(_weights_in_memory(tensor.name, tensor.shape, model.family))

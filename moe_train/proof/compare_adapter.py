@@ -19,7 +19,7 @@ from moe_train.proof.compare import (
     hash_only,
 )
 from moe_train.proof.expected_tensor import ExpectedTensor, Part
-from moe_train.proof.expected_vision import vision_tensors
+from moe_train.proof.expected_tower import tower_tensors
 from moe_train.proof.reread import Stored
 from moe_train.proof.rounding import MANTISSA
 from moe_train.weights.arrays import LazyParameters
@@ -50,15 +50,15 @@ class AdapterFiles(NamedTuple):
     """Whether the base is the text model inside a vision wrapper, and the adapter has the names of that."""
     parameters: tuple[str, ...] = ()
     """PEFT's target_parameters."""
-    encoder: config.VisionEncoder | None = None
-    """Sizes of the vision tower that has adapters or trained weights; None if none has."""
+    encoder: config.Encoder | None = None
+    """Sizes of the tower that has adapters or trained weights; None if none has."""
 
     def expected_tensors(self, model: config.Model) -> Iterator[ExpectedTensor]:
         """Yield the weights of a model that can be adapted, under the names that the layout's own tools give to them."""
         for tensor in expected.adapted_tensors(self.layout, model):
             yield expected.in_wrapper(tensor) if self.in_wrapper else tensor
         if self.encoder is not None:
-            for tensor in vision_tensors("hf", self.encoder, model.model_dim):
+            for tensor in tower_tensors("hf", self.encoder, model.model_dim):
                 yield tensor._replace(name=f"model.{tensor.name}")
 
     def names_of(self, weight: str) -> tuple[str, str]:
@@ -147,7 +147,7 @@ def _read_factors(layout: expected.AdapterLayout, tensor: ExpectedTensor, a: Sto
     if layout == "peft" and len(tensor.parts) > 1:
         yield from _read_fused_factors(tensor, a, b)
         return
-    if len(tensor.shape) == len(a.shape) == len(b.shape) == 4:
+    if len(tensor.shape) == len(a.shape) == len(b.shape) > 2:
         yield _read_kernel(tensor, a, b)
         return
     for i in range(len(tensor.parts)):
@@ -162,12 +162,12 @@ def _read_factors(layout: expected.AdapterLayout, tensor: ExpectedTensor, a: Sto
 
 
 def _read_kernel(tensor: ExpectedTensor, a: Stored, b: Stored) -> _Factors:
-    """Return the delta of a convolution's kernel, (out, colour, row, column), in rows of its last dim, as a product.
+    """Return the delta of a convolution's kernel, (out, channel, positions…), in rows of its last dim, as a product.
 
-    A is a kernel of the same size with the ranks as outputs, and B, (out, J, 1, 1), takes these to the outputs.
+    A is a kernel of the same size with the ranks as outputs, and B, (out, J, 1…), takes these to the outputs.
     """
     rank = a.shape[0]
-    if a.shape != (rank, *tensor.shape[1:]) or b.shape != (tensor.shape[0], rank, 1, 1):
+    if a.shape != (rank, *tensor.shape[1:]) or b.shape != (tensor.shape[0], rank, *(1,) * (len(tensor.shape) - 2)):
         raise Fault(f"{a.name} {a.shape} and {b.name} {b.shape} are not an adapter of {tensor.name} {tensor.shape}")
     a_Ji = _read_part(a, 0, 1).reshape(rank, -1)
     b_oJ = _read_part(b, 0, 1).reshape(-1, rank)

@@ -1,50 +1,29 @@
 """What files must contain of a vision tower and its projector that were trained, stated a second time for the proof alone.
 
 Nothing here comes from `weights.wrappers`. Names are those of transformers (modeling_pixtral.py, modeling_mistral3.py,
-modeling_llava.py); `carried_names` has what stands for them in Mistral's own layout.
+modeling_llava.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
-from typing import Literal
+from collections.abc import Iterator
 
 import numpy as np
 
 from moe_train import config
-from moe_train.proof.carried_names import converted_name
-from moe_train.proof.expected_tensor import ExpectedTensor, Part, ToFile, as_is, interleaved, one, outputs_last, outputs_one
+from moe_train.proof.expected_tensor import ExpectedTensor, Part, ToFile, as_is, one, outputs_last, outputs_one
 
 _TOWER = "vision_tower.transformer.layers."
 _PROJECTOR = "multi_modal_projector."
 
 
-def vision_tensors(
-    layout: Literal["hf", "mistral"], encoder: config.VisionEncoder, text_dim: int, trained: Container[str] | None = None
-) -> list[ExpectedTensor]:
-    """List the tensors of a tower and its projector that were trained, under their names in the files of a whole model.
+def vision_tensors(encoder: config.VisionEncoder, text_dim: int) -> Iterator[ExpectedTensor]:
+    """Yield all tensors of a vision tower and its projector, in Hugging Face's layout.
 
     Args:
-        layout: layout of the files.
         encoder: sizes of the tower.
         text_dim: width of the text model.
-        trained: paths of the trained weights; None for all.
     """
-    tensors = [tensor for tensor in _tensors(encoder, text_dim) if trained is None or tensor.parts[0].path in trained]
-    if layout == "hf":
-        return tensors
-    native: list[ExpectedTensor] = []
-    for tensor in tensors:
-        # Rotary pairs are adjacent there, and half a head apart in Hugging Face's layout.
-        is_rotary = tensor.name.endswith(("attention.q_proj.weight", "attention.k_proj.weight"))
-        (part,) = tensor.parts
-        parts = (part._replace(to_file=interleaved),) if is_rotary else tensor.parts
-        native.append(ExpectedTensor(converted_name(tensor.name, layout, False), tensor.shape, parts))
-    return native
-
-
-def _tensors(encoder: config.VisionEncoder, text_dim: int) -> Iterator[ExpectedTensor]:
-    """Yield all tensors of a tower and its projector in Hugging Face's layout."""
     D = encoder.tower_dim
     F = encoder.ffn_dim
     P = encoder.patch_size

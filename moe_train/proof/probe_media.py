@@ -112,7 +112,7 @@ def probe_features(tower: Tower, weights: Mapping[str, jax.Array]) -> np.ndarray
     # By default a TPU rounds the operands of float32 products to bfloat16.
     with jax.default_matmul_precision("highest"):
         features = _features(structure, dict(weights), media)
-    return np.asarray(features)[: encoder.num_features(np.count_nonzero(probe.ids))]
+    return np.asarray(features)[: encoder.num_features(int(np.count_nonzero(probe.ids)))]
 
 
 @partial(jax.jit, static_argnums=0)

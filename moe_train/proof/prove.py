@@ -28,7 +28,7 @@ from moe_train.proof.carried import CarriedFrom, carried_names, carries_quantize
 from moe_train.proof.checks import Check, Fault, Finding, MetricValue, NotChecked, ProofRecord, require, run
 from moe_train.proof.compare_logits import Difference, compare_logits, to_reference
 from moe_train.proof.expected_tensor import ExpectedTensor
-from moe_train.proof.expected_vision import vision_tensors
+from moe_train.proof.expected_tower import tower_tensors
 from moe_train.proof.round_weights import round_weights
 from moe_train.proof.rounding import QUANTIZATION_BOUNDS
 from moe_train.proof.softmax_scale import check_softmax_scale
@@ -69,15 +69,15 @@ class Export(NamedTuple):
     """The multimodal base whose tower and projector are in the directory; None for a text model alone."""
     base: WeightFiles | None = None
     """The files that training started from, if they are FP8, so that they are dequantized a second time."""
-    encoder: config.VisionEncoder | None = None
-    """Sizes of the vision tower in the files of which `parameters` has trained weights; None if nothing of it was trained."""
+    encoder: config.Encoder | None = None
+    """Sizes of the tower in the files of which `parameters` has trained weights; None if nothing of it was trained."""
 
     @property
-    def trained_vision(self) -> list[ExpectedTensor]:
+    def trained_tower(self) -> list[ExpectedTensor]:
         """The tensors of the tower and its projector that were trained."""
         if self.encoder is None or self.layout == "gguf":
             return []
-        return vision_tensors(self.layout, self.encoder, self.model.model_dim, self.parameters)
+        return tower_tensors(self.layout, self.encoder, self.model.model_dim, self.parameters)
 
 
 def prove(export: Export, depth: Depth) -> ProofRecord:
@@ -112,9 +112,9 @@ def prove(export: Export, depth: Depth) -> ProofRecord:
     of_tower: set[str] = set()
     if export.carried_from is not None:
         if export.encoder is not None:
-            paths = sorted(path for path in export.parameters if ParameterPath.parse(path).is_vision)
-            record["vision"] = {"encoder": export.encoder.model_dump(mode="json"), "trained": paths}
-        of_tower = {tensor.name for tensor in export.trained_vision}
+            paths = sorted(path for path in export.parameters if ParameterPath.parse(path).is_tower)
+            record["tower"] = {"encoder": export.encoder.model_dump(mode="json"), "trained": paths}
+        of_tower = {tensor.name for tensor in export.trained_tower}
         carried = [name for name in carried_names(export.carried_from, export.layout) if name not in of_tower]
     checks.append(run("tensors", partial(check_tensors, export, tensors, carried)))
     checks.append(run("merge", partial(_check_merge, export, tensors)))
@@ -225,9 +225,10 @@ def check_tensors(export: Export, out: list[compare.TensorResults], carried: Col
     """
     stored = reread.tensors(export.directory)
     stored = {name: tensor for name, tensor in stored.items() if name not in carried}
-    trained_vision = export.trained_vision
-    expected_tensors = text_tensors(export.layout, export.model, bool(carried or trained_vision), is_audio(carried))
-    expected_tensors += trained_vision
+    trained_tower = export.trained_tower
+    of_tower = [*carried, *(tensor.name for tensor in trained_tower)]
+    expected_tensors = text_tensors(export.layout, export.model, bool(of_tower), is_audio(of_tower))
+    expected_tensors += trained_tower
     left_out = fp8.unquantized_modules(export.directory, export.layout)
     expected_kinds = {w.name: compare.stored_kind(export.layout, w, export.dtype, left_out) for w in expected_tensors}
     compare.check_names(stored, expected_tensors, expected_kinds)
@@ -271,7 +272,7 @@ def _check_logits(export: Export, depth: Depth, record: ProofRecord) -> Finding:
     tolerance = TOLERANCES.get(dtype)
     prompts = logits.fixed_prompts(model, export.tokenizer)
     lora = None if export.lora is None else export.lora.of_text()
-    parameters = {path: x for path, x in export.parameters.items() if not ParameterPath.parse(path).is_vision}
+    parameters = {path: x for path, x in export.parameters.items() if not ParameterPath.parse(path).is_tower}
     trained, _ = logits.structure_and_shapes(model, lora, "float32")
     trained_logits = logits.probe_logits(trained, parameters, prompts)
     compared_logits = trained_logits
@@ -311,7 +312,7 @@ def _check_features(export: Export, origin: CarriedFrom, depth: Depth, record: P
     if depth == "tensors":
         raise NotChecked("skipped by --proof tensors: the tower was not run")
     tower = probe_media.Tower(probe_media.encoder_in_files(export.directory), export.model, export.lora)
-    trained = {path: x for path, x in export.parameters.items() if ParameterPath.parse(path).is_vision}
+    trained = {path: x for path, x in export.parameters.items() if ParameterPath.parse(path).is_tower}
     finding, features = probe_media.check_features(export.directory, origin, tower, trained, export.dtype, TOLERANCES["float32"])
     record[tower.encoder.media] = {
         "encoder": tower.encoder.model_dump(mode="json"),

@@ -42,8 +42,8 @@ class AdapterExport(NamedTuple):
     """The base in Hugging Face's layout; None if it has to be exported to that before transformers can load it."""
     on_wrapper: bool = False
     """Whether that export is a multimodal model; with `base`, its files decide."""
-    encoder: config.VisionEncoder | None = None
-    """Sizes of the vision tower that has adapters or trained weights; None if none has."""
+    encoder: config.Encoder | None = None
+    """Sizes of the tower that has adapters or trained weights; None if none has."""
 
 
 def prove_adapter(export: AdapterExport) -> ProofRecord:
@@ -71,7 +71,7 @@ def prove_adapter(export: AdapterExport) -> ProofRecord:
     in_wrapper = export.layout == "peft" and base.is_wrapper
     record["in_wrapper"] = in_wrapper
     if export.encoder is not None:
-        record["vision"] = {"encoder": export.encoder.model_dump(mode="json")}
+        record["tower"] = {"encoder": export.encoder.model_dump(mode="json")}
 
     def check_tensors() -> Finding:
         stored = reread.tensors(export.directory)

@@ -31,7 +31,7 @@ from moe_train.proof.checks import Check, Fault, Finding, NotChecked, ProofRecor
 from moe_train.proof.compare_adapter import AdapterFiles, examine_adapter, summarize_deltas
 from moe_train.proof.compare_logits import Reference, compare_logits
 from moe_train.proof.expected_tensor import ExpectedTensor
-from moe_train.proof.expected_vision import vision_tensors
+from moe_train.proof.expected_tower import read_encoder, tower_tensors
 from moe_train.proof.prove_adapter import check_names, scale_in_file
 from moe_train.weights import external
 from moe_train.weights.external_adapter import read_external_lora
@@ -122,8 +122,7 @@ def _check_tensors(directory: Path, record: ProofRecord, model: config.Model) ->
     recorded = record["tensors"]
     if _is_model(record):
         carried = _carried_names(record)
-        expected_tensors = text_tensors(record["format"], model, "carried" in record, is_audio(carried))
-        expected_tensors += _trained_vision(record, model)
+        expected_tensors = _expected_tensors(record, model)
         left_out = fp8.unquantized_modules(directory, record["format"])
         expected_kinds = {w.name: compare.stored_kind(record["format"], w, record["dtype"], left_out) for w in expected_tensors}
         of_text = {name: tensor for name, tensor in stored.items() if name not in carried}
@@ -141,32 +140,37 @@ def _check_tensors(directory: Path, record: ProofRecord, model: config.Model) ->
     return Finding(f"{len(stored):,} tensors, each once, with shape, dtype and hash", {"count": len(stored)})
 
 
+def _expected_tensors(record: ProofRecord, model: config.Model) -> list[ExpectedTensor]:
+    """Return the tensors of the text model, and those of a tower that were trained, under their names in the export."""
+    of_tower = _trained_tower(record, model)
+    is_audio_tower = is_audio([*_carried_names(record), *(tensor.name for tensor in of_tower)])
+    return [*text_tensors(record["format"], model, "carried" in record, is_audio_tower), *of_tower]
+
+
 def _carried_names(record: ProofRecord) -> set[str]:
     """Return the names of the tensors that the export carries of a multimodal base."""
     return set(record["carried"]["tensors"]) if "carried" in record else set()
 
 
-def _encoder(record: ProofRecord) -> config.VisionEncoder | None:
-    """Return the sizes of the vision tower of which something was trained; None if nothing was."""
-    if "vision" not in record:
-        return None
-    return config.VisionEncoder.model_validate_json(json.dumps(record["vision"]["encoder"]))
+def _encoder(record: ProofRecord) -> config.Encoder | None:
+    """Return the sizes of the tower of which something was trained; None if nothing was."""
+    return read_encoder(record["tower"]["encoder"]) if "tower" in record else None
 
 
-def _trained_vision(record: ProofRecord, model: config.Model) -> list[ExpectedTensor]:
-    """Return the tensors of a vision tower and its projector that were trained."""
-    if "vision" not in record:
+def _trained_tower(record: ProofRecord, model: config.Model) -> list[ExpectedTensor]:
+    """Return the tensors of a tower and its projector that were trained."""
+    if "tower" not in record:
         return []
     encoder = _encoder(record)
     assert encoder is not None
-    return vision_tensors(record["format"], encoder, model.model_dim, record["vision"]["trained"])
+    return tower_tensors(record["format"], encoder, model.model_dim, record["tower"]["trained"])
 
 
 def _check_carried(directory: Path, record: ProofRecord, model: config.Model, base: WeightFiles | None) -> Finding:
     """Compare the tower and projector with those of the base, if that is given and multimodal, except for what was trained."""
     if base is None or base.carried is None:
         raise NotChecked("compared by hash alone (tensors); give the multimodal base (--base) to compare with its files")
-    trained = {tensor.name for tensor in _trained_vision(record, model)}
+    trained = {tensor.name for tensor in _trained_tower(record, model)}
     origin = CarriedFrom(base.path, base.carried.layout)
     return check_carried(origin, record["format"], directory, dict(record, tensors={}), trained)
 
@@ -206,9 +210,7 @@ def _check_weights(
         # Number of deltas that were zero at the export; `figures` is the record's key of a check's metrics (`Check.to_json`).
         if check["name"] == "merge":
             untrained = check["figures"].get("untrained", 0)
-    carried = _carried_names(record)
-    expected_tensors = text_tensors(record["format"], base.model, "carried" in record, is_audio(carried))
-    expected_tensors += _trained_vision(record, base.model)
+    expected_tensors = _expected_tensors(record, base.model)
     return against_base.compare_with_base(expected_tensors, reread.tensors(directory), base, lora, untrained)
 
 

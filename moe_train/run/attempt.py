@@ -6,7 +6,6 @@ An attempt ends where the run ends or is stopped, or where the run has to return
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -34,14 +33,18 @@ from moe_train.run.recorders import open_recorders
 from moe_train.run.reference import add_reference
 from moe_train.run.saving import RolledBack, Saving
 from moe_train.run.self_test import run_self_tests
+from moe_train.run.shared_prompt import with_layout
 from moe_train.run.start import Start, starting_state
 from moe_train.run.start_check import check_start
+from moe_train.run.step_programs import StepPrograms, units_per_row
 from moe_train.run.stopping import StopRequest, StopVotes, Votes
 from moe_train.run.suite_scores import SuiteScores, load_run_suites
+from moe_train.run.tower_features import add_features
 from moe_train.run.writer import Writer
+from moe_train.train.objectives.choose import objective_of_run
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
-from moe_train.train.step import StepMetrics, compile_step
+from moe_train.train.step import StepMetrics
 from moe_train.train.step_definition import definition_of
 
 
@@ -71,7 +74,7 @@ class Attempt:
     batches: Iterator[Any]
     batch: Any
     """The next batch, on the mesh."""
-    run_step: Any
+    run_step: StepPrograms
     """The compiled step."""
     held_out: HeldOutLoss
     suites: SuiteScores
@@ -140,6 +143,7 @@ class Attempt:
             RolledBack: the step was a spike, and newer checkpoints were set aside.
         """
         try:
+            self.figures.units_per_row = units_per_row(taken.batch)
             explain = partial(self.diagnosis.explain, taken.step, state, taken.batch)
             votes = self.figures.read(taken.step, taken.metrics, taken.voted, newest, self.writer, explain)
         finally:
@@ -179,7 +183,7 @@ class Attempt:
 
 def open_attempt(
     run: config.Run,
-    objective: Objective,
+    objective: Objective | None,
     mesh: Mesh,
     stop_request: StopRequest,
     rolled_back: RolledBack | None,
@@ -189,7 +193,7 @@ def open_attempt(
 
     Args:
         run: the resolved run.
-        objective: what is trained.
+        objective: replaces the objective that the run names; None for that one.
         mesh: the mesh in force.
         stop_request: the signals so far.
         rolled_back: the last spike, whose data and all before are not used again; None to continue where the checkpoint was saved.
@@ -202,6 +206,9 @@ def open_attempt(
     # What may be wrong is checked before the data are tokenized, which may take hours.
     folder = RunFolder(Path(run.run_dir))
     suites_of_run = load_run_suites(run)
+    if objective is None:
+        run = with_layout(run)
+        objective = objective_of_run(run)
     inputs = open_inputs(run, objective)
     stop_request.starting = "reading the checkpoint"
     # Locked before the checkpoints are read, so that no other process replaces them meanwhile.
@@ -227,6 +234,8 @@ def open_attempt(
     introduction.introduce(run, writer.say, inputs, begin)
     stop_request.starting = "computing the reference log-probabilities"
     add_reference(run, inputs, begin, objective, mesh, writer.say)
+    stop_request.starting = "computing features"
+    add_features(run, inputs, begin.base, mesh, writer.say)
     stop_request.starting = "testing the kernels"
     run_self_tests(run, writer.say)
 
@@ -235,11 +244,9 @@ def open_attempt(
     # The first batch is needed before the loop: the step is compiled for its shapes and shardings.
     batch = put_batch(next(batches), mesh)
     check_start(run, objective, begin, batch, writer.say)
-    start_time = time.perf_counter()
     definition = definition_of(run, begin.structure, begin.optimizer, objective)
-    with goodput.during("compile"):
-        run_step = compile_step(definition, begin.state, batch, begin.base_weights)
-    writer.say(f"compiled the step in {time.perf_counter() - start_time:.1f} s")
+    run_step = StepPrograms(definition, goodput, writer.say)
+    run_step.compile(begin.state, batch, begin.base_weights)
     figures = MetricsReader(run, mesh, begin.state.learned, inputs.total_steps, start, begin.state)
     figures.goodput = goodput
     writer.say(f"MFU is the share of {figures.peak_source}")

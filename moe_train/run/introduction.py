@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -14,8 +14,10 @@ from moe_train.checkpoint.metadata import CHECKPOINTS_FOLDER
 from moe_train.data.records import unread
 from moe_train.machine.program import runnable
 from moe_train.model.moe.transport.choose import describe_transport
+from moe_train.model.paths import ParameterPath
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
+from moe_train.train.muon import matrix_dims
 
 Say = Callable[[str], None]
 
@@ -36,7 +38,13 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"export: none, since no file format can express {config.without_format(run.model)}")
     for line in _describe_objective(run):
         say(line)
-    for line in describe_initial_files(run.init_from, run.trains_vision) if run.init_from else ():
+    if len(run.rooms) > 1:
+        sizes = ", ".join(map(str, run.rooms))
+        unit = "patches" if run.pictures is not None else "chunks"
+        say(f"rows have room for {sizes} {unit}, as each step needs: at most {len(run.rooms)} programs of the step are compiled")
+    if isinstance(run.optimizer, config.Muon):
+        say(describe_muon(run.optimizer, list(begin.state.trainable)))
+    for line in describe_initial_files(run.init_from, run.trains_tower) if run.init_from else ():
         say(line)
     loader = inputs.train
     examples = "" if loader.num_examples == loader.num_records else f", {loader.num_examples:,} examples"
@@ -57,6 +65,22 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"changed since the checkpoint: {change}")
 
 
+def describe_muon(optimizer: config.Muon, trained: Sequence[str]) -> str:
+    """Return a line on which trained arrays Muon updates, and which it leaves to AdamW.
+
+    Args:
+        optimizer: the section.
+        trained: paths of the trained arrays.
+    """
+    others = [ParameterPath.parse(path) for path in trained if matrix_dims(path) is None]
+    line = f"optimizer: Muon orthogonalizes the updates of {len(trained) - len(others):,} arrays of matrices"
+    if not others:
+        return line
+    kinds = ", ".join(sorted({path.kind for path in others}))
+    rate = f"learning rate {optimizer.adamw_learning_rate:g}"
+    return f"{line}; AdamW ({rate}) takes {len(others):,}, which are no matrices of linear maps: {kinds}"
+
+
 def _describe_objective(run: config.Run) -> list[str]:
     """Return a line on what a preference run learns from and what it is compared with; none for next-token training."""
     section = run.objective
@@ -67,7 +91,17 @@ def _describe_objective(run: config.Run) -> list[str]:
         reference = (
             "compared with the model before training" if run.lora is None else "compared with the model without its adapters"
         )
-    return [f"objective: {section.name}, {section.loss}, beta {section.beta:g}, {reference}"]
+    lines = [f"objective: {section.name}, {section.loss}, beta {section.beta:g}, {reference}"]
+    if isinstance(section, config.Preference):
+        lines.append(_LAYOUTS[section.shared_prompt is True])
+    return lines
+
+
+_LAYOUTS = {
+    False: "pairs: each answer with a prompt of its own (objective.shared_prompt false)",
+    True: "pairs: both answers attend to one prompt, which routers count once (objective.shared_prompt true)",
+}
+"""The line on the layout of pairs, by whether their answers share a prompt."""
 
 
 def _describe_balance(run: config.Run) -> str | None:

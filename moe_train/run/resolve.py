@@ -44,24 +44,28 @@ def resolve(written: config.Config, device_count: int | None = None) -> config.R
         device_count = jax.device_count()
     model = _architecture(written)
     changes: dict[str, Any] = {"model": model, "mesh": mesh_sizes(written.mesh, device_count)}
-    encoder: config.VisionEncoder | None = None
+    encoder: config.Encoder | None = None
     if written.vision is not None:
         changes["vision"] = vision_with_encoder(written.vision, written)
         encoder = changes["vision"].encoder
-        _check_trained_vision(written.vision, model, encoder)
+        _check_trained_tower("vision", written.vision.train, model, encoder)
+    if written.audio is not None:
+        changes["audio"] = audio_with_encoder(written.audio, written, changes["mesh"].context)
+        encoder = changes["audio"].encoder
+        _check_trained_tower("audio", written.audio.train, model, encoder)
     if written.lora is not None and written.lora.init_from is not None:
         changes["lora"] = _with_adapter(written.lora, written.lora.init_from, model, encoder)
     if written.lora is not None and model.scores is not None:
         changes["lora"] = _with_trained_head(changes.get("lora", written.lora))
     if written.data is not None:
         changes["data"] = config.with_targets(_with_tokenizer(written.data, written.init_from), written.objective)
-    if written.audio is not None:
-        changes["audio"] = audio_with_encoder(written.audio, written, changes["mesh"].context)
     # model_copy validates nothing, so the checks below are needed.
     complete = written.model_copy(update=changes)
     # Again, although `Config` has checked what it could: the architecture and the mesh are only known now.
     config.check_model(complete, model)
     config.check_batch(complete)
+    # The patterns of an adapter that is started from are only known now.
+    config.check_trained_tower(complete.vision, complete.audio, complete.lora)
     run = config.run_of(complete)
     if run.pictures is not None:
         config.check_vision(complete, run.pictures.encoder, run.pictures.patches_per_row)
@@ -119,14 +123,15 @@ def _with_head(model: config.Model, written: config.Config) -> config.Model:
     return model.model_copy(update={"scores": scores, "tie_embeddings": False})
 
 
-def _check_trained_vision(vision: config.Vision, model: config.Model, encoder: config.VisionEncoder | None) -> None:
-    """Raise ValueError if a pattern of `vision.train` names no module."""
-    if not vision.train:
+def _check_trained_tower(key: str, patterns: tuple[str, ...], model: config.Model, encoder: config.Encoder | None) -> None:
+    """Raise ValueError if a pattern of `vision.train` or `audio.train` names no module."""
+    if not patterns:
         return
-    modules = [module for module in _modules(model, encoder) if module.startswith("vision.")]
-    for pattern in vision.train:
+    # The positions of an audio tower have its own name, and are not trained.
+    modules = [module for module in _modules(model, encoder) if module.startswith(f"{key}.") and module != f"{key}.tower"]
+    for pattern in patterns:
         if not any(config.names_module(pattern, module) for module in modules):
-            raise ValueError(f"vision.train: pattern {pattern!r} names no module; there are {', '.join(modules)}")
+            raise ValueError(f"{key}.train: pattern {pattern!r} names no module; there are {', '.join(modules)}")
 
 
 def _with_trained_head(lora: config.Lora) -> config.Lora:
@@ -174,7 +179,7 @@ def _with_tokenizer(data: config.Data, init_from: str | None) -> config.Data:
     return data.model_copy(update=changes)
 
 
-def _with_adapter(lora: config.Lora, source: str, model: config.Model, encoder: config.VisionEncoder | None) -> config.Lora:
+def _with_adapter(lora: config.Lora, source: str, model: config.Model, encoder: config.Encoder | None) -> config.Lora:
     """Return the section with the targets of the adapter that it starts from. Raises ValueError if the two contradict."""
     from moe_train.checkpoint.model_dir import read_adapter
 
@@ -199,7 +204,7 @@ def _with_adapter(lora: config.Lora, source: str, model: config.Model, encoder: 
     return lora
 
 
-def _modules(model: config.Model, encoder: config.VisionEncoder | None = None) -> list[str]:
+def _modules(model: config.Model, encoder: config.Encoder | None = None) -> list[str]:
     """Return the names of all modules with weights, each once, such as `attention.q_proj`."""
     # Module names do not depend on the mesh, so one abstract device is enough.
     with jax.sharding.use_abstract_mesh(abstract_mesh(dict.fromkeys(AXES, 1))):

@@ -90,9 +90,9 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         ValueError: the config, the data or the base differ from the checkpoint's.
     """
     # Shapes are computed first, so that at most one copy of the weights is ever allocated.
-    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.encoder)
-    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.encoder))
-    learned, frozen = partition(shapes, run.lora, run.trained_vision)
+    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.model_encoder)
+    structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))
+    learned, frozen = partition(shapes, run.lora, run.trained_tower)
     # A tower that is frozen has no part in what is compared with the base model.
     tower = {path: frozen.pop(path) for path in list(frozen) if ParameterPath.parse(path).is_tower}
     optimizer = make_optimizer(run.optimizer, total_steps)
@@ -114,10 +114,10 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         weights |= initial_parameters(model, base_shapes.keys() - weights)
     base_weights = {path: x for path, x in weights.items() if path in learned}
     tower_weights: Parameters = {}
+    if last is not None and base is not None and (tower or run.stored_features is not None):
+        identity.check_tower(base)
     if tower:
         assert base is not None  # `Config` requires init_from
-        if last is not None:
-            identity.check_tower(base)
         tower_weights = model_dir.load_parameters(base.source, tower, base.step)
 
     restored = restore(checkpoints, learned_state)
@@ -131,8 +131,7 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         # A copy, since the step donates the trained weights while the base weights must stay.
         loaded = jax.tree.map(jnp.copy, base_weights)
         if adapter is not None:
-            encoder = None if run.pictures is None else run.pictures.encoder
-            loaded |= model_dir.load_adapter(adapter, run.model, learned, encoder)
+            loaded |= model_dir.load_adapter(adapter, run.model, learned, run.encoder)
         state = new_state(initial_parameters(model, learned.keys() - loaded) | loaded)
     guard = None
     if run.train.spike_guard is not None:

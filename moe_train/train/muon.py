@@ -28,19 +28,27 @@ _MATRICES = {
     "gate_proj": (((-2,), (-1,)),) * 3,
     "up_proj": (((-2,), (-1,)),) * 3,
     "down_proj": (((-2,), (-1,)),) * 3,
+    # Towers: the projector, and convolutions, whose rows are the pixels of a patch or the frames of a window.
+    "in_proj": (((-2,), (-1,)),) * 3,
+    "out_proj": (((-2,), (-1,)),) * 3,
+    "merge_proj": (((-2,), (-1,)),) * 3,
+    "patch_proj": (((-2,), (-1,)),) * 3,
+    "first_conv": (((-2,), (-1,)),) * 3,
+    "second_conv": (((-2,), (-1,)),) * 3,
 }
+_LEAVES = ("weight", "lora_a", "lora_b")
 
 
 def matrix_dims(path: str) -> optax.contrib.MuonDimensionNumbers | None:
     """Return which dims of a weight are the rows and columns of a matrix; the other dims count matrices (layers, experts).
 
-    None for arrays that Muon does not treat as matrices: embeddings, head, router and norms.
+    None for arrays that Muon does not treat as matrices: embeddings, head, router, norms and biases.
     """
     parsed = ParameterPath.parse(path)
     dims = _MATRICES.get(parsed.module_name)
-    if dims is None:
+    if dims is None or parsed.leaf not in _LEAVES:
         return None
-    return optax.contrib.MuonDimensionNumbers(*dims[("weight", "lora_a", "lora_b").index(parsed.leaf)])
+    return optax.contrib.MuonDimensionNumbers(*dims[_LEAVES.index(parsed.leaf)])
 
 
 def orthogonalize(
@@ -90,19 +98,20 @@ def _specs_to_unsplit_matrices(shape: tuple[int, ...], spec: P, matrix: set[int]
     """Return the specs on the way from a weight's own spec to one that does not split its matrix dims.
 
     The axes that split the matrix dims split the layers (dim 0) instead, as far as they divide their number. Each spec moves one
-    axis, since each such step is an all-to-all.
+    axis, since each such step is an all-to-all. A matrix that is not stacked is gathered on every device.
     """
     entries = [*spec, *[None] * (len(shape) - len(spec))]
     specs = [spec]
     layers: tuple[str, ...] = ()
-    # Dim 0 counts layers, which no weight's own spec splits.
-    assert entries[0] is None
+    is_stacked = 0 not in matrix
+    # Dim 0 then counts layers, which no weight's own spec splits.
+    assert not is_stacked or entries[0] is None
     for dim in sorted(matrix):
         split = mesh_axes(entries[dim])
         for axis in reversed(split):  # innermost axis first, so that the rest is still a split by the outer axes
             split = split[:-1]
             entries[dim] = split or None
-            if shape[0] % math.prod(axis_size(a) for a in (*layers, axis)) == 0:
+            if is_stacked and shape[0] % math.prod(axis_size(a) for a in (*layers, axis)) == 0:
                 layers = (*layers, axis)
             specs.append(P(layers or None, *entries[1:]))
     return specs

@@ -51,17 +51,17 @@ class TrainState(NamedTuple):
 
 
 def partition(
-    params: dict[str, Leaf], lora: config.Lora | None, trained_vision: Collection[str] = ()
+    params: dict[str, Leaf], lora: config.Lora | None, trained_tower: Collection[str] = ()
 ) -> tuple[dict[str, Leaf], dict[str, Leaf]]:
     """Split the parameters into (learned, frozen).
 
     With a `lora` section, the adapters and the modules that it trains in full are learned; without one, all text parameters are,
-    and the modules of a vision tower and its projector that a pattern names. A router's bias goes with its router.
+    and the modules of a tower and its projector that a pattern names. A router's bias goes with its router.
 
     Args:
         params: parameters, or their shapes, by path.
         lora: the section of the adapters; None for full training.
-        trained_vision: patterns of full training (`vision.train`).
+        trained_tower: patterns of full training (`vision.train` or `audio.train`).
     """
     learned: dict[str, Leaf] = {}
     for name, x in params.items():
@@ -69,7 +69,7 @@ def partition(
         if lora is not None:
             is_learned = path.is_trained(lora)
         else:
-            is_learned = not path.is_tower or any(config.names_module(pattern, path.module) for pattern in trained_vision)
+            is_learned = not path.is_tower or any(config.names_module(pattern, path.module) for pattern in trained_tower)
         if is_learned:
             learned[name] = x
     return learned, {path: x for path, x in params.items() if path not in learned}
@@ -90,10 +90,10 @@ def create_state(
     params: Parameters,
     optimizer: optax.GradientTransformation,
     lora: config.Lora | None = None,
-    trained_vision: Collection[str] = (),
+    trained_tower: Collection[str] = (),
 ) -> TrainState:
     """Create a state at step 0 from all parameters, which `partition` splits."""
-    learned, frozen = partition(params, lora, trained_vision)
+    learned, frozen = partition(params, lora, trained_tower)
     return state_of_learned(learned, optimizer)._replace(frozen=frozen)
 
 

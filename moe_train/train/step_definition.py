@@ -10,7 +10,7 @@ from jax.tree_util import PyTreeDef
 
 from moe_train import config
 from moe_train.model.parameters import with_capacity, with_expert_ids, with_row_balance
-from moe_train.train.objectives.choose import objective_of
+from moe_train.train.objectives.choose import objective_of_run
 from moe_train.train.objectives.objective import Objective
 
 
@@ -58,9 +58,9 @@ def definition_of(
     structure = with_capacity(structure, run.train.capacity_factor)
     if run.loss.balance_over == "sequence":
         structure = with_row_balance(structure)
-    objective = objective or objective_of(run.objective, run.media)
-    if objective.uses_reference and run.lora is not None:
-        # The reference runs in every step, so that its routing can be compared without another pass.
+    objective = objective or objective_of_run(run)
+    if objective.uses_reference:
+        # The reference runs in every step, or the experts that it chose are stored, so that routing is compared at no further cost.
         structure = with_expert_ids(structure)
     return StepDefinition(
         structure=structure,

@@ -157,7 +157,7 @@ def read_encoder(path: str | Path, section: type[_Encoder]) -> _Encoder:
     return encoder
 
 
-def find_encoder(path: str | Path) -> config.VisionEncoder | config.AudioEncoder | None:
+def find_encoder(path: str | Path) -> config.Encoder | None:
     """Return the sizes of the tower of the model at `path`; None for a text model, or one with a quantized tower."""
     weights = open_external_weights(path)
     for section in (config.VisionEncoder, config.AudioEncoder):

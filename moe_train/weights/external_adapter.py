@@ -15,13 +15,13 @@ from moe_train.weights.mistral import lora as mistral_lora
 from moe_train.weights.mistral import params_json
 
 
-def read_external_lora(path: str | Path, model: config.Model, encoder: config.VisionEncoder | None = None) -> config.Lora:
+def read_external_lora(path: str | Path, model: config.Model, encoder: config.Encoder | None = None) -> config.Lora:
     """Return the section `lora` that describes the adapter at `path`.
 
     Args:
         path: the adapter.
         model: the architecture of its base.
-        encoder: sizes of the vision tower of the base, which PEFT's adapters may adapt; None to refuse those.
+        encoder: sizes of the tower of the base, which PEFT's adapters may adapt; None to refuse those.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -31,7 +31,7 @@ def read_external_lora(path: str | Path, model: config.Model, encoder: config.Vi
 
 
 def load_external_adapter(
-    path: str | Path, model: config.Model, abstract: Abstract, encoder: config.VisionEncoder | None = None
+    path: str | Path, model: config.Model, abstract: Abstract, encoder: config.Encoder | None = None
 ) -> Parameters:
     """Read adapters, and the weights that were trained in full, into arrays.
 

@@ -47,6 +47,6 @@ def save_run(directory: Path, weights: Parameters, tokenizer: HuggingFace, **mor
     base = identity.base_origin(run.init_from) if run.init_from else None
     about = CheckpointMetadata(config=run.model_dump(mode="json"), row=0, data="", base=base)
     with manager.open_for_saving(directory, run.checkpoint) as checkpoints:
-        trained_vision = () if run.vision is None else run.vision.train
-        manager.save(checkpoints, 1, create_state(weights, optax.sgd(0.1), run.lora, trained_vision), about)
+        trained_tower = () if run.vision is None else run.vision.train
+        manager.save(checkpoints, 1, create_state(weights, optax.sgd(0.1), run.lora, trained_tower), about)
     return run

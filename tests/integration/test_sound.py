@@ -14,10 +14,11 @@ import pytest
 import safetensors.numpy
 
 from moe_train import config
+from moe_train.commands.adapters import merge_into
 from moe_train.commands.chat import Chat
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.evaluate_suite import evaluate_suites
-from moe_train.commands.export import export
+from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.generate import GenerationRequest, Sampling, generate
 from moe_train.commands.prompt_file import read_prompt_file
 from moe_train.commands.show import rows_of_run
@@ -33,8 +34,11 @@ from moe_train.data.check.settings import CheckSettings
 from moe_train.data.check.sources import CheckedSource
 from moe_train.data.records.media_parts import PICTURES, SOUND
 from moe_train.data.tokenizers.mistral import Mistral
+from moe_train.model.parameters import parameters
+from moe_train.model.transformer import abstract_model
 from moe_train.run import loop
 from moe_train.run.resolve import resolve
+from moe_train.train.state import partition
 from tests.commands.audio_wrapper import AUDIO, MODEL, save_audio_wrapper, tone, wav
 from tests.data.hugging_face import small_tekken
 from tests.random_parameters import random_parameters
@@ -174,6 +178,97 @@ def test_exports_carry_the_tower_as_it_was(trained: Path, ready: Path, tmp_path:
     for folder in ("hf", "native"):
         checks = {check.name: check.passed for check in verify(tmp_path / folder)[1]}
         assert checks["features"] and False not in checks.values()
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a model's files."""
+    tensors: dict[str, np.ndarray] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.numpy.load_file(file)
+    return tensors
+
+
+def failed(folder: Path, **options: Any) -> dict[str, str]:
+    return {check.name: check.summary for check in verify(folder, **options)[1] if check.passed is False}
+
+
+SHORT = config.Train(steps=2, batch_size=8, seq_len=48)
+PLAIN = config.Mesh(data=8)
+"""The mesh whose program compiles fastest."""
+TENSORS = ExportOptions(depth="tensors")
+
+
+@pytest.mark.slow
+def test_a_trained_tower_is_saved_resumed_and_exported(ready: Path, tmp_path: Path) -> None:
+    audio = config.Audio(train=("audio.*",))
+    first = written(ready, run_dir=str(tmp_path / "run"), train=SHORT, audio=audio, mesh=PLAIN)
+    assert train(first) == loop.FINISHED
+    before = tensors_of(ready / "base")
+    export(tmp_path / "run", tmp_path / "hf", options=TENSORS)
+    after = tensors_of(tmp_path / "hf")
+    of_tower = {name for name in before if name.startswith(("audio_tower.", "multi_modal_projector."))}
+    assert {name for name in of_tower if np.array_equal(before[name], after[name])} == {"audio_tower.embed_positions.weight"}
+    for origin in ({"run": tmp_path / "run"}, {"base": ready / "base"}):
+        assert not failed(tmp_path / "hf", depth="tensors", **origin)
+    # Mistral's own layout and back is exact, though nothing in it is the base's: it has no positions.
+    export(tmp_path / "run", tmp_path / "native", "mistral", options=TENSORS)
+    assert not failed(tmp_path / "native", run=tmp_path / "run", depth="tensors")
+    export(tmp_path / "native", tmp_path / "again", options=TENSORS)
+    again = tensors_of(tmp_path / "again")
+    assert all(np.array_equal(after[name], again[name]) for name in of_tower if "positions" not in name)
+    # A further run on the first has its tower; the run goes on from its own.
+    second = written(ready, run_dir=str(tmp_path / "second"), init_from=str(tmp_path / "run"), train=SHORT, mesh=PLAIN)
+    assert train(second) == loop.FINISHED
+    export(tmp_path / "second", tmp_path / "of_second", options=TENSORS)
+    assert all(np.array_equal(after[name], tensors_of(tmp_path / "of_second")[name]) for name in of_tower)
+    assert train(first.model_copy(update={"train": SHORT.model_copy(update={"steps": 3})})) == loop.FINISHED
+
+
+@pytest.mark.slow
+def test_adapters_of_the_tower_are_trained_resumed_merged_and_exported(ready: Path, tmp_path: Path) -> None:
+    modules = ("attention.*", "audio.tower.layers.*_proj", "audio.tower.second_conv")
+    lora = config.Lora(
+        targets=(config.LoraTarget(modules=modules, rank=2, alpha=4.0),),
+        train=("audio.projector.*", "audio.tower.*norm"),
+        dropout=0.1,
+    )
+    written_run = written(ready, run_dir=str(tmp_path / "run"), train=SHORT, lora=lora)
+    assert train(written_run) == loop.FINISHED
+    assert train(written_run.model_copy(update={"train": SHORT.model_copy(update={"steps": 3})})) == loop.FINISHED
+    for name, layout in (("hf", "hf"), ("native", "mistral")):
+        export(tmp_path / "run", tmp_path / name, layout, merge=True, options=TENSORS)  # type: ignore[arg-type]
+        assert not failed(tmp_path / name, run=tmp_path / "run", depth="tensors")
+        assert not failed(tmp_path / name, base=ready / "base", depth="tensors")
+    with pytest.raises(ValueError, match=r"audio.tower.second_conv has an adapter.*--merge"):
+        export(tmp_path / "run", tmp_path / "adapter", "peft")
+    # The adapter of a run is merged as an export of it is.
+    record = merge_into(ready / "base", tmp_path / "run", tmp_path / "merged")
+    assert not [check for check in record["checks"] if check["passed"] is False]
+    exported, merged = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "merged")
+    assert exported.keys() == merged.keys() and all(np.array_equal(exported[name], merged[name]) for name in merged)
+    assert not failed(tmp_path / "merged", base=ready / "base", adapter=tmp_path / "run", depth="tensors")
+    more = written(ready, run_dir=str(tmp_path / "more"), train=SHORT, lora=config.Lora(init_from=str(tmp_path / "run")))
+    assert train(more) == loop.FINISHED
+
+
+def test_patterns_of_the_tower_have_to_have_an_effect(ready: Path) -> None:
+    targets = (config.LoraTarget(modules=("attention.*",), rank=2, alpha=4.0),)
+    with pytest.raises(ValueError, match=r"audio.train: pattern 'vision.projector.\*' names no module.*audio.projector"):
+        written(ready, audio=config.Audio(train=("vision.projector.*",)))
+    with pytest.raises(ValueError, match=r"audio.train has no effect with a section lora"):
+        written(ready, audio=config.Audio(train=("audio.projector.*",)), lora=config.Lora(targets=targets))
+    with pytest.raises(ValueError, match=r"no section audio.*add audio: \{\}"):
+        written(ready, audio=None, lora=config.Lora(targets=targets, train=("audio.projector.*",)))
+    with pytest.raises(ValueError, match=r"no section vision.*add vision: \{\}"):
+        written(ready, lora=config.Lora(targets=targets, train=("vision.projector.*",)))
+    for wrong in ("audio.projektor", "audio.tower"):  # positions are never trained
+        with pytest.raises(ValueError, match=rf"'{wrong}' names no module; there are audio.projector.in_proj"):
+            resolve(written(ready, audio=config.Audio(train=(wrong,))), 8)
+    run = resolve(written(ready, audio=config.Audio(train=("audio.*",))), 8)
+    with jax.set_mesh(ONE):
+        _, shapes = parameters(abstract_model(run.model, run.compute, None, run.encoder))
+        _, frozen = partition(shapes, None, run.trained_tower)
+    assert frozen.keys() == {"audio.tower.positions"}
 
 
 def loader_of(run: config.Run, ready: Path, rows: BatchRows) -> Loader:

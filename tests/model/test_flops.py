@@ -56,25 +56,3 @@ def test_flops_with_adapters():
     pairs = 3 * 4 * 4 * NH * 256
     full = flops.flops_per_token(S, 512)
     assert flops.flops_per_token(S, 512, adapters) == pytest.approx((full - pairs) * 4 / 6 + pairs + 6 * beside, rel=1e-12)
-
-
-def test_flops_of_a_vision_tower() -> None:
-    """Two per weight that a patch or the token of a square meets, and four per dim and pair of patches of a picture."""
-    sizes = {"tower_dim": 16, "ffn_dim": 12, "num_layers": 2, "num_heads": 2, "patch_size": 2, "max_image_size": 8, "merge_size": 2}
-    encoder = config.VisionEncoder(**sizes)
-    with jax.set_mesh(jax.make_mesh((1,) * 5, ("data", "fsdp", "expert", "context", "tensor"), devices=jax.devices()[:1])):
-        shapes = parameters(abstract_model(S, encoder=encoder))[1]
-    matrices = {path: x.size for path, x in shapes.items() if path.startswith("vision.") and not path.endswith("scale")}
-    of_tower = sum(size for path, size in matrices.items() if path.startswith("vision.tower."))
-    of_projector = sum(matrices.values()) - of_tower
-    expected = 2 * (64 * of_tower + 64 / 4 * of_projector) + 2 * 4 * 16 * 64 * 16
-    assert flops.vision_flops(encoder, S.model_dim, 64) == pytest.approx(expected, rel=1e-12)
-    # Everything in full takes three times as much, the gradient of the pixels included; a projector in full, three times its own.
-    everything = flops.TrainedVision(None, ("vision.*",))
-    assert flops.vision_flops(encoder, S.model_dim, 64, everything) == pytest.approx(3 * expected, rel=1e-12)
-    projector = flops.TrainedVision(config.Lora(train=("vision.projector.*",)))
-    more = flops.vision_flops(encoder, S.model_dim, 64, projector) - expected
-    assert more == pytest.approx(2 * 2 * 64 / 4 * of_projector, rel=1e-12)
-    target = config.LoraTarget(modules=("vision.projector.out_proj",), rank=4, alpha=8.0)
-    adapted = flops.vision_flops(encoder, S.model_dim, 64, flops.TrainedVision(config.Lora(targets=(target,)))) - expected
-    assert adapted == pytest.approx(16 * (2 * S.model_dim**2 + 6 * 4 * 2 * S.model_dim), rel=1e-12)

@@ -98,3 +98,14 @@ def test_the_end_names_the_command_that_exports(sections: dict[str, Any], comman
     model = {**MODEL, "ffn": {**MODEL["ffn"], "num_shared_experts": 1}} if sections.get("export") else MODEL
     introduction.conclude(config.run_of(written(**{"model": model, **sections})), said.append, 3)
     assert said == ["finished 3 steps; the checkpoints are in runs/run/checkpoints", *command]
+
+
+def test_muon_says_what_it_leaves_to_adamw() -> None:
+    muon = config.Muon(name="muon", learning_rate=0.02, adamw_learning_rate=3e-4)
+    trained = ["embed.weight", "stacks.0.layers.0.attention.q_proj.weight", "vision.projector.in_proj.weight"]
+    line = introduction.describe_muon(muon, [*trained, "vision.projector.in_proj.bias", "final_norm.scale"])
+    assert line == (
+        "optimizer: Muon orthogonalizes the updates of 2 arrays of matrices; AdamW (learning rate 0.0003) takes 3, which are no "
+        "matrices of linear maps: biases, embeddings, norms"
+    )
+    assert "AdamW" not in introduction.describe_muon(muon, trained[1:])

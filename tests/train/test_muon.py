@@ -13,10 +13,15 @@ from jax.sharding import PartitionSpec as P
 from moe_train import config
 from moe_train.model.paths import ParameterPath
 from moe_train.train.muon import matrix_dims, orthogonalize
+from tests.commands.audio_wrapper import ENCODER
 from tests.meshes import mesh_of
 from tests.random_parameters import abstract
 from tests.tiny import MISTRAL4, ONE
 from tests.train.optimizer_reference import LORA, is_matrix, newton_schulz, random_parameters, relative
+
+VISION = config.VisionEncoder(
+    tower_dim=8, ffn_dim=12, num_layers=2, num_heads=2, patch_size=2, max_image_size=8, merge_size=2, projector_bias=True
+)
 
 
 @pytest.mark.parametrize("sizes", [config.Mesh(fsdp=2, expert=2, tensor=2), config.Mesh(fsdp=4, tensor=2)], ids=str)
@@ -55,3 +60,27 @@ def test_every_linear_map_of_latent_attention_is_a_matrix():
         inputs, outputs = matrix_dims(path)
         lead = 2 if parsed[path].is_expert(MISTRAL4) else 1
         assert sorted(dim % shapes[path].ndim for dim in (*inputs, *outputs)) == list(range(lead, shapes[path].ndim)), path
+
+
+@pytest.mark.parametrize("encoder", [VISION, ENCODER], ids=["vision", "audio"])
+def test_every_linear_map_of_a_tower_is_a_matrix(encoder: config.Encoder) -> None:
+    """Convolutions and the projector, which are not stacked, included; biases and norms are not."""
+    with jax.set_mesh(ONE):
+        shapes = abstract(MISTRAL4, encoder=encoder)
+    parsed = {path: ParameterPath.parse(path) for path in shapes if ParameterPath.parse(path).is_tower}
+    matrices = {path for path in parsed if matrix_dims(path)}
+    assert matrices == {path for path, x in parsed.items() if x.leaf == "weight"}
+    for path in matrices:
+        inputs, outputs = matrix_dims(path)
+        lead = int(".layers." in path)
+        assert sorted(dim % shapes[path].ndim for dim in (*inputs, *outputs)) == list(range(lead, shapes[path].ndim)), path
+
+
+def test_a_matrix_that_is_not_stacked_is_orthogonalized_whole() -> None:
+    path = "vision.projector.in_proj.weight"
+    x = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)
+    with jax.set_mesh(mesh_of(config.Mesh(fsdp=4, tensor=2))):
+        split = jax.device_put(x, NamedSharding(mesh_of(config.Mesh(fsdp=4, tensor=2)), P(None, "fsdp")))
+        y = jax.jit(lambda x: orthogonalize({path: x}, 5))(split)[path]
+        assert y.sharding.spec == P(None, "fsdp")
+    assert relative(np.asarray(y), newton_schulz(x.astype(np.float64), 5) * math.sqrt(3)) < 1e-4

@@ -7,10 +7,11 @@ from typing import cast
 
 import numpy as np
 
-from moe_train.data.batches.answer_batches import PreferenceBatch, UnpairedBatch
+from moe_train.data.batches.answer_batches import PreferenceBatch, SharedPromptBatch, UnpairedBatch
 from moe_train.data.batches.batch import PackedBatch
 from moe_train.data.batches.classification_batch import ClassificationBatch
 from moe_train.data.batches.distillation_batch import DistillationBatch
+from moe_train.data.batches.feature_batch import FeatureBatch
 from moe_train.data.batches.media_batch import MediaBatch, check_sizes
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.batches.reward_batch import RewardBatch
@@ -20,6 +21,7 @@ from moe_train.data.sound.rules import SoundRules
 
 _KINDS: tuple[tuple[type[PackedBatch], str], ...] = (
     (PreferenceBatch, "preference"),
+    (SharedPromptBatch, "preference"),
     (RewardBatch, "preference"),
     (UnpairedBatch, "labelled"),
     (ClassificationBatch, "classification"),
@@ -50,6 +52,9 @@ def check_set(batch_type: type[PackedBatch], name: str, store: TokenStore, seq_l
             )
     if issubclass(batch_type, ClassificationBatch):
         _check_labels(cast(type[ClassificationBatch], batch_type), name, store)
+    if issubclass(batch_type, FeatureBatch):
+        # Stored features stand for pictures or sound, and have the same sizes.
+        batch_type = cast(type[FeatureBatch], batch_type).computed_type()
     if store.manifest.media is not None:
         _check_media(batch_type, name, store.manifest.media, too_long)
     if issubclass(batch_type, DistillationBatch):

@@ -202,8 +202,13 @@ class TokenStore:
         tokens = self._folder.array(_file(shard, "tokens", self.manifest.dtype))
         return _ShardArrays(tokens, mask, answers, self._folder.array(_file(shard, "offsets", "int64")))
 
-    def read(self, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
-        """Return the ids of each piece, one more than positions for each segment, and what belongs to them."""
+    def read(self, pieces: Sequence[ExampleSlice], with_media: bool = True) -> list[StoredPiece]:
+        """Return the ids of each piece, one more than positions for each segment, and what belongs to them.
+
+        Args:
+            pieces: The pieces.
+            with_media: Whether pictures and sound are decoded.
+        """
         located = self._located(pieces)
         # One read for all arrays together, so that the blocks of a bucket are fetched in parallel.
         parts: list[ArrayPart] = []
@@ -219,7 +224,8 @@ class TokenStore:
             mask = None if piece.shard.mask is None else next(arrays)
             answers = None if piece.shard.answers is None else next(arrays)
             own_values = values[slice_.example] if values.shape[1] else None
-            read.append(StoredPiece(tokens, mask, answers, own_values, media=self._media(slice_.example)))
+            media = self._media(slice_.example) if with_media else None
+            read.append(StoredPiece(tokens, mask, answers, own_values, media=media))
         if self._teacher is None:
             return read
         places = []

@@ -17,7 +17,7 @@ from moe_train import config
 from moe_train.config.audio import STRIDE
 from moe_train.model.attention.bidirectional import attend_segments, separated_padding
 from moe_train.model.encoders.media import Media
-from moe_train.model.layers import Linear, RandomSource, normal
+from moe_train.model.layers import Linear, RandomSource, keys_of, normal
 from moe_train.model.sharding.specs import activation_spec, fsdp_axis, split_axes
 
 NORM_EPS = 1e-5
@@ -82,14 +82,20 @@ class ChunkAttention(nnx.Module):
         self.o_proj = BiasedProjection(rngs, "BTNH,NHD->BTD", (N, H, D), from_heads, dtype, "D")
         self.kernel = compute.attention
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
         """Attend within the chunks.
 
         Args:
             x_BTD: normalized hidden states.
             segments_BT: a position sees only positions with its own segment id.
+            key: PRNG key for the dropout of the adapters; None for no dropout.
         """
-        return self.o_proj(attend_segments(self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD), segments_BT, self.kernel))
+        q_key, k_key, v_key, o_key = keys_of(key, 4)
+        q = self.q_proj(x_BTD, q_key)
+        k = self.k_proj(x_BTD, k_key)
+        return self.o_proj(attend_segments(q, k, self.v_proj(x_BTD, v_key), segments_BT, self.kernel), o_key)
 
 
 class AudioLayer(nnx.Module):
@@ -105,10 +111,14 @@ class AudioLayer(nnx.Module):
         self.up_proj = BiasedProjection(rngs, "BTD,DF->BTF", (D, F), P(fsdp_axis(D), "tensor"), dtype, "F")
         self.down_proj = BiasedProjection(rngs, "BTF,FD->BTD", (F, D), P("tensor", fsdp_axis(D)), dtype, "D")
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "B T D"]:
         """Apply the layer; see `ChunkAttention`."""
-        x_BTD += self.attention(self.attention_norm(x_BTD), segments_BT)
-        return x_BTD + self.down_proj(jax.nn.gelu(self.up_proj(self.ffn_norm(x_BTD)), approximate=False))
+        attention_key, up_key, down_key = keys_of(key, 3)
+        x_BTD += self.attention(self.attention_norm(x_BTD), segments_BT, attention_key)
+        hidden_BTF = jax.nn.gelu(self.up_proj(self.ffn_norm(x_BTD), up_key), approximate=False)
+        return x_BTD + self.down_proj(hidden_BTF, down_key)
 
 
 class AudioTower(nnx.Module):
@@ -133,21 +143,36 @@ class AudioTower(nnx.Module):
         self.layers = jax.vmap(layer_of)(keys)
         self.norm = LayerNorm(D, dtype)
 
-    def __call__(self, sound: Media, dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        """Return the normalized hidden states of the last layer, for arrays with the shardings of activations."""
+    def __call__(self, sound: Media, dtype: jnp.dtype, key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
+        """Return the normalized hidden states of the last layer, for arrays with the shardings of activations.
+
+        Args:
+            sound: sound of each row.
+            dtype: dtype of the computation.
+            key: PRNG key for the dropout of the adapters; None for no dropout. In the adapters of convolutions it drops entries of
+                windows, where PEFT drops those of frames, which are in up to three windows.
+        """
         S = self.positions.shape[0]
-        x_BTD = jax.nn.gelu(self.first_conv(_windows(sound.units.astype(dtype), 1)), approximate=False)
-        x_BTD = jax.nn.gelu(self.second_conv(_windows(_split_chunks(x_BTD, STRIDE * S), STRIDE)), approximate=False)
+        first_key, second_key, layers_key = keys_of(key, 3)
+        frames_BTW = _windows(sound.units.astype(dtype), 1)
+        x_BTD = jax.nn.gelu(self.first_conv(frames_BTW, first_key), approximate=False)
+        x_BTW = _windows(_split_chunks(x_BTD, STRIDE * S), STRIDE)
+        x_BTD = jax.nn.gelu(self.second_conv(x_BTW, second_key), approximate=False)
         x_BCSD = _split_chunks(x_BTD.astype(jnp.float32), S) + self.positions[...]
         x_BTD = _join_chunks(x_BCSD).astype(dtype)
         ids_BCS = jnp.broadcast_to(sound.ids_BN[..., None], (*sound.ids_BN.shape, S))
         segments_BT = separated_padding(_join_chunks(ids_BCS))
 
-        def layer_on(x_BTD: Float[Array, "B T D"], layer: AudioLayer) -> tuple[Float[Array, "B T D"], None]:
-            return layer(x_BTD, segments_BT), None
+        def layer_on(
+            x_BTD: Float[Array, "B T D"], layer_and_key: tuple[AudioLayer, Key[Array, ""] | None]
+        ) -> tuple[Float[Array, "B T D"], None]:
+            layer, layer_key = layer_and_key
+            return layer(x_BTD, segments_BT, layer_key), None
 
-        # Recomputed in a backward pass, which a frozen tower does not have.
-        return self.norm(jax.lax.scan(jax.checkpoint(layer_on), x_BTD, self.layers)[0])
+        num_layers = self.layers.attention_norm.scale.shape[0]
+        keys = None if layers_key is None else jax.random.split(layers_key, num_layers)
+        # Recomputed in the backward pass of a tower that is trained; a frozen one has none.
+        return self.norm(jax.lax.scan(jax.checkpoint(layer_on), x_BTD, (self.layers, keys))[0])
 
 
 def _windows(x_BCFM: Float[Array, "B C F M"], stride: int) -> Float[Array, "B T W"]:
@@ -187,12 +212,13 @@ class AudioProjector(nnx.Module):
         self.in_proj = Linear(rngs, "BTC,CD->BTD", (width, text_dim), spec, _STDDEV, dtype)
         self.out_proj = Linear(rngs, "BTC,CD->BTD", (text_dim, text_dim), spec, _STDDEV, dtype)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B M E"]:
-        """Return the features of the tokens."""
+    def __call__(self, x_BTD: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Float[Array, "B M E"]:
+        """Return the features of the tokens; `key` is for the dropout of the adapters."""
+        in_key, out_key = keys_of(key, 2)
         B, T, D = x_BTD.shape
         shape = (B, T // self.downsampling, self.downsampling * D)
         x_BMC = jax.lax.reshape(x_BTD, shape, out_sharding=activation_spec("BTC"))
-        return self.out_proj(jax.nn.gelu(self.in_proj(x_BMC), approximate=False))
+        return self.out_proj(jax.nn.gelu(self.in_proj(x_BMC, in_key), approximate=False), out_key)
 
 
 class Audio(nnx.Module):
@@ -203,6 +229,12 @@ class Audio(nnx.Module):
         self.projector = AudioProjector(rngs, encoder, text_dim, compute)
         self.dtype = jnp.dtype(compute.dtype)
 
-    def __call__(self, sound: Media) -> Float[Array, "B M E"]:
-        """Return the features of all chunks of each row, in the order of their tokens."""
-        return self.projector(self.tower(sound, self.dtype))
+    def __call__(self, sound: Media, key: Key[Array, ""] | None = None) -> Float[Array, "B M E"]:
+        """Return the features of all chunks of each row, in the order of their tokens.
+
+        Args:
+            sound: sound of each row.
+            key: PRNG key for the dropout of the adapters; None for no dropout.
+        """
+        tower_key, projector_key = keys_of(key, 2)
+        return self.projector(self.tower(sound, self.dtype, tower_key), projector_key)

@@ -46,6 +46,10 @@ class Features(NamedTuple):
     feature_index_BT: Int[Array, "B T"]
     """Index of a token's feature in its row, as in `Media`."""
 
+    def placed(self) -> Features:
+        """Return the arrays with the shardings of activations; features are split over `context` like tokens."""
+        return Features(place(self.features_BMD, "BTD"), place(self.feature_index_BT, "BT"))
+
 
 def write_features(
     x_BTD: Float[Array, "B T D"], features_BMD: Float[Array, "B M D"], feature_index_BT: Int[Array, "B T"]

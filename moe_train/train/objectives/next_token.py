@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from moe_train.data.batches.batch import Batch, PackedBatch
+from moe_train.data.batches.feature_batch import FeatureBatch
 from moe_train.data.batches.media_batch import MediaBatch
-from moe_train.model.encoders.media import Media
+from moe_train.model.encoders.media import Features, Media
 from moe_train.model.layers import keys_of
 from moe_train.train.cross_entropy import cross_entropy_sum
 from moe_train.train.objectives.objective import Objective, ObjectiveInputs, Terms
@@ -30,7 +31,9 @@ def loss(inputs: ObjectiveInputs, first_pass_result: Any) -> Terms:
     model = inputs.model
     batch = inputs.batch
     body_key, head_key = keys_of(inputs.key, 2)
-    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key, media_of(batch))
+    hidden_BTD, routers = model(
+        batch.tokens, batch.positions, batch.segment_ids, body_key, media=media_of(batch), features=features_of(batch)
+    )
     lora_factors = model.head_lora_factors(hidden_BTD, head_key)
     total = cross_entropy_sum(hidden_BTD, model.head_weight(), batch.targets, batch.loss_mask, lora_factors)
     return Terms(total, {}, routers)
@@ -42,3 +45,11 @@ def media_of(batch: Any) -> Media | None:
         return None
     arrays: Any = batch  # those of JAX in a step, where the type of the batch names NumPy's
     return Media(arrays.units, arrays.places, arrays.ids, arrays.feature_index)
+
+
+def features_of(batch: Any) -> Features | None:
+    """Return the stored features of a batch; None for a batch type without any."""
+    if not isinstance(batch, FeatureBatch):
+        return None
+    arrays: Any = batch  # as in `media_of`
+    return Features(arrays.features, arrays.feature_index)

@@ -32,19 +32,19 @@ from moe_train.weights.peft.pieces import (
 from moe_train.weights.peft.selected import check_ranks, num_modules, unselected_modules
 from moe_train.weights.peft.settings import MERGE_FIRST, read_settings
 from moe_train.weights.peft.stacks import Stacks, stacks_of
-from moe_train.weights.peft.vision_tower import adaptable_vision, saved_vision
-from moe_train.weights.wrappers import vision_pieces
+from moe_train.weights.peft.tower import adaptable_tower, saved_tower
+from moe_train.weights.wrappers import tower_pieces
 
 log = logging.getLogger(__name__)
 
 
-def read_lora(directory: str | Path, model: config.Model, encoder: config.VisionEncoder | None = None) -> config.Lora:
+def read_lora(directory: str | Path, model: config.Model, encoder: config.Encoder | None = None) -> config.Lora:
     """Return the section `lora` that describes an adapter.
 
     Args:
         directory: the adapter.
         model: the architecture of the base.
-        encoder: sizes of the vision tower of the base; None to refuse adapters of one.
+        encoder: sizes of the tower of the base; None to refuse adapters of one.
 
     Raises:
         ValueError: the adapter is not supported.
@@ -53,7 +53,7 @@ def read_lora(directory: str | Path, model: config.Model, encoder: config.Vision
 
 
 def load_adapter(
-    directory: str | Path, model: config.Model, abstract: Abstract, encoder: config.VisionEncoder | None = None
+    directory: str | Path, model: config.Model, abstract: Abstract, encoder: config.Encoder | None = None
 ) -> Parameters:
     """Read the adapters of a PEFT directory, and its modules_to_save, into arrays.
 
@@ -79,8 +79,8 @@ def load_adapter(
         tensors.pop(second, None)
     table = [*names.lora_pieces(model, ranks, opened.layout), *saved]
     if encoder is not None:
-        table += vision_pieces.adapter_pieces(encoder, model, ranks)
-        table += [piece for piece in saved_vision(encoder, model) if piece.path in abstract]
+        table += tower_pieces.adapter_pieces(encoder, model, ranks)
+        table += [piece for piece in saved_tower(encoder, model) if piece.path in abstract]
     for piece in table:
         if ParameterPath.parse(piece.path).module in opened.stacks.padded:
             factor = opened.stacks.factors_of_b.get(piece.name, 1.0)
@@ -126,7 +126,7 @@ class _Opened(NamedTuple):
     lora: config.Lora
 
 
-def _open(directory: Path, model: config.Model, encoder: config.VisionEncoder | None) -> _Opened:
+def _open(directory: Path, model: config.Model, encoder: config.Encoder | None) -> _Opened:
     """Open an adapter. Raises ValueError if it is not supported."""
     settings = read_settings(directory)
     stored = safetensors_files.open_safetensors(directory / ADAPTER_WEIGHTS)
@@ -147,8 +147,8 @@ def _open(directory: Path, model: config.Model, encoder: config.VisionEncoder | 
     adaptable = adaptable_pieces(model, layout)
     saved = saved_pieces(model, layout)
     if encoder is not None:
-        adaptable += adaptable_vision(encoder, model)
-        saved += saved_vision(encoder, model)
+        adaptable += adaptable_tower(encoder, model)
+        saved += saved_tower(encoder, model)
     stacks = stacks_of(directory, settings, tensors, adaptable)
     # Checked by name alone here; `load_adapter` checks the shapes.
     known_names = {piece.name for piece in (*adaptable, *saved)}
@@ -185,7 +185,7 @@ def _refuse_tower(directory: Path, stored: Collection[str]) -> None:
     if outside := sorted(name for name in stored if any(part in name for part in names.OUTSIDE_TEXT)):
         raise ValueError(
             f"{directory / ADAPTER_WEIGHTS} has {outside[0]}: {len(outside)} of its tensors adapt the tower or projector, which "
-            f"only training with a section vision reads (lora.init_from); {MERGE_FIRST}"
+            f"only training with a section vision or audio reads (lora.init_from); {MERGE_FIRST}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from moe_train import config
@@ -10,6 +10,7 @@ from moe_train.weights.names.pieces import WeightPiece, piece_of
 from moe_train.weights.names.tensor_layout import Row
 from moe_train.weights.on_disk import Carried, FileTensor
 from moe_train.weights.wrappers import whisper
+from moe_train.weights.wrappers.tower_tensor import TowerRows
 from moe_train.weights.wrappers.whisper import WhisperSettings
 
 
@@ -90,22 +91,45 @@ def pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
     """
     settings = carried.settings
     assert isinstance(settings, WhisperSettings)
+    native = {tensor.name: tensor.native for tensor in whisper.tensors(settings)} if carried.layout == "mistral" else {}
+    sizes = _sizes(settings, model.model_dim)
+    table: list[WeightPiece] = []
+    for row, lead in _rows(settings):
+        # Positions have no name in Mistral's own layout, and are computed (`tensors_of`).
+        table.append(piece_of(sizes, row._replace(name=native.get(row.name) or row.name), lead))
+    return table
+
+
+def rows_of(encoder: config.AudioEncoder, model: config.Model) -> TowerRows:
+    """Return every tensor of a tower and its projector, given the sizes of the tower and the text model."""
+    settings = WhisperSettings(
+        hidden_size=encoder.tower_dim,
+        intermediate_size=encoder.ffn_dim,
+        num_hidden_layers=encoder.num_layers,
+        num_attention_heads=encoder.num_heads,
+        num_mel_bins=encoder.num_mel_bins,
+        max_source_positions=encoder.max_positions,
+        text_dim=model.model_dim,
+        projector_inputs=encoder.downsampling * encoder.tower_dim,
+    )
+    return TowerRows(list(_rows(settings)), _sizes(settings, model.model_dim))
+
+
+def _sizes(settings: WhisperSettings, text_dim: int) -> dict[str, int]:
+    """Return the sizes of dims by letter."""
     D = settings.hidden_size
     N = settings.num_attention_heads
     sizes = {"D": D, "E": D, "F": settings.intermediate_size, "N": N, "H": D // N, "M": settings.num_mel_bins, "W": 3}
-    sizes |= {"S": settings.max_source_positions, "U": settings.projector_inputs, "T": model.model_dim, "G": model.model_dim}
-    native = {tensor.name: tensor.native for tensor in whisper.tensors(settings)} if carried.layout == "mistral" else {}
+    return sizes | {"S": settings.max_source_positions, "U": settings.projector_inputs, "T": text_dim, "G": text_dim}
 
-    def in_files(row: Row) -> Row:
-        # Positions have no name in Mistral's own layout, and are computed (`tensors_of`).
-        return row._replace(name=native.get(row.name) or row.name)
 
-    table = [piece_of(sizes, in_files(row)) for row in _OUTSIDE_LAYERS]
+def _rows(settings: WhisperSettings) -> Iterator[tuple[Row, tuple[int, ...]]]:
+    """Yield every tensor in Hugging Face's layout, with its entry in the stacked dim of layers."""
+    for row in _OUTSIDE_LAYERS:
+        yield row, ()
     for layer in range(settings.num_hidden_layers):
         for row in _IN_LAYER:
-            named = row._replace(name=f"audio_tower.layers.{layer}.{row.name}", path=f"audio.tower.layers.{row.path}")
-            table.append(piece_of(sizes, in_files(named), (layer,)))
-    return table
+            yield row._replace(name=f"audio_tower.layers.{layer}.{row.name}", path=f"audio.tower.layers.{row.path}"), (layer,)
 
 
 def tensors_of(carried: Carried) -> Mapping[str, FileTensor]:

@@ -15,9 +15,6 @@ from moe_train.weights.wrappers import audio_pieces, vision_pieces
 from moe_train.weights.wrappers.towers import PixtralSettings
 from moe_train.weights.wrappers.whisper import WhisperSettings
 
-Encoder = config.VisionEncoder | config.AudioEncoder
-"""The sizes of a tower and its projector."""
-
 
 class _Tower(NamedTuple):
     """Towers for pictures, or for sound."""
@@ -31,13 +28,13 @@ class _Tower(NamedTuple):
     """What needs such a tower, for messages."""
 
 
-_TOWERS: dict[type[Encoder], _Tower] = {
+_TOWERS: dict[type[config.Encoder], _Tower] = {
     config.VisionEncoder: _Tower(PixtralSettings, "vision", "a", "pictures need"),
     config.AudioEncoder: _Tower(WhisperSettings, "audio", "an", "sound needs"),
 }
 
 
-def require_tower(path: object, carried: Carried | None, section: type[Encoder]) -> Carried:
+def require_tower(path: object, carried: Carried | None, section: type[config.Encoder]) -> Carried:
     """Return the parts around a text model. Raises ValueError unless they are an unquantized tower and its projector.
 
     Args:
@@ -52,7 +49,7 @@ def require_tower(path: object, carried: Carried | None, section: type[Encoder])
     return carried
 
 
-def tower_fault(carried: Carried | None, section: type[Encoder]) -> str | None:
+def tower_fault(carried: Carried | None, section: type[config.Encoder]) -> str | None:
     """Say why the parts around a text model see no pictures, or hear nothing, for a message; None if they do."""
     kind = _TOWERS[section]
     if carried is None or not isinstance(carried.settings, kind.settings):
@@ -68,7 +65,12 @@ def tower_fault(carried: Carried | None, section: type[Encoder]) -> str | None:
     return None
 
 
-def encoder_of(carried: Carried, model: config.Model, path: Path) -> Encoder:
+def is_computed(carried: Carried) -> bool:
+    """Return whether the parts around a text model are a tower that this package can compute; a quantized one is not."""
+    return any(tower_fault(carried, section) is None for section in _TOWERS)
+
+
+def encoder_of(carried: Carried, model: config.Model, path: Path) -> config.Encoder:
     """Return the sizes of a tower and its projector.
 
     Args:
@@ -81,7 +83,7 @@ def encoder_of(carried: Carried, model: config.Model, path: Path) -> Encoder:
     """
     is_audio = isinstance(carried.settings, WhisperSettings)
     pieces = audio_pieces if is_audio else vision_pieces
-    section: type[Encoder] = config.AudioEncoder if is_audio else config.VisionEncoder
+    section: type[config.Encoder] = config.AudioEncoder if is_audio else config.VisionEncoder
     kind = _TOWERS[section]
     for key, (value, only) in pieces.required_settings(carried).items():
         if value != only:

@@ -1,4 +1,4 @@
-"""A vision tower and projector of a base whose weights were trained in part: trained tensors take the place of the base's."""
+"""A tower and projector of a base whose weights were trained in part: trained tensors take the place of the base's."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class TrainedTensor(NamedTuple):
         return self.piece.to_file(merge.merged(self.parameters, self.lora, self.piece, self.dtype))[index]
 
 
-def vision_weights(parameters: LazyParameters) -> LazyParameters:
-    """Return the weights of a vision tower and its projector among `parameters`."""
-    return {path: x for path, x in parameters.items() if ParameterPath.parse(path).is_vision}
+def tower_weights(parameters: LazyParameters) -> LazyParameters:
+    """Return the weights of a tower and its projector among `parameters`."""
+    return {path: x for path, x in parameters.items() if ParameterPath.parse(path).is_tower}
 
 
 def with_trained(
@@ -49,11 +49,11 @@ def with_trained(
     Args:
         carried: the base's.
         model: the text model.
-        parameters: all weights that were trained, those of the tower under paths that begin with `vision.`.
+        parameters: all weights that were trained, those of the tower among them.
         lora: the section of the adapters, which are merged; None without any.
         dtype: dtype of the trained tensors.
     """
-    weights = vision_weights(parameters)
+    weights = tower_weights(parameters)
     if not weights:
         return carried
     tensors: dict[str, StoredTensor] = dict(carried.tensors)

@@ -1,8 +1,8 @@
-"""The vision tower of Pixtral in files: its sizes, and the place of every matrix and adapter."""
+"""The vision tower of Pixtral in files: its sizes, and the place of every matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train import config
@@ -10,6 +10,7 @@ from moe_train.weights.names.pieces import WeightPiece, piece_of
 from moe_train.weights.names.tensor_layout import Row
 from moe_train.weights.on_disk import Carried
 from moe_train.weights.wrappers.pixtral_settings import largest_image
+from moe_train.weights.wrappers.tower_tensor import TowerRows
 from moe_train.weights.wrappers.towers import PixtralSettings
 
 _COLOURS = 3
@@ -54,8 +55,6 @@ def sizes_of(carried: Carried, model: config.Model, path: Path) -> dict[str, obj
     }
 
 
-_IN_MEMORY = "model."
-"""What transformers 5 puts before the names of files in memory, and so in the names of adapters."""
 _OUTSIDE_LAYERS = (
     Row("vision_tower.patch_conv.weight", "D A X Y", "vision.tower.patch_proj.weight", "AXY D"),
     Row("vision_tower.ln_pre.weight", "D", "vision.tower.patch_norm.scale", "D"),
@@ -116,41 +115,10 @@ def pieces_of(carried: Carried, model: config.Model) -> list[WeightPiece]:
     return table
 
 
-def pieces_in_memory(encoder: config.VisionEncoder, model: config.Model) -> list[WeightPiece]:
-    """List every weight of a tower and its projector under the names that transformers 5 gives to them in memory."""
+def rows_of(encoder: config.VisionEncoder, model: config.Model) -> TowerRows:
+    """Return every tensor of a tower and its projector, given the sizes of the tower and the text model."""
     settings = _settings_of(encoder, model)
-    sizes = _sizes(settings, model.model_dim)
-    return [piece_of(sizes, row._replace(name=f"{_IN_MEMORY}{row.name}"), lead) for row, lead in _rows(settings)]
-
-
-def adapter_pieces(encoder: config.VisionEncoder, model: config.Model, ranks: Mapping[str, int]) -> list[WeightPiece]:
-    """List A and B of the adapters of a tower and its projector, as PEFT names them on the wrapper.
-
-    A is (J, in) and B (out, J); the convolution's are kernels, (J, colour, row, column) and (out, J, 1, 1).
-
-    Args:
-        encoder: sizes of the tower.
-        model: the text model.
-        ranks: rank J of each module that has an adapter, such as `vision.projector.in_proj`; others are ignored.
-    """
-    settings = _settings_of(encoder, model)
-    table: list[WeightPiece] = []
-    for row, lead in _rows(settings):
-        module = row.path.removesuffix(".weight")
-        if module not in ranks or not row.path.endswith(".weight"):
-            continue
-        out, *ins = row.file_dims.split()
-        is_kernel = len(ins) > 1
-        internal_in = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set("".join(ins)))
-        internal_out = " ".join(dim for dim in row.internal_dims.split() if set(dim) <= set(out))
-        stem = f"base_model.model.{_IN_MEMORY}{row.name.removesuffix('.weight')}"
-        a = Row(f"{stem}.lora_A.weight", f"J {' '.join(ins)}", f"{module}.lora_a", f"{internal_in} J")
-        b = Row(f"{stem}.lora_B.weight", f"{out} J", f"{module}.lora_b", f"J {internal_out}")
-        if is_kernel:
-            b = b._replace(file_dims=f"{out} J I K", internal_dims=f"JIK {internal_out}")
-        sizes = {**_sizes(settings, model.model_dim), "J": ranks[module], "I": 1, "K": 1}
-        table += [piece_of(sizes, a, lead), piece_of(sizes, b, lead)]
-    return table
+    return TowerRows(list(_rows(settings)), _sizes(settings, model.model_dim))
 
 
 def _settings_of(encoder: config.VisionEncoder, model: config.Model) -> PixtralSettings:

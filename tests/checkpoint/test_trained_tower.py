@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from moe_train import config
-from moe_train.checkpoint.trained_vision import trained_vision_paths
+from moe_train.checkpoint.trained_tower import trained_tower_paths
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.weights import external
 from tests.commands import runs
@@ -35,7 +35,7 @@ def test_paths_of_a_chain_of_runs(small_tokenizer: HuggingFace, tmp_path: Path) 
         blind = save("blind", random_parameters(TEXT), str(first), vision=None)
         frozen = save("frozen", weights, base)
         adapted = save("adapted", random_parameters(TEXT, lora=lora, encoder=encoder), base, lora=lora)
-        trained = {name: trained_vision_paths(name) for name in (tmp_path / "base", first, blind, frozen, adapted)}
+        trained = {name: trained_tower_paths(name) for name in (tmp_path / "base", first, blind, frozen, adapted)}
     assert trained[tmp_path / "base"] == trained[frozen] == (None, frozenset())
     assert trained[first] == trained[blind] == (encoder, {"vision.projector.in_proj.weight"})
     leaves = {path.removeprefix("vision.projector.out_proj.") for path in trained[adapted].paths}

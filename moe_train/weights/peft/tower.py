@@ -1,4 +1,4 @@
-"""Adapters of a vision tower and its projector in PEFT files, whose base is the whole wrapper."""
+"""Adapters of a tower and its projector in PEFT files, whose base is the whole wrapper."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moe_train.machine.files import JsonObject
 from moe_train.model.paths import ParameterPath, of_module
 from moe_train.weights.names import WeightPiece
 from moe_train.weights.serve import AdapterShape
-from moe_train.weights.wrappers import vision_pieces
+from moe_train.weights.wrappers import tower_pieces
 
 _PREFIX = "base_model.model."
 
 
 class Tower(NamedTuple):
-    """What PEFT files have of a vision tower and its projector."""
+    """What PEFT files have of a tower and its projector."""
 
     shapes: Mapping[str, AdapterShape]
     """Rank and alpha by the regular expression of the whole names of modules on the wrapper."""
@@ -28,23 +28,23 @@ class Tower(NamedTuple):
     """Weights that were trained in full."""
 
 
-def vision_adapters(shapes: Mapping[str, AdapterShape]) -> dict[str, AdapterShape]:
-    """Return the adapters of a vision tower and its projector among those of a model, by module path."""
-    return {module: shape for module, shape in shapes.items() if of_module(module).is_vision}
+def tower_adapters(shapes: Mapping[str, AdapterShape]) -> dict[str, AdapterShape]:
+    """Return the adapters of a tower and its projector among those of a model, by module path."""
+    return {module: shape for module, shape in shapes.items() if of_module(module).is_tower}
 
 
-def adaptable_vision(encoder: config.VisionEncoder, model: config.Model) -> list[WeightPiece]:
+def adaptable_tower(encoder: config.Encoder, model: config.Model) -> list[WeightPiece]:
     """List A and B, in turn, of every weight of a tower that can have an adapter; their rank is a placeholder."""
-    modules = {ParameterPath.parse(piece.path).module for piece in vision_pieces.pieces_in_memory(encoder, model)}
-    return vision_pieces.adapter_pieces(encoder, model, dict.fromkeys(modules, 1))
+    modules = {ParameterPath.parse(piece.path).module for piece in tower_pieces.pieces_in_memory(encoder, model)}
+    return tower_pieces.adapter_pieces(encoder, model, dict.fromkeys(modules, 1))
 
 
-def saved_vision(encoder: config.VisionEncoder, model: config.Model) -> list[WeightPiece]:
+def saved_tower(encoder: config.Encoder, model: config.Model) -> list[WeightPiece]:
     """List every full weight of a tower that modules_to_save can contain."""
-    return [replace(piece, name=f"{_PREFIX}{piece.name}") for piece in vision_pieces.pieces_in_memory(encoder, model)]
+    return [replace(piece, name=f"{_PREFIX}{piece.name}") for piece in tower_pieces.pieces_in_memory(encoder, model)]
 
 
-def tower_of(encoder: config.VisionEncoder, model: config.Model, lora: config.Lora, shapes: Mapping[str, AdapterShape]) -> Tower:
+def tower_of(encoder: config.Encoder, model: config.Model, lora: config.Lora, shapes: Mapping[str, AdapterShape]) -> Tower:
     """Return what PEFT files have of a tower.
 
     Args:
@@ -55,7 +55,7 @@ def tower_of(encoder: config.VisionEncoder, model: config.Model, lora: config.Lo
     """
     by_pattern: dict[str, AdapterShape] = {}
     saved: list[WeightPiece] = []
-    for piece in vision_pieces.pieces_in_memory(encoder, model):
+    for piece in tower_pieces.pieces_in_memory(encoder, model):
         path = ParameterPath.parse(piece.path)
         if path.is_trained(lora):
             saved.append(replace(piece, name=f"{_PREFIX}{piece.name}"))
@@ -63,7 +63,7 @@ def tower_of(encoder: config.VisionEncoder, model: config.Model, lora: config.Lo
             name = re.escape(piece.name.removesuffix(".weight"))
             by_pattern[re.sub(r"layers\\\.\d+", r"layers\\.\\d+", name)] = shapes[path.module]
     ranks = {module: shape.rank for module, shape in shapes.items()}
-    return Tower(by_pattern, vision_pieces.adapter_pieces(encoder, model, ranks), saved)
+    return Tower(by_pattern, tower_pieces.adapter_pieces(encoder, model, ranks), saved)
 
 
 def with_tower(settings: JsonObject, tower: Tower) -> JsonObject:

@@ -1,11 +1,11 @@
-"""The part of adapter_config.json on a vision tower: whole names, which come before the short ones of a text model."""
+"""The part of adapter_config.json on a tower: whole names, which come before the short ones of a text model."""
 
 from __future__ import annotations
 
 import re
 
 from moe_train import config
-from moe_train.weights.peft.vision_tower import adaptable_vision, saved_vision, tower_of, vision_adapters, with_tower
+from moe_train.weights.peft.tower import adaptable_tower, saved_tower, tower_adapters, tower_of, with_tower
 from moe_train.weights.serve import AdapterShape
 from tests.tiny import MINISTRAL
 
@@ -20,7 +20,7 @@ Q_PROJ = "vision.tower.layers.attention.q_proj"
 
 
 def test_settings_name_modules_of_the_tower_in_whole() -> None:
-    shapes = vision_adapters({"stacks.0.layers.0.attention.q_proj": AdapterShape(2, 3.0), Q_PROJ: AdapterShape(4, 2.5)})
+    shapes = tower_adapters({"stacks.0.layers.0.attention.q_proj": AdapterShape(2, 3.0), Q_PROJ: AdapterShape(4, 2.5)})
     assert shapes.keys() == {Q_PROJ}
     tower = tower_of(ENCODER, MINISTRAL, LORA, shapes)
     settings = {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2}, "alpha_pattern": {}, "modules_to_save": None}
@@ -36,8 +36,8 @@ def test_settings_name_modules_of_the_tower_in_whole() -> None:
 
 
 def test_every_linear_map_can_have_an_adapter_and_every_weight_can_be_saved() -> None:
-    names = [piece.name for piece in adaptable_vision(ENCODER, MINISTRAL)]
+    names = [piece.name for piece in adaptable_tower(ENCODER, MINISTRAL)]
     assert len(names) == 2 * (1 + 2 + 11 * 7) and not [name for name in names if "norm" in name or "bias" in name]
-    kernel = [piece.shape for piece in adaptable_vision(ENCODER, MINISTRAL) if "patch_conv" in piece.name]
+    kernel = [piece.shape for piece in adaptable_tower(ENCODER, MINISTRAL) if "patch_conv" in piece.name]
     assert kernel == [(1, 3, 2, 2), (8, 1, 1, 1)]
-    assert len(saved_vision(ENCODER, MINISTRAL)) == 2 + 4 + 11 * 9
+    assert len(saved_tower(ENCODER, MINISTRAL)) == 2 + 4 + 11 * 9

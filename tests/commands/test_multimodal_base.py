@@ -334,7 +334,7 @@ def test_a_trained_tower_is_exported_and_proved(kind: str, small_tokenizer: Hugg
     assert "is not vision.projector.in_proj.weight" in failed(verify(tmp_path / "hf", run=run, depth="tensors")[1])["merge"]
 
 
-def test_adapters_of_a_tower_are_exported_for_peft_alone(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
+def test_adapters_of_a_tower_are_exported_for_peft_alone_and_merged(small_tokenizer: HuggingFace, tmp_path: Path) -> None:
     run = save_run_with_tower(tmp_path, small_tokenizer, ADAPTED, ())
     record = export(run, tmp_path / "peft", "peft")
     assert {check["name"]: check["passed"] for check in record["checks"]}["names"]
@@ -346,9 +346,9 @@ def test_adapters_of_a_tower_are_exported_for_peft_alone(small_tokenizer: Huggin
         export(run, tmp_path / "vllm", "peft", options=ExportOptions(server="vllm"))
     for file in (tmp_path / "peft").glob("*token*.json"):
         shutil.copyfile(file, tmp_path / "base" / file.name)
-    for adapter in (run, tmp_path / "peft"):
-        with pytest.raises(ValueError, match="vision"):
-            merge_into(tmp_path / "base", adapter, tmp_path / "merged")
+    for adapter, name in ((run, "of_run"), (tmp_path / "peft", "of_adapter")):
+        merge_into(tmp_path / "base", adapter, tmp_path / name)
+    assert bytes_of(tmp_path / "of_run") == bytes_of(tmp_path / "of_adapter") != bytes_of(tmp_path / "base")
 
 
 @pytest.mark.parametrize("lora", [LORA, ADAPTED], ids=["text", "tower"])

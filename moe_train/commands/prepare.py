@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Literal
 
+import jax
+
 from moe_train import config
 from moe_train.checkpoint.model_dir import find_tokenizer_config
 from moe_train.commands.prepare_teacher import TeacherOptions, TeacherWriter, check_files
@@ -22,8 +24,10 @@ from moe_train.data.tokenizers.load import load_tokenizer
 from moe_train.data.tokenizers.tokenizer import Tokenizer, check_vocab
 from moe_train.machine import progress
 from moe_train.machine.files import JsonObject
+from moe_train.machine.mesh import join_processes
 from moe_train.run.reference import store_reference
 from moe_train.run.resolve import resolve
+from moe_train.run.shared_prompt import with_layout
 from moe_train.run.tower_features import store_features
 from moe_train.train.objectives.choose import objective_of_run
 
@@ -50,6 +54,9 @@ def prepare(
     Raises:
         ValueError: a record cannot be used; the message names file and line.
     """
+    if with_reference or (teacher is not None and teacher.model is not None):
+        # A model computes on the devices of all processes of a job.
+        join_processes()
     run = _resolve(written)
     data = run.training_data()
     tokenizer = _open_tokenizer(run)
@@ -86,7 +93,7 @@ def prepare(
         store_reference(resolve(written), tokenizer, lambda line: print(line, file=sys.stderr))
     if with_features:
         store_features(resolve(written), tokenizer, lambda line: print(line, file=sys.stderr))
-    if to is not None:
+    if to is not None and jax.process_index() == 0:
         # Last, so that a copy has the log-probabilities too.
         for prepared in sets:
             prepared["path"] = upload(str(prepared["path"]), to)
@@ -164,6 +171,7 @@ def _resolve(written: config.Config) -> config.Run:
 
 def _train_loader(run: config.Run, tokenizer: Tokenizer) -> Loader:
     """Return the loader of a run's training data, with the batches of its objective."""
+    run = with_layout(run)
     rows = BatchRows(run.train.batch_size, run.train.seq_len)
     batch_type = objective_of_run(run).batch_type
     return Loader(run.training_data(), "train", tokenizer, rows, seed=run.seed, batch_type=batch_type)

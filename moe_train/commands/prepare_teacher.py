@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -23,8 +25,9 @@ from moe_train.data.records.problem import brief
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.evaluate.teacher import Teacher
 from moe_train.machine import progress
-from moe_train.machine.processes import require_one_process
+from moe_train.machine.agreement import exchange
 from moe_train.model.parameters import combine
+from moe_train.weights.together import require_shared
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,6 @@ class TeacherWriter:
                 f"--teacher stores predictions for objective distillation, but the config has {run.objective.name}; "
                 "set objective: {name: distillation}, whose temperature and top_k are used"
             )
-        require_one_process("writing a teacher's predictions")
         self._run = run
         self._tokenizer = tokenizer
         self._options = options
@@ -88,6 +90,8 @@ class TeacherWriter:
     def write(self, store: TokenStore, source: config.Source, index: int) -> TokenStore:
         """Write the predictions for one source, unless they exist, and return the set that holds them.
 
+        Of several processes, the first one writes what all of them compute.
+
         Args:
             store: the tokens of the source, in a local folder.
             source: the source.
@@ -98,21 +102,45 @@ class TeacherWriter:
         if store.manifest.teacher is not None:
             raise ValueError(f"{store.path} has a teacher already; name the set without one, or leave --teacher out")
         entry = self._entry(store, source, index)
+        role = self._follow if jax.process_index() else self._lead
+        directory = role(store, source, index, entry)
+        if self._opened is not None:
+            with jax.set_mesh(self._opened.mesh):
+                require_shared(directory)
+        return TokenStore(directory, vocab_size=self._tokenizer.vocab_size)
+
+    def _lead(self, store: TokenStore, source: config.Source, index: int, entry: TeacherEntry) -> Path:
+        """Write the set in the first process, and tell the others which examples to compute with it; returns its folder."""
         done = progress.counted("asking the teacher", len(store), "examples")
 
         def predictions(examples: range) -> Iterator[TeacherValues]:
+            if self._options.model is not None:
+                _announce(_NextExamples(examples.start, examples.stop))
             for values in self._predictions(store, source, index, examples, entry):
                 yield values
                 done(1)
 
         directory = write_teacher_set(store, self._run.training_data().cache_dir, entry, predictions)
-        return TokenStore(directory, vocab_size=self._tokenizer.vocab_size)
+        _announce(_Finished(str(directory)))
+        return directory
+
+    def _follow(self, store: TokenStore, source: config.Source, index: int, entry: TeacherEntry) -> Path:
+        """Compute what the first process asks for until it has written the set, and return the folder of the set."""
+        while True:
+            announced = _heard()
+            if isinstance(announced, _Finished):
+                return Path(announced.directory)
+            for _ in self._predictions(store, source, index, range(announced.start, announced.stop), entry):
+                pass  # the first process has the same values, and writes them
 
     def _entry(self, store: TokenStore, source: config.Source, index: int) -> TeacherEntry:
         """Return what the manifest states of the teacher."""
         options = self._options
         if options.model is not None:
-            name, sha256 = str(options.model), weights_identity(options.model).sha256
+            assert self._opened is not None
+            # Of several processes, each hashes its share.
+            with jax.set_mesh(self._opened.mesh):
+                name, sha256 = str(options.model), weights_identity(options.model).sha256
         elif options.files:
             name = str(options.files[index])
             with options.files[index].open("rb") as file:
@@ -164,6 +192,34 @@ class TeacherWriter:
             rows = train.batch_size // train.microbatches
             self._teacher = Teacher(model, mesh, entry, self._tokenizer.vocab_size, rows), mesh
         return self._teacher
+
+
+class _NextExamples(NamedTuple):
+    """Examples that all processes compute next."""
+
+    start: int
+    stop: int
+
+
+class _Finished(NamedTuple):
+    """The set is written."""
+
+    directory: str
+
+
+_WRITING_SECONDS = 24 * 3600.0
+"""Seconds that the other processes wait for the first one, which may hash a large set or wait for another job that writes it."""
+
+
+def _announce(message: _NextExamples | _Finished) -> None:
+    """Tell the other processes what comes next; called by the first one."""
+    exchange(json.dumps(message), "the examples that a teacher reads next", _WRITING_SECONDS)
+
+
+def _heard() -> _NextExamples | _Finished:
+    """Return what the first process has announced."""
+    message = json.loads(exchange("", "the examples that a teacher reads next", _WRITING_SECONDS)[0])
+    return _NextExamples(*message) if len(message) == 2 else _Finished(*message)
 
 
 def check_files(options: TeacherOptions, num_sources: int) -> None:

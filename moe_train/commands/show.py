@@ -19,12 +19,13 @@ from rich.text import Text
 
 from moe_train import config
 from moe_train.commands.segment_notes import segment_notes
-from moe_train.data.batches.answer_batches import UnpairedBatch
+from moe_train.data.batches.answer_batches import SharedPromptBatch, UnpairedBatch
 from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch, StoredPiece
 from moe_train.data.batches.classification_batch import ClassificationBatch, classification_batch
 from moe_train.data.batches.media_batch import media_batch
 from moe_train.data.batches.packing import make_plan
 from moe_train.data.batches.reward_batch import RewardBatch
+from moe_train.data.batches.shared_prompts import shared_positions
 from moe_train.data.chat.encode import encode
 from moe_train.data.chat.example import Example, fitting_tokens, has_trained_token
 from moe_train.data.records.open_source import first_record, open_source
@@ -50,6 +51,8 @@ class Rows(NamedTuple):
     """
     media: list[list[Sequence[bytes]]] | None = None
     """For each row, the files of the pictures or the sound of its segments, in order; None without either."""
+    shares_prompts: bool = False
+    """Whether both answers of a pair attend to one prompt."""
 
     def media_of(self, segment: ShownSegment) -> Sequence[bytes]:
         """Return the files of the pictures or the sound of a segment."""
@@ -168,6 +171,11 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
     batch_rows = BatchRows(run.train.batch_size, run.train.seq_len)
     data = config.with_targets(run.data, run.objective)
     loader = Loader(data, "train", tokenizer, batch_rows, seed=run.seed, batch_type=batch_type)
+    if isinstance(run.objective, config.Preference):
+        from moe_train.run.shared_prompt import shares_prompts  # imports jax, which other uses do not need
+
+        if shares_prompts(run.objective, run.compute, [source.store for source in loader.sources]):
+            loader = Loader(data, "train", tokenizer, batch_rows, seed=run.seed, batch_type=SharedPromptBatch)
     count = min(count, run.train.batch_size)
     rows = type(loader.batch(step - 1))(*(array[:count] for array in loader.batch(step - 1)))
     if isinstance(rows, UnpairedBatch):
@@ -178,7 +186,8 @@ def rows_of_run(run: config.Config, count: int, tokenizer: Tokenizer, step: int 
         batch = Batch(rows.tokens, np.zeros_like(rows.tokens), rows.is_last, rows.segment_ids, rows.positions)
         return Rows(batch, places, [segment_notes(rows, row, len(names)) for row, names in enumerate(places)])
     media = None if run.vision is None and run.audio is None else [_media(loader, step - 1, row) for row in range(count)]
-    return Rows(Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions), places, media=media)
+    batch = Batch(rows.tokens, rows.targets, rows.loss_mask, rows.segment_ids, rows.positions)
+    return Rows(batch, places, media=media, shares_prompts=isinstance(rows, SharedPromptBatch))
 
 
 def _media(loader: Loader, step: int, row: int) -> list[Sequence[bytes]]:
@@ -213,7 +222,11 @@ def _places(loader: Loader, step: int, row: int, is_unpaired: bool) -> list[str]
     places = []
     for piece, segment in zip(pieces, loader.trace(step, row), strict=True):
         place = f"{segment.file}:{segment.number}"
-        places += [place] * int(loader.sources[index].store.segments[piece.example])
+        store = loader.sources[index].store
+        answers = [place] * int(store.segments[piece.example])
+        if loader.batch_type is SharedPromptBatch and shared_positions(store)[piece.example]:
+            answers = [f"{place}, prompt", *(f"{place}, answer to it" for place in answers)]
+        places += answers
         if is_unpaired:
             places.append(f"{place}, with the answer of another record")
     return places
@@ -306,7 +319,8 @@ def print_rows(rows: Rows, tokenizer: Tokenizer, console: Console, positions: bo
     for segment in segments(rows, tokenizer):
         console.print(Rule(Text(title_of(segment, rows)), align="left"))
         console.print(_token_table(segment) if positions else _running_text(segment))
-    console.print(Group(Rule(), Text(f"{summary(rows)}; {meaning_of_green(rows)}; {_LEGEND}", style="dim")))
+    legend = f"{_LEGEND}, but for answers, which attend to their prompt" if rows.shares_prompts else _LEGEND
+    console.print(Group(Rule(), Text(f"{summary(rows)}; {meaning_of_green(rows)}; {legend}", style="dim")))
 
 
 def title_of(segment: ShownSegment, rows: Rows) -> str:

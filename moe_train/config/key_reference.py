@@ -150,6 +150,10 @@ def type_text(value: JsonSchemaValue, schema: FileSchema) -> str:
     if any(choice.get("type") == "null" for choice in choices):
         texts = [type_text(choice, schema) for choice in choices if choice.get("type") != "null"]
         return f"{' or '.join(texts)}, or null"
+    if choices and "discriminator" not in value:
+        return " or ".join(type_text(choice, schema) for choice in choices)
+    if "const" in value:
+        return str(value["const"])
     if "discriminator" in value:
         return f"section whose name is {_alternatives(list(value['discriminator']['mapping']))}"
     if "$ref" in value:

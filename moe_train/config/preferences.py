@@ -50,6 +50,11 @@ class Preference(Section):
     """
     margin: NonNegativeFloat | None = None
     """Reward margin that chosen answers should have (gamma of simpo, for which null is 0.5); only for simpo."""
+    shared_prompt: bool | Literal["auto"] = "auto"
+    """Whether a row holds the prompt of a pair once, and both answers attend to it. `auto` does so where that saves at least a
+    tenth of all positions and the attention kernel can do it (all but splash, the one for TPUs). The loss of a pair is the same,
+    but a row holds more pairs, and routers count each prompt once, in their balance loss, z-loss and drift too.
+    """
 
     @property
     def has_reference(self) -> bool:

@@ -79,15 +79,24 @@ def evaluate_held_out(
 
 
 def _add(totals: dict[str, Metric] | None, metrics: dict[str, Metric]) -> dict[str, Metric]:
-    """Add a batch's sums as Python numbers, which stay exact over many batches."""
-    numbers = jax.tree.map(lambda x: np.asarray(x).item(), jax.device_get(metrics))
+    """Add a batch's sums as Python numbers, which stay exact over many batches; arrays, such as counts by layer, in 64 bits."""
+    numbers = jax.tree.map(_exact, jax.device_get(metrics))
     if totals is None:
         return numbers
     return jax.tree.map(lambda a, b: a + b, totals, numbers)
 
 
-def _value(metric: Metric) -> float:
+def _exact(x: Any) -> Any:
+    """Return a sum in a type that does not round or overflow."""
+    array = np.asarray(x)
+    if array.ndim == 0:
+        return array.item()
+    return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)
+
+
+def _value(metric: Metric) -> Any:
     """Return the value of a metric: a mean divided by its weight (NaN if the weight is 0), anything else as it is."""
     if not isinstance(metric, Mean):
         return metric
-    return metric.sum / metric.weight if metric.weight else math.nan
+    mean = metric.sum / metric.weight if metric.weight else math.nan
+    return mean.tolist() if isinstance(mean, np.ndarray) else mean

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from moe_train.data.batches.batch import Batch
+from moe_train.data.batches.batch import Batch, BatchRows
 from moe_train.data.batches.packing import TooLong
 from moe_train.data.prepared.manifest import TeacherEntry
 from moe_train.data.prepared.store import ExampleSlice, TokenStore
@@ -38,7 +39,7 @@ class Teacher:
         mesh: the mesh.
         entry: number of tokens, temperature and row length.
         vocab_size: number of ids of the student's tokenizer; a teacher's further ids belong to the tail.
-        rows: rows that are computed at once, rounded up to a multiple of the devices that split them.
+        rows: rows that are computed at once, rounded up to a multiple of the devices and processes that split them.
     """
 
     def __init__(self, model: Transformer, mesh: Mesh, entry: TeacherEntry, vocab_size: int, rows: int) -> None:
@@ -46,7 +47,8 @@ class Teacher:
         self._mesh = mesh
         self._entry = entry
         replicas = math.prod(mesh.shape[axis] for axis in BATCH)
-        self._rows = -(-rows // replicas) * replicas
+        multiple = math.lcm(replicas, jax.process_count())
+        self._rows = -(-rows // multiple) * multiple
         settings = TopSettings(entry.top_k, entry.temperature, vocab_size)
         self._top = jax.jit(partial(_top_of_batch, settings=settings))
 
@@ -104,8 +106,11 @@ class Teacher:
         contents = store.read([part.piece for part in group])
         for row in range(self._rows):
             batch.fill_row(row, [content for content, part in zip(contents, group, strict=True) if part.row == row])
+        own_rows = BatchRows(self._rows, self._entry.seq_len, jax.process_index(), jax.process_count()).own_rows
+        own = Batch(*(array[own_rows] for array in batch))
         with jax.set_mesh(self._mesh):
-            top = jax.device_get(self._top(self._model, put_batch(batch, self._mesh)))
+            # On every process, so that all have the predictions of all rows.
+            top = multihost_utils.process_allgather(self._top(self._model, put_batch(own, self._mesh)), tiled=True)
         for part in group:
             place = slice(part.start, part.start + part.piece.length)
             trained = batch.loss_mask[part.row, place]

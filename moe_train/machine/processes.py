@@ -262,8 +262,10 @@ def exit_process(code: int) -> None:
     # The first process hosts JAX's coordination service, which aborts the others if it ends before them.
     if _watch.index == 0:
         until = time.monotonic() + GRACE_SECONDS + 5
-        for thread in _watch.threads:
-            thread.join(max(0.0, until - time.monotonic()))
+        for thread in list(_watch.threads):
+            # A thread of the watch that ends the process cannot join itself.
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
     # `os._exit` skips the exit handlers, of which JAX's would wait for the other processes.
     os._exit(code)
 
@@ -284,8 +286,9 @@ def _start(index: int, peer: socket.socket) -> None:
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     _watch.peers.append(peer)
     thread = threading.Thread(target=_await_peer, args=(index, peer), daemon=True)
-    _watch.threads.append(thread)
+    # Started first: `exit_process`, which may run at any moment, cannot join a thread that has not been started.
     thread.start()
+    _watch.threads.append(thread)
 
 
 def _await_peer(index: int, peer: socket.socket) -> None:
@@ -317,6 +320,4 @@ def _stop_process(reason: str, code: int) -> None:
         return
     # Not print: the main thread may hold the lock of sys.stderr, in a call that never returns.
     os.write(2, f"moe-train: {reason}\n".encode())
-    # `exit_process` joins the threads of the watch, and a thread cannot join itself.
-    _watch.threads.remove(threading.current_thread())
     exit_process(code)

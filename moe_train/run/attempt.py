@@ -33,6 +33,7 @@ from moe_train.run.recorders import open_recorders
 from moe_train.run.reference import add_reference
 from moe_train.run.saving import RolledBack, Saving
 from moe_train.run.self_test import run_self_tests
+from moe_train.run.shared_prompt import with_layout
 from moe_train.run.start import Start, starting_state
 from moe_train.run.start_check import check_start
 from moe_train.run.step_programs import StepPrograms, units_per_row
@@ -40,6 +41,7 @@ from moe_train.run.stopping import StopRequest, StopVotes, Votes
 from moe_train.run.suite_scores import SuiteScores, load_run_suites
 from moe_train.run.tower_features import add_features
 from moe_train.run.writer import Writer
+from moe_train.train.objectives.choose import objective_of_run
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
 from moe_train.train.step import StepMetrics
@@ -181,7 +183,7 @@ class Attempt:
 
 def open_attempt(
     run: config.Run,
-    objective: Objective,
+    objective: Objective | None,
     mesh: Mesh,
     stop_request: StopRequest,
     rolled_back: RolledBack | None,
@@ -191,7 +193,7 @@ def open_attempt(
 
     Args:
         run: the resolved run.
-        objective: what is trained.
+        objective: replaces the objective that the run names; None for that one.
         mesh: the mesh in force.
         stop_request: the signals so far.
         rolled_back: the last spike, whose data and all before are not used again; None to continue where the checkpoint was saved.
@@ -204,6 +206,9 @@ def open_attempt(
     # What may be wrong is checked before the data are tokenized, which may take hours.
     folder = RunFolder(Path(run.run_dir))
     suites_of_run = load_run_suites(run)
+    if objective is None:
+        run = with_layout(run)
+        objective = objective_of_run(run)
     inputs = open_inputs(run, objective)
     stop_request.starting = "reading the checkpoint"
     # Locked before the checkpoints are read, so that no other process replaces them meanwhile.

@@ -10,6 +10,7 @@ from moe_train import config
 from moe_train.evaluate.held_out import EvaluationStopped, evaluate_held_out
 from moe_train.evaluate.loss import make_batch_sums
 from moe_train.evaluate.routing import Drift, make_drift_sums
+from moe_train.model.parameters import with_expert_ids
 from moe_train.run.inputs import RunInputs
 from moe_train.run.start import Start
 from moe_train.run.writer import Writer
@@ -31,7 +32,11 @@ class HeldOutLoss:
         self._loader = inputs.held_out
         self._writer = writer
         self._total_steps = inputs.total_steps
-        self._sums = make_batch_sums(begin.structure, objective, begin.base_weights)
+        structure = begin.structure
+        if objective.uses_reference and not begin.state.frozen:
+            # The experts that the reference chose are stored, so that routing is compared on every batch at no further cost.
+            structure = with_expert_ids(structure)
+        self._sums = make_batch_sums(structure, objective, begin.base_weights)
         self._drift: Drift | None = None
         batches = drift_batches(run)
         if self._loader is not None and batches and begin.base is not None:

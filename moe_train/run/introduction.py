@@ -91,7 +91,17 @@ def _describe_objective(run: config.Run) -> list[str]:
         reference = (
             "compared with the model before training" if run.lora is None else "compared with the model without its adapters"
         )
-    return [f"objective: {section.name}, {section.loss}, beta {section.beta:g}, {reference}"]
+    lines = [f"objective: {section.name}, {section.loss}, beta {section.beta:g}, {reference}"]
+    if isinstance(section, config.Preference):
+        lines.append(_LAYOUTS[section.shared_prompt is True])
+    return lines
+
+
+_LAYOUTS = {
+    False: "pairs: each answer with a prompt of its own (objective.shared_prompt false)",
+    True: "pairs: both answers attend to one prompt, which routers count once (objective.shared_prompt true)",
+}
+"""The line on the layout of pairs, by whether their answers share a prompt."""
 
 
 def _describe_balance(run: config.Run) -> str | None:

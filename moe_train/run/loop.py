@@ -20,7 +20,6 @@ from moe_train.run.saving import RolledBack, UnusableCheckpoint
 from moe_train.run.stopping import StopRequest, StopRequested, Votes, signals, vote
 from moe_train.run.trackers.trackers import check_trackers
 from moe_train.run.writer import MetricsRecord
-from moe_train.train.objectives.choose import objective_of_run
 from moe_train.train.objectives.objective import Objective
 
 FINISHED = 0
@@ -120,7 +119,7 @@ def _steps_from_newest(
     # Under `signals`, since tokenizing may take long and must be interruptible.
     with jax.set_mesh(mesh), signals(stop_request), contextlib.ExitStack() as exit_stack:
         check_transport(run.compute.transport)
-        attempt = open_attempt(run, objective or objective_of_run(run), mesh, stop_request, rolled_back, exit_stack)
+        attempt = open_attempt(run, objective, mesh, stop_request, rolled_back, exit_stack)
         if attempt is None:
             return FINISHED
         attempt.measure_at_start(after_roll_back=rolled_back is not None)

@@ -16,7 +16,8 @@ from moe_train.model.attention.kinds import apply_attention
 from moe_train.model.moe.layer import MoE
 from moe_train.model.parameters import Parameters, combine
 from moe_train.model.sharding.specs import place
-from moe_train.model.transformer import Layer, Stack, Transformer
+from moe_train.model.stack import Layer, Stack
+from moe_train.model.transformer import Transformer
 from moe_train.train.gradients import step_gradients
 from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.step_definition import StepDefinition
@@ -55,59 +56,66 @@ def step_flags(
     outputs: Flags = {}
     if {"tokens", "positions", "segment_ids"} <= set(getattr(batch, "_fields", ())):
         model = combine(definition.structure, weights)
-        outputs = output_flags(model, batch.tokens, batch.positions, batch.segment_ids)
+        places = TokenPlaces(batch.positions, batch.segment_ids, getattr(batch, "prompt_ids", None))
+        outputs = output_flags(model, batch.tokens, places)
     step = step_gradients(definition, trainable, fixed, batch, key)
     return jax.tree.map(
         _replicated, StepFlags(_array_flags(weights), outputs, jnp.isfinite(step.loss), _array_flags(step.gradients))
     )
 
 
-def output_flags(
-    model: Transformer, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"]
-) -> Flags:
+class TokenPlaces(NamedTuple):
+    """Where the tokens of a batch stand; as in `Transformer`."""
+
+    positions_BT: Int[Array, "B T"]
+    segment_ids_BT: Int[Array, "B T"]
+    prompt_ids_BT: Int[Array, "B T"] | None = None
+
+
+def output_flags(model: Transformer, tokens_BT: Int[Array, "B T"], places: TokenPlaces) -> Flags:
     """Run the model layer by layer, without dropout, and return which outputs of its modules are finite."""
-    tokens_BT, positions_BT, segment_ids_BT = (place(x, "BT") for x in (tokens_BT, positions_BT, segment_ids_BT))
+    places = jax.tree.map(lambda x: place(x, "BT"), places)
+    is_padding_BT = places.segment_ids_BT == 0
 
     def finite(x_BTD: Float[Array, "B T D"]) -> Bool[Array, "B T"]:
-        return jnp.all(jnp.isfinite(x_BTD), axis=-1) | (segment_ids_BT == 0)
+        return jnp.all(jnp.isfinite(x_BTD), axis=-1) | is_padding_BT
 
-    x_BTD = model.embed(tokens_BT, model.dtype)
+    x_BTD = model.embed(place(tokens_BT, "BT"), model.dtype)
     flags = {"embed": finite(x_BTD)}
     for number, stack in enumerate(model.stacks):
-        x_BTD, stack_flags = _run_stack(stack, x_BTD, positions_BT, segment_ids_BT)
+        x_BTD, stack_flags = _run_stack(stack, x_BTD, places)
         for index, layer_flags in enumerate(stack_flags):
             for module, flag_RBTD in layer_flags.items():
-                is_finite = jnp.all(flag_RBTD, axis=-1) | (segment_ids_BT == 0)
+                is_finite = jnp.all(flag_RBTD, axis=-1) | is_padding_BT
                 flags[f"stacks.{number}.layers.{index}.{module}"] = is_finite
     flags["final_norm"] = finite(model.final_norm(x_BTD))
     return flags
 
 
 def _run_stack(
-    stack: Stack, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"]
+    stack: Stack, x_BTD: Float[Array, "B T D"], places: TokenPlaces
 ) -> tuple[Float[Array, "B T D"], list[dict[str, Bool[Array, "R B T 1"]]]]:
     """Run a stack as `Stack` does; the flags of the layers of its period have a leading dim of repeats."""
 
     def period(x_BTD: Float[Array, "B T D"], layers: list[Layer]) -> tuple[Float[Array, "B T D"], list[Flags]]:
         period_flags = []
         for layer in layers:
-            x_BTD, layer_flags = _run_layer(layer, x_BTD, positions_BT, segment_ids_BT)
+            x_BTD, layer_flags = _run_layer(layer, x_BTD, places)
             period_flags.append(layer_flags)
         return x_BTD, period_flags
 
     return jax.lax.scan(period, x_BTD, list(stack.layers))
 
 
-def _run_layer(
-    layer: Layer, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T D"], Flags]:
+def _run_layer(layer: Layer, x_BTD: Float[Array, "B T D"], places: TokenPlaces) -> tuple[Float[Array, "B T D"], Flags]:
     """Run a layer as `Layer` does, with a flag (B, T, 1) for each of its modules."""
 
     def finite(y_BTD: Float[Array, "B T D"]) -> Bool[Array, "B T 1"]:
         return jnp.all(jnp.isfinite(y_BTD), axis=-1, keepdims=True)
 
     h_BTD = layer.attention_norm(x_BTD)
-    y_BTD, _ = apply_attention(layer.attention, h_BTD, positions_BT, segment_ids_BT, None, None)
+    positions_BT, segment_ids_BT, prompt_ids_BT = places
+    y_BTD, _ = apply_attention(layer.attention, h_BTD, positions_BT, segment_ids_BT, None, None, prompt_ids_BT)
     flags = {"attention_norm": finite(h_BTD), "attention": finite(y_BTD)}
     x_BTD += y_BTD
     h_BTD = layer.ffn_norm(x_BTD)

@@ -59,8 +59,8 @@ def definition_of(
     if run.loss.balance_over == "sequence":
         structure = with_row_balance(structure)
     objective = objective or objective_of_run(run)
-    if objective.uses_reference and run.lora is not None:
-        # The reference runs in every step, so that its routing can be compared without another pass.
+    if objective.uses_reference:
+        # The reference runs in every step, or the experts that it chose are stored, so that routing is compared at no further cost.
         structure = with_expert_ids(structure)
     return StepDefinition(
         structure=structure,

@@ -79,14 +79,15 @@ def batch_logprobs(model: Transformer, batch: Any, key: Key[Array, ""] | None = 
 
     Args:
         model: the model.
-        batch: a batch with tokens, positions, segment_ids and targets, (B, T) each.
+        batch: a batch with tokens, positions, segment_ids and targets, (B, T) each, and prompt_ids where segments continue another.
         key: PRNG key for the dropout of the adapters; None for no dropout.
 
     Returns:
         The log-probabilities, and the routers' statistics or None for a dense model.
     """
     body_key, head_key = keys_of(key, 2)
-    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key)
+    prompt_ids_BT = getattr(batch, "prompt_ids", None)
+    hidden_BTD, routers = model(batch.tokens, batch.positions, batch.segment_ids, body_key, prompt_ids_BT=prompt_ids_BT)
     lora_factors = model.head_lora_factors(hidden_BTD, head_key)
     return token_logprobs(hidden_BTD, model.head_weight(), batch.targets, lora_factors), routers
 

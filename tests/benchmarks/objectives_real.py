@@ -6,13 +6,14 @@ WORK keeps what is made; the same command continues where it was stopped, and pr
 
 preferences: a short LoRA teaches the dense model GSM8K's answer format on additions, since few answers of the model as it comes
 (4%) are right. Merged and upcycled to 4 experts, it is the base of the recipes smollm2_dpo_lora and smollm2_kto_lora, which run as
-they are shipped: `synthesize` samples answers of the base and grades them by their number. Each result has to pass
-`--require 'arithmetic >= base - 0.2'` on additions that neither has seen, and its merged export `verify`.
+they are shipped, but for more steps at a higher learning rate: `synthesize` samples answers of the base and grades them by their
+number. Each result has to pass `--require 'arithmetic >= base - 0.1'` on additions that neither has seen, and its merged export
+`verify`.
 teacher: SmolLM2-135M teaches a student made of every second of its layers, on GSM8K; beside it the student that learns the next
 token alone, on the same records.
 head: two labels, insult and spam, planted in questions of GSM8K; phrases of the held-out records are not among those of training.
 
-Takes about 40 minutes of one core in all, 5 GB of memory and 8 GB of disk.
+Takes about 90 minutes of one core in all, 5 GB of memory and 8 GB of disk.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from safetensors.numpy import load_file, save_file
 from tests.benchmarks.arithmetic_gate import CONFIG, SUITE, write_problems
 
 ROOT = Path(__file__).parents[2]
-NUM_HELD_OUT = 32
+NUM_HELD_OUT = 240
 """Additions that the gate asks."""
-NUM_QUESTIONS = {"pairs": (40, 8), "labelled": (20, 6)}
+NUM_QUESTIONS = {"pairs": (160, 16), "labelled": (100, 12)}
 """Additions whose answers become records, of training and held out, for DPO and for KTO."""
+PREFERENCE_STEPS = 48
 SFT_STEPS = 8
 STUDENT_STEPS = 24
 HEAD_STEPS = 40
@@ -145,10 +147,11 @@ def preferences(commands: Commands, gguf: Path) -> None:
             commands.make(
                 f"data/{data}_{part}", "synthesize", questions, "--teacher", base, *options, "--out", f"data/{data}_{part}"
             )
-        commands.train(ROOT / f"configs/{recipe}.yaml")
+        longer = (f"train.steps={PREFERENCE_STEPS}", f"evaluation.every_steps={PREFERENCE_STEPS // 2}", "checkpoint.every_steps=8")
+        commands.train(ROOT / f"configs/{recipe}.yaml", *longer, "optimizer.learning_rate=3e-4")
         commands.export(f"runs/{recipe}", f"models/{recipe}", "--merge")
         # The merged files, which answer faster than the run with its adapters.
-        gate = ("--suite", "suite.yaml", "--against", base, "--require", "arithmetic >= base - 0.2", "--out", f"results/{recipe}")
+        gate = ("--suite", "suite.yaml", "--against", base, "--require", "arithmetic >= base - 0.1", "--out", f"results/{recipe}")
         commands.make(f"results/{recipe}", "evaluate", f"models/{recipe}", *gate)
         commands.verify(f"models/{recipe}")
 

@@ -83,6 +83,8 @@ def test_pairs_with_adapters_start_at_zero_and_learn(
     said = capfd.readouterr().err
     assert "start check: rewards are 0 and the loss is 0.6931, as expected" in said
     assert "objective: preference, sigmoid, beta 0.5, compared with the model without its adapters" in said
+    assert "pairs: both answers attend to one prompt, which routers count once (objective.shared_prompt true)" in said
+    assert "shared_prompt: true" in (tmp_path / "run" / "config.yaml").read_text()
     steps = lines(tmp_path / "run")
     assert steps[0]["rewards/margins"] == 0 and steps[0]["loss"] == pytest.approx(np.log(2), rel=1e-6)
     assert steps[-1]["rewards/margins"] > 0 and steps[-1]["loss"] < steps[0]["loss"]
@@ -117,6 +119,9 @@ def test_full_training_stores_its_reference_and_resumes_with_it(
     assert "computing the reference log-probabilities of" in said and "start check: rewards are 0" in said
     first = lines(tmp_path / "run")[0]
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    # Stored in other rows, where two experts that are equally good may change places.
+    assert len(first["routing_drift"]) == 2 and max(first["routing_drift"]) < 0.01
+    assert all(drift < 0.01 for drift in lines(tmp_path / "run", "eval")[0]["routing_drift"])
     stored = sorted(cache.rglob("reference-*"))
     assert len(stored) == 1  # training and held-out data are the same set
     # A resumed run reads what is stored, and computes it again from init_from where it is gone.
@@ -126,6 +131,7 @@ def test_full_training_stores_its_reference_and_resumes_with_it(
     assert "computing the reference" in said and "start check" not in said
     steps = lines(tmp_path / "run")
     assert len(steps) == 4 and steps[-1]["rewards/margins"] > 0.01
+    assert 0 < max(steps[-1]["routing_drift"]) < 1 and len(lines(tmp_path / "run", "eval")[-1]["routing_drift"]) == 2
     # What `data prepare --reference` stores is what the run would have computed, and is read in its place.
     values = (sorted(cache.rglob("reference-*/logprobs"))[0]).read_bytes()
     shutil.rmtree(stored[0])

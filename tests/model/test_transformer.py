@@ -22,6 +22,7 @@ from moe_train.train.gradients import StepGradients, step_gradients
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.step_definition import StepDefinition
+from tests.model.attention.shared_prompts import random_rows
 from tests.tiny import DEEPSEEK_V3, MISTRAL4, ONE
 
 B, T, V = 8, 16, 32
@@ -331,3 +332,45 @@ def test_decoding_equals_the_whole_sequence(model: config.Model, sizes: str | No
             logits, caches = decode(params, *put_batch(parts, mesh), caches)
             found = jax.device_get(logits)[:, 0]
             np.testing.assert_allclose(found, np.take_along_axis(wanted, at[..., None], 1)[:, 0], rtol=1e-4, atol=1e-4)
+
+
+INTERLEAVED = MISTRAL.model_copy(update={"family": "ministral", "attention": windows(None, 5)})
+
+
+@pytest.mark.parametrize(
+    ("model", "kernel"),
+    [
+        pytest.param(MISTRAL4, "blocked", marks=pytest.mark.slow),
+        pytest.param(DEEPSEEK_V3, "reference", marks=pytest.mark.slow),
+        (INTERLEAVED, "blocked"),
+        pytest.param(MIXTRAL, "reference", marks=pytest.mark.slow),
+    ],
+    ids=["mistral4", "deepseek_v3", "interleaved windows", "mixtral"],
+)
+def test_texts_that_continue_one_prompt_are_what_each_is_alone(model: config.Model, kernel: Any) -> None:
+    rows = random_rows(2, 48, 12)
+    tokens = np.random.default_rng(2).integers(0, model.vocab_size, rows.segments.shape)
+    plain_tokens = np.take_along_axis(tokens, np.maximum(rows.source, 0), 1)
+    counts = np.stack([np.bincount(of_row[of_row >= 0], minlength=48) for of_row in rows.source])
+    compute = config.Compute(grouped_matmul="reference", attention=kernel)
+    with jax.set_mesh(ONE):
+        structure, weights = parameters(init_model(0, model, compute))
+        factors = np.random.default_rng(3).normal(size=(*tokens.shape, model.model_dim)).astype(np.float32)
+
+        def shared(weights: Any) -> Any:
+            hidden, _ = combine(structure, weights)(tokens, rows.positions, rows.segments, prompt_ids_BT=rows.prompts)
+            # A prompt's token counts as often as there are texts with it.
+            return jnp.sum(hidden * factors * counts[..., None]), hidden
+
+        def plain(weights: Any) -> Any:
+            hidden, _ = combine(structure, weights)(plain_tokens, rows.plain_positions, rows.plain_segments)
+            of_place = np.take_along_axis(factors, np.maximum(rows.source, 0)[..., None], 1)
+            return jnp.sum(hidden * of_place * (rows.source >= 0)[..., None]), hidden
+
+        (_, actual), gradients = jax.jit(jax.value_and_grad(shared, has_aux=True))(weights)
+        (_, expected), plain_gradients = jax.jit(jax.value_and_grad(plain, has_aux=True))(weights)
+    of_texts = np.take_along_axis(np.asarray(actual), np.maximum(rows.source, 0)[..., None], 1)
+    assert (rows.prompts != rows.segments).sum() > 20
+    np.testing.assert_allclose(of_texts[rows.source >= 0], np.asarray(expected)[rows.source >= 0], rtol=1e-4, atol=1e-5)
+    for path, b in plain_gradients.items():
+        assert np.max(np.abs(gradients[path] - b)) <= 1e-4 * np.max(np.abs(b)), path

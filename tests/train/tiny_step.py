@@ -80,7 +80,7 @@ def gradients(
         learned, frozen = partition(params, lora)
         base = trained_in_full(learned, lora) if make else {path: x + 0.5 for path, x in trained_in_full(learned, lora).items()}
         structure = structure_of(lora)
-        if objective.uses_reference and lora is not None:
+        if objective.uses_reference:
             structure = with_expert_ids(structure)
         definition = StepDefinition(structure, objective, optax.identity(), microbatches=microbatches, router_loss=router_loss)
         run = jax.jit(partial(step_gradients, definition, key=None))

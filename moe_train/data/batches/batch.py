@@ -12,6 +12,7 @@ import numpy as np
 from moe_train.data.chat.example import SEGMENT_START
 from moe_train.data.media import MediaOfPiece
 from moe_train.data.prepared.feature_values import FeaturesOfPiece
+from moe_train.data.prepared.reference_values import ReferenceValues
 from moe_train.data.prepared.teacher_values import TeacherValues
 
 
@@ -37,8 +38,8 @@ class StoredPiece(NamedTuple):
     """(n,) see `data.chat.example.Example.answers`; None for a single segment."""
     values: np.ndarray | None = None
     """Numbers of the whole example; None if the record kind has none."""
-    reference: np.ndarray | None = None
-    """(positions,) float32 log-probability of each target under the reference model; None if it is not stored."""
+    reference: ReferenceValues | None = None
+    """Outputs of the reference model; None if they are not stored."""
     teacher: TeacherValues | None = None
     """A teacher's predictions for the trained tokens; None if none are stored."""
     media: MediaOfPiece | None = None
@@ -150,6 +151,8 @@ class RowPlace(NamedTuple):
     position: int = 0
     segment: int = 1
     """Number of the next segment."""
+    first_position: int = 0
+    """Position of its first token in its text: that many stand in an earlier segment, which it continues."""
 
 
 class _SegmentArrays(Protocol):
@@ -168,7 +171,7 @@ class _SegmentArrays(Protocol):
 
 
 def write_segment(batch: _SegmentArrays, row: int, place: RowPlace, segment: SegmentIds) -> RowPlace:
-    """Write a segment into a row, and return the place behind it."""
+    """Write a segment into a row, and return the place behind it, for a text of its own."""
     start = place.position
     end = start + len(segment.tokens) - 1
     # The last id is only a target, and the first one only an input, so the mask moves with the targets.
@@ -177,5 +180,5 @@ def write_segment(batch: _SegmentArrays, row: int, place: RowPlace, segment: Seg
     batch.loss_mask[row, start:end] = segment.loss_mask[1:]
     batch.segment_ids[row, start:end] = place.segment
     # From 0 for a later piece of a split example too: it is a text of its own to attention.
-    batch.positions[row, start:end] = np.arange(end - start)
+    batch.positions[row, start:end] = place.first_position + np.arange(end - start)
     return RowPlace(end, place.segment + 1)

@@ -7,7 +7,7 @@ from typing import cast
 
 import numpy as np
 
-from moe_train.data.batches.answer_batches import PreferenceBatch, UnpairedBatch
+from moe_train.data.batches.answer_batches import PreferenceBatch, SharedPromptBatch, UnpairedBatch
 from moe_train.data.batches.batch import PackedBatch
 from moe_train.data.batches.classification_batch import ClassificationBatch
 from moe_train.data.batches.distillation_batch import DistillationBatch
@@ -21,6 +21,7 @@ from moe_train.data.sound.rules import SoundRules
 
 _KINDS: tuple[tuple[type[PackedBatch], str], ...] = (
     (PreferenceBatch, "preference"),
+    (SharedPromptBatch, "preference"),
     (RewardBatch, "preference"),
     (UnpairedBatch, "labelled"),
     (ClassificationBatch, "classification"),

@@ -72,6 +72,7 @@ class Loader:
         batch_type: The batch type of the objective.
 
     Attributes:
+        batch_type: The batch type.
         num_records: Number of records in the files. All counts are those of one epoch, the first.
         num_examples: Number of examples that are used; a record with tools may have several.
         num_rows: Number of rows.
@@ -103,7 +104,7 @@ class Loader:
         template = conversation_to_tokens.load_template(data.chat_template, tokenizer)
         self._batch_rows = rows
         self._prefetch = data.prefetch
-        self._batch_type = batch_type
+        self.batch_type = batch_type
         self._sources: list[RowSource] = []
         for i, source in enumerate(chosen):
             store = open_store(source, data, tokenizer, template)
@@ -112,11 +113,7 @@ class Loader:
                 store.warn_of_cache(data.shuffle_tokens)
                 shuffle = Shuffle((seed, i), data.shuffle_tokens)
             check_set(batch_type, source_name(source), store, rows.seq_len, too_long_of(source, store))
-            with_mismatched = batch_type is UnpairedBatch
-            last_token = getattr(batch_type, "reads_last_token", False)
-            units = getattr(batch_type, "units_per_row", None)
-            opened_rows = open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, with_mismatched, last_token, units)
-            self._sources.append(opened_rows)
+            self._sources.append(open_rows(source, store, rows.seq_len, shuffle, data.cache_dir, batch_type))
         if batch_type is UnpairedBatch:
             check_labels([opened.store for opened in self._sources])
         if sources == "train":
@@ -293,7 +290,7 @@ class Loader:
         return tuple(self._sources)
 
     def add_references(self, references: Sequence[StoredReference]) -> None:
-        """Add log-probabilities under a reference model to the batches that are made from now on, one store for each source."""
+        """Add the stored outputs of a reference model to the batches that are made from now on, one store for each source."""
         self._sources = [source._replace(reference=reference) for source, reference in zip(self._sources, references, strict=True)]
 
     def add_features(self, features: Sequence[StoredFeatures | None]) -> None:
@@ -324,7 +321,7 @@ class Loader:
 
     def _type_of(self, numbers: np.ndarray) -> type[PackedBatch]:
         """Return the batch type with room for the pictures or sound of the rows with these numbers, those of all processes."""
-        batch_type = self._batch_type
+        batch_type = self.batch_type
         if not issubclass(batch_type, MediaBatch | FeatureBatch) or len(batch_type.rooms) == 1:
             return batch_type
         most = 0
@@ -337,7 +334,12 @@ class Loader:
     def _fill(self, numbers: np.ndarray) -> PackedBatch:
         """Make this process's part of the batch with these row numbers."""
         own_rows = self._batch_rows.own_rows
-        batch = self._type_of(numbers).empty(own_rows.stop - own_rows.start, self._batch_rows.seq_len)
+        batch: Any = self._type_of(numbers).empty(own_rows.stop - own_rows.start, self._batch_rows.seq_len)
+        reference = self._sources[0].reference
+        # All sources are compared with one model.
+        if reference is not None and reference.experts is not None:
+            experts = reference.experts
+            batch = batch._replace(reference_experts=np.zeros((*batch.tokens.shape, experts.ids_per_position), experts.dtype))
         # Grain shortens the last batch of an evaluation; the rows that it lacks stay empty.
         source_of_row, rows = np.divmod(numbers[own_rows], _ROWS)
         for i, source in enumerate(self._sources):

@@ -11,10 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_train import config
-from moe_train.data.batches.batch import StoredPiece
+from moe_train.data.batches.answer_batches import SharedPromptBatch, UnpairedBatch
+from moe_train.data.batches.batch import Batch, PackedBatch, StoredPiece
 from moe_train.data.batches.mismatched import partners, unpaired_lengths
 from moe_train.data.batches.order import Order, Shuffle
 from moe_train.data.batches.packing import TooLong
+from moe_train.data.batches.shared_prompts import shared_positions
 from moe_train.data.chat.chat_date import dated, keep_date, reads_date
 from moe_train.data.chat.example import has_trained_token
 from moe_train.data.media import MediaRules
@@ -48,9 +50,10 @@ class RowSource(NamedTuple):
     mismatched: Mismatched | None = None
     """The partners of labelled answers; None if the objective sets no answers against other prompts."""
     reference: StoredReference | None = None
-    """Log-probabilities under a reference model; None if the objective needs none that are stored."""
-    reads_last_token: bool = False
-    """Whether the last token of a segment takes a position of its own, as where a head reads its score."""
+    """Outputs of a reference model; None if the objective needs none that are stored."""
+    stored_lengths: np.ndarray | None = None
+    """(N,) positions of each example as the store counts them, where it takes another number in a row; such examples are read
+    whole. None where both are equal."""
     own_lengths: np.ndarray | None = None
     """(N,) positions that each example fills, where it takes more so that a row has room for the patches of its pictures, or the
     chunks of its sound; None without either."""
@@ -66,10 +69,9 @@ class RowSource(NamedTuple):
     def read(self, pieces: Sequence[ExampleSlice]) -> list[StoredPiece]:
         """Return the content of pieces of this source's rows."""
         pieces = [self.filled(piece) for piece in pieces]
-        if self.reads_last_token:
-            # The store counts positions without the last token of each segment.
-            segments = self.store.segments
-            pieces = [piece._replace(length=piece.length - int(segments[piece.example])) for piece in pieces]
+        if self.stored_lengths is not None:
+            stored_lengths = self.stored_lengths
+            pieces = [piece._replace(length=int(stored_lengths[piece.example])) for piece in pieces]
         if self.mismatched is not None:
             contents = self._with_mismatched(self.mismatched, pieces)
         else:
@@ -119,9 +121,7 @@ def open_rows(
     seq_len: int,
     shuffle: Shuffle | None,
     cache_dir: str,
-    with_mismatched: bool = False,
-    reads_last_token: bool = False,
-    units_per_row: int | None = None,
+    batch_type: type[PackedBatch] = Batch,
 ) -> RowSource:
     """Prepare the packing of an opened source.
 
@@ -131,9 +131,9 @@ def open_rows(
         seq_len: Positions in a row.
         shuffle: How to shuffle; None for one epoch in the order of the store.
         cache_dir: The folder in which plans of many examples are cached.
-        with_mismatched: Whether a labelled answer shares its row with its prompt and the answer of another record.
-        reads_last_token: Whether the last token of each segment takes a position.
-        units_per_row: Patches of pictures, or chunks of sound, that a row has room for; None for batches without either.
+        batch_type: The batch type, which decides what a row takes besides the positions that the store counts: a labelled answer
+            shares its row with its prompt and the answer of another record, a head reads the last token of each segment, both
+            answers of a pair may continue one prompt, and a row has room for so many patches of pictures or chunks of sound.
 
     Raises:
         ValueError: If an example is too long and the source refuses such examples.
@@ -142,13 +142,20 @@ def open_rows(
     lengths = store.lengths()
     own_lengths = None
     rules = store.manifest.media
+    units_per_row = getattr(batch_type, "units_per_row", None)
     if units_per_row is not None and rules is not None:
         own_lengths = lengths
         lengths = np.maximum(lengths, _positions_for_media(store, rules, seq_len, units_per_row))
-    if reads_last_token:
+    stored_lengths = None
+    if getattr(batch_type, "reads_last_token", False):
+        stored_lengths = lengths
+        # The store counts positions without the last token of each segment.
         lengths = lengths + store.segments
+    if issubclass(batch_type, SharedPromptBatch):
+        stored_lengths = lengths
+        lengths = lengths - (store.segments - 1) * shared_positions(store)
     mismatched = None
-    if with_mismatched:
+    if issubclass(batch_type, UnpairedBatch):
         mismatched = Mismatched(partners(store), lengths)
         lengths = unpaired_lengths(store, lengths, mismatched.partners)
     full_lengths = lengths
@@ -162,7 +169,7 @@ def open_rows(
     order = Order(store, lengths, seq_len, too_long, shuffle, cache_dir)
     return RowSource(
         *(source, store, order, num_shortened, full_lengths, mismatched),
-        reads_last_token=reads_last_token,
+        stored_lengths=stored_lengths,
         own_lengths=own_lengths,
     )
 

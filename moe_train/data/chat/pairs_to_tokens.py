@@ -4,8 +4,8 @@ A pair is one example: the segments of prompt + chosen (answer 1), then those of
 than one segment only where the turns of a trajectory with tools or reasoning do not continue one another; its log-probability is
 the sum over them. The loss mask covers the tokens of the answers, as it would in supervised training.
 
-`Example.values` of a pair are (margin,). Those of a labelled answer are (label, hash of the prompt,
-tokens of the prompt, tokens of the first segment).
+`Example.values` of a pair are (margin, positions that all its segments share). Those of a labelled answer are (label, hash of the
+prompt, tokens of the prompt, tokens of the first segment).
 """
 
 from __future__ import annotations
@@ -59,7 +59,25 @@ def _pair(record: PreferencePair, answers: Sequence[list[Example] | ValueError])
         segments.append(examples)
     if [example.tokens for example in segments[0]] == [example.tokens for example in segments[1]]:
         raise Problem("pair", "chosen and rejected are equal, so the pair prefers nothing", "drop the record")
-    return _joined(segments, (record.margin,))
+    num_shared = _shared_positions([segment for answer in segments for segment in answer])
+    return _joined(segments, (record.margin, float(num_shared)))
+
+
+def _shared_positions(segments: Sequence[Example]) -> int:
+    """Return how many first positions of all segments have the same input and the same target, which is not trained on."""
+    shortest = min(len(segment.tokens) for segment in segments)
+    ids = np.array([segment.tokens[:shortest] for segment in segments])
+    masks = np.array([_mask_of(segment)[:shortest] for segment in segments])
+    is_shared = (ids == ids[0]).all(axis=0) & ~masks.any(axis=0)
+    num_tokens = shortest if is_shared.all() else int(np.argmin(is_shared))
+    # The last shared token is a target of the shared positions, and the first input of each segment's own ones.
+    return max(num_tokens - 1, 0)
+
+
+def _mask_of(segment: Example) -> list[bool]:
+    """Return the loss mask, which every part of a conversation has."""
+    assert segment.loss_mask is not None
+    return segment.loss_mask
 
 
 def _labelled(record: LabelledAnswer, examples: list[Example] | ValueError) -> Example:
@@ -102,8 +120,7 @@ def _joined(answers: Sequence[list[Example]], values: tuple[float, ...]) -> Exam
     numbers: list[int] = []
     for number, segments in enumerate(answers, start=1):
         for segment in segments:
-            assert segment.loss_mask is not None
             tokens += segment.tokens
-            loss_mask += segment.loss_mask
+            loss_mask += _mask_of(segment)
             numbers += [number + SEGMENT_START] + [number] * (len(segment.tokens) - 1)
     return Example(tokens, loss_mask, answers=numbers, values=values)

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 _RULES = 7
 """Version of the rules that turn a record into ids. Increase it with every change of the ids, so that old sets are made again."""
+_RULES_OF_PAIRS = 8
+"""The version for preference pairs, whose sets count the positions that both answers share."""
 _MEDIA_FILES = 2
 """Version of the files of a shard that hold pictures and sound; it decides the keys of sets whose tokenizer writes either."""
 
@@ -63,7 +65,7 @@ def prepare(recipe: Recipe, cache_dir: str | Path, num_proc: int = 1, report: Pr
     scans = recipe.records.scan(cache / "scans")
     rules = _rules(recipe.source.record, recipe.template)
     # Everything besides the content that decides ids; any change here gives every shard a new key.
-    versions = [_RULES] if recipe.tokenizer.media is None else [_RULES, _MEDIA_FILES]
+    versions = [_version(rules)] if recipe.tokenizer.media is None else [_version(rules), _MEDIA_FILES]
     conversion = json.dumps([*versions, recipe.tokenizer.identity, rules.model_dump(mode="json")], sort_keys=True)
     shards = cut(recipe.records, scans, conversion)
     # None stands where earlier versions had a list of places, so that the folders of sets keep their names.
@@ -141,6 +143,11 @@ def _tokenize_missing(unfinished: Path, shards: list[Shard], recipe: Recipe, num
 def _places(records: OpenSource) -> str:
     """Return the first places of a source, for messages."""
     return ", ".join(records.names[:3]) + (", …" if len(records.names) > 3 else "")
+
+
+def _version(rules: Rules) -> int:
+    """Return the version of the rules for a kind of records."""
+    return _RULES_OF_PAIRS if rules.record["name"] == "preference" else _RULES
 
 
 def _rules(record: config.Record, template: str | None) -> Rules:
@@ -233,12 +240,13 @@ def _manifest(directory: Path, shards: list[Shard], scans: list[Scan], recipe: R
         files.append(
             SourceFile(path=place.name, sha256=scan.sha256, size=scan.size, by_line=place.by_line, records=records, tokens=tokens)
         )
+    versioned_rules = json.dumps([_version(rules), rules.model_dump(mode="json")], sort_keys=True)
     return Manifest(
         licence=recipe.source.licence,
         origin=recipe.source.origin,
         tokenizer_sha256=recipe.tokenizer.identity,
         rules=rules,
-        rules_sha256=hashlib.sha256(json.dumps([_RULES, rules.model_dump(mode="json")], sort_keys=True).encode()).hexdigest(),
+        rules_sha256=hashlib.sha256(versioned_rules.encode()).hexdigest(),
         too_long=recipe.source.record.too_long,
         # The same in all shards, since it depends on the tokenizer alone.
         dtype=facts[0]["dtype"],

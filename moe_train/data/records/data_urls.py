@@ -8,6 +8,9 @@ from pathlib import Path
 
 from moe_train.data.records.problem import Problem
 
+MOST_BYTES = 2**31
+"""Largest file that is read."""
+
 
 def data_of(reference: str, name: str, rule: str, kind: str) -> bytes:
     """Return the content of a file or a data URL; nothing is fetched.
@@ -37,6 +40,9 @@ def _of_file(file: Path, name: str, rule: str, kind: str) -> bytes:
         # Reading a pipe or a device could wait for ever.
         if file.exists() and not file.is_file() and not file.is_dir():
             raise Problem(rule, f"the {kind} {name} is a pipe or a device", "name a file, or drop the record")
+        size = file.stat().st_size
+        if size > MOST_BYTES:
+            raise Problem(rule, f"the {kind} {name} has {size:,} bytes, and at most {MOST_BYTES:,} are read", "drop the record")
         return file.read_bytes()
     except FileNotFoundError as error:
         raise Problem(rule, f"there is no {kind} {file}", "copy it there, or drop the record") from error

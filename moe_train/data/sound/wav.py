@@ -13,6 +13,8 @@ _FLOATS = 3
 _EXTENSIBLE = 0xFFFE
 _UNKNOWN_SIZE = 0xFFFFFFFF
 """Size of the data in a file that was written into a pipe: they go to the end."""
+_MOST_CHUNKS = 1000
+"""Chunks of a file, a few of which come before the data in practice."""
 _FLOAT_DTYPES: dict[int, np.dtype] = {32: np.dtype("<f4"), 64: np.dtype("<f8")}
 _INTEGER_BITS = (8, 16, 24, 32)
 
@@ -47,7 +49,9 @@ def read_wav(data: bytes) -> Samples:
         ValueError: the file is damaged, or its samples are compressed.
     """
     layout: _Format | None = None
-    for name, content, size in _chunks(data):
+    for number, (name, content, size) in enumerate(_chunks(data)):
+        if number == _MOST_CHUNKS:
+            raise ValueError(f"it has no data among its first {_MOST_CHUNKS} chunks")
         if name == b"fmt ":
             layout = _format(content)
         elif name == b"data":
@@ -89,7 +93,8 @@ def _values(content: bytes, layout: _Format) -> np.ndarray:
     content = content[: len(content) // (width * layout.channels) * width * layout.channels]
     values: np.ndarray
     if layout.code == _FLOATS:
-        values = np.frombuffer(content, _FLOAT_DTYPES[layout.bits]).astype(np.float32)
+        with np.errstate(over="ignore"):  # infinity, which is refused
+            values = np.frombuffer(content, _FLOAT_DTYPES[layout.bits]).astype(np.float32)
     elif layout.bits == 8:  # unsigned, unlike all others
         values = (np.frombuffer(content, np.uint8).astype(np.float32) - 128) / 128
     else:

@@ -37,11 +37,24 @@ _NO_SEGMENT = np.iinfo(np.int32).max
 """Segment id of padded keys; no query has it."""
 
 
+class SharedPrompts(NamedTuple):
+    """Prompts that several answers of a row continue, each from the prompt's last position on."""
+
+    prompt_ids_Bt: Int[Array, "B t"]
+    """Segment id of the prompt that each query sees besides its own segment; its own segment id where it continues none."""
+    queries_Bt: Int[Array, "B t"]
+    """Positions of the queries, by which a window counts: an answer need not stand next to its prompt."""
+    keys_BT: Int[Array, "B T"]
+    """Positions of the keys."""
+
+
 class SegmentIds(NamedTuple):
-    """Segment ids of queries and keys; a query sees only keys with its own id."""
+    """Segment ids of queries and keys; a query sees only keys with its own id, and those of the prompt that it continues."""
 
     queries_Bt: Int[Array, "B t"]
     keys_BT: Int[Array, "B T"]
+    shared: SharedPrompts | None = None
+    """None if no segment continues another."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,16 @@ class _Places(NamedTuple):
     """Position of its last query, which padding repeats."""
     segments_BiR: Int[Array, "B i R"]
     segments_BjS: Int[Array, "B j S"]
+    shared: _SharedPlaces | None
+    """None if no segment continues another."""
+
+
+class _SharedPlaces(NamedTuple):
+    """`SharedPrompts` by block."""
+
+    prompts_BiR: Int[Array, "B i R"]
+    positions_BiR: Int[Array, "B i R"]
+    positions_BjS: Int[Array, "B j S"]
 
 
 def _places(segment_ids: SegmentIds, device: Int[Array, ""], mask: PositionMask, layout: _Layout) -> _Places:
@@ -178,7 +201,19 @@ def _places(segment_ids: SegmentIds, device: Int[Array, ""], mask: PositionMask,
     first_cri = np.minimum(starts_cr[:, :, None] + np.arange(0, run_blocks * queries, queries, dtype=np.int32), end_cr1 - 1)
     last_cri = np.minimum(first_cri + queries, end_cr1) - 1
     first_ci, last_ci = (x.reshape(devices, runs * run_blocks) for x in (first_cri, last_cri))
-    segments = _repeat_last(segment_ids.queries_Bt.reshape(B, runs, run), run_blocks * queries)
+
+    def of_queries(x_Bt: Int[Array, "B t"]) -> Int[Array, "B i R"]:
+        padded = _repeat_last(x_Bt.reshape(B, runs, run), run_blocks * queries)
+        # Every query head of a group has the same queries.
+        return jnp.tile(padded.reshape(B, runs * run_blocks, queries), (1, 1, groups))
+
+    def of_keys(x_BT: Int[Array, "B T"]) -> Int[Array, "B j S"]:
+        return _repeat_last(x_BT, key_blocks * keys).reshape(B, key_blocks, keys)
+
+    shared = None
+    if segment_ids.shared is not None:
+        prompts, query_positions, key_positions = segment_ids.shared
+        shared = _SharedPlaces(of_queries(prompts), of_queries(query_positions), of_keys(key_positions))
     key_segments = _repeat_last(segment_ids.keys_BT, key_blocks * keys)
     if not mask.is_causal:
         # No position hides the keys of padding then, so they get a segment that no query has.
@@ -186,9 +221,9 @@ def _places(segment_ids: SegmentIds, device: Int[Array, ""], mask: PositionMask,
     return _Places(
         first_ci[0] if devices == 1 else jnp.asarray(first_ci)[device],
         last_ci[0] if devices == 1 else jnp.asarray(last_ci)[device],
-        # Every query head of a group has the same queries.
-        jnp.tile(segments.reshape(B, runs * run_blocks, queries), (1, 1, groups)),
+        of_queries(segment_ids.queries_Bt),
         key_segments.reshape(B, key_blocks, keys),
+        shared,
     )
 
 
@@ -204,7 +239,10 @@ _Index = Int[Array, ""]
 
 def _visible(places: _Places, layout: _Layout, b: _Index, i: _Index, j: _Index, mask: PositionMask) -> Bool[Array, "S R"]:
     """Return the mask of a pair of blocks, true where the query sees the key."""
-    in_segment = places.segments_BiR[b, i][None, :] == places.segments_BjS[b, j][:, None]
+    segments_S1 = places.segments_BjS[b, j][:, None]
+    in_segment = places.segments_BiR[b, i][None, :] == segments_S1
+    if places.shared is not None:
+        in_segment |= places.shared.prompts_BiR[b, i][None, :] == segments_S1
     if not mask.is_causal:
         return in_segment
     queries_R = np.tile(np.arange(layout.queries, dtype=np.int32), layout.groups)
@@ -212,20 +250,29 @@ def _visible(places: _Places, layout: _Layout, b: _Index, i: _Index, j: _Index, 
     positions_S = j * layout.keys + np.arange(layout.keys, dtype=np.int32)
     distance = positions_R[None, :] - positions_S[:, None]
     visible = (distance >= 0) & in_segment
-    return visible if mask.window is None else visible & (distance < mask.window)
+    if mask.window is None:
+        return visible
+    if places.shared is not None:
+        distance = places.shared.positions_BiR[b, i][None, :] - places.shared.positions_BjS[b, j][:, None]
+    return visible & (distance < mask.window)
 
 
 def _may_see(places: _Places, layout: _Layout, mask: PositionMask) -> Bool[Array, "B i j"]:
     """Return which pairs of blocks may have a visible key: those whose ranges of positions and of segments allow it."""
     segments_i = places.segments_BiR[:, :, None, : layout.queries]
     segments_j = places.segments_BjS[:, None]
-    overlaps_Bij = jnp.min(segments_i, axis=-1) <= jnp.max(segments_j, axis=-1)
+    # A prompt stands before its answers, and has a smaller segment id.
+    lowest_i = segments_i if places.shared is None else places.shared.prompts_BiR[:, :, None, : layout.queries]
+    overlaps_Bij = jnp.min(lowest_i, axis=-1) <= jnp.max(segments_j, axis=-1)
     overlaps_Bij &= jnp.min(segments_j, axis=-1) <= jnp.max(segments_i, axis=-1)
     if not mask.is_causal:
         return overlaps_Bij
     first_j = np.arange(0, layout.key_blocks * layout.keys, layout.keys, dtype=np.int32)
     in_reach_ij = places.last_i[:, None] >= first_j
-    if mask.window is not None:
+    if mask.window is not None and places.shared is not None:
+        nearest_Bi1 = jnp.min(places.shared.positions_BiR, axis=-1)[:, :, None]
+        overlaps_Bij &= nearest_Bi1 - jnp.max(places.shared.positions_BjS, axis=-1)[:, None] < mask.window
+    elif mask.window is not None:
         in_reach_ij &= places.first_i[:, None] - (first_j + layout.keys - 1) < mask.window
     return jnp.asarray(in_reach_ij) & overlaps_Bij
 

@@ -1,7 +1,8 @@
 """The grouped-query attention layer and its key-value cache.
 
-A query sees a key of the same segment whose position is not later than its own and, if a window W is set, less than W
-before it. Local view: the kernels run inside `shard_map`, where each device has its own sequences and heads.
+A query sees a key of the same segment, or of the prompt that it continues, whose position is not later than its own and, if a
+window W is set, less than W before it. Local view: the kernels run inside `shard_map`, where each device has its own sequences
+and heads.
 
 Along the mesh axis `context` a device has the queries of its part of the sequence; keys and values are all-gathered (small
 under grouped queries), and queries are reordered zig-zag so that causal masking leaves every device equal work
@@ -100,6 +101,7 @@ class GroupedQueryAttention(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         cache: KeyValueCache | None = None,
         key: Key[Array, ""] | None = None,
+        prompt_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         """Attend within x, or, with a cache, continue the sequences in the cache with x.
 
@@ -109,6 +111,7 @@ class GroupedQueryAttention(nnx.Module):
             segment_ids_BT: packed segments; a query sees only keys of its own segment. Not used with a cache.
             cache: keys and values of earlier positions; None to attend within x only.
             key: PRNG key for the dropout of the adapters; None for no dropout.
+            prompt_ids_BT: as in `kernels.attend`. Not used with a cache.
 
         Returns:
             The output (B, T, D), and the cache extended by the keys and values of x, or None without a cache.
@@ -121,7 +124,7 @@ class GroupedQueryAttention(nnx.Module):
             # One factor per position: it commutes with the rotation, and the keys in a cache stay as they are.
             q_BTNH *= query_scale(self.query_scaling, positions_BT).astype(q_BTNH.dtype)
         if cache is None:
-            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, self.window, self.kernel)
+            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, self.window, self.kernel, prompt_ids_BT)
         else:
             # Keys enter the cache rotated, so decoding rotates only the new ones.
             keys = extend_keys(cache.k_BKHS, k_BTKH, positions_BT, _HEADS)

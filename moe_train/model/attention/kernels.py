@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train.machine.mesh import batch_axes, platform
-from moe_train.model.attention.blocked import NEG, PositionMask, SegmentIds, blocked_attention
+from moe_train.model.attention.blocked import NEG, PositionMask, SegmentIds, SharedPrompts, blocked_attention
 from moe_train.model.attention.context_parallel import from_zigzag, run_len, run_starts, to_zigzag
 from moe_train.model.attention.splash import make_splash, splash_attention, table_specs
 from moe_train.model.sharding.collectives import gather_axis
@@ -25,6 +25,7 @@ def attend(
     segment_ids_BT: Int[Array, "B T"],
     window: int | None = None,
     kernel: str = "auto",
+    prompt_ids_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N W"]:
     """Compute causal self-attention of packed sequences.
 
@@ -33,10 +34,12 @@ def attend(
         k_BSKH: keys with K heads; N is a multiple of K. S is T, or more if each device of `context` already has the whole
             sequence (`gather_sequence`).
         v_BSKW: values, which may have another width than queries and keys.
-        positions_BT: positions, which restart in each segment.
-        segment_ids_BT: a query sees only keys with its own segment id.
+        positions_BT: positions, which restart in each segment that continues no prompt.
+        segment_ids_BT: a query sees only keys with its own segment id, and those of its prompt.
         window: a query sees only keys less than `window` positions before it; None for no limit.
         kernel: as in `config.Compute.attention`.
+        prompt_ids_BT: id of the earlier segment that a query's segment continues, or of its own if it continues none; None if no
+            segment continues another. Not every kernel takes it (`takes_shared_prompts`).
 
     Returns:
         The attention output (B, T, N, W).
@@ -45,6 +48,7 @@ def attend(
     # The kernel's tables are an argument of the `shard_map`, which splits them over `context` like the queries.
     splash = None
     if kernel == "splash":
+        assert prompt_ids_BT is None
         splash = make_splash(q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2], window)
     is_gathered = k_BSKH.shape[1] > q_BTNH.shape[1]
 
@@ -54,6 +58,7 @@ def attend(
         v: Float[Array, "b s k W"],
         positions: Int[Array, "b t"],
         segments: Int[Array, "b t"],
+        prompts: Int[Array, "b t"] | None,
         splash: Any,
     ) -> Float[Array, "b t n W"]:
         if not is_gathered:
@@ -61,16 +66,19 @@ def attend(
         positions_k, segments_k = (gather_axis(x, "context", 1) for x in (positions, segments))
         match kernel:
             case "reference":
-                return reference_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window))
+                return reference_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window, prompts))
             case "cudnn":
-                return cudnn_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window))
+                return cudnn_attention(q, k, v, attention_mask(positions, positions_k, segments, segments_k, window, prompts))
             # The two kernels below skip masked blocks, so they need zig-zag order for equal work; those above take the full mask.
             case "blocked":
                 q = to_zigzag(q)
                 segments = to_zigzag(segments)
                 device = jax.lax.axis_index("context")
                 mask = PositionMask(run_starts(k.shape[1]), window)
-                return from_zigzag(blocked_attention(q, k, v, SegmentIds(segments, segments_k), device, mask))
+                shared = None
+                if prompts is not None:
+                    shared = SharedPrompts(to_zigzag(prompts), to_zigzag(positions), positions_k)
+                return from_zigzag(blocked_attention(q, k, v, SegmentIds(segments, segments_k, shared), device, mask))
             case "splash":
                 q = to_zigzag(q)
                 segments = to_zigzag(segments)
@@ -82,9 +90,10 @@ def attend(
     # A Pallas call does not declare along which mesh axes its result varies, so the check is on only for the kernels in plain XLA.
     # Everything that crosses devices here is all-gathered or permuted along `context`, along which everything is split.
     check_vma = kernel in ("reference", "blocked")
-    in_specs = (heads, heads, heads, tokens, tokens, None if splash is None else table_specs(splash))
+    prompts_spec = None if prompt_ids_BT is None else tokens
+    in_specs = (heads, heads, heads, tokens, tokens, prompts_spec, None if splash is None else table_specs(splash))
     run = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=check_vma)
-    return run(q_BTNH, k_BSKH, v_BSKW, positions_BT, segment_ids_BT, splash)
+    return run(q_BTNH, k_BSKH, v_BSKW, positions_BT, segment_ids_BT, prompt_ids_BT, splash)
 
 
 def cudnn_attention(
@@ -125,12 +134,18 @@ def choose_attention_kernel(kernel: str, seq_len: int, dtype: jnp.dtype) -> str:
     return "blocked"
 
 
+def takes_shared_prompts(kernel: str) -> bool:
+    """Return whether a kernel lets several segments continue one prompt; splash compares segment ids for equality alone."""
+    return kernel != "splash"
+
+
 def attention_mask(
     positions_q: Int[Array, "B T"],
     positions_k: Int[Array, "B S"],
     segments_q: Int[Array, "B T"] | None,
     segments_k: Int[Array, "B S"] | None,
     window: int | None,
+    prompts_q: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T S"]:
     """Return the (B, T, S) mask that is True where the query sees the key.
 
@@ -140,13 +155,17 @@ def attention_mask(
         segments_q: segment ids of the queries; None to ignore segments.
         segments_k: segment ids of the keys; None to ignore segments.
         window: a query sees only keys less than `window` positions before it; None for no limit.
+        prompts_q: ids of the segments that the queries' segments continue; None if they continue none.
     """
     distance = positions_q[:, :, None] - positions_k[:, None, :]
     visible = distance >= 0
     if window is not None:
         visible &= distance < window
     if segments_q is not None and segments_k is not None:
-        visible &= segments_q[:, :, None] == segments_k[:, None, :]
+        in_segment = segments_q[:, :, None] == segments_k[:, None, :]
+        if prompts_q is not None:
+            in_segment |= prompts_q[:, :, None] == segments_k[:, None, :]
+        visible &= in_segment
     return visible
 
 

@@ -43,15 +43,16 @@ def apply_attention(
     segment_ids_BT: Int[Array, "B T"],
     cache: Cache | None,
     key: Key[Array, ""] | None,
+    prompt_ids_BT: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Apply the attention of one layer, whose cache, if there is one, is of the layer's own kind."""
     match layer:
         case GroupedQueryAttention():
             assert cache is None or isinstance(cache, KeyValueCache)
-            return layer(x_BTD, positions_BT, segment_ids_BT, cache, key)
+            return layer(x_BTD, positions_BT, segment_ids_BT, cache, key, prompt_ids_BT)
         case MultiHeadLatentAttention():
             assert cache is None or isinstance(cache, LatentCache)
-            return layer(x_BTD, positions_BT, segment_ids_BT, cache, key)
+            return layer(x_BTD, positions_BT, segment_ids_BT, cache, key, prompt_ids_BT)
         case _:
             assert_never(layer)
 

@@ -119,6 +119,7 @@ class MultiHeadLatentAttention(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         cache: LatentCache | None = None,
         key: Key[Array, ""] | None = None,
+        prompt_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
         """Attend within x, or, with a cache, continue the sequences in the cache with x.
 
@@ -128,6 +129,7 @@ class MultiHeadLatentAttention(nnx.Module):
             segment_ids_BT: packed segments; a query sees only keys of its own segment. Not used with a cache.
             cache: latents of earlier positions; None to attend within x only.
             key: PRNG key for the dropout of the adapters; None for no dropout.
+            prompt_ids_BT: as in `kernels.attend`. Not used with a cache.
 
         Returns:
             The output (B, T, D), and the cache extended by the latents of x, or None without a cache.
@@ -140,7 +142,7 @@ class MultiHeadLatentAttention(nnx.Module):
         shared_BT1P = rope.rotate_interleaved(compressed_BTC[:, :, None, R:], positions_BT, self.rope)
         if cache is None:
             k_BSNH, v_BSNW = self._keys_and_values_of_sequence(latent_BTR, shared_BT1P[:, :, 0], kv_b_key)
-            y_BTNW = attend(q_BTNH, k_BSNH, v_BSNW, positions_BT, segment_ids_BT, kernel=self.kernel)
+            y_BTNW = attend(q_BTNH, k_BSNH, v_BSNW, positions_BT, segment_ids_BT, None, self.kernel, prompt_ids_BT)
         else:
             # Shared keys enter the cache rotated, so decoding rotates only the new ones.
             new_BT1C = jnp.concatenate([latent_BTR[:, :, None], shared_BT1P], axis=-1)

@@ -104,5 +104,5 @@ def splash_attention(
     k = k_BTKH.transpose(0, 2, 1, 3)
     v = v_BTKW.transpose(0, 2, 1, 3)
     of_group = jax.vmap(splash, in_axes=(0, 0, 0, None))  # over the key heads of a sequence
-    y = jax.vmap(of_group)(q, k, v, kernel.SegmentIds(*segment_ids))
+    y = jax.vmap(of_group)(q, k, v, kernel.SegmentIds(segment_ids.queries_Bt, segment_ids.keys_BT))
     return y.transpose(0, 3, 1, 2, 4).reshape(B, t, N, v_BTKW.shape[-1])

@@ -32,3 +32,15 @@ def changed_assignments(
     kept_LBTA = jnp.any(ids_LBTA[..., :, None] == base_ids_LBTA[..., None, :], axis=-1)
     changed_L = jnp.sum(~kept_LBTA & valid_BT[None, ..., None], axis=(1, 2, 3), dtype=jnp.int32)
     return ChangedAssignments(changed_L, jnp.sum(valid_BT, dtype=jnp.int32) * ids_LBTA.shape[-1])
+
+
+def experts_by_position(ids_LBTA: Int[Array, "L B T A"]) -> Int[Array, "B T X"]:
+    """Return the experts of all layers at each position side by side, as they are stored."""
+    L, B, T, A = ids_LBTA.shape
+    return ids_LBTA.transpose(1, 2, 0, 3).reshape(B, T, L * A)
+
+
+def experts_by_layer(ids_BTX: Int[Array, "B T X"], experts_per_token: int) -> Int[Array, "L B T A"]:
+    """Undo `experts_by_position`."""
+    B, T, X = ids_BTX.shape
+    return ids_BTX.reshape(B, T, X // experts_per_token, experts_per_token).transpose(2, 0, 1, 3)

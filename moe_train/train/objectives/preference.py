@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train import config
-from moe_train.data.batches.answer_batches import PreferenceBatch
-from moe_train.model.moe.drift import changed_assignments
+from moe_train.data.batches.answer_batches import PreferenceBatch, SharedPromptBatch
+from moe_train.model.moe.drift import changed_assignments, experts_by_layer
 from moe_train.model.moe.router import RouterStats
 from moe_train.train.objectives.answer_sums import count_pairs, pairs_of, sum_by_answer
 from moe_train.train.objectives.objective import DRIFT_METRIC, Mean, Metric, Objective, ObjectiveInputs, Terms, divide
@@ -28,9 +28,9 @@ class StepCounts(NamedTuple):
 
 
 def preference(section: config.Preference) -> Objective:
-    """Return the objective of a config section; its batch type is `PreferenceBatch`."""
+    """Return the objective of a config section; its batch type is `SharedPromptBatch` if it states so, or `PreferenceBatch`."""
     return Objective(
-        PreferenceBatch,
+        SharedPromptBatch if section.shared_prompt is True else PreferenceBatch,
         _weight,
         partial(_loss, section),
         mean_name="preference_loss",
@@ -74,7 +74,7 @@ def _loss(section: config.Preference, inputs: ObjectiveInputs, counts: StepCount
     if likelihood_weight:
         # The step divides by its pairs; this term is a mean over the tokens of the step.
         total += likelihood_weight * negative_log_likelihood * divide(counts.pairs, counts.likelihood_tokens)
-    metrics = _metrics(section, pairs, has_pair) | drift_metric(batch, routers, reference.routers)
+    metrics = _metrics(section, pairs, has_pair) | drift_metric(batch, routers, reference)
     metrics["nll_loss"] = Mean(negative_log_likelihood, jnp.sum(likelihood_mask))
     metrics["entropy"] = Mean(jnp.sum(jnp.where(batch.loss_mask, outputs.entropy, 0)), jnp.sum(batch.loss_mask))
     return Terms(total, metrics, routers)
@@ -85,8 +85,8 @@ class ReferenceOutputs(NamedTuple):
 
     logprob: Float[Array, "B T"]
     """Log-probability of each target."""
-    routers: RouterStats | None = None
-    """The reference's router statistics; None where its log-probabilities are stored, and for a dense model."""
+    expert_ids: Int[Array, "L B T A"] | None = None
+    """Experts that the reference chooses; None where the batch holds what is stored of it, and for a dense model."""
 
 
 def reference_outputs(inputs: ObjectiveInputs) -> ReferenceOutputs:
@@ -94,18 +94,23 @@ def reference_outputs(inputs: ObjectiveInputs) -> ReferenceOutputs:
     if inputs.reference is None:
         return ReferenceOutputs(inputs.batch.reference)
     outputs, routers = batch_logprobs(inputs.reference, inputs.batch)
-    return jax.lax.stop_gradient(ReferenceOutputs(outputs.logprob, routers))
+    return jax.lax.stop_gradient(ReferenceOutputs(outputs.logprob, None if routers is None else routers.expert_ids))
 
 
-def drift_metric(batch: Any, routers: RouterStats | None, reference: RouterStats | None) -> dict[str, Metric]:
+def drift_metric(batch: Any, routers: RouterStats | None, reference: ReferenceOutputs) -> dict[str, Metric]:
     """Return the share of routing choices of each sparse layer that differ from the reference's.
 
     Returns:
-        Nothing unless both models keep the experts that they choose (`with_expert_ids`).
+        Nothing unless the model keeps the experts that it chooses (`with_expert_ids`), and those of the reference are known.
     """
-    if routers is None or routers.expert_ids is None or reference is None or reference.expert_ids is None:
+    if routers is None or routers.expert_ids is None:
         return {}
-    return {DRIFT_METRIC: Mean(*changed_assignments(routers.expert_ids, reference.expert_ids, batch.segment_ids != 0))}
+    base_ids_LBTA = reference.expert_ids
+    if base_ids_LBTA is None and batch.reference_experts.shape[-1]:
+        base_ids_LBTA = experts_by_layer(batch.reference_experts.astype(jnp.int32), routers.expert_ids.shape[-1])
+    if base_ids_LBTA is None:
+        return {}
+    return {DRIFT_METRIC: Mean(*changed_assignments(routers.expert_ids, base_ids_LBTA, batch.segment_ids != 0))}
 
 
 def _pair_logprobs(batch: Any, logprob_BT: Float[Array, "B T"], reference_BT: Float[Array, "B T"]) -> PairLogprobs:

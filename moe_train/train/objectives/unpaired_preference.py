@@ -98,7 +98,7 @@ def _loss(section: config.UnpairedPreference, inputs: ObjectiveInputs, step: Ste
     good = section.desirable_weight * jax.nn.sigmoid(-section.beta * (answers.log_ratios - kl))
     bad = section.undesirable_weight * jax.nn.sigmoid(-section.beta * (kl - answers.log_ratios))
     total = jnp.sum(answers.exists * jnp.where(answers.good > 0, good, bad))
-    metrics = _metrics(section, answers, step) | drift_metric(batch, routers, reference.routers)
+    metrics = _metrics(section, answers, step) | drift_metric(batch, routers, reference)
     metrics["kl"] = Mean(kl * jnp.sum(answers.exists), jnp.sum(answers.exists))
     metrics["entropy"] = Mean(jnp.sum(jnp.where(_own(batch), outputs.entropy, 0)), jnp.sum(_own(batch)))
     return Terms(total, metrics, routers)

@@ -165,6 +165,30 @@ def test_files_and_tools_share_a_conversation(tokenizer: Mistral, parts: list[di
     assert len(prompt.media) == 1 and any(prompt.tokens == example.tokens[: len(prompt.tokens)] for example in found)
 
 
+def test_system_turns_and_several_questions(tokenizer: Mistral, parts: list[dict[str, Any]]) -> None:
+    """mistral-common decides where a system text stands, and refuses one beside sound up to version 11."""
+    messages = [
+        {"role": "system", "content": "Answer in a word."},
+        {"role": "user", "content": [parts[0], TEXT]},
+        ANSWER,
+        {"role": "user", "content": "And the other?"},
+        ANSWER,
+        {"role": "user", "content": [TEXT, parts[1], parts[0]]},
+        ANSWER,
+    ]
+    try:
+        expected = by_mistral_common(tokenizer, messages)
+    except Exception as error:
+        assert kind_of(tokenizer) == "audio" and "system" in str(error).lower()
+        with pytest.raises(Problem, match=r"(?i)system") as caught:
+            examples(Conversation(messages, []), None, tokenizer)
+        assert "\n" not in str(caught.value)
+        return
+    (example,) = examples(Conversation(messages, []), None, tokenizer)
+    assert example.tokens == expected and len(example.media) == 3
+    assert tokenizer.media is not None and tokenizer.media.sizes_in(example.tokens) == sizes_of(tokenizer, example.media)
+
+
 def test_what_has_no_place_for_files_refuses_them(tokenizer: Mistral, parts: list[dict[str, Any]], tmp_path: Path) -> None:
     kind = kind_of(tokenizer)
     shown = Conversation([{"role": "user", "content": parts[:1]}, ANSWER], [])

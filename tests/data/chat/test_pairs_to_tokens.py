@@ -31,6 +31,25 @@ def test_a_pair_is_its_two_conversations_one_after_the_other(tokenizer: HuggingF
     assert pair.tokens.count(tokenizer.bos_id) == 2 and sum(pair.loss_mask) == sum(chosen.loss_mask) + sum(rejected.loss_mask)
 
 
+def test_answers_share_the_tokens_before_the_first_that_differs_or_is_trained_on(tokenizer: HuggingFace) -> None:
+    longer = {"role": "assistant", "content": "It is 5, I think."}
+    [[same_beginning]], [[other_prompts]], [[short]] = (
+        examples(tokenizer, record)
+        for record in (
+            {"prompt": [Q, B, Q], "chosen": [A], "rejected": [longer]},
+            {"chosen": [Q, A, Q, A], "rejected": [Q, B, Q, A]},
+            {"prompt": "", "chosen": "a", "rejected": "b"},
+        )
+    )
+    first = same_beginning.loss_mask.index(True)
+    # All of the prompt but its last token, whose targets are the answers' first ones.
+    assert same_beginning.values == (0.0, first - 1)
+    second = other_prompts.answers.index(2 + SEGMENT_START)
+    equal = [a == b for a, b in zip(other_prompts.tokens, other_prompts.tokens[second:], strict=False)]
+    assert other_prompts.values[1] == min(equal.index(False), other_prompts.loss_mask.index(True)) - 1
+    assert short.values[1] == short.loss_mask.index(True) - 1
+
+
 def test_a_labelled_answer_states_its_label_and_its_prompt(tokenizer: HuggingFace) -> None:
     made = examples(
         tokenizer,

@@ -67,6 +67,9 @@ DAMAGED = {
     "no data": (riff((b"fmt ", fmt(1, 16))), "no data"),
     "data first": (riff((b"data", b"\0\0")), "before their format"),
     "compressed": (riff((b"fmt ", fmt(2, 4)), (b"data", b"\0")), "4 bits in format 2"),
+    "zeros": (GOOD[:12] + b"\0" * 100_000, "no data among its first 1000 chunks"),
+    "a huge chunk": (riff((b"LIST", b"abc")).replace(b"\3\0\0\0abc", b"\xfe\xff\xff\xffabc") + GOOD[12:], "no data"),
+    "huge data": (GOOD.replace(b"data\x10\0\0\0", b"data\xf0\xff\xff\xff"), "16 of 4294967280 bytes"),
     "half a format": (riff((b"fmt ", b"\0" * 8)), "format is cut off"),
     "no channels": (riff((b"fmt ", fmt(1, 16, channels=0)), (b"data", b"\0")), "states 0 channels"),
 }

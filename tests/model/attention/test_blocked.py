@@ -10,6 +10,7 @@ import pytest
 from moe_train.model.attention import blocked
 from moe_train.model.attention.blocked import PositionMask, SegmentIds, blocked_attention
 from tests.model.attention.against_reference import check, operands
+from tests.model.attention.shared_prompts import check_shared, random_rows
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,19 @@ def test_no_pair_of_blocks_with_a_visible_key_is_skipped(starts: tuple[int, ...]
         visible = bool(blocked._visible(places, layout, jnp.int32(0), jnp.int32(i), jnp.int32(j), mask).any())
         assert may_see[i, j] or not visible
         assert first[i] <= j < end[i] or not may_see[i, j]
+
+
+@pytest.mark.parametrize(
+    ("T", "longest", "window"),
+    [
+        (300, 70, 40),
+        pytest.param(300, 70, None, marks=pytest.mark.slow),
+        pytest.param(600, 300, 100, marks=pytest.mark.slow),
+        pytest.param(60, 9, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_answers_that_share_a_prompt_see_it_as_if_each_had_its_own(T: int, longest: int, window: int | None) -> None:
+    check_shared("blocked", window, random_rows(2, T, longest), (4, 2, 6))
 
 
 def test_memory_is_linear_in_the_length() -> None:

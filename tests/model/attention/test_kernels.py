@@ -13,6 +13,7 @@ from moe_train import config
 from moe_train.machine.mesh import make_mesh
 from moe_train.model.attention import kernels
 from tests.model.attention.against_reference import B, H, K, N, check, found, operands, segments_of
+from tests.model.attention.shared_prompts import check_shared, random_rows
 
 
 @pytest.mark.parametrize("window", [None, 7])
@@ -33,6 +34,13 @@ def test_reference_equals_numpy(window: int | None) -> None:
 def test_on_a_mesh(kernel: str, window: int | None) -> None:
     """Heads and sequences on several devices; splash runs in interpret mode."""
     check(kernel, window, operands(256), 1e-5, make_mesh(config.Mesh(fsdp=2, tensor=2), jax.devices()[:4]))
+
+
+@pytest.mark.parametrize(("kernel", "window"), [("reference", 5), pytest.param("blocked", 40, marks=pytest.mark.slow)])
+def test_shared_prompts_on_a_mesh(kernel: str, window: int) -> None:
+    mesh = make_mesh(config.Mesh(context=2, tensor=2), jax.devices()[:4])
+    check_shared(kernel, window, random_rows(2, 64, 9), (4, 2, 6), mesh)
+    assert kernels.takes_shared_prompts(kernel) and not kernels.takes_shared_prompts("splash")
 
 
 @pytest.mark.parametrize("kernel", ["blocked", "splash"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_train.data.batches.answer_batches import PreferenceBatch, UnpairedBatch
+from moe_train.data.batches.answer_batches import PreferenceBatch, SharedPromptBatch, UnpairedBatch
 from moe_train.data.batches.batch import StoredPiece
 from moe_train.data.chat.example import SEGMENT_START
 from tests.train.tiny_step import B, V
@@ -35,6 +35,27 @@ def pair_rows(rows: int = B) -> tuple[PreferenceBatch, list[StoredPiece]]:
         batch.fill_row(row, row_pieces)
         pieces += row_pieces
     return batch, pieces
+
+
+def rows_of_both_layouts(rows: int = B) -> tuple[PreferenceBatch, SharedPromptBatch]:
+    """The same pairs with a prompt for each answer and with one for both: prompts of 1 to 9 tokens, and answers of 1 to 6."""
+    rng = np.random.default_rng(5)
+    plain = PreferenceBatch.empty(rows, 64)
+    shared = SharedPromptBatch.empty(rows, 40)
+    for row in range(1, rows):
+        pieces = [_pair_with_prompt(rng, int(rng.integers(1, 10))) for _ in range(1 + row % 2)]
+        plain.fill_row(row, pieces)
+        shared.fill_row(row, pieces)
+    return plain, shared
+
+
+def _pair_with_prompt(rng: np.random.Generator, num_prompt: int) -> StoredPiece:
+    prompt = rng.integers(0, V, num_prompt)
+    texts = [np.concatenate([prompt, rng.integers(0, V, int(rng.integers(1, 7)))]) for _ in range(2)]
+    mask = np.concatenate([np.arange(len(text)) >= num_prompt for text in texts])
+    answers = np.repeat([1, 2], [len(text) for text in texts])
+    answers[[0, len(texts[0])]] += SEGMENT_START
+    return StoredPiece(np.concatenate(texts), mask, answers, np.array([0.0, num_prompt - 1]))
 
 
 def unpaired_rows(rows: int = B) -> tuple[UnpairedBatch, list[StoredPiece]]:

@@ -18,7 +18,7 @@ from moe_train.train.objectives.preference import preference
 from moe_train.train.objectives.preference_losses import PairLogprobs, pair_losses
 from moe_train.train.state import partition, trained_in_full
 from tests.random_parameters import random_parameters
-from tests.train.objectives.judged_rows import pair_rows
+from tests.train.objectives.judged_rows import pair_rows, rows_of_both_layouts
 from tests.train.tiny_step import LORA, MESHES, MODEL, ONE, check_equal, gradients, plain_logprobs, structure_of
 
 DPO = config.Preference(name="preference", sft_weight=0.5)
@@ -103,6 +103,39 @@ def test_every_mesh_gives_the_loss_and_the_gradients_of_a_plain_computation(mesh
     assert step.terms.metrics["nll_loss"].weight == (batch.loss_mask & (batch.answer_ids % 2 == 1)).sum()
 
 
+@cache
+def step_with_two_prompts(section: config.Preference) -> Any:
+    return gradients(preference(section), ONE, 1, LORA, rows=rows_of_both_layouts()[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "mesh", "microbatches"),
+    [
+        ("sigmoid", "fsdp, expert, context", 2),
+        pytest.param("sigmoid", "data, fsdp, tensor", 1, marks=pytest.mark.slow),
+        pytest.param("orpo", "one device", 2, marks=pytest.mark.slow),
+        pytest.param("ipo", "one device", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_one_prompt_for_both_answers_changes_nothing_but_what_routers_count(loss: Any, mesh: str, microbatches: int) -> None:
+    section = config.Preference(name="preference", loss=loss, sft_weight=0.0 if loss == "orpo" else 0.5)
+    plain, shared = rows_of_both_layouts()
+    expected = step_with_two_prompts(section)
+    step = gradients(preference(section), MESHES[mesh], microbatches, LORA, rows=shared)
+    check_equal(step, (expected.loss, expected.gradients), 1e-4)
+    assert step.weight == expected.weight and step.terms.metrics.keys() == expected.terms.metrics.keys()
+    for name, metric in step.terms.metrics.items():
+        if name != DRIFT_METRIC:
+            other = expected.terms.metrics[name]
+            np.testing.assert_allclose(metric.sum / metric.weight, other.sum / other.weight, rtol=1e-4, atol=1e-6)
+    # Each prompt but its last token is counted once.
+    repeated = sum((plain.segment_ids != 0).sum(axis=1)) - sum((shared.segment_ids != 0).sum(axis=1))
+    assert repeated > 50
+    if section.has_reference:
+        drift = [terms.metrics[DRIFT_METRIC].weight for terms in (expected.terms, step.terms)]
+        assert drift[0] - drift[1] == 2 * repeated
+
+
 @pytest.mark.slow
 def test_orpo_adds_the_likelihood_of_whole_chosen_texts() -> None:
     step = gradients(preference(ORPO), ONE, 2, LORA, rows=pair_rows()[0])
@@ -119,7 +152,12 @@ def test_full_training_reads_the_reference_from_the_batch() -> None:
         base = combine(structure_of(None), frozen, {path: x + 0.5 for path, x in trained_in_full(learned, LORA).items()})
         _, reference = jax.jit(plain_logprobs)(base, put_batch(batch, ONE))
     section = DPO.model_copy(update={"sft_weight": 0.0})
-    stored = gradients(preference(section), ONE, rows=batch._replace(reference=np.asarray(reference)))
+    # Experts that the model chooses nowhere, and those of the second layer that it always chooses among.
+    experts = np.concatenate([np.full((*batch.tokens.shape, 2), 255), np.tile(np.arange(4), (*batch.tokens.shape, 1))], axis=-1)
+    of_base = {"reference": np.asarray(reference), "reference_experts": experts[..., [0, 1, 2, 3]].astype(np.uint8)}
+    stored = gradients(preference(section), ONE, rows=batch._replace(**of_base))
+    drift = stored.terms.metrics[DRIFT_METRIC]
+    assert drift.sum[0] == drift.weight == 2 * (batch.segment_ids != 0).sum() and 0 < drift.sum[1] < drift.weight
     with jax.set_mesh(ONE):
         model = combine(structure_of(None), random_parameters(MODEL, scale=0.3), {})
         value = jax.jit(lambda *xs: plain_loss(section, *xs))(model, base, put_batch(batch, ONE))

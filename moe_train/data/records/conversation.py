@@ -25,6 +25,7 @@ from that only what cannot be interpreted is rejected: an unknown role, or a cal
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -92,16 +93,28 @@ def _missing_column(problem: NoColumn, fields: Mapping[str, Any], record: config
     """Return what is wrong with a record that lacks a column that its section names."""
     if problem.column in fields:
         return Problem("columns", f"column {problem.column!r} is null or empty", "write its value, or drop the record")
+    # With all columns: those that were read before this one was missed have been taken away.
+    problem = NoColumn(problem.column, list(map(str, fields)))
     try:
         section = recognise(fields, record.ignore)
     except Problem:
         return problem
     if section.name == record.name:
-        return problem
+        stated = _other_columns(section, record)
+        if not stated:
+            return problem
+        return Problem("columns", problem.message, f"state {stated} in the record section of a source of such records")
     columns = brief(", ".join(map(str, fields)))
     message = f"the record is of the kind {section.name} ({columns}), and its source is read as {record.name}"
     remedy = "put each kind of records into files of its own, or name the columns with --map (in a config: in the record section)"
     return Problem("mixed-kinds", message, remedy)
+
+
+def _other_columns(section: config.Record, record: config.Record) -> str:
+    """Return the columns that a section states differently from another one of its kind, as YAML; empty if there are none."""
+    columns = section.model_dump(mode="json", exclude={"name", "ignore", "too_long"}, exclude_unset=True)
+    of_record = record.model_dump(mode="json")
+    return ", ".join(f"{name}: {json.dumps(column)}" for name, column in columns.items() if column != of_record[name])
 
 
 def _read(fields: Mapping[str, Any], record: config.Record, unread: Unread) -> NormalRecord:

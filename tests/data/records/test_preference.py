@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from moe_train import config
+from moe_train.data.records.conversation import normalise
 from moe_train.data.records.normal_form import Conversation, LabelledAnswer, PreferencePair
+from moe_train.data.records.problem import Problem
 from tests.data.records.reading import TOOL, problem, reading
 
 Q = {"role": "user", "content": "Name a red fruit."}
@@ -138,3 +140,26 @@ def test_openai_s_request_of_a_pair() -> None:
     pair = {"input": request, "preferred_output": [GOOD], "non_preferred_output": [BAD]}
     expected = PreferencePair(Conversation([Q], [TOOL]), [GOOD], [BAD])
     assert reading(pair) == (expected, ("parallel_tool_calls",))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"chosen": [Q, GOOD], "rejected": [Q, BAD]},
+            "no column 'prompt'; the record has 'chosen', 'rejected'; state prompt: null in",
+        ),
+        (
+            {"messages": [Q], "chosen": GOOD, "rejected": BAD},
+            'state prompt: "messages" in the record section of a source of such records',
+        ),
+        (
+            {"question": "a", "chosen_response": "b", "rejected_response": "c"},
+            'state prompt: "question", chosen: "chosen_response", rejected: "rejected_response" in',
+        ),
+    ],
+)
+def test_columns_of_another_layout_are_named_for_the_section(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(Problem) as raised:
+        normalise(fields, config.PreferenceRecord(name="preference"))
+    assert message in str(raised.value)

@@ -147,7 +147,8 @@ def _read_factors(layout: expected.AdapterLayout, tensor: ExpectedTensor, a: Sto
     if layout == "peft" and len(tensor.parts) > 1:
         yield from _read_fused_factors(tensor, a, b)
         return
-    if len(tensor.shape) == len(a.shape) == len(b.shape) > 2:
+    # Other tensors of three dims have a matrix for each expert or head.
+    if len(tensor.shape) > 2 and ParameterPath.parse(tensor.parts[0].path).is_tower:
         yield _read_kernel(tensor, a, b)
         return
     for i in range(len(tensor.parts)):

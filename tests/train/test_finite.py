@@ -18,7 +18,7 @@ from moe_train.data.batches.batch import Batch
 from moe_train.model.parameters import Parameters, combine, parameters
 from moe_train.model.transformer import abstract_model, init_model
 from moe_train.run.not_finite import FirstFault, first_fault
-from moe_train.train.finite import StepFlags, output_flags, step_flags
+from moe_train.train.finite import StepFlags, TokenPlaces, output_flags, step_flags
 from moe_train.train.objectives.next_token import next_token
 from moe_train.train.objectives.objective import ModelWeights, Objective, ObjectiveInputs, Terms
 from moe_train.train.step_definition import StepDefinition
@@ -66,7 +66,7 @@ def test_the_layers_are_run_as_the_model_runs_them() -> None:
         model = combine(structure, weights)
         segments = BATCH.segment_ids.copy()
         segments[3:] = 0
-        flags = jax.jit(output_flags)(model, BATCH.tokens, BATCH.positions, segments)
+        flags = jax.jit(output_flags)(model, BATCH.tokens, TokenPlaces(BATCH.positions, segments))
         hidden, _ = jax.jit(lambda m: m(BATCH.tokens, BATCH.positions, segments))(model)
     expected = np.isfinite(hidden).all(-1) | (segments == 0)
     has_token = (BATCH.tokens == BATCH.tokens[2, 5]).any(-1)

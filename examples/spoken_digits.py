@@ -21,7 +21,7 @@ from moe_train.commands.evaluate_suite import evaluate_suites
 from moe_train.weights.wrappers import whisper
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/examples/spoken_digits")
-steps = int(sys.argv[2]) if len(sys.argv) > 2 else 300
+steps = int(sys.argv[2]) if len(sys.argv) > 2 else 500
 folder.mkdir(parents=True, exist_ok=True)
 choose = random.Random(0)
 noise = np.random.default_rng(0)
@@ -98,7 +98,8 @@ def save_base(text_model: Path, base: Path) -> None:
     settings = whisper.settings_of(TOWER, text["hidden_size"])
     normal = np.random.default_rng(0).normal
     for tensor in whisper.tensors(settings):
-        scale = 1 / np.sqrt(np.prod(tensor.shape[1:]))
+        # Larger convolutions, so that the sound stands out beside the positions that are added to it.
+        scale = (3 if "conv" in tensor.name else 1) / np.sqrt(np.prod(tensor.shape[1:]))
         values = normal(0, scale, tensor.shape) if len(tensor.shape) > 1 else np.full(tensor.shape, "norm.weight" in tensor.name)
         tensors[tensor.name] = values.astype("float32")
     tensors[whisper.POSITIONS] = whisper.Positions(settings).read()
@@ -107,7 +108,7 @@ def save_base(text_model: Path, base: Path) -> None:
 
 
 save_tokenizer(folder / "tekken.json")
-for name, count in (("train", 2000), ("test", 50)):
+for name, count in (("train", 3000), ("test", 50)):
     save_records(name, count)
 # A random text model, exported after a single step on a licence, and a random tower around it.
 text = moe_train.load_config("examples/spoken_digits.yaml", [f"run_dir={folder}/text", f"data.tokenizer.path={folder}/tekken.json"])

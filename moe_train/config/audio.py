@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from moe_train.config.section import Positive, Section
 from moe_train.config.tower_features import ComputedFeatures, TowerFeatures
@@ -87,6 +87,10 @@ class Audio(Section):
     chunks_per_row: Positive | None = None
     """Chunks of sound, of 30 s in Voxtral, that a row of a batch has room for. The tower computes as many for every row, so a
     smaller number saves time where rows have more text than sound; null: as many as fit into `train.seq_len` tokens.
+    """
+    buckets: Annotated[Positive, Field(le=8)] = 1
+    """Sizes of that room: with 3, each step computes for all rows alike as many chunks as its fullest row needs, rounded up to the
+    whole room, a half or a quarter of it. Each size that occurs is compiled once; set it where clips differ much in length.
     """
     train: tuple[str, ...] = ()
     """Patterns of the modules of tower and projector that full training trains with the text model, such as `audio.projector.*` or

@@ -160,6 +160,22 @@ class Run(Section):
         return None if self.media is None else self.media.encoder
 
     @property
+    def rooms(self) -> tuple[int, ...]:
+        """Patches or chunks that rows of a step may have room for, ascending to all of `units_per_row`; () without a tower.
+
+        Each is half of the next, rounded up to what divides over `context`.
+        """
+        media = self.media
+        if media is None:
+            return ()
+        multiple = self.mesh.context * (media.encoder.patches_per_token if isinstance(media, RunVision) else 1)
+        sizes = {media.units_per_row}
+        for halvings in range(1, media.buckets):
+            size = -(-media.units_per_row // 2**halvings)
+            sizes.add(min(size + -size % multiple, media.units_per_row))
+        return tuple(sorted(sizes))
+
+    @property
     def stored_features(self) -> StoredFeatures | None:
         """How features of the tower are stored; None if steps compute them, or without a tower."""
         features = None if self.media is None else self.media.features

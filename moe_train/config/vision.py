@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from moe_train.config.section import NonNegative, Positive, PositiveFloat, Section
 from moe_train.config.tower_features import ComputedFeatures, TowerFeatures
@@ -88,6 +88,10 @@ class Vision(Section):
     patches_per_row: Positive | None = None
     """Patches of pictures that a row of a batch has room for. The tower computes as many for every row, so a smaller number saves
     time where rows have more text than pictures; null: as many as fit into `train.seq_len` tokens.
+    """
+    buckets: Annotated[Positive, Field(le=8)] = 1
+    """Sizes of that room: with 3, each step computes for all rows alike as many patches as its fullest row needs, rounded up to the
+    whole room, a half or a quarter of it. Each size that occurs is compiled once; set it where pictures differ much in size.
     """
     train: tuple[str, ...] = ()
     """Patterns of the modules of tower and projector that full training trains with the text model, such as `vision.projector.*` or

@@ -17,7 +17,8 @@ from moe_train.model.moe.expert_weights import ExpertWeights, SeparateExperts
 from moe_train.model.moe.layer import MoE
 from moe_train.model.quantize import Quantized
 from moe_train.model.sharding.specs import spec_of
-from moe_train.model.transformer import Stack, Transformer
+from moe_train.model.stack import Stack
+from moe_train.model.transformer import Transformer
 
 MAX_EXPERTS = 16
 """Largest number of experts that are separated: each has a program of its own, which takes time to compile."""

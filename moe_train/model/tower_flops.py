@@ -13,7 +13,7 @@ from moe_train.model.flops import flops_per_token
 
 
 def flops_of_run(run: config.Run, trained: Mapping[str, Shaped[Array, "..."] | jax.ShapeDtypeStruct] | None = None) -> float:
-    """Return the model FLOPs per token of a training step of a resolved run, those of its tower included.
+    """Return the model FLOPs per token of a training step of a resolved run, those of its tower for a full room included.
 
     Args:
         run: the resolved run.
@@ -21,10 +21,15 @@ def flops_of_run(run: config.Run, trained: Mapping[str, Shaped[Array, "..."] | j
     """
     flops = flops_per_token(run.model, run.train.seq_len, trained)
     media = run.computed_media
-    if media is None:  # no tower, or one whose features are stored
-        return flops
-    of_row = tower_flops(media.encoder, run.model.model_dim, media.units_per_row, TrainedModules(run.lora, run.trained_tower))
-    return flops + of_row / run.train.seq_len
+    return flops if media is None else flops + flops_of_tower(run, media.units_per_row) / run.train.seq_len
+
+
+def flops_of_tower(run: config.Run, units: int) -> float:
+    """Return the model FLOPs of a run's tower for a row with room for `units` patches or chunks; 0 where no step runs a tower."""
+    media = run.computed_media
+    if media is None:
+        return 0.0
+    return tower_flops(media.encoder, run.model.model_dim, units, TrainedModules(run.lora, run.trained_tower))
 
 
 class TrainedModules(NamedTuple):

@@ -160,7 +160,7 @@ def _is_narrow(w: ShardedWeight) -> bool:
 
 
 def _named_activation_bytes(model: config.Model, ffn: config.Ffn, sizes: dict[str, int], shape: MicrobatchShape) -> int:
-    """Return the bytes that remat `minimal` keeps per layer besides its input (`transformer.SAVED`)."""
+    """Return the bytes that remat `minimal` keeps per layer besides its input (`stack.SAVED`)."""
     m = shape.tokens
     b = shape.itemsize
     t = sizes["tensor"]

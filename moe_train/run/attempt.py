@@ -6,7 +6,6 @@ An attempt ends where the run ends or is stopped, or where the run has to return
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +36,7 @@ from moe_train.run.self_test import run_self_tests
 from moe_train.run.shared_prompt import with_layout
 from moe_train.run.start import Start, starting_state
 from moe_train.run.start_check import check_start
+from moe_train.run.step_programs import StepPrograms, units_per_row
 from moe_train.run.stopping import StopRequest, StopVotes, Votes
 from moe_train.run.suite_scores import SuiteScores, load_run_suites
 from moe_train.run.tower_features import add_features
@@ -44,7 +44,7 @@ from moe_train.run.writer import Writer
 from moe_train.train.objectives.choose import objective_of_run
 from moe_train.train.objectives.objective import Objective
 from moe_train.train.state import TrainState
-from moe_train.train.step import StepMetrics, compile_step
+from moe_train.train.step import StepMetrics
 from moe_train.train.step_definition import definition_of
 
 
@@ -74,7 +74,7 @@ class Attempt:
     batches: Iterator[Any]
     batch: Any
     """The next batch, on the mesh."""
-    run_step: Any
+    run_step: StepPrograms
     """The compiled step."""
     held_out: HeldOutLoss
     suites: SuiteScores
@@ -143,6 +143,7 @@ class Attempt:
             RolledBack: the step was a spike, and newer checkpoints were set aside.
         """
         try:
+            self.figures.units_per_row = units_per_row(taken.batch)
             explain = partial(self.diagnosis.explain, taken.step, state, taken.batch)
             votes = self.figures.read(taken.step, taken.metrics, taken.voted, newest, self.writer, explain)
         finally:
@@ -243,11 +244,9 @@ def open_attempt(
     # The first batch is needed before the loop: the step is compiled for its shapes and shardings.
     batch = put_batch(next(batches), mesh)
     check_start(run, objective, begin, batch, writer.say)
-    start_time = time.perf_counter()
     definition = definition_of(run, begin.structure, begin.optimizer, objective)
-    with goodput.during("compile"):
-        run_step = compile_step(definition, begin.state, batch, begin.base_weights)
-    writer.say(f"compiled the step in {time.perf_counter() - start_time:.1f} s")
+    run_step = StepPrograms(definition, goodput, writer.say)
+    run_step.compile(begin.state, batch, begin.base_weights)
     figures = MetricsReader(run, mesh, begin.state.learned, inputs.total_steps, start, begin.state)
     figures.goodput = goodput
     writer.say(f"MFU is the share of {figures.peak_source}")

@@ -38,6 +38,10 @@ def introduce(run: config.Run, say: Say, inputs: RunInputs, begin: Start) -> Non
         say(f"export: none, since no file format can express {config.without_format(run.model)}")
     for line in _describe_objective(run):
         say(line)
+    if len(run.rooms) > 1:
+        sizes = ", ".join(map(str, run.rooms))
+        unit = "patches" if run.pictures is not None else "chunks"
+        say(f"rows have room for {sizes} {unit}, as each step needs: at most {len(run.rooms)} programs of the step are compiled")
     if isinstance(run.optimizer, config.Muon):
         say(describe_muon(run.optimizer, list(begin.state.trainable)))
     for line in describe_initial_files(run.init_from, run.trains_tower) if run.init_from else ():

@@ -15,9 +15,10 @@ from numpy.typing import ArrayLike
 
 from moe_train import config
 from moe_train.machine.devices import peak_flops
+from moe_train.model.flops import flops_per_token
 from moe_train.model.moe.router import RouterStats
 from moe_train.model.parameters import Parameters
-from moe_train.model.tower_flops import flops_of_run
+from moe_train.model.tower_flops import flops_of_tower
 from moe_train.run.chosen_answers import ChosenAnswers
 from moe_train.run.goodput import Goodput
 from moe_train.run.stopping import Votes
@@ -51,7 +52,9 @@ class MetricsReader:
         """The spike at the step that was read last, if it was one."""
         self._sparse_layers = config.sparse_layers(run.model)
         self._positions = run.train.batch_size * run.train.seq_len
-        self._flops_per_token = flops_of_run(run, trainable if run.lora else None)
+        self._flops_per_token = flops_per_token(run.model, run.train.seq_len, trainable if run.lora else None)
+        self.units_per_row = 0 if run.media is None else run.media.units_per_row
+        """Patches or chunks that the tower computes for each row of the step that is read next."""
         self._peak, self.peak_source = peak_flops(list(mesh.devices.flat))
         # Tabulated once: evaluating the schedule at each step would queue its arithmetic behind the training steps on the device.
         rate = make_schedule(run.optimizer.schedule, run.optimizer.learning_rate, total_steps)
@@ -61,6 +64,7 @@ class MetricsReader:
         self._seconds = math.nan
         self._input_wait = math.nan
         self._tokens = math.nan  # tokens of a step that are no padding, averaged like `_seconds`
+        self._tower_flops = math.nan  # of the tower for a row of a step, padding included, averaged likewise
         self.finite = True
         self.goodput: Goodput | None = None
         """The stopwatch of the process; None outside a run."""
@@ -104,6 +108,7 @@ class MetricsReader:
         done = step + ahead
         # A batch type without `segment_ids` states no padding.
         self._tokens_read.append(self._positions if now.tokens is None else int(now.tokens))
+        self._tower_read.append(flops_of_tower(self._run, self.units_per_row))
         if done > self._done and step % self._run.metrics.every_steps == 0:
             self._measure_time(done)
         if self.goodput is not None:
@@ -136,7 +141,12 @@ class MetricsReader:
         self._seconds = seconds / (done - self._done)
         self._input_wait = self.waited / seconds
         self._tokens = sum(self._tokens_read) / len(self._tokens_read)
+        self._tower_flops = sum(self._tower_read) / len(self._tower_read)
         self.restart_timer(done)
+
+    def _flops(self) -> float:
+        """Return the FLOPs of a step: of tokens that are no padding, and of what the tower computes, padding included."""
+        return self._tokens * self._flops_per_token + self._run.train.batch_size * self._tower_flops
 
     def _check_limits(self, step: int) -> None:
         """Raise RuntimeError if more steps than allowed were not finite, or were spikes."""
@@ -203,6 +213,7 @@ class MetricsReader:
         self._since = time.perf_counter()
         self.waited = 0.0
         self._tokens_read: list[int] = []
+        self._tower_read: list[float] = []
 
     def next_batch(self, batches: Iterator[Any]) -> Any:
         """Return the next batch and count the time spent waiting for it as `input_wait`.
@@ -228,7 +239,7 @@ class MetricsReader:
             "seconds": self._seconds,
             "tokens_per_second": self._tokens / self._seconds,
             "input_wait": self._input_wait,
-            "mfu": None if self._peak is None else self._tokens * self._flops_per_token / self._seconds / self._peak,
+            "mfu": None if self._peak is None else self._flops() / self._seconds / self._peak,
             **({} if self.goodput is None else {"goodput": self.goodput.summary().shares["productive"]}),
             **({} if now.routers is None else router_metrics(now.routers)),
         }

@@ -16,7 +16,8 @@ from moe_train.model.attention.kinds import apply_attention
 from moe_train.model.moe.layer import MoE
 from moe_train.model.parameters import Parameters, combine
 from moe_train.model.sharding.specs import place
-from moe_train.model.transformer import Layer, Stack, Transformer
+from moe_train.model.stack import Layer, Stack
+from moe_train.model.transformer import Transformer
 from moe_train.train.gradients import step_gradients
 from moe_train.train.objectives.objective import ModelWeights
 from moe_train.train.step_definition import StepDefinition

@@ -57,6 +57,14 @@ def test_a_small_model_learns_to_read_invoices(compiled: Path, tmp_path: Path) -
     assert all(float(share) > 0.9 for share in re.findall(r"\d\.\d+", line)), line
 
 
+@pytest.mark.slow
+def test_a_small_model_learns_to_transcribe_digits(compiled: Path, tmp_path: Path) -> None:
+    output = printed_by("spoken_digits.py", str(tmp_path), compiled=compiled)
+    [line] = [line for line in output.splitlines() if line.startswith("word error rate")]
+    rate, clips = re.findall(r"\d[.\d]*", line)
+    assert float(rate) < 0.1 and clips == "50", line
+
+
 def test_the_index_names_each_program() -> None:
     index = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     for program in EXAMPLES.glob("*.py"):

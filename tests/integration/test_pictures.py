@@ -36,7 +36,7 @@ from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.run import loop
 from moe_train.run.inputs import open_inputs
 from moe_train.run.resolve import resolve
-from moe_train.train.objectives.choose import objective_of
+from moe_train.train.objectives.choose import objective_of, objective_of_run
 from tests.commands.wrapper import TEXT, TOWER, save_wrapper
 from tests.data.hugging_face import small_tekken
 from tests.random_parameters import random_parameters
@@ -282,6 +282,41 @@ def test_batches_do_not_depend_on_the_number_of_processes(ready: Path) -> None:
     assert not (whole.loss_mask & np.isin(whole.targets, (10, 12, 13))).any()
     assert (whole.ids > 0).sum() == 4 * (whole.tokens == 10).sum()
     assert whole.ids.max() > 1  # several pictures in a row
+
+
+def test_batches_have_the_smallest_room_that_fits_on_all_processes(ready: Path) -> None:
+    """Rows of 8 or 16 patches: the room of a step is that of its fullest row, whichever process has it."""
+    run = resolve(written(ready, vision=config.Vision(patches_per_row=32, buckets=4), mesh=PLAIN, train=SHORT), 8)
+    assert run.rooms == (4, 8, 16, 32)
+    batch_type = objective_of_run(run).batch_type
+
+    def batches(process: int, count: int) -> list[Any]:
+        rows = BatchRows(2, 24, process, count)
+        loader = Loader(run.training_data(), "train", Mistral(ready / "tekken.json"), rows, seed=0, batch_type=batch_type)
+        return [loader.batch(step) for step in range(24)]
+
+    whole, parts = batches(0, 1), [batches(process, 2) for process in range(2)]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        fullest = int((batch.ids > 0).sum(axis=1).max())
+        assert batch.units.shape[1] == next(room for room in run.rooms if room >= fullest)
+        assert all(np.array_equal(array, np.concatenate(both)) for array, *both in zip(batch, *halves, strict=True))
+    assert len({batch.units.shape[1] for batch in whole}) > 1
+    context = config.Mesh(data=1, context=4, tensor=2)
+    assert resolve(written(ready, vision=config.Vision(patches_per_row=48, buckets=4), mesh=context), 8).rooms == (16, 32, 48)
+
+
+@pytest.mark.slow
+def test_losses_do_not_depend_on_the_room(ready: Path, tmp_path: Path) -> None:
+    runs = {}
+    for buckets in (1, 4):
+        vision = config.Vision(patches_per_row=32, buckets=buckets)
+        train_section = config.Train(steps=4, batch_size=8, seq_len=32)
+        lora = config.Lora(targets=(config.LoraTarget(modules=("attention.*",), rank=2, alpha=4.0),))
+        run_dir = tmp_path / str(buckets)
+        made = written(ready, run_dir=str(run_dir), vision=vision, mesh=PLAIN, train=train_section, lora=lora)
+        assert train(made) == loop.FINISHED
+        runs[buckets] = [line["cross_entropy"] for line in lines(run_dir) if "cross_entropy" in line]
+    assert len(runs[1]) == 4 and np.allclose(runs[1], runs[4], rtol=1e-4)
 
 
 def test_rows_have_no_more_patches_than_room(ready: Path) -> None:

@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from moe_train import config
 from moe_train.commands.adapters import merge_into
+from moe_train.commands.chat import Chat
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.evaluate_suite import evaluate_suites
 from moe_train.commands.export import ExportOptions, export
@@ -31,6 +32,7 @@ from moe_train.data.batches.media_batch import media_batch
 from moe_train.data.check.check import check_data
 from moe_train.data.check.settings import CheckSettings
 from moe_train.data.check.sources import CheckedSource
+from moe_train.data.records.media_parts import PICTURES, SOUND
 from moe_train.data.tokenizers.mistral import Mistral
 from moe_train.model.parameters import parameters
 from moe_train.model.transformer import abstract_model
@@ -145,6 +147,20 @@ def test_a_trained_model_answers_about_sound_that_it_has_not_heard(trained: Path
     (tmp_path / "suite.yaml").write_text("name: words\nitems: items.jsonl\ngrader: {name: word_error_rate}\n")
     (scored,) = evaluate_suites(trained, [tmp_path / "suite.yaml"])["suites"]
     assert scored["word_error_rate"] == 0.25 and scored["score"] == 0.75
+
+
+def test_a_chat_hears_the_sound_that_it_is_given(trained: Path, tmp_path: Path) -> None:
+    chat = Chat(trained, Sampling(8), ChatSettings())
+    with pytest.raises(ValueError, match=r"there is no sound .*0\.wav"):
+        chat.attach(SOUND, str(tmp_path / "0.wav"))
+    with pytest.raises(ValueError, match="has no vision tower that can be computed, so it sees no pictures"):
+        chat.attach(PICTURES, str(tmp_path / "0.wav"))
+    for i, word in enumerate(("low", "high")):
+        save_clip(tmp_path / f"{i}.wav", word, 100 + i)
+        chat.attach(SOUND, str(tmp_path / f"{i}.wav"))
+        assert "".join(chat.answer("Which?")) == word
+        assert not chat.media
+        chat.reset()
 
 
 def test_exports_carry_the_tower_as_it_was(trained: Path, ready: Path, tmp_path: Path) -> None:

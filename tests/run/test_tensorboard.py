@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from moe_train.machine.png import load_colors
 from moe_train.run import tensorboard
@@ -21,15 +20,19 @@ LOAD = [[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]
 METRICS = {"loss": 2.5, "grad_norm": 1.0, "mfu": None, "router_entropy": [0.25, 0.5, 0.75], "load": LOAD}
 
 
+def events_of(file: Path) -> Iterator[Event]:
+    """Events of the records of a file: length (8 bytes), its checksum (4), the message, its checksum (4)."""
+    content = file.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+
+
 def values_of(folder: Path) -> Iterator[tuple[int, Any]]:
-    """(step, value) of the records of an event file: length (8 bytes), its checksum (4), the message, its checksum (4)."""
     for file in sorted((folder / "tensorboard").iterdir()):
-        content = file.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            event = Event.FromString(content[12 : 12 + length])
+        for event in events_of(file):
             yield from ((event.step, value) for value in event.summary.value)
-            content = content[16 + length :]
 
 
 def write(folder: Path, steps: range, total: int) -> dict[tuple[str, int], Any]:
@@ -69,16 +72,31 @@ def test_a_long_run_has_few_pictures(tmp_path: Path) -> None:
 def test_events_that_cannot_be_written_are_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tensorboard, "_events_failed", threading.Event())
+    """Of more metrics at a step than the ten that tensorboardX's own queue holds: a run waited for ever for that queue."""
+    many = {f"metric_{i}": 1.0 for i in range(30)}
     events = tensorboard.EventWriter(tmp_path, 0, 4)
-    event_writer = events._writer.file_writer.event_writer
+    events.write("train", 1, many)
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(event_writer._ev_writer, "write_event", fail)
-    for step in (1, 2):
-        events.write("train", step, {"loss": 1.0})
-        event_writer._worker.join(5)
+    monkeypatch.setattr(events._file, "write_event", fail)
+    for step in (2, 3):
+        events.write("train", step, many)
     events.close()
     assert caplog.text.count("TensorBoard events are no longer written: [Errno 28] No space left on device") == 1
+    assert {step for step, _ in values_of(tmp_path)} == {1}
+
+
+def test_a_folder_that_cannot_be_made_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "tensorboard").write_text("a file in its place")
+    events = tensorboard.EventWriter(tmp_path, 0, 4)
+    events.write("train", 1, METRICS)
+    events.close()
+    assert caplog.text.count("TensorBoard events are no longer written") == 1
+
+
+def test_events_of_a_process_that_died_are_hidden(tmp_path: Path) -> None:
+    tensorboard.EventWriter(tmp_path, 6, 20).close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert SessionLog.START in [event.session_log.status for event in events_of(file) if event.step == 7]

@@ -118,5 +118,6 @@ def test_routers_and_experts_are_run_as_well() -> None:
         update={"family": "mixtral", "ffn": config.MoeFfn(name="moe", ffn_dim=16, num_experts=4, experts_per_token=2)}
     )
     with jax.set_mesh(mesh_of(config.Mesh())):
-        flags = jax.eval_shape(output_flags, abstract_model(sparse), BATCH.tokens, BATCH.positions, BATCH.segment_ids)
+        places = TokenPlaces(BATCH.positions, BATCH.segment_ids)
+        flags = jax.eval_shape(output_flags, abstract_model(sparse), BATCH.tokens, places)
     assert flags["stacks.0.layers.0.ffn"].shape == (3, 8, 16)

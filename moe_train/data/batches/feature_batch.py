@@ -52,6 +52,13 @@ class FeatureBatch(_Arrays):
     units_per_row: ClassVar[int]
     """Patches or chunks that a row has room for, by which rows are packed as where the tower runs in every step."""
     shape: ClassVar[FeatureShape]
+    rooms: ClassVar[tuple[int, ...]]
+    """As in `MediaBatch`."""
+
+    @classmethod
+    def with_room(cls, units: int) -> type[FeatureBatch]:
+        """Return the type for the smallest of the rooms that the features of `units` patches or chunks fit into."""
+        return feature_batch(cls.encoder, next(room for room in cls.rooms if room >= units), cls.shape, cls.rooms)
 
     @classmethod
     def computed_type(cls) -> type[MediaBatch]:
@@ -102,16 +109,16 @@ class FeatureBatch(_Arrays):
 
 
 @functools.cache
-def feature_batch(encoder: config.Encoder, units_per_row: int, shape: FeatureShape) -> type[FeatureBatch]:
+def feature_batch(
+    encoder: config.Encoder, units_per_row: int, shape: FeatureShape, rooms: tuple[int, ...] = ()
+) -> type[FeatureBatch]:
     """Return the batch type for the features of a tower.
 
     Args:
         encoder: the tower.
         units_per_row: patches of pictures, or chunks of sound, that a row has room for.
         shape: width and dtype of the features.
+        rooms: as in `media_batch`.
     """
-    return type(
-        "FeatureBatch",
-        (FeatureBatch,),
-        {"encoder": encoder, "units_per_row": units_per_row, "shape": shape, "__module__": __name__},
-    )
+    attributes = {"encoder": encoder, "units_per_row": units_per_row, "shape": shape, "rooms": rooms or (units_per_row,)}
+    return type("FeatureBatch", (FeatureBatch,), {**attributes, "__module__": __name__})

@@ -23,6 +23,8 @@ from moe_train.data.batches.answer_batches import UnpairedBatch
 from moe_train.data.batches.batch import Batch, BatchRows, PackedBatch
 from moe_train.data.batches.check_set import check_set, check_varied_labels
 from moe_train.data.batches.concatenation import Concatenation
+from moe_train.data.batches.feature_batch import FeatureBatch
+from moe_train.data.batches.media_batch import MediaBatch
 from moe_train.data.batches.mismatched import check_labels
 from moe_train.data.batches.order import Shuffle
 from moe_train.data.batches.packing import Plan
@@ -317,10 +319,22 @@ class Loader:
         if step < 0 or (self.batches is not None and step >= self.batches):
             raise IndexError(f"no batch {step}; there are {self.batches or 'endless'} batches from 0")
 
+    def _type_of(self, numbers: np.ndarray) -> type[PackedBatch]:
+        """Return the batch type with room for the pictures or sound of the rows with these numbers, those of all processes."""
+        batch_type = self.batch_type
+        if not issubclass(batch_type, MediaBatch | FeatureBatch) or len(batch_type.rooms) == 1:
+            return batch_type
+        most = 0
+        for number in numbers.tolist():
+            index, row = divmod(number, _ROWS)
+            source = self._sources[index]
+            most = max(most, sum(int(source.store.media_units[piece.example]) for piece in source.order.pieces(row)))
+        return batch_type.with_room(most)
+
     def _fill(self, numbers: np.ndarray) -> PackedBatch:
         """Make this process's part of the batch with these row numbers."""
         own_rows = self._batch_rows.own_rows
-        batch: Any = self.batch_type.empty(own_rows.stop - own_rows.start, self._batch_rows.seq_len)
+        batch: Any = self._type_of(numbers).empty(own_rows.stop - own_rows.start, self._batch_rows.seq_len)
         reference = self._sources[0].reference
         # All sources are compared with one model.
         if reference is not None and reference.experts is not None:

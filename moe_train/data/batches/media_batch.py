@@ -45,6 +45,13 @@ class MediaBatch(_Arrays):
     """The tower that takes the patches or the chunks."""
     units_per_row: ClassVar[int]
     """Patches or chunks that a row has room for."""
+    rooms: ClassVar[tuple[int, ...]]
+    """Rooms of the batches of a loader, ascending to its largest; (units_per_row,) for a single one."""
+
+    @classmethod
+    def with_room(cls, units: int) -> type[MediaBatch]:
+        """Return the type for the smallest of the rooms that `units` patches or chunks fit into."""
+        return media_batch(cls.encoder, next(room for room in cls.rooms if room >= units), cls.rooms)
 
     @classmethod
     def empty(cls, rows: int, seq_len: int) -> Self:
@@ -122,12 +129,16 @@ def _in_words(sizes: dict[str, int]) -> str:
 
 
 @functools.cache
-def media_batch(encoder: config.VisionEncoder | config.AudioEncoder, units_per_row: int) -> type[MediaBatch]:
+def media_batch(
+    encoder: config.VisionEncoder | config.AudioEncoder, units_per_row: int, rooms: tuple[int, ...] = ()
+) -> type[MediaBatch]:
     """Return the batch type for a tower.
 
     Args:
         encoder: the tower.
         units_per_row: patches or chunks that a row has room for.
+        rooms: rooms among which a loader chooses for each batch, ascending; () for `units_per_row` alone.
     """
-    sizes = {"encoder": encoder, "units_per_row": units_per_row, "__module__": __name__}
+    rooms = rooms or (units_per_row,)
+    sizes = {"encoder": encoder, "units_per_row": units_per_row, "rooms": rooms, "__module__": __name__}
     return type("MediaBatch", (MediaBatch,), sizes)

@@ -10,6 +10,7 @@ from moe_train import config
 from moe_train.data.chat import template as templates
 from moe_train.data.chat import template_reasoning
 from moe_train.data.chat.example import OTHER_TEMPLATE, Example, RenderedPrompt, uses_tools
+from moe_train.data.chat.template_pictures import check_pictures, example_with_pictures, with_pictures, without_files
 from moe_train.data.records.media import shows_media
 from moe_train.data.records.normal_form import Conversation, Message, ModelSettings, reasoning_of, texts_of
 from moe_train.data.records.problem import Problem, brief, checked_text
@@ -75,19 +76,12 @@ def _refused(conversation: Conversation, template: str | None, tokenizer: Tokeni
             raise Problem("last-turn", message, "end with an assistant turn: there is nothing else to learn")
         if isinstance(tokenizer, HuggingFace):
             _needed(template, tokenizer)
-            _refuse_pictures(conversation, tokenizer)
+            check_pictures(conversation, tokenizer)
         if uses_tools(conversation):
             check_has_tools(template, tokenizer)
     except ValueError as error:
         return error
     return None
-
-
-def _refuse_pictures(conversation: Conversation, tokenizer: HuggingFace) -> None:
-    """Raise Problem if a conversation has pictures or sound, which only Mistral's own tokenizers write as they are served."""
-    if shows_media(conversation):
-        message = f"the record has pictures or sound, and {tokenizer.files[0].name} does not say how they are written"
-        raise Problem("picture", message, "name the model's tekken.json: data.tokenizer: {name: mistral, path: …}")
 
 
 def _convert(conversations: list[Conversation], template: str | None, tokenizer: Tokenizer) -> list[list[Example] | ValueError]:
@@ -104,9 +98,24 @@ def _convert(conversations: list[Conversation], template: str | None, tokenizer:
                     results.append(error)
             return results
         case HuggingFace():
-            return templates.examples(conversations, _needed(template, tokenizer), tokenizer)
+            plain = [without_files(conversation) for conversation in conversations]
+            rendered = templates.examples(plain, _needed(template, tokenizer), tokenizer)
+            return [_with_pictures(x, own, tokenizer) for x, own in zip(rendered, conversations, strict=True)]
         case _:
             raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
+
+
+def _with_pictures(
+    rendered: list[Example] | ValueError, conversation: Conversation, tokenizer: HuggingFace
+) -> list[Example] | ValueError:
+    """Return the examples of a conversation with the tokens of its pictures, or the error of one that cannot be used."""
+    rules = tokenizer.media
+    if isinstance(rendered, ValueError) or rules is None or not shows_media(conversation):
+        return rendered
+    try:
+        return [example_with_pictures(example, conversation, rules) for example in rendered]
+    except Problem as problem:
+        return problem
 
 
 def render_prompt(
@@ -149,8 +158,12 @@ def rendered_prompt(
 
             return mistral.prompt(conversation, tokenizer)
         case HuggingFace():
-            _refuse_pictures(conversation, tokenizer)
-            return RenderedPrompt(templates.prompt(conversation, _needed(template, tokenizer), tokenizer))
+            check_pictures(conversation, tokenizer)
+            tokens = templates.prompt(without_files(conversation), _needed(template, tokenizer), tokenizer)
+            if tokenizer.media is None or not shows_media(conversation):
+                return RenderedPrompt(tokens)
+            pictures = with_pictures(tokens, [False] * len(tokens), messages, tokenizer.media)
+            return RenderedPrompt(pictures.tokens, pictures.media)
         case _:
             raise TypeError(f"no chat format for a {type(tokenizer).__name__}")
 

@@ -16,6 +16,7 @@ from moe_train.data.chat.example import REASONING_FIELDS, is_trained_on
 from moe_train.data.chat.loss_mask import Text
 from moe_train.data.chat.renderings import PLAIN_TEXT_MARKS, checked, request, text_or_raise, without_marks
 from moe_train.data.chat.settings import NO_SETTINGS, check_effort, not_written, reasoning_not_written
+from moe_train.data.records.media import has_media
 from moe_train.data.records.normal_form import JOINT, Conversation, Message, ModelSettings, joined_texts, reasoning_of, texts_of
 from moe_train.data.records.problem import Problem
 from moe_train.data.tokenizers.huggingface import HuggingFace
@@ -129,6 +130,8 @@ def _spelled(message: Message, i: int, template: str, tokenizer: HuggingFace) ->
     text = joined_texts(message, joint)
     if text is not None:
         return message | {"content": text}
+    if has_media(message) and not reasoning_of(message):
+        return message | {"content": _with_joined_texts(message["content"], joint)}
     spelling = _spelling(template, tokenizer)
     if spelling is None:
         raise reasoning_not_written(i, "the chat template renders none", _OTHERWISE)

@@ -17,7 +17,9 @@ from typing import NamedTuple
 
 import tokenizers
 
+from moe_train.data.pictures.rules import PictureRules
 from moe_train.data.tokenizers.offsets import touching
+from moe_train.data.tokenizers.processor_files import PROCESSOR_FILES, read_processor_rules
 from moe_train.data.tokenizers.stretches import LONGEST_STRETCH, Stretches, stretches_of_json
 from moe_train.data.tokenizers.template_files import additional_templates, template_beside
 from moe_train.data.tokenizers.tokenizer import Span, Tokenizer, hash_files
@@ -64,7 +66,6 @@ class HuggingFace(Tokenizer):
         self.path = path
         other_files = [directory / name for name in _OTHER_FILES]
         self.files = (main, *(file for file in other_files if file.is_file()), *additional_templates(directory))
-        self.identity = hash_files(self.files)
         try:
             self._plain = tokenizers.Tokenizer.from_file(str(main))
         except Exception as error:  # the library raises bare Exception
@@ -73,6 +74,11 @@ class HuggingFace(Tokenizer):
         self._plain.no_padding()
         self._plain.no_truncation()
         self.longest_stretch = longest_stretch
+        self._processor = read_processor_rules(directory, self._plain.token_to_id)
+        if self._processor.rules is not None:
+            # Copied with the tokenizer, and part of its identity, since other sizes make other tokens.
+            self.files = (*self.files, *(directory / name for name in PROCESSOR_FILES if (directory / name).is_file()))
+        self.identity = hash_files(self.files)
         # Despite its name: special tokens in a text are then encoded as plain characters, and not recognized.
         self._plain.encode_special_tokens = True
         # Not the number of tokens: ids may have gaps, and the embedding needs a row for the largest.
@@ -135,9 +141,14 @@ class HuggingFace(Tokenizer):
         return stretches_of_json(self.longest_stretch, json.loads(self._plain.to_str()))
 
     @property
-    def media(self) -> None:
-        """None: pictures and sound are written with Mistral's own tokenizers."""
-        return None
+    def media(self) -> PictureRules | None:
+        """How pictures become tokens, by the files of the processor beside the tokenizer; None if these do not say."""
+        return self._processor.rules
+
+    @property
+    def media_fault(self) -> str:
+        """Why `media` is None, for a message; empty otherwise."""
+        return self._processor.fault
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text, without any control token. Raises Problem if a stretch of it is too long."""

@@ -31,7 +31,7 @@ def project(equation: str, x: Float[Array, "..."], w: Float[Array, "..."] | Quan
         equation: two operands, e.g. `"BTD,DNH->BTNH"`; the letters determine the result's sharding (`ACTIVATION`).
         x: activation.
         w: weight. A quantized weight is gathered in its quantized form, and has no gradient.
-        saved: whether remat `minimal` keeps the product for the backward pass (`transformer.SAVED`).
+        saved: whether remat `minimal` keeps the product for the backward pass (`stack.SAVED`).
 
     Returns:
         The product, in the dtype of x.

@@ -17,9 +17,12 @@ from moe_train.train.objectives.unpaired_preference import unpaired_preference
 def objective_of_run(run: config.Run) -> Objective:
     """Return the objective of a resolved run, whose batches have features where these are stored."""
     media = run.media
-    if media is None or run.stored_features is None:
-        return objective_of(run.objective, media)
-    return next_token(feature_batch(media.encoder, media.units_per_row, FeatureShape(run.model.model_dim, run.compute.dtype)))
+    if media is None:
+        return objective_of(run.objective)
+    if run.stored_features is None:
+        return next_token(media_batch(media.encoder, media.units_per_row, run.rooms))
+    shape = FeatureShape(run.model.model_dim, run.compute.dtype)
+    return next_token(feature_batch(media.encoder, media.units_per_row, shape, run.rooms))
 
 
 def objective_of(objective: config.Objective, media: config.RunVision | config.RunAudio | None = None) -> Objective:

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from moe_train import config
-from moe_train.machine.files import check_space, new_directory
+from moe_train.machine.files import JsonObject, check_space, new_directory
 from moe_train.model.paths import ParameterPath, adapter_ranks, of_module
 from moe_train.weights import hf, merge, names, safetensors_files
 from moe_train.weights.arrays import LazyParameters, fetch_entry
@@ -77,67 +78,119 @@ def export_adapter(
     adapted = adapter_ranks(parameters)
     if not adapted:
         raise ValueError("there is no adapter to export: the model was trained in full; use --format hf")
-    layout = matrix_for_each_expert(layout, model)
+    contents = _contents(adapted, model, lora, matrix_for_each_expert(layout, model), encoder, server)
+    dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
+    matrices = _Matrices(parameters, lora, contents, dtype)
+    pieces = {piece.name: piece for piece in (*contents.adapters, *contents.saved)}
+    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, dtype) for piece in contents.adapters]
+    for piece in contents.saved:
+        specs.append(safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(parameters[piece.path].dtype)))
+    fused = _FusedTensors(contents.experts, matrices.factors, dtype)
+    specs += fused.specs()
+    check_space(out_dir, sum(array_bytes(spec.shape, spec.dtype) for spec in specs))
+
+    def values(spec: safetensors_files.TensorSpec) -> np.ndarray:
+        if spec.name not in pieces:
+            return fused.values(spec.name)
+        piece = pieces[spec.name]
+        return piece.to_file(matrices.matrix(piece))
+
+    with new_directory(out_dir) as directory:
+        safetensors_files.write_safetensors(directory / ADAPTER_WEIGHTS, specs, values)
+        hf.write_json(directory / ADAPTER_CONFIG, {**contents.settings, "base_model_name_or_path": base_model})
+        write_texts(directory, texts)
+
+
+class _Contents(NamedTuple):
+    """What the files of an adapter hold."""
+
+    shapes: dict[str, AdapterShape]
+    """Rank and alpha that they state for each module."""
+    adapters: list[names.WeightPiece]
+    """A and B of all modules but fused parameters."""
+    saved: list[names.WeightPiece]
+    """Weights that were trained in full."""
+    experts: list[FusedParameter]
+    settings: JsonObject
+    """adapter_config.json, without the name of the base."""
+
+
+def _contents(
+    adapted: Mapping[str, int],
+    model: config.Model,
+    lora: config.Lora,
+    layout: names.TensorLayout,
+    encoder: config.Encoder | None,
+    server: Server | None,
+) -> _Contents:
+    """Return what the files of an adapter hold, given the rank of each adapted module; other arguments as in `export_adapter`."""
     trained = {module: _shape(lora, module, rank) for module, rank in adapted.items()}
     of_tower = tower_adapters(trained)
     shapes = _in_file(model, {module: shape for module, shape in trained.items() if module not in of_tower})
     saved = _saved(model, lora, layout)
     tower = Tower({}, [], [])
     if encoder is not None:
+        _check_tower(of_tower, server)
         tower = tower_of(encoder, model, lora, of_tower)
-        if convolutions := [module for module in of_tower if module.startswith("audio.") and module.endswith("_conv")]:
-            raise ValueError(
-                f"{convolutions[0]} has an adapter, and transformers cannot run convolutions that PEFT has wrapped; export the "
-                "merged model with --merge, or train that module in full (lora.train)"
-            )
-        if server == "vllm":
-            raise ValueError("vLLM reads no adapters of a tower or its projector; export the merged model with --merge")
     if server is not None:
         shapes = adapter_shapes(server, model.family, shapes, {ParameterPath.parse(piece.path).module_path for piece in saved})
         _check_server(server, model, shapes)
     experts = [] if has_linear_experts(model) else list(fused_parameters(model, shapes, layout))
     fused_modules = {module for parameter in experts for module in parameter.modules}
     table = names.lora_pieces(model, {m: shape.rank for m, shape in shapes.items() if m not in fused_modules}, layout)
-    table += tower.adapters
     settings = adapter_config(model, shapes, experts, lora, layout, [piece.name for piece in saved])
-    settings = with_tower(settings, tower)
-    saved += tower.saved
-    shapes |= of_tower
-    dtype = np.dtype(parameters[f"{next(iter(adapted))}.lora_a"].dtype)
+    return _Contents(
+        {**shapes, **of_tower}, [*table, *tower.adapters], [*saved, *tower.saved], experts, with_tower(settings, tower)
+    )
 
-    def matrix(piece: names.WeightPiece) -> np.ndarray:
+
+class _Matrices:
+    """The values of an adapter's files.
+
+    Args:
+        parameters: weights by path.
+        lora: the section of the adapters.
+        contents: what the files hold.
+        dtype: dtype of the adapters.
+    """
+
+    def __init__(self, parameters: LazyParameters, lora: config.Lora, contents: _Contents, dtype: np.dtype) -> None:
+        self._parameters = parameters
+        self._lora = lora
+        self._shapes = contents.shapes
+        self._saved = {piece.name for piece in contents.saved}
+        self._dtype = dtype
+
+    def matrix(self, piece: names.WeightPiece) -> np.ndarray:
         """Return our matrix, with the rank and scale that the file states for it."""
+        if piece.name in self._saved:
+            return fetch_entry(self._parameters[piece.path], piece.lead)
+        if piece.path not in self._parameters:  # PEFT requires the expert's other matrices too
+            return np.zeros(piece.internal_shape, self._dtype)
         path = ParameterPath.parse(piece.path)
-        if piece in saved:
-            return fetch_entry(parameters[piece.path], piece.lead)
-        if piece.path not in parameters:  # PEFT requires the expert's other matrices too
-            return np.zeros(piece.internal_shape, dtype)
-        trained = fetch_entry(parameters[piece.path], piece.lead)
-        shape = shapes[path.module_path]
+        trained = fetch_entry(self._parameters[piece.path], piece.lead)
+        shape = self._shapes[path.module_path]
         factor = 1.0
         if path.leaf == "lora_b":  # B absorbs the difference between the scale here and the one that the file's settings imply
-            factor = merge.scale_of(lora, path.module_path, piece.lead) * shape.rank / shape.alpha
+            factor = merge.scale_of(self._lora, path.module_path, piece.lead) * shape.rank / shape.alpha
         return _scale_and_pad(trained, factor, piece.internal_shape)
 
-    def factors(module: str, lead: tuple[int, int], scale: float) -> tuple[np.ndarray, np.ndarray]:
+    def factors(self, module: str, lead: tuple[int, int], scale: float) -> tuple[np.ndarray, np.ndarray]:
         """Return A and B of an expert for a file with this scale."""
-        a, b = (fetch_entry(parameters[path], lead) for path in of_module(module).adapter)
-        return a, _scale_and_pad(b, merge.scale_of(lora, module, lead) / scale, b.shape)
+        a, b = (fetch_entry(self._parameters[path], lead) for path in of_module(module).adapter)
+        return a, _scale_and_pad(b, merge.scale_of(self._lora, module, lead) / scale, b.shape)
 
-    pieces = {piece.name: piece for piece in (*table, *saved)}
-    specs = [safetensors_files.TensorSpec(piece.name, piece.shape, dtype) for piece in table]
-    specs += [safetensors_files.TensorSpec(piece.name, piece.shape, np.dtype(parameters[piece.path].dtype)) for piece in saved]
-    fused = _FusedTensors(experts, factors, dtype)
-    specs += fused.specs()
-    check_space(out_dir, sum(array_bytes(spec.shape, spec.dtype) for spec in specs))
-    with new_directory(out_dir) as directory:
-        safetensors_files.write_safetensors(
-            directory / ADAPTER_WEIGHTS,
-            specs,
-            lambda spec: pieces[spec.name].to_file(matrix(pieces[spec.name])) if spec.name in pieces else fused.values(spec.name),
+
+def _check_tower(modules: Collection[str], server: Server | None) -> None:
+    """Raise ValueError if no reader of the adapter knows the adapted modules of a tower."""
+    convolutions = [module for module in modules if module.startswith("audio.") and module.endswith("_conv")]
+    if convolutions:
+        raise ValueError(
+            f"{convolutions[0]} has an adapter, and transformers cannot run convolutions that PEFT has wrapped; export the "
+            "merged model with --merge, or train that module in full (lora.train)"
         )
-        hf.write_json(directory / ADAPTER_CONFIG, {**settings, "base_model_name_or_path": base_model})
-        write_texts(directory, texts)
+    if server == "vllm":
+        raise ValueError("vLLM reads no adapters of a tower or its projector; export the merged model with --merge")
 
 
 def _check_server(server: Server, model: config.Model, modules: Collection[str]) -> None:

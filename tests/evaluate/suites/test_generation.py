@@ -26,8 +26,8 @@ def test_texts_stop_texts_and_control_tokens(tokenizer: HuggingFace, monkeypatch
         def __init__(self, *arguments: Any) -> None:
             assert arguments[1:] == (MIXTRAL, ONE, "float32", 2)
 
-        def generate(self, prompts: list[list[int]], sampling: Sampling, stops: StopTexts, pictures: Any) -> list[Completion]:
-            assert pictures == [None] * len(prompts)
+        def generate(self, prompts: list[list[int]], sampling: Sampling, stops: StopTexts, media: Any) -> list[Completion]:
+            assert media == [None] * len(prompts)
             completions = []
             for prompt in prompts:
                 tokens = [*tokenizer.encode("some text"), tokenizer.eos_id, *tokenizer.encode(f"{len(prompt)}")]

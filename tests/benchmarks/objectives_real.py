@@ -6,14 +6,14 @@ WORK keeps what is made; the same command continues where it was stopped, and pr
 
 preferences: a short LoRA teaches the dense model GSM8K's answer format on additions, since few answers of the model as it comes
 (4%) are right. Merged and upcycled to 4 experts, it is the base of the recipes smollm2_dpo_lora and smollm2_kto_lora, which run as
-they are shipped, but for more steps at a higher learning rate: `synthesize` samples answers of the base and grades them by their
+they are shipped, DPO with a likelihood term of chosen answers: `synthesize` samples answers of the base and grades them by their
 number. Each result has to pass `--require 'arithmetic >= base - 0.1'` on additions that neither has seen, and its merged export
 `verify`.
 teacher: SmolLM2-135M teaches a student made of every second of its layers, on GSM8K; beside it the student that learns the next
 token alone, on the same records.
 head: two labels, insult and spam, planted in questions of GSM8K; phrases of the held-out records are not among those of training.
 
-Takes about 90 minutes of one core in all, 5 GB of memory and 8 GB of disk.
+Takes about 60 minutes of one core in all, 5 GB of memory and 8 GB of disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,14 @@ NUM_HELD_OUT = 240
 """Additions that the gate asks."""
 NUM_QUESTIONS = {"pairs": (160, 16), "labelled": (100, 12)}
 """Additions whose answers become records, of training and held out, for DPO and for KTO."""
-PREFERENCE_STEPS = 48
+OVERRIDES = {
+    "smollm2_dpo_lora": (
+        *("train.steps=20", "evaluation.every_steps=20", "checkpoint.every_steps=5"),
+        *("optimizer.learning_rate=2e-4", "objective.sft_weight=1"),
+    ),
+    "smollm2_kto_lora": (),
+}
+"""Settings besides those of a recipe. Without `sft_weight`, DPO on so many of the model's own answers makes right ones unlikely."""
 SFT_STEPS = 8
 STUDENT_STEPS = 24
 HEAD_STEPS = 40
@@ -147,8 +154,7 @@ def preferences(commands: Commands, gguf: Path) -> None:
             commands.make(
                 f"data/{data}_{part}", "synthesize", questions, "--teacher", base, *options, "--out", f"data/{data}_{part}"
             )
-        longer = (f"train.steps={PREFERENCE_STEPS}", f"evaluation.every_steps={PREFERENCE_STEPS // 2}", "checkpoint.every_steps=8")
-        commands.train(ROOT / f"configs/{recipe}.yaml", *longer, "optimizer.learning_rate=3e-4")
+        commands.train(ROOT / f"configs/{recipe}.yaml", *OVERRIDES[recipe])
         commands.export(f"runs/{recipe}", f"models/{recipe}", "--merge")
         # The merged files, which answer faster than the run with its adapters.
         gate = ("--suite", "suite.yaml", "--against", base, "--require", "arithmetic >= base - 0.1", "--out", f"results/{recipe}")

@@ -35,6 +35,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "cli/data_search.py": "cli/test_data.py gives the commands their arguments",
     "cli/evidence.py": "cli/test_models.py gives the command its arguments",
     "evaluate/suites/not_graded.py": "evaluate/suites/test_own_function.py raises it; the file only declares it",
+    "commands/compare_adapters.py": "commands/test_adapters.py compares its norms with numpy's",
     "commands/origin_of_export.py": "commands/test_export.py compares the texts and the origin of exports",
     "commands/serve_export.py": "commands/test_export.py asks for the commands of several exports",
     "model/stack.py": "model/test_transformer.py compares stacked layers with single ones",

@@ -40,8 +40,8 @@ def diff_command(
 
     The change of a matrix is the norm of its difference from the base, relative to the norm of the base's matrix.
     """
-    from moe_train.commands.adapters import comparison_tables, diff
     from moe_train.commands.at_step import at_step
+    from moe_train.commands.compare_adapters import comparison_tables, diff
     from moe_train.machine.compile_cache import use_compile_cache
 
     use_compile_cache()

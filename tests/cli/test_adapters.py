@@ -31,7 +31,7 @@ def test_diff(stand_in: Callable[..., None], capsys: pytest.CaptureFixture[str])
     def comparison_tables(comparison: Comparison, top: int) -> list[str]:
         return [f"{len(comparison.modules)} of at most {top} [red]"]
 
-    stand_in("moe_train.commands.adapters", diff=diff, comparison_tables=comparison_tables)
+    stand_in("moe_train.commands.compare_adapters", diff=diff, comparison_tables=comparison_tables)
     assert run("adapters", "diff", "one", "--base", "base", "--against", "two", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"moved": ["head", "embed"]}
     assert run("adapters", "diff", "one", "--top", "3") == 0

@@ -76,7 +76,7 @@ def test_step(stand_in, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys)
     stand_in("moe_train.commands.export", export=export, ExportOptions=ExportOptions)
     stand_in("moe_train.commands.verify", verify=verify)
     stand_in("moe_train.commands.verify_answers", verify_answers=None)
-    stand_in("moe_train.commands.adapters", diff=diff, comparison_tables=None)
+    stand_in("moe_train.commands.compare_adapters", diff=diff, comparison_tables=None)
     monkeypatch.setattr("moe_train.commands.generate.generate", generate)
     tuned = tmp_path / "tuned"
     (tuned / "checkpoints").mkdir(parents=True)

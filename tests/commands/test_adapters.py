@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from moe_train import config
 from moe_train.cli import main
-from moe_train.commands import adapters, write_and_prove
+from moe_train.commands import adapters, compare_adapters, write_and_prove
 from moe_train.data.tokenizers.huggingface import HuggingFace
 from moe_train.model.paths import ParameterPath
 from moe_train.weights import peft, texts
@@ -72,7 +72,7 @@ def place(name: str) -> tuple[int | None, str, int | None]:
     return int(parts[2]) if "layers" in parts else None, ours[parts[-2]], expert
 
 
-def check(found: adapters.Comparison, changes: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> None:
+def check(found: compare_adapters.Comparison, changes: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> None:
     wanted = {place(name): (np.linalg.norm(x), np.linalg.norm(base[name])) for name, x in changes.items()}
     assert {(m.layer, m.module, m.expert): (m.delta, m.weight) for m in found.changes} == {
         key: pytest.approx(value, rel=1e-5) for key, value in wanted.items()
@@ -82,17 +82,17 @@ def check(found: adapters.Comparison, changes: dict[str, np.ndarray], base: dict
 
 def test_norms_are_those_of_the_whole_deltas(files: Callable[[str], Path]) -> None:
     one, two, base = deltas(files("one")), deltas(files("two")), tensors(files("base"))
-    found = adapters.diff(files("one"))
+    found = compare_adapters.diff(files("one"))
     check(found, one, base)
     together = lambda x: np.sqrt(sum(np.sum(x[f"model.layers.1.block_sparse_moe.experts.3.w{i}.weight"] ** 2) for i in (1, 2, 3)))  # noqa: E731
     assert np.shape(found.experts()) == (2, 4) and found.experts()[1][3] == pytest.approx(together(one) / together(base), rel=1e-5)
-    check(adapters.diff(files("one"), against=files("two")), {name: one[name] - two[name] for name in one}, base)
-    assert max(m.relative for m in adapters.diff(files("one"), against=files("one")).changes) < 1e-6
+    check(compare_adapters.diff(files("one"), against=files("two")), {name: one[name] - two[name] for name in one}, base)
+    assert max(m.relative for m in compare_adapters.diff(files("one"), against=files("one")).changes) < 1e-6
 
 
 def test_what_was_trained_in_full_counts_as_well(files: Callable[[str], Path]) -> None:
     there, base = tensors(files("full")), tensors(files("base"))
-    moved = {(m.layer, m.module): m for m in adapters.diff(files("full")).changes}
+    moved = {(m.layer, m.module): m for m in compare_adapters.diff(files("full")).changes}
     change = there["base_model.model.model.layers.1.mlp.gate.weight"] - base["model.layers.1.block_sparse_moe.gate.weight"]
     assert moved[1, "ffn.router"].delta == pytest.approx(np.linalg.norm(change), rel=1e-5)
     assert moved[None, "final_norm"].weight == pytest.approx(np.linalg.norm(base["model.norm.weight"]), rel=1e-5)

@@ -14,7 +14,7 @@ import pytest
 from moe_train import config
 from moe_train.checkpoint import model_dir, runs
 from moe_train.commands import write_and_prove
-from moe_train.commands.adapters import diff
+from moe_train.commands.compare_adapters import diff
 from moe_train.commands.export import export
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh

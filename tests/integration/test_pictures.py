@@ -14,8 +14,9 @@ import safetensors.numpy
 from PIL import Image
 
 from moe_train import config
-from moe_train.commands.adapters import diff, merge_into
+from moe_train.commands.adapters import merge_into
 from moe_train.commands.chat import Chat
+from moe_train.commands.compare_adapters import diff
 from moe_train.commands.evaluate import evaluate_model
 from moe_train.commands.export import ExportOptions, export
 from moe_train.commands.generate import GenerationRequest, Sampling, generate

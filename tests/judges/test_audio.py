@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from moe_train import config
-from moe_train.commands.adapters import diff, merge_into
+from moe_train.commands.adapters import merge_into
+from moe_train.commands.compare_adapters import diff
 from moe_train.commands.train_tokenizer import train_tokenizer
 from moe_train.data.batches.batch import StoredPiece
 from moe_train.data.batches.media_batch import MediaBatch, media_batch

@@ -138,21 +138,20 @@ class TokenStore:
     @functools.cached_property
     def segments(self) -> np.ndarray:
         """(N,) the number of segments of each example."""
-        stored = [shard for shard in self.manifest.shards if "segments" in shard.sizes]
-        arrays = iter(self._folder.read_whole([_file(shard, "segments", "int32") for shard in stored]))
-        parts = []
-        for shard in self.manifest.shards:
-            parts.append(next(arrays) if "segments" in shard.sizes else np.ones(shard.examples, np.int32))
-        return np.concatenate(parts)
+        return self._counts("segments", 1)
 
     @functools.cached_property
     def media_units(self) -> np.ndarray:
         """(N,) the number of patches of the pictures, or of chunks of the sound, of each example."""
-        stored = [shard for shard in self.manifest.shards if "media_units" in shard.sizes]
-        arrays = iter(self._folder.read_whole([_file(shard, "media_units", "int32") for shard in stored]))
+        return self._counts("media_units", 0)
+
+    def _counts(self, name: str, otherwise: int) -> np.ndarray:
+        """Return (N,) a number of each example; in shards without a file of that name it is `otherwise`."""
+        stored = [shard for shard in self.manifest.shards if name in shard.sizes]
+        arrays = iter(self._folder.read_whole([_file(shard, name, "int32") for shard in stored]))
         parts = []
         for shard in self.manifest.shards:
-            parts.append(next(arrays) if "media_units" in shard.sizes else np.zeros(shard.examples, np.int32))
+            parts.append(next(arrays) if name in shard.sizes else np.full(shard.examples, otherwise, np.int32))
         return np.concatenate(parts)
 
     @functools.cached_property

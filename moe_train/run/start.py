@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,68 +91,99 @@ def starting_state(run: config.Run, loader: Loader, checkpoints: ocp.CheckpointM
         ValueError: the config, the data or the base differ from the checkpoint's.
     """
     # Shapes are computed first, so that at most one copy of the weights is ever allocated.
-    model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.model_encoder)
     structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))
-    learned, frozen = partition(shapes, run.lora, run.trained_tower)
-    # A tower that is frozen has no part in what is compared with the base model.
-    tower = {path: frozen.pop(path) for path in list(frozen) if ParameterPath.parse(path).is_tower}
+    parts = _parts(run, shapes)
     optimizer = make_optimizer(run.optimizer, total_steps)
     new_state = jax.jit(partial(state_of_learned, optimizer=optimizer), compiler_options=brief_options(platform()) or None)
-    learned_state = jax.eval_shape(new_state, learned)
-    check_host_memory((learned_state, frozen, tower), run.name)
+    learned_state = jax.eval_shape(new_state, parts.learned)
+    check_host_memory((learned_state, parts.frozen, parts.tower), run.name)
 
     # Only the metadata: a config or data that differ are refused before any weights are read.
     last = newest_metadata(run.run_dir)
     changed = {} if last is None else _changes(run, last, loader)
-    base = _base(run, last, bool(frozen))
+    base = _base(run, last, bool(parts.frozen))
     adapter = _adapter(run, last)
-    weights: Parameters = {}
-    # Checkpoints hold only what is trained, so frozen weights are loaded anew at every start.
-    if base is not None and frozen:
-        base_shapes = {path: x for path, x in shapes.items() if path not in tower and not ParameterPath.parse(path).is_adapter}
-        weights = model_dir.load_parameters(base.source, _in_base(run, base_shapes), base.step)
-        # A new head for scores is not in the base; the base model is compared with as if it had the same.
-        weights |= initial_parameters(model, base_shapes.keys() - weights)
-    base_weights = {path: x for path, x in weights.items() if path in learned}
-    tower_weights: Parameters = {}
-    if last is not None and base is not None and (tower or run.stored_features is not None):
+    if last is not None and base is not None and (parts.tower or run.stored_features is not None):
         identity.check_tower(base)
-    if tower:
-        assert base is not None  # `Config` requires init_from
-        tower_weights = model_dir.load_parameters(base.source, tower, base.step)
+    frozen, base_weights = _base_weights(run, parts, base)
 
     restored = restore(checkpoints, learned_state)
-    if restored is not None:
-        state = restored.state
-    # Full training from existing weights: everything is loaded, nothing initialized.
-    elif base is not None and not frozen:
-        loaded = model_dir.load_parameters(base.source, _in_base(run, learned), base.step)
-        state = new_state(initial_parameters(model, learned.keys() - loaded) | loaded)
-    else:
-        # A copy, since the step donates the trained weights while the base weights must stay.
-        loaded = jax.tree.map(jnp.copy, base_weights)
-        if adapter is not None:
-            loaded |= model_dir.load_adapter(adapter, run.model, learned, run.encoder)
-        state = new_state(initial_parameters(model, learned.keys() - loaded) | loaded)
+    state = new_state(_learned(run, parts, base, adapter, base_weights)) if restored is None else restored.state
     guard = None
     if run.train.spike_guard is not None:
         guard = guard_of_json(run.train.spike_guard, None if restored is None else restored.about.guard)
     return Start(
         structure,
         optimizer,
-        state._replace(
-            frozen={path: weights[path] for path in frozen} | tower_weights, guard=guard, learning_rates=rate_arrays(run.optimizer)
-        ),
+        state._replace(frozen=frozen, guard=guard, learning_rates=rate_arrays(run.optimizer)),
         restored is not None,
         base_weights,
         base,
         adapter,
         changed,
         {} if restored is None else restored.damaged,
-        (sum(x.size for x in unquantized_shapes(shapes).values()), sum(x.size for x in learned.values())),
+        (sum(x.size for x in unquantized_shapes(shapes).values()), sum(x.size for x in parts.learned.values())),
         None if restored is None else int(state.step),
         None if restored is None else restored.held_out_loss,
     )
+
+
+class _Parts(NamedTuple):
+    """Shapes of a model's parameters, {path: shape}, by where they come from."""
+
+    learned: dict[str, Any]
+    """What is trained, and held in checkpoints."""
+    frozen: dict[str, Any]
+    """What stays as in the base model, without the tower."""
+    tower: dict[str, Any]
+    """A tower that is frozen, which has no part in what is compared with the base model."""
+    in_base: dict[str, Any]
+    """What the base model has: all but adapters and a frozen tower."""
+
+
+def _parts(run: config.Run, shapes: dict[str, Any]) -> _Parts:
+    """Divide the parameters of a run's model by where they come from."""
+    learned, frozen = partition(shapes, run.lora, run.trained_tower)
+    tower = {path: frozen.pop(path) for path in list(frozen) if ParameterPath.parse(path).is_tower}
+    in_base = {path: x for path, x in shapes.items() if path not in tower and not ParameterPath.parse(path).is_adapter}
+    return _Parts(learned, frozen, tower, in_base)
+
+
+def _initial(run: config.Run, paths: Collection[str]) -> Parameters:
+    """Return the random weights of a new run at some paths."""
+    return initial_parameters(partial(init_model, run.seed, run.model, run.compute, run.lora, run.model_encoder), paths)
+
+
+def _base_weights(run: config.Run, parts: _Parts, base: WeightOrigin | None) -> tuple[Parameters, Parameters]:
+    """Load what checkpoints do not hold, at every start.
+
+    Returns:
+        The frozen weights, and the base model's weights of what is trained in full (`Start.base_weights`).
+    """
+    weights: Parameters = {}
+    if base is not None and parts.frozen:
+        weights = model_dir.load_parameters(base.source, _in_base(run, parts.in_base), base.step)
+        # A new head for scores is not in the base; the base model is compared with as if it had the same.
+        weights |= _initial(run, parts.in_base.keys() - weights)
+    frozen = {path: weights[path] for path in parts.frozen}
+    if parts.tower:
+        assert base is not None  # `Config` requires init_from
+        frozen |= model_dir.load_parameters(base.source, parts.tower, base.step)
+    return frozen, {path: x for path, x in weights.items() if path in parts.learned}
+
+
+def _learned(
+    run: config.Run, parts: _Parts, base: WeightOrigin | None, adapter: WeightOrigin | None, base_weights: Parameters
+) -> Parameters:
+    """Return what a new run begins to train: weights of the base or of an adapter, and random ones for the rest."""
+    if base is not None and not parts.frozen:
+        loaded = model_dir.load_parameters(base.source, _in_base(run, parts.learned), base.step)
+    else:
+        # A copy, since the step donates the trained weights while the base weights must stay.
+        loaded = jax.tree.map(jnp.copy, base_weights)
+        if adapter is not None:
+            loaded |= model_dir.load_adapter(adapter, run.model, parts.learned, run.encoder)
+    return _initial(run, parts.learned.keys() - loaded) | loaded
 
 
 def _in_base(run: config.Run, shapes: dict[str, Any]) -> dict[str, Any]:

@@ -81,8 +81,8 @@ def check_shared(kernel: str, window: int | None, rows: SharedRows, heads: tuple
 
     def plain(q: Any, k: Any, v: Any) -> Any:
         q, k, v = (jax.numpy.take_along_axis(x, source, 1) for x in (q, k, v))
-        places = (rows.plain_positions,) * 2 + (rows.plain_segments,) * 2
-        return kernels.reference_attention(q, k, v, kernels.attention_mask(*places, window))
+        positions, segments = jax.numpy.asarray(rows.plain_positions), jax.numpy.asarray(rows.plain_segments)
+        return kernels.reference_attention(q, k, v, kernels.attention_mask(positions, positions, segments, segments, window))
 
     def shared(positions: Any, segments: Any, prompts: Any, q: Any, k: Any, v: Any) -> Any:
         return kernels.attend(q, k, v, positions, segments, window, kernel, prompts)

@@ -176,9 +176,10 @@ def test_prepare_and_trace_hand_on_the_run(
     stand_in(
         "moe_train.commands.prepare",
         TeacherOptions=TeacherOptions,
-        prepare=lambda run, to, teacher, reference: {
+        prepare=lambda run, to, teacher, reference, features: {
             "teacher": teacher and str(teacher),
             "reference": reference,
+            "features": features,
             "sets": [{"source": run.name, "path": to}],
             "steps": run.train.steps,
         },
@@ -190,6 +191,7 @@ def test_prepare_and_trace_hand_on_the_run(
         "steps": 3,
         "teacher": None,
         "reference": False,
+        "features": False,
     }
     assert run("data", "prepare", config_path) == 0
     assert capsys.readouterr().out.split() == [
@@ -200,6 +202,8 @@ def test_prepare_and_trace_hand_on_the_run(
         "teacher",
         "null",
         "reference",
+        "false",
+        "features",
         "false",
         "steps",
         "10",

@@ -4,7 +4,8 @@
   have is filled in as null. Nulls in lists, maps and JSON columns are kept, since only the writer of the record can put them there.
 - A value of a JSON column (the extension type `arrow.json`, which Parquet's logical type JSON is read as) is parsed.
 - Dates and times become ISO 8601 text, decimals become numbers, and maps become objects.
-- A picture as `datasets` stores it, {bytes, path}, becomes a data URL or a path.
+- A picture or a clip of sound as `datasets` stores it, {bytes, path}, becomes a data URL or a path; so do bytes in a column or a
+  member that is named after pictures or sound.
 - A value without a form in JSON (bytes, NaN, a duration) becomes a Problem, which counts only if something reads its column.
 """
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.types as types
 
 from moe_train.data.records.json_parser import parse_strictly
+from moe_train.data.records.media_parts import COLUMNS
 from moe_train.data.records.problem import Problem, brief
 
 Convert = Callable[[Any], Any]
@@ -44,7 +46,7 @@ def rows(table: Any) -> list[dict[str, Any]]:
 
 def _column(column: Any, field: pa.Field) -> list[Any]:
     """Convert the values of a column."""
-    convert = _converter(field.type)
+    convert = _named_converter(field)
     try:
         values = column.to_pylist()
         if convert is None:
@@ -99,6 +101,17 @@ def _converter(kind: pa.DataType) -> Convert | None:
     return _refuse
 
 
+def _named_converter(field: pa.Field) -> Convert | None:
+    """Return the conversion for a column or a member of a struct, which may be files of pictures or sound."""
+    kind = field.type
+    if field.name in COLUMNS:
+        if _is_bytes(kind):
+            return _file_content
+        if (types.is_list(kind) or types.is_large_list(kind)) and _is_bytes(kind.value_type):
+            return _list(_file_content)
+    return _converter(kind)
+
+
 def _is_json_type(kind: pa.DataType) -> bool:
     """Return whether all values of a type are JSON values."""
     is_text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
@@ -129,7 +142,7 @@ def _struct(kind: pa.DataType) -> Convert:
     """Return the conversion for a struct: members that are null are left out."""
     if _is_picture(kind):
         return _picture
-    converters = {kind.field(i).name: _converter(kind.field(i).type) for i in range(kind.num_fields)}
+    converters = {kind.field(i).name: _named_converter(kind.field(i)) for i in range(kind.num_fields)}
     if not any(converters.values()):
         return _without_nulls
 
@@ -148,16 +161,22 @@ def _struct(kind: pa.DataType) -> Convert:
 def _is_picture(kind: pa.DataType) -> bool:
     """Return whether a type is that of a picture as `datasets` stores it: the content of a file, or its path."""
     members = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-    if members.keys() != {"bytes", "path"}:
-        return False
-    return types.is_binary(members["bytes"]) or types.is_large_binary(members["bytes"])
+    return members.keys() == {"bytes", "path"} and _is_bytes(members["bytes"])
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    """Return whether the values of a type are bytes."""
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def _picture(value: dict[str, Any]) -> dict[str, Any]:
     """Convert a picture: its content becomes a data URL."""
-    if value["bytes"] is not None:
-        return {"bytes": f"data:image;base64,{base64.b64encode(value['bytes']).decode()}"}
-    return _without_nulls(value)
+    return _without_nulls(value) if value["bytes"] is None else _file_content(value["bytes"])
+
+
+def _file_content(content: bytes) -> dict[str, Any]:
+    """Convert the content of a file to a data URL; what kind of file it is, its own first bytes say."""
+    return {"bytes": f"data:image;base64,{base64.b64encode(content).decode()}"}
 
 
 def _without_nulls(value: dict[str, Any]) -> dict[str, Any]:

@@ -129,6 +129,23 @@ def test_pictures_that_datasets_has_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
+def test_bytes_of_pictures_in_columns_and_parts(tmp_path: Path) -> None:
+    question = [{"type": "text", "text": "What?", "image": None}, {"type": "image", "text": None, "image": b"\x89PNG"}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": [{"type": "text", "text": "This."}]}]
+    text = json.dumps([{"role": "user", "content": "<image>What?"}, messages[1]])
+    tables = (
+        pa.table({"messages": [text], "image": [b"\x89PNG"]}),
+        pa.table({"messages": [text], "images": [[b"\x89PNG"]]}),
+        pa.table({"messages": [messages]}),
+    )
+    section = config.ChatRecord(name="chat")
+    for number, table in enumerate(tables):
+        [(_, fields)] = opened(write_table(table, tmp_path / f"{number}.parquet"), record=section)
+        record = read(fields, section).record
+        assert isinstance(record, Conversation) and references_of(record.messages) == ["data:image;base64,iVBORw=="]
+
+
+@pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_training_names_the_row_and_reads_around_columns_that_are_not_asked_for(tmp_path: Path, kind: str) -> None:
     path = write_table(pa.table({"text": ["a", "b"], "c": [1.0, float("nan")]}), tmp_path / f"a.{kind}")

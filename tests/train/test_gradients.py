@@ -86,8 +86,10 @@ def fresh() -> Parameters:
 @pytest.mark.parametrize(("mesh", "microbatches"), [("one device", 1), ("one device", 2), ("data, fsdp, tensor", 2)])
 def test_the_divergence_from_the_reference_starts_at_zero(mesh: str, microbatches: int) -> None:
     found = gradients(divergence(), MESHES[mesh], microbatches, LORA, make=fresh)
-    assert found.loss == 0 and found.terms.metrics["difference"] == 0
-    assert not any(gradient.any() for gradient in found.gradients.values())
+    # Zero but for rounding: some processors sum the products of the two passes in another order.
+    assert abs(found.loss) < 1e-12 and abs(found.terms.metrics["difference"]) < 1e-5
+    for gradient in found.gradients.values():
+        np.testing.assert_allclose(gradient, 0, atol=1e-7)
 
 
 def test_full_training_has_no_reference_in_memory() -> None:

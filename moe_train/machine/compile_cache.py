@@ -144,15 +144,19 @@ def _digest(key: str, value: bytes) -> bytes:
 
 @functools.cache
 def _host_cpu() -> str:
-    """Return the instruction set of this host if programs run on it: a folder may be shared by hosts with other processors."""
+    """Return the instruction set and the number of cores of this host if programs run on it: a folder may be shared by others.
+
+    XLA:CPU splits loops for the cores that it finds when it compiles; JAX's key does not contain their number.
+    """
     if jax.default_backend() != "cpu":
         return ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Not the model's name alone: a virtual machine may hide instructions.
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith(("flags", "Features")):
-                return f"{platform.machine()} {line.partition(':')[2].strip()}"
-    return f"{platform.machine()} {platform.processor()} {platform.node()}"
+                return f"{platform.machine()} {line.partition(':')[2].strip()} {cores}"
+    return f"{platform.machine()} {platform.processor()} {platform.node()} {cores}"
 
 
 def use_compile_cache(run_dir: str | Path | None = None) -> ProgramCache | None:

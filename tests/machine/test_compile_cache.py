@@ -152,3 +152,15 @@ def test_a_size_that_is_no_number_is_refused(fresh: pytest.MonkeyPatch, tmp_path
     fresh.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "2GB")
     with pytest.raises(ValueError, match="JAX_COMPILATION_CACHE_MAX_SIZE is '2GB'; it must be a number of bytes"):
         use_compile_cache()
+
+
+def test_a_program_for_another_number_of_cores_is_another_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ProgramCache(tmp_path / "compile")
+    cache.put("key", b"program")
+    try:
+        for cores, expected in ((set(range(len(os.sched_getaffinity(0)) + 1)), None), (os.sched_getaffinity(0), b"program")):
+            monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: cores)
+            compile_cache._host_cpu.cache_clear()
+            assert cache.get("key") == expected
+    finally:
+        compile_cache._host_cpu.cache_clear()

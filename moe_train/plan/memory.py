@@ -19,7 +19,7 @@ from moe_train.plan.topology import Platform
 from moe_train.plan.tower_memory import saved_tower_bytes, tower_bytes
 from moe_train.plan.traffic import MicrobatchShape, microbatch_shape
 from moe_train.plan.weights import ShardedWeight, WeightLayout, axis_sizes, is_nf4, numbers_per_element
-from moe_train.train.logits import CHUNK_ELEMENTS
+from moe_train.train.logits import chunk_rows
 from moe_train.train.objectives.choose import objective_of_run
 
 
@@ -266,10 +266,8 @@ def _loss_bytes(model: config.Model, layout: WeightLayout, sizes: dict[str, int]
     D = model.model_dim
     tables = [w for w in layout.weights if w.kind == "table" and (w.path.is_head or model.tie_embeddings)]
     trained = any(w.trainable for w in tables)
-    # The chunk of `train.logits.chunk_rows`.
-    rows = min(shape.tokens, max(128, CHUNK_ELEMENTS // v))
     head = v * D * (shape.itemsize + (4 if trained else 0))
-    return head + rows * v * 4 + 2 * shape.tokens * D * shape.itemsize
+    return head + chunk_rows(shape.tokens, v) * v * 4 + 2 * shape.tokens * D * shape.itemsize
 
 
 def _table_gradient_bytes(model: config.Model, layout: WeightLayout, sizes: dict[str, int], shape: MicrobatchShape) -> int:

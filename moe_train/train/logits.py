@@ -155,8 +155,9 @@ def scan_gradients(
 
 
 def chunk_rows(tokens: int, vocabulary: int) -> int:
-    """Return the number of tokens in one chunk on a device."""
-    return min(tokens, max(128, CHUNK_ELEMENTS // vocabulary))
+    """Return the number of tokens in one chunk on a device. Chunks have about equal sizes: little of the last one is padding."""
+    most = max(128, CHUNK_ELEMENTS // vocabulary)
+    return -(-tokens // -(-tokens // most))
 
 
 def split_chunks(x: Shaped[Array, "m ..."], rows: int) -> Shaped[Array, "chunks {rows} ..."]:

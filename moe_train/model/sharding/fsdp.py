@@ -7,6 +7,7 @@ the weight's own spec, which lowers to a reduce-scatter.
 from __future__ import annotations
 
 import itertools
+import math
 from functools import partial
 
 import jax
@@ -101,7 +102,7 @@ def _weight_gradient(equation: str, x: Float[Array, "..."], dy: Float[Array, "..
     token_axes = (*batch_axes(), "context")
 
     def local(x: Float[Array, "..."], dy: Float[Array, "..."]) -> Float[Array, "..."]:
-        dw = jnp.einsum(equation, x, dy)
+        dw = _sum_of_outer_products(equation, x, dy)
         # Axes that split the weight are scattered over; along the others devices share the weight, and the gradient is summed.
         to_sum = list(token_axes)
         for dim, entry in enumerate(spec):
@@ -116,6 +117,25 @@ def _weight_gradient(equation: str, x: Float[Array, "..."], dy: Float[Array, "..
     dw = jax.shard_map(local, in_specs=(activation_spec(x_letters), activation_spec(y_letters)), out_specs=local_spec)(x, dy)
     # Gathers over `tensor` where only the activation was split by it (`_with_tensor`).
     return jax.sharding.reshard(dw, spec)
+
+
+def _sum_of_outer_products(equation: str, x: Float[Array, "..."], dy: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Compute `einsum(equation, x, dy)`, which sums over the tokens of both. Local view.
+
+    With tokens as one dim, since XLA:CPU transposes x in memory before a product that sums over several dims.
+    """
+    operands, w_letters = equation.split("->")
+    x_letters, y_letters = operands.split(",")
+    tokens = [letter for letter in x_letters if letter not in w_letters]
+    count = len(tokens)
+    inputs, outputs = x_letters[count:], y_letters[count:]
+    if x_letters[:count] != y_letters[:count] or w_letters not in (inputs + outputs, outputs + inputs):
+        return jnp.einsum(equation, x, dy)
+    rows = math.prod(x.shape[:count])
+    x_ri, dy_ro = x.reshape(rows, -1), dy.reshape(rows, -1)
+    if w_letters == inputs + outputs:
+        return jnp.einsum("ri,ro->io", x_ri, dy_ro).reshape(*x.shape[count:], *dy.shape[count:])
+    return jnp.einsum("ri,ro->oi", x_ri, dy_ro).reshape(*dy.shape[count:], *x.shape[count:])
 
 
 def _with_tensor(letter: str, entry: SpecEntry) -> SpecEntry:

@@ -17,6 +17,7 @@ TESTED_ELSEWHERE: dict[str, str] = {
     "config/trackers.py": "run/trackers/test_trackers.py uses its sections; the file only declares them",
     "config/profile.py": "run/test_profiling.py traces the steps that it states",
     "run/trackers/tracker.py": "run/trackers/test_worker.py opens a tracker; the file only declares it",
+    "model/attention/places.py": "model/attention/test_kernels.py masks by it; the file only declares it",
     "__main__.py": "cli/test_main.py runs the command as a process",
     "cli/arguments.py": "cli/test_main.py gives commands these arguments; the file only declares them",
     "data/check/findings.py": "data/check/test_examine.py looks at what examine finds; the file only declares it",

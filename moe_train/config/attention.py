@@ -35,6 +35,11 @@ class GroupedQueryAttention(Section):
     query_scaling: QueryScaling | None = None
     """Scaling of queries by position, as in Ministral 3; null for none."""
 
+    @property
+    def rotated_dims(self) -> int:
+        """Number of dims of a query and key that the rotary position embedding rotates."""
+        return self.head_dim
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.num_heads % self.num_kv_heads:
@@ -78,6 +83,11 @@ class MultiHeadLatentAttention(Section):
                 f"qk_rope_head_dim {self.qk_rope_head_dim} is odd, but rotary embeddings rotate pairs of dims; use an even one"
             )
         return self
+
+    @property
+    def rotated_dims(self) -> int:
+        """Number of dims of a query and key that the rotary position embedding rotates."""
+        return self.qk_rope_head_dim
 
     @property
     def qk_head_dim(self) -> int:

@@ -11,10 +11,12 @@ from typing import Any, assert_never
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Key, Shaped
 
 from moe_train import config
 from moe_train.model.attention.kinds import Cache, apply_attention, attention_layer
+from moe_train.model.attention.places import TokenPlaces
+from moe_train.model.attention.rope import Rotation
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import RandomSource, RMSNorm, keys_of
 from moe_train.model.moe.layer import MoE
@@ -48,21 +50,19 @@ class Layer(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"],
+        places: TokenPlaces,
+        rotation: Rotation,
         cache: Cache | None = None,
         key: Key[Array, ""] | None = None,
-        prompt_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None, RouterStats | None]:
         """Apply the layer.
 
         Args:
             x_BTD: hidden states.
-            positions_BT: positions, which restart in each segment.
-            segment_ids_BT: packed segments; 0 for padding.
+            places: positions and segments of the tokens.
+            rotation: rotation by these positions (`Transformer.rotation`).
             cache: what the attention keeps of earlier positions; None outside generation.
             key: PRNG key for the dropout of the adapters; None for no dropout.
-            prompt_ids_BT: as in `Transformer`.
 
         Returns:
             The hidden states, the extended cache or None, and the router's statistics or None in a dense layer.
@@ -70,12 +70,12 @@ class Layer(nnx.Module):
         attention_key, ffn_key = keys_of(key, 2)
         layer_input_BTD = x_BTD
         h_BTD = self.attention_norm(x_BTD)
-        y_BTD, cache = apply_attention(self.attention, h_BTD, positions_BT, segment_ids_BT, cache, attention_key, prompt_ids_BT)
+        y_BTD, cache = apply_attention(self.attention, h_BTD, places, rotation, cache, attention_key)
         x_BTD += y_BTD
         h_BTD = self.ffn_norm(x_BTD)
         stats = None
         if isinstance(self.ffn, MoE):
-            y_BTD, stats = self.ffn(h_BTD, segment_ids_BT, ffn_key, layer_input_BTD)
+            y_BTD, stats = self.ffn(h_BTD, places.segment_ids_BT, ffn_key, layer_input_BTD)
         else:
             y_BTD = self.ffn(h_BTD, ffn_key)
         return x_BTD + y_BTD, cache, stats
@@ -123,19 +123,17 @@ class Stack(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"],
+        places: TokenPlaces,
+        rotation: Rotation,
         keys: Key[Array, " R"] | None = None,
-        prompt_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Apply all layers of the stack.
 
         Args:
             x_BTD: hidden states.
-            positions_BT: positions, which restart in each segment.
-            segment_ids_BT: packed segments; 0 for padding.
+            places: positions and segments of the tokens.
+            rotation: rotation by these positions.
             keys: one PRNG key per repeat, for dropout; None for no dropout.
-            prompt_ids_BT: as in `Transformer`.
 
         Returns:
             The hidden states, and the statistics of the stack's routers (layers of the stack, …); None for dense layers.
@@ -147,7 +145,7 @@ class Stack(nnx.Module):
             layers, key = layers_and_key
             period_stats = []
             for layer, layer_key in zip(layers, keys_of(key, len(self.layers)), strict=True):
-                x_BTD, _, layer_stats = layer(x_BTD, positions_BT, segment_ids_BT, None, layer_key, prompt_ids_BT)
+                x_BTD, _, layer_stats = layer(x_BTD, places, rotation, None, layer_key)
                 period_stats.append(layer_stats)
             return x_BTD, period_stats
 
@@ -158,16 +156,16 @@ class Stack(nnx.Module):
     def decode(
         self,
         x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"],
+        places: TokenPlaces,
+        rotation: Rotation,
         caches: Sequence[Cache],
     ) -> tuple[Float[Array, "B T D"], Sequence[Cache]]:
         """Apply all layers to further tokens of sequences in a cache.
 
         Args:
             x_BTD: hidden states of the further tokens.
-            positions_BT: positions in the sequences; -1 for padding.
-            segment_ids_BT: 0 for padding.
+            places: positions in the sequences, -1 for padding, and segments, 0 for padding.
+            rotation: rotation by these positions.
             caches: one cache per layer of the period, with a leading dim of repeats.
 
         Returns:
@@ -180,7 +178,7 @@ class Stack(nnx.Module):
             layers, caches = layers_and_caches
             extended = []
             for layer, cache in zip(layers, caches, strict=True):
-                x_BTD, new_cache, _ = layer(x_BTD, positions_BT, segment_ids_BT, cache)
+                x_BTD, new_cache, _ = layer(x_BTD, places, rotation, cache)
                 assert new_cache is not None  # a layer extends the cache that it is given
                 extended.append(new_cache)
             return x_BTD, extended

@@ -21,6 +21,8 @@ from jaxtyping import Array, Float, Int, Key
 from moe_train import config
 from moe_train.machine.mesh import use_default_mesh
 from moe_train.model.attention.kinds import Cache, empty_cache
+from moe_train.model.attention.places import TokenPlaces
+from moe_train.model.attention.rope import Rotation, rotation
 from moe_train.model.encoders.audio import Audio
 from moe_train.model.encoders.media import Features, Media, write_features
 from moe_train.model.encoders.vision import Vision
@@ -55,6 +57,8 @@ class Transformer(nnx.Module):
         self.vision = Vision(rngs, encoder, model.model_dim, compute) if isinstance(encoder, config.VisionEncoder) else None
         self.audio = Audio(rngs, encoder, model.model_dim, compute) if isinstance(encoder, config.AudioEncoder) else None
         self.dtype = jnp.dtype(compute.dtype)
+        self.rope = model.rope
+        self.rotated_dims = model.attention.rotated_dims
 
     def __call__(
         self,
@@ -90,10 +94,9 @@ class Transformer(nnx.Module):
             positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
         if segment_ids_BT is None:
             segment_ids_BT = np.ones(tokens_BT.shape, np.int32)
-        positions_BT = place(positions_BT, "BT")
-        segment_ids_BT = place(segment_ids_BT, "BT")
-        if prompt_ids_BT is not None:
-            prompt_ids_BT = place(prompt_ids_BT, "BT")
+        prompt_ids_BT = None if prompt_ids_BT is None else place(prompt_ids_BT, "BT")
+        places = TokenPlaces(place(positions_BT, "BT"), place(segment_ids_BT, "BT"), prompt_ids_BT)
+        rotation = self.rotation(places.positions_BT)
         x_BTD = self.embed(tokens_BT, self.dtype)
         if media is not None:
             # No key of a layer: those come from `split`.
@@ -107,11 +110,15 @@ class Transformer(nnx.Module):
         first = 0
         for stack in self.stacks:
             stack_keys = None if keys is None else keys[first : first + stack.repeats]
-            x_BTD, stack_stats = stack(x_BTD, positions_BT, segment_ids_BT, stack_keys, prompt_ids_BT)
+            x_BTD, stack_stats = stack(x_BTD, places, rotation, stack_keys)
             if stack_stats is not None:
                 stats.append(stack_stats)
             first += stack.repeats
         return plain_on_one_device(self.final_norm(x_BTD)), _concatenate(stats)
+
+    def rotation(self, positions_BT: Int[Array, "B T"]) -> Rotation:
+        """Return the rotation of queries and keys by their positions, which all layers share."""
+        return rotation(positions_BT, self.rope, self.rotated_dims)
 
     def with_media(self, x_BTD: Float[Array, "B T D"], media: Media, key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
         """Return embeddings in which the tokens that stand for pictures or sound have the features of these.
@@ -187,10 +194,11 @@ class Transformer(nnx.Module):
         if features is not None:
             x_BTD = write_features(x_BTD, *features)
         # Segment 0 keeps padding out of the routers; attention to a cache masks by position.
-        segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
+        places = TokenPlaces(positions_BT, (positions_BT >= 0).astype(jnp.int32))
+        rotation = self.rotation(positions_BT)
         extended = []
         for stack, stack_caches in zip(self.stacks, caches, strict=True):
-            x_BTD, new_caches = stack.decode(x_BTD, positions_BT, segment_ids_BT, stack_caches)
+            x_BTD, new_caches = stack.decode(x_BTD, places, rotation, stack_caches)
             extended.append(new_caches)
         return self.final_norm(x_BTD), extended
 

@@ -21,6 +21,7 @@ from moe_train import config
 from moe_train.data.tokenizers.tokenizer import Tokenizer
 from moe_train.machine import progress
 from moe_train.machine.mesh import BATCH
+from moe_train.model.attention.places import TokenPlaces
 from moe_train.model.moe.layer import MoE
 from moe_train.model.parameters import Parameters, combine_some, parameters
 from moe_train.model.paths import ParameterPath
@@ -175,14 +176,16 @@ def _run_period(
     structure: PyTreeDef, stack: int, weights: Parameters, x_BTD: jax.Array, positions_BT: jax.Array
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Return x after a period of a stack, and the logits of its routers."""
-    segment_ids_BT = (positions_BT >= 0).astype(jnp.int32)
+    places = TokenPlaces(positions_BT, (positions_BT >= 0).astype(jnp.int32))
     router_logits = []
-    for layer in jax.tree.map(lambda w: w[0], combine_some(structure, weights).stacks[stack].layers):
+    model = combine_some(structure, weights)
+    rotation = model.rotation(positions_BT)
+    for layer in jax.tree.map(lambda w: w[0], model.stacks[stack].layers):
         if isinstance(layer.ffn, MoE):
             # The layer does not return its router's logits, so its first half is computed once more.
-            y_BTD, *_ = layer.attention(layer.attention_norm(x_BTD), positions_BT, segment_ids_BT)
+            y_BTD, *_ = layer.attention(layer.attention_norm(x_BTD), places, rotation)
             router_logits.append(jax.sharding.reshard(layer.ffn.router(layer.ffn_norm(x_BTD + y_BTD)), P()))
-        x_BTD, *_ = layer(x_BTD, positions_BT, segment_ids_BT)
+        x_BTD, *_ = layer(x_BTD, places, rotation)
     return x_BTD, router_logits
 
 

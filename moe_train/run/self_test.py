@@ -25,6 +25,7 @@ from moe_train import config
 from moe_train.machine.compiler_options import brief_options
 from moe_train.machine.mesh import BATCH, axis_size, make_mesh, platform
 from moe_train.model.attention import kernels, splash
+from moe_train.model.attention.places import TokenPlaces
 from moe_train.model.moe import grouped_matmul as gm
 from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights
 from moe_train.model.moe.experts import ExpertSettings, Routing, run_experts
@@ -258,7 +259,7 @@ def _attention_and_gradients(
         q: jax.Array, k: jax.Array, v: jax.Array, dy: jax.Array, positions: jax.Array, segments: jax.Array
     ) -> tuple[jax.Array, ...]:
         q, k, v, dy, positions, segments = (place(x) for x in (q, k, v, dy, positions, segments))
-        y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, positions, segments, window, kernel), q, k, v)
+        y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, TokenPlaces(positions, segments), window, kernel), q, k, v)
         return y, *vjp(dy)
 
     # Programs of another shape than the step's in any case, so on a CPU they need not be compiled with its effort.

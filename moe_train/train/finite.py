@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from moe_train.model.attention.kinds import apply_attention
+from moe_train.model.attention.places import TokenPlaces
+from moe_train.model.attention.rope import Rotation
 from moe_train.model.moe.layer import MoE
 from moe_train.model.parameters import Parameters, combine
 from moe_train.model.sharding.specs import place
@@ -64,14 +66,6 @@ def step_flags(
     )
 
 
-class TokenPlaces(NamedTuple):
-    """Where the tokens of a batch stand; as in `Transformer`."""
-
-    positions_BT: Int[Array, "B T"]
-    segment_ids_BT: Int[Array, "B T"]
-    prompt_ids_BT: Int[Array, "B T"] | None = None
-
-
 def output_flags(model: Transformer, tokens_BT: Int[Array, "B T"], places: TokenPlaces) -> Flags:
     """Run the model layer by layer, without dropout, and return which outputs of its modules are finite."""
     places = jax.tree.map(lambda x: place(x, "BT"), places)
@@ -82,8 +76,9 @@ def output_flags(model: Transformer, tokens_BT: Int[Array, "B T"], places: Token
 
     x_BTD = model.embed(place(tokens_BT, "BT"), model.dtype)
     flags = {"embed": finite(x_BTD)}
+    rotation = model.rotation(places.positions_BT)
     for number, stack in enumerate(model.stacks):
-        x_BTD, stack_flags = _run_stack(stack, x_BTD, places)
+        x_BTD, stack_flags = _run_stack(stack, x_BTD, places, rotation)
         for index, layer_flags in enumerate(stack_flags):
             for module, flag_RBTD in layer_flags.items():
                 is_finite = jnp.all(flag_RBTD, axis=-1) | is_padding_BT
@@ -93,33 +88,34 @@ def output_flags(model: Transformer, tokens_BT: Int[Array, "B T"], places: Token
 
 
 def _run_stack(
-    stack: Stack, x_BTD: Float[Array, "B T D"], places: TokenPlaces
+    stack: Stack, x_BTD: Float[Array, "B T D"], places: TokenPlaces, rotation: Rotation
 ) -> tuple[Float[Array, "B T D"], list[dict[str, Bool[Array, "R B T 1"]]]]:
     """Run a stack as `Stack` does; the flags of the layers of its period have a leading dim of repeats."""
 
     def period(x_BTD: Float[Array, "B T D"], layers: list[Layer]) -> tuple[Float[Array, "B T D"], list[Flags]]:
         period_flags = []
         for layer in layers:
-            x_BTD, layer_flags = _run_layer(layer, x_BTD, places)
+            x_BTD, layer_flags = _run_layer(layer, x_BTD, places, rotation)
             period_flags.append(layer_flags)
         return x_BTD, period_flags
 
     return jax.lax.scan(period, x_BTD, list(stack.layers))
 
 
-def _run_layer(layer: Layer, x_BTD: Float[Array, "B T D"], places: TokenPlaces) -> tuple[Float[Array, "B T D"], Flags]:
+def _run_layer(
+    layer: Layer, x_BTD: Float[Array, "B T D"], places: TokenPlaces, rotation: Rotation
+) -> tuple[Float[Array, "B T D"], Flags]:
     """Run a layer as `Layer` does, with a flag (B, T, 1) for each of its modules."""
 
     def finite(y_BTD: Float[Array, "B T D"]) -> Bool[Array, "B T 1"]:
         return jnp.all(jnp.isfinite(y_BTD), axis=-1, keepdims=True)
 
     h_BTD = layer.attention_norm(x_BTD)
-    positions_BT, segment_ids_BT, prompt_ids_BT = places
-    y_BTD, _ = apply_attention(layer.attention, h_BTD, positions_BT, segment_ids_BT, None, None, prompt_ids_BT)
+    y_BTD, _ = apply_attention(layer.attention, h_BTD, places, rotation)
     flags = {"attention_norm": finite(h_BTD), "attention": finite(y_BTD)}
     x_BTD += y_BTD
     h_BTD = layer.ffn_norm(x_BTD)
-    y_BTD = layer.ffn(h_BTD, segment_ids_BT)[0] if isinstance(layer.ffn, MoE) else layer.ffn(h_BTD)
+    y_BTD = layer.ffn(h_BTD, places.segment_ids_BT)[0] if isinstance(layer.ffn, MoE) else layer.ffn(h_BTD)
     return x_BTD + y_BTD, flags | {"ffn_norm": finite(h_BTD), "ffn": finite(y_BTD)}
 
 

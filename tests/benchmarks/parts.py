@@ -25,6 +25,7 @@ from moe_train import config
 from moe_train.config import yaml_file
 from moe_train.machine.mesh import BATCH, make_mesh
 from moe_train.model.attention.kernels import attend
+from moe_train.model.attention.places import TokenPlaces
 from moe_train.model.moe.layer import MoE
 from moe_train.train.cross_entropy import cross_entropy_sum
 
@@ -77,7 +78,7 @@ with jax.set_mesh(make_mesh(config.Mesh())):
 
     q, kv = normal(0, B, T, N, H, spec=heads), normal(1, B, T, K, H, spec=heads)
     # the FLOPs of scores and values over the causal half are those of a (B·T, N·H) x (N·H, T) product
-    report("attention", lambda kv, q: attend(q, *kv, positions, segments), (kv, kv), q, dense(B * T, N * H, T))
+    report("attention", lambda kv, q: attend(q, *kv, TokenPlaces(positions, segments)), (kv, kv), q, dense(B * T, N * H, T))
 
     head, mask = normal(2, V, D, spec=P("tensor", "fsdp")), segments > 0
     report("head", lambda head, x: cross_entropy_sum(x, head, segments, mask), head, x, dense(B * T, D, V))

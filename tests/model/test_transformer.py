@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from moe_train import config
 from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.attention.places import TokenPlaces
 from moe_train.model.parameters import combine, parameters
 from moe_train.model.transformer import abstract_model, empty_caches, init_model
 from moe_train.train.gradients import StepGradients, step_gradients
@@ -211,10 +212,11 @@ def test_the_program_does_not_grow_with_depth(remat: str) -> None:
 def unstacked(model: Any, batch: Batch) -> tuple[jax.Array, Any]:
     """The same layers, one after the other: layer i * period + j of stack s is entry i of stacks.s.layers.j."""
     x, stats = model.embed(batch.tokens, model.dtype), []
+    places, rotation = TokenPlaces(batch.positions, batch.segment_ids), model.rotation(batch.positions)
     for stack in model.stacks:
         for i in range(len(jax.tree.leaves(stack.layers[0])[0])):
             for layers in stack.layers:
-                x, _, s = jax.tree.map(lambda w, i=i: w[i], layers)(x, batch.positions, batch.segment_ids)
+                x, _, s = jax.tree.map(lambda w, i=i: w[i], layers)(x, places, rotation)
                 stats += [] if s is None else [s]
     return model.final_norm(x), jax.tree.map(lambda *xs: jnp.stack(xs), *stats) if stats else None
 

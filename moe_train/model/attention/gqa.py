@@ -16,12 +16,13 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from moe_train import config
 from moe_train.model.attention import rope
 from moe_train.model.attention.cache import attend_slots, extend_keys, extend_values, key_spec, value_spec
 from moe_train.model.attention.kernels import attend
+from moe_train.model.attention.places import TokenPlaces
 from moe_train.model.attention.query_scaling import query_scale
 from moe_train.model.layers import Linear, RandomSource, keys_of
 from moe_train.model.sharding.specs import split_axes
@@ -70,7 +71,6 @@ class GroupedQueryAttention(nnx.Module):
         self.k_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), kv_spec, std, dtype)
         self.v_proj = Linear(rngs, "BTD,DKH->BTKH", (D, K, H), kv_spec, std, dtype)
         self.o_proj = Linear(rngs, "BTNH,NHD->BTD", (N, H, D), P(split_axes(N), None, "fsdp"), std, dtype)
-        self.rope = model.rope
         self.query_scaling = attention.query_scaling
         self.window = window
         self.kernel = compute.attention
@@ -97,39 +97,37 @@ class GroupedQueryAttention(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"],
+        places: TokenPlaces,
+        rotation: rope.Rotation,
         cache: KeyValueCache | None = None,
         key: Key[Array, ""] | None = None,
-        prompt_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache | None]:
         """Attend within x, or, with a cache, continue the sequences in the cache with x.
 
         Args:
             x_BTD: normalized hidden states.
-            positions_BT: positions, which restart in each segment.
-            segment_ids_BT: packed segments; a query sees only keys of its own segment. Not used with a cache.
+            places: positions and segments of the tokens; with a cache, only positions are used.
+            rotation: rotation of all dims of a head by these positions.
             cache: keys and values of earlier positions; None to attend within x only.
             key: PRNG key for the dropout of the adapters; None for no dropout.
-            prompt_ids_BT: as in `kernels.attend`. Not used with a cache.
 
         Returns:
             The output (B, T, D), and the cache extended by the keys and values of x, or None without a cache.
         """
         q_key, k_key, v_key, o_key = keys_of(key, 4)
-        q_BTNH = rope.rotate(self.q_proj(x_BTD, q_key), positions_BT, self.rope)
-        k_BTKH = rope.rotate(self.k_proj(x_BTD, k_key), positions_BT, self.rope)
+        q_BTNH = rope.rotate(self.q_proj(x_BTD, q_key), rotation)
+        k_BTKH = rope.rotate(self.k_proj(x_BTD, k_key), rotation)
         v_BTKH = self.v_proj(x_BTD, v_key)
         if self.query_scaling is not None:
             # One factor per position: it commutes with the rotation, and the keys in a cache stay as they are.
-            q_BTNH *= query_scale(self.query_scaling, positions_BT).astype(q_BTNH.dtype)
+            q_BTNH *= query_scale(self.query_scaling, places.positions_BT).astype(q_BTNH.dtype)
         if cache is None:
-            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT, self.window, self.kernel, prompt_ids_BT)
+            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, places, self.window, self.kernel)
         else:
             # Keys enter the cache rotated, so decoding rotates only the new ones.
-            keys = extend_keys(cache.k_BKHS, k_BTKH, positions_BT, _HEADS)
-            values = extend_values(cache.v_BKSH, v_BTKH, positions_BT, _HEADS)
-            y_BTNH = attend_slots(q_BTNH, keys, values, positions_BT, self.window, _HEADS)
+            keys = extend_keys(cache.k_BKHS, k_BTKH, places.positions_BT, _HEADS)
+            values = extend_values(cache.v_BKSH, v_BTKH, places.positions_BT, _HEADS)
+            y_BTNH = attend_slots(q_BTNH, keys, values, places.positions_BT, self.window, _HEADS)
             cache = KeyValueCache(keys, values)
             # Summed over N and then W, as they are in memory: XLA:CPU copies no weight for a token. Not in training, where it would
             # then round differently with adapters that add nothing and without, as for the reference of a preference run.

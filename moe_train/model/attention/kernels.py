@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_train.machine.mesh import batch_axes, platform
 from moe_train.model.attention.blocked import NEG, PositionMask, SegmentIds, SharedPrompts, blocked_attention
 from moe_train.model.attention.context_parallel import from_zigzag, run_len, run_starts, to_zigzag
+from moe_train.model.attention.places import TokenPlaces
 from moe_train.model.attention.splash import make_splash, splash_attention, table_specs
 from moe_train.model.sharding.collectives import gather_axis
 
@@ -21,11 +22,9 @@ def attend(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKW: Float[Array, "B S K W"],
-    positions_BT: Int[Array, "B T"],
-    segment_ids_BT: Int[Array, "B T"],
+    places: TokenPlaces,
     window: int | None = None,
     kernel: str = "auto",
-    prompt_ids_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N W"]:
     """Compute causal self-attention of packed sequences.
 
@@ -34,12 +33,9 @@ def attend(
         k_BSKH: keys with K heads; N is a multiple of K. S is T, or more if each device of `context` already has the whole
             sequence (`gather_sequence`).
         v_BSKW: values, which may have another width than queries and keys.
-        positions_BT: positions, which restart in each segment that continues no prompt.
-        segment_ids_BT: a query sees only keys with its own segment id, and those of its prompt.
+        places: positions, segments and prompts. Not every kernel takes prompts (`takes_shared_prompts`).
         window: a query sees only keys less than `window` positions before it; None for no limit.
         kernel: as in `config.Compute.attention`.
-        prompt_ids_BT: id of the earlier segment that a query's segment continues, or of its own if it continues none; None if no
-            segment continues another. Not every kernel takes it (`takes_shared_prompts`).
 
     Returns:
         The attention output (B, T, N, W).
@@ -48,7 +44,7 @@ def attend(
     # The kernel's tables are an argument of the `shard_map`, which splits them over `context` like the queries.
     splash = None
     if kernel == "splash":
-        assert prompt_ids_BT is None
+        assert places.prompt_ids_BT is None
         splash = make_splash(q_BTNH.shape[1], q_BTNH.shape[2] // k_BSKH.shape[2], window)
     is_gathered = k_BSKH.shape[1] > q_BTNH.shape[1]
 
@@ -56,11 +52,10 @@ def attend(
         q: Float[Array, "b t n H"],
         k: Float[Array, "b s k H"],
         v: Float[Array, "b s k W"],
-        positions: Int[Array, "b t"],
-        segments: Int[Array, "b t"],
-        prompts: Int[Array, "b t"] | None,
+        places: TokenPlaces,
         splash: Any,
     ) -> Float[Array, "b t n W"]:
+        positions, segments, prompts = places
         if not is_gathered:
             k, v = (gather_axis(x, "context", 1) for x in (k, v))
         positions_k, segments_k = (gather_axis(x, "context", 1) for x in (positions, segments))
@@ -90,10 +85,9 @@ def attend(
     # A Pallas call does not declare along which mesh axes its result varies, so the check is on only for the kernels in plain XLA.
     # Everything that crosses devices here is all-gathered or permuted along `context`, along which everything is split.
     check_vma = kernel in ("reference", "blocked")
-    prompts_spec = None if prompt_ids_BT is None else tokens
-    in_specs = (heads, heads, heads, tokens, tokens, prompts_spec, None if splash is None else table_specs(splash))
+    in_specs = (heads, heads, heads, tokens, None if splash is None else table_specs(splash))
     run = jax.shard_map(local, in_specs=in_specs, out_specs=heads, check_vma=check_vma)
-    return run(q_BTNH, k_BSKH, v_BSKW, positions_BT, segment_ids_BT, prompt_ids_BT, splash)
+    return run(q_BTNH, k_BSKH, v_BSKW, places, splash)
 
 
 def cudnn_attention(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import assert_never
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
 from moe_train import config
 from moe_train.model.attention.gqa import GroupedQueryAttention, KeyValueCache
 from moe_train.model.attention.mla import LatentCache, MultiHeadLatentAttention
+from moe_train.model.attention.places import TokenPlaces
+from moe_train.model.attention.rope import Rotation
 from moe_train.model.layers import RandomSource
 
 AttentionLayer = GroupedQueryAttention | MultiHeadLatentAttention
@@ -39,20 +41,19 @@ def attention_layer(rngs: RandomSource, model: config.Model, compute: config.Com
 def apply_attention(
     layer: AttentionLayer,
     x_BTD: Float[Array, "B T D"],
-    positions_BT: Int[Array, "B T"],
-    segment_ids_BT: Int[Array, "B T"],
-    cache: Cache | None,
-    key: Key[Array, ""] | None,
-    prompt_ids_BT: Int[Array, "B T"] | None = None,
+    places: TokenPlaces,
+    rotation: Rotation,
+    cache: Cache | None = None,
+    key: Key[Array, ""] | None = None,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Apply the attention of one layer, whose cache, if there is one, is of the layer's own kind."""
     match layer:
         case GroupedQueryAttention():
             assert cache is None or isinstance(cache, KeyValueCache)
-            return layer(x_BTD, positions_BT, segment_ids_BT, cache, key, prompt_ids_BT)
+            return layer(x_BTD, places, rotation, cache, key)
         case MultiHeadLatentAttention():
             assert cache is None or isinstance(cache, LatentCache)
-            return layer(x_BTD, positions_BT, segment_ids_BT, cache, key, prompt_ids_BT)
+            return layer(x_BTD, places, rotation, cache, key)
         case _:
             assert_never(layer)
 

@@ -31,6 +31,7 @@ from moe_train.model.attention import rope
 from moe_train.model.attention.cache import attend_slots, extend_values, value_spec
 from moe_train.model.attention.context_parallel import gather_sequence
 from moe_train.model.attention.kernels import attend
+from moe_train.model.attention.places import TokenPlaces
 from moe_train.model.attention.query_scaling import query_scale
 from moe_train.model.layers import Linear, RandomSource, RMSNorm, keys_of
 from moe_train.model.sharding import fsdp
@@ -92,7 +93,6 @@ class MultiHeadLatentAttention(nnx.Module):
         self.kv_b_proj = Linear(rngs, "BTR,RNU->BTNU", (R, N, U), P(fsdp_axis(R), heads, None), std, dtype)
         self.o_proj = Linear(rngs, "BTNW,NWD->BTD", (N, W, D), P(heads, None, "fsdp"), std, dtype)
         self.sizes = attention
-        self.rope = model.rope
         self.correction = rope.scale_correction(attention, model.rope)
         self.kernel = compute.attention
 
@@ -115,43 +115,45 @@ class MultiHeadLatentAttention(nnx.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        positions_BT: Int[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"],
+        places: TokenPlaces,
+        rotation: rope.Rotation,
         cache: LatentCache | None = None,
         key: Key[Array, ""] | None = None,
-        prompt_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
         """Attend within x, or, with a cache, continue the sequences in the cache with x.
 
         Args:
             x_BTD: normalized hidden states.
-            positions_BT: positions, which restart in each segment.
-            segment_ids_BT: packed segments; a query sees only keys of its own segment. Not used with a cache.
+            places: positions and segments of the tokens; with a cache, only positions are used.
+            rotation: rotation of the rotary dims by these positions.
             cache: latents of earlier positions; None to attend within x only.
             key: PRNG key for the dropout of the adapters; None for no dropout.
-            prompt_ids_BT: as in `kernels.attend`. Not used with a cache.
 
         Returns:
             The output (B, T, D), and the cache extended by the latents of x, or None without a cache.
         """
         q_key, kv_a_key, kv_b_key, o_key = keys_of(key, 4)
-        q_BTNH = self._queries(x_BTD, positions_BT, q_key)
+        q_BTNH = self._queries(x_BTD, places.positions_BT, rotation, q_key)
         compressed_BTC = self.kv_a_proj(x_BTD, kv_a_key)
         R = self.sizes.kv_lora_rank
         latent_BTR = self.kv_a_norm(compressed_BTC[..., :R])
-        shared_BT1P = rope.rotate_interleaved(compressed_BTC[:, :, None, R:], positions_BT, self.rope)
+        shared_BT1P = rope.rotate_interleaved(compressed_BTC[:, :, None, R:], rotation)
         if cache is None:
             k_BSNH, v_BSNW = self._keys_and_values_of_sequence(latent_BTR, shared_BT1P[:, :, 0], kv_b_key)
-            y_BTNW = attend(q_BTNH, k_BSNH, v_BSNW, positions_BT, segment_ids_BT, None, self.kernel, prompt_ids_BT)
+            y_BTNW = attend(q_BTNH, k_BSNH, v_BSNW, places, None, self.kernel)
         else:
             # Shared keys enter the cache rotated, so decoding rotates only the new ones.
             new_BT1C = jnp.concatenate([latent_BTR[:, :, None], shared_BT1P], axis=-1)
-            cache = LatentCache(extend_values(cache.latents_BKSC, new_BT1C, positions_BT, _HEADS))
-            y_BTNW = self._attend_latents(q_BTNH, cache, positions_BT)
+            cache = LatentCache(extend_values(cache.latents_BKSC, new_BT1C, places.positions_BT, _HEADS))
+            y_BTNW = self._attend_latents(q_BTNH, cache, places.positions_BT)
         return self.o_proj(y_BTNW, o_key), cache
 
     def _queries(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], key: Key[Array, ""] | None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        rotation: rope.Rotation,
+        key: Key[Array, ""] | None,
     ) -> Float[Array, "B T N H"]:
         """Return the queries with rotated last dims, times all factors on the scores but the inverse square root of H."""
         if self.q_proj is not None:
@@ -161,7 +163,7 @@ class MultiHeadLatentAttention(nnx.Module):
             a_key, b_key = keys_of(key, 2)
             q_BTNH = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BTD, a_key)), b_key)
         n = self.sizes.qk_nope_head_dim
-        rotated_BTNP = rope.rotate_interleaved(q_BTNH[..., n:], positions_BT, self.rope)
+        rotated_BTNP = rope.rotate_interleaved(q_BTNH[..., n:], rotation)
         q_BTNH = jnp.concatenate([q_BTNH[..., :n], rotated_BTNP], axis=-1)
         if self.sizes.query_scaling is not None:
             factor_BT11 = self.correction * query_scale(self.sizes.query_scaling, positions_BT)

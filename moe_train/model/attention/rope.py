@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -47,37 +48,49 @@ def _mscale(rope: config.YarnRope, m: float) -> float:
     return 1.0 if rope.factor <= 1 else 0.1 * m * math.log(rope.factor) + 1.0
 
 
-def rotate(
-    x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], rope: config.DefaultRope | config.YarnRope
-) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (x[i], x[i + H/2]) by position * frequency, computed in float32."""
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle by which each of P pairs of dims is turned at the position of each token, in float32."""
+
+    cos_BTP: Float[Array, "B T P"]
+    sin_BTP: Float[Array, "B T P"]
+
+
+def rotation(positions_BT: Int[Array, "B T"], rope: config.DefaultRope | config.YarnRope, rotated_dims: int) -> Rotation:
+    """Return the rotation by position * frequency, which all layers and heads of a model share.
+
+    Computed where it is applied, it would be computed again for each layer, head and element: XLA fuses it there.
+
+    Args:
+        positions_BT: positions of the tokens.
+        rope: frequencies.
+        rotated_dims: number of dims of a head that are rotated, 2 * P.
+    """
+    freqs, factor = frequencies(rope, rotated_dims)
+    angles_BTP = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)
+    return Rotation(jnp.cos(angles_BTP) * factor, jnp.sin(angles_BTP) * factor)
+
+
+def rotate(x_BTNH: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (x[i], x[i + H/2]), computed in float32."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return _rotate_pairs(first, second, positions_BT, rope).astype(x_BTNH.dtype)
+    return _rotate_pairs(first, second, rotation).astype(x_BTNH.dtype)
 
 
-def rotate_interleaved(
-    x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], rope: config.DefaultRope | config.YarnRope
-) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (x[2i], x[2i + 1]) by position * frequency, computed in float32.
+def rotate_interleaved(x_BTNH: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (x[2i], x[2i + 1]), computed in float32.
 
     Returns:
         The rotated pairs in half-split order: products of queries and keys do not depend on the order that both have.
     """
     pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)
-    return _rotate_pairs(pairs[..., 0], pairs[..., 1], positions_BT, rope).astype(x_BTNH.dtype)
+    return _rotate_pairs(pairs[..., 0], pairs[..., 1], rotation).astype(x_BTNH.dtype)
 
 
 def _rotate_pairs(
-    first_BTNP: Float[Array, "B T N P"],
-    second_BTNP: Float[Array, "B T N P"],
-    positions_BT: Int[Array, "B T"],
-    rope: config.DefaultRope | config.YarnRope,
+    first_BTNP: Float[Array, "B T N P"], second_BTNP: Float[Array, "B T N P"], rotation: Rotation
 ) -> Float[Array, "B T N H"]:
     """Rotate pairs of numbers; the result has the first numbers of all P pairs, then the second ones."""
-    freqs, factor = frequencies(rope, 2 * first_BTNP.shape[-1])
-    angles_BTP = positions_BT[..., None].astype(jnp.float32) * jnp.asarray(freqs, jnp.float32)
-    cos = (jnp.cos(angles_BTP) * factor)[:, :, None, :]
-    sin = (jnp.sin(angles_BTP) * factor)[:, :, None, :]
+    cos, sin = (x_BTP[:, :, None, :] for x_BTP in rotation)
     return jnp.concatenate([first_BTNP * cos - second_BTNP * sin, second_BTNP * cos + first_BTNP * sin], axis=-1)
 
 

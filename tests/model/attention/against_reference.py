@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train.machine.mesh import BATCH
 from moe_train.model.attention import kernels
+from moe_train.model.attention.places import TokenPlaces
 from tests.tiny import ONE
 
 B, N, K, H = 2, 4, 2, 6
@@ -41,7 +42,7 @@ def operands(
 def compiled(kernel: str, window: int | None, mesh: Mesh = ONE) -> Any:
     @jax.jit
     def run(q: Any, k: Any, v: Any, dy: Any, segments: Any, positions: Any) -> Any:
-        y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, positions, segments, window, kernel), q, k, v)
+        y, vjp = jax.vjp(lambda q, k, v: kernels.attend(q, k, v, TokenPlaces(positions, segments), window, kernel), q, k, v)
         return y, *vjp(dy)
 
     return run

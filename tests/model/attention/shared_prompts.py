@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from moe_train.machine.mesh import BATCH
 from moe_train.model.attention import kernels
+from moe_train.model.attention.places import TokenPlaces
 from tests.tiny import ONE
 
 
@@ -85,7 +86,7 @@ def check_shared(kernel: str, window: int | None, rows: SharedRows, heads: tuple
         return kernels.reference_attention(q, k, v, kernels.attention_mask(positions, positions, segments, segments, window))
 
     def shared(positions: Any, segments: Any, prompts: Any, q: Any, k: Any, v: Any) -> Any:
-        return kernels.attend(q, k, v, positions, segments, window, kernel, prompts)
+        return kernels.attend(q, k, v, TokenPlaces(positions, segments, prompts), window, kernel)
 
     y, vjp = jax.vjp(plain, q, k, v)
     expected = [np.asarray(x) for x in (y, *vjp(plain_dy))]

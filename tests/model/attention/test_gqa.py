@@ -10,7 +10,9 @@ from flax import nnx
 
 from moe_train import config
 from moe_train.machine.mesh import put_batch
+from moe_train.model.attention import rope
 from moe_train.model.attention.gqa import GroupedQueryAttention
+from moe_train.model.attention.places import TokenPlaces
 from tests.tiny import ATTENTION, MIXTRAL, ONE
 
 
@@ -22,7 +24,12 @@ def test_query_scaling_changes_tokens_from_the_original_length_on() -> None:
 
     def output(attention: config.GroupedQueryAttention) -> Any:
         layer = GroupedQueryAttention(nnx.Rngs(0), MIXTRAL, attention, config.Compute(attention="reference"), None)
-        return jax.jit(lambda *arrays: layer(*arrays)[0])(*put_batch((x, positions, segments), ONE))
+
+        def apply(x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+            rotation = rope.rotation(positions, MIXTRAL.rope, attention.rotated_dims)
+            return layer(x, TokenPlaces(positions, segments), rotation)[0]
+
+        return jax.jit(apply)(*put_batch((x, positions, segments), ONE))
 
     with jax.set_mesh(ONE):
         plain, scaled = (jax.device_get(output(a)) for a in (ATTENTION, ATTENTION.model_copy(update={"query_scaling": scaling})))

@@ -15,7 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from moe_train import config
 from moe_train.machine.mesh import make_mesh, put_batch
+from moe_train.model.attention import rope
 from moe_train.model.attention.mla import LATENT_NORM_EPS, MultiHeadLatentAttention
+from moe_train.model.attention.places import TokenPlaces
 from tests.compiled_programs import collectives_of
 from tests.tiny import MISTRAL4, ONE
 
@@ -97,7 +99,9 @@ def run(model: config.Model, mesh: Mesh) -> tuple[np.ndarray, dict[str, np.ndarr
         @jax.jit
         def output(weights: Any, x: Any, positions: Any, segments: Any) -> Any:
             def total(weights: Any) -> Any:
-                y = structure.unflatten([weights[name] for name in like])(x, positions, segments)[0]
+                layer = structure.unflatten([weights[name] for name in like])
+                rotation = rope.rotation(positions, model.rope, model.attention.rotated_dims)
+                y = layer(x, TokenPlaces(positions, segments), rotation)[0]
                 return jnp.sum(jnp.sin(y) * (segments != 0)[..., None]), y
 
             (_, y), gradients = jax.value_and_grad(total, has_aux=True)(weights)

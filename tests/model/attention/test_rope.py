@@ -22,7 +22,7 @@ def test_pairs_are_turned_as_complex_numbers() -> None:
     pairs = x[..., :3] + 1j * x[..., 3:]
     turned = pairs * np.exp(1j * positions[..., None, None] * 1e4 ** -(np.arange(3) / 3))
     wanted = np.concatenate([turned.real, turned.imag], axis=-1)
-    np.testing.assert_allclose(rope.rotate(jnp.asarray(x), jnp.asarray(positions), DEFAULT), wanted, atol=2e-4)
+    np.testing.assert_allclose(rope.rotate(jnp.asarray(x), rope.rotation(jnp.asarray(positions), DEFAULT, 6)), wanted, atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", [DEFAULT, YARN], ids=["default", "yarn"])
@@ -30,7 +30,8 @@ def test_scores_depend_on_the_distance_alone(kind: config.DefaultRope | config.Y
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(np.tile(rng.normal(size=8), (1, 4, 1, 1)), jnp.float32) for _ in range(2))
     at = jnp.array([[3, 10, 50, 200]])
-    scores = jnp.sum(rope.rotate(q, at + 7, kind) * rope.rotate(k, at, kind), axis=-1)[0, :, 0]
+    later, earlier = rope.rotation(at + 7, kind, 8), rope.rotation(at, kind, 8)
+    scores = jnp.sum(rope.rotate(q, later) * rope.rotate(k, earlier), axis=-1)[0, :, 0]
     np.testing.assert_allclose(scores, scores[0], rtol=1e-3)
 
 

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("config", "machine", "model", "data", "train", "weights", "checkpoint", "proof", "evaluate", "plan", "governance", "run"),
     ),
     "cli": ("config", "machine", "data", "plan", "commands", "run"),
-    "__main__": ("cli",),
+    "__main__": ("cli", "machine.huge_pages"),
 }
 
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
@@ -49,7 +49,11 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 MUST_NOT_IMPORT: dict[str, set[str]] = {
     "": {"torch", "transformers", "peft", "pickle", "dill", "cloudpickle", "tests"},
     **dict.fromkeys(
-        ("config", "machine.processes", "machine.files", "machine.checked_file", "data", "cli", "commands.plot", "__main__"), JAX
+        (
+            *("config", "machine.processes", "machine.files", "machine.checked_file", "machine.huge_pages"),
+            *("data", "cli", "commands.plot", "__main__"),
+        ),
+        JAX,
     ),
 }
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "registry", "factory", "misc", "core", "lib"}

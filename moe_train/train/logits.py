@@ -25,6 +25,12 @@ from moe_train.model.sharding.specs import place, spec_of
 
 CHUNK_ELEMENTS = 2**23
 """Number of logits in one chunk (32 MiB in float32)."""
+_FEW_ROWS = 512
+"""Chunks of up to so many tokens may have twice as many logits: each chunk reads the whole head, which few tokens do not pay for.
+
+With 32,000 outputs of 512 dims on a CPU, loss and gradients take 0.93 of the time with 512 tokens in a chunk in place of 256; with
+8,192 outputs of 256 dims 2,048 tokens in place of 1,024 take 1.14 of it.
+"""
 
 LoraFactors = tuple[Float[Array, "B T J"], Float[Array, "V J"]]
 """Two factors whose product is the LoRA delta of the logits (`Transformer.head_lora_factors`)."""
@@ -156,7 +162,7 @@ def scan_gradients(
 
 def chunk_rows(tokens: int, vocabulary: int) -> int:
     """Return the number of tokens in one chunk on a device. Chunks have about equal sizes: little of the last one is padding."""
-    most = max(128, CHUNK_ELEMENTS // vocabulary)
+    most = max(128, CHUNK_ELEMENTS // vocabulary, min(_FEW_ROWS, 2 * CHUNK_ELEMENTS // vocabulary))
     return -(-tokens // -(-tokens // most))
 
 

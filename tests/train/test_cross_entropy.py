@@ -124,7 +124,7 @@ def test_the_logits_of_the_batch_are_never_in_memory() -> None:
     assert largest_array(plain.lower(*arrays).compile().as_text()) >= B * T * V
     with jax.set_mesh(one):
         ours = compiled(one).lower(*placed(one, *arrays)).compile().as_text()
-    assert largest_array(ours) == 10 * 128 * D  # the hidden states, in whole chunks; a chunk's logits are 128 * V
+    assert largest_array(ours) == B * T * D  # the hidden states; a chunk's logits are a fifth of them, 240 * V
 
 
 def test_a_frozen_head_costs_no_gradient() -> None:

@@ -18,6 +18,9 @@ def test_chunks_join_to_what_was_split(tokens: int) -> None:
 
 
 def test_a_chunk_has_as_many_logits_as_stated_but_128_tokens_at_least() -> None:
-    assert logits.chunk_rows(100_000, 32_000) == logits.CHUNK_ELEMENTS // 32_000
+    assert logits.chunk_rows(2048, 32_000) == 512
+    assert logits.chunk_rows(4096, 8192) == 1024
     assert logits.chunk_rows(100_000, logits.CHUNK_ELEMENTS) == 128
+    # 10 chunks of 262 would have 157 rows of padding.
+    assert logits.chunk_rows(2463, 64_000) == 247
     assert logits.chunk_rows(7, 32_000) == 7

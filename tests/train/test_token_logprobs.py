@@ -172,8 +172,8 @@ def test_the_logits_of_the_batch_are_never_in_memory() -> None:
     with jax.set_mesh(one):
         text = chunked(one).lower(*placed(one, *operands())).compile().as_text()
     largest = max(int(np.prod(shape)) for shape in shapes_in(text))
-    assert largest == 10 * 128 * D < B * T * V  # the hidden states, in whole chunks
-    assert (128, V) in shapes_in(text)
+    assert largest < 1.1 * B * T * D < B * T * V  # the hidden states, in whole chunks
+    assert any(shape[1:] == (V,) and 128 <= shape[0] <= 256 for shape in shapes_in(text))
     everything = plain.lower(*operands()).compile().as_text()
     assert max(int(np.prod(shape)) for shape in shapes_in(everything)) >= B * T * V
 

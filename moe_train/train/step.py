@@ -68,7 +68,8 @@ def train_step(
     key = step_key(definition.dropout_seed, state.step)
     fixed = ModelWeights(state.buffers, state.frozen, base_weights or {})
     loss, weight, terms, gradients = step_gradients(definition, state.trainable, fixed, batch, key)
-    grad_norm = optax.tree.norm(gradients)
+    # Without the barrier XLA takes the squares here for those of Adam's second moments, and writes them to memory.
+    grad_norm = optax.tree.norm(jax.lax.optimization_barrier(gradients))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     guard = state.guard
     spike = None

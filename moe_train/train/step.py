@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from moe_train.machine.compiler_options import compiler_options
+from moe_train.machine.mesh import platform
 from moe_train.model.moe.router import RouterStats, next_bias
 from moe_train.model.parameters import Parameters
 from moe_train.model.paths import router_rows
@@ -85,17 +86,14 @@ def train_step(
     trainable, vanished = apply_updates(definition.rounding, state.trainable, updates, opt_state, rounding_key)
     buffers = _updated_biases(state.buffers, terms.routers, definition.router_loss.bias_update_rate)
 
-    def keep(new: Shaped[Array, "*dims"], old: Shaped[Array, "*dims"]) -> Shaped[Array, "*dims"]:
-        # A select and not a branch: the decision stays on the device, and the host need not wait for it.
-        return jnp.where(applies, new, old)
-
+    trainable = _select(applies, trainable, state.trainable)
     state = TrainState(
         # A skipped step counts too, since `step` is the position in the data.
         step=state.step + 1,
-        trainable=jax.tree.map(keep, trainable, state.trainable),
+        trainable=trainable,
         frozen=state.frozen,
-        buffers=jax.tree.map(keep, buffers, state.buffers),
-        opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        buffers=_select(applies, buffers, state.buffers),
+        opt_state=_select(_known_after(applies, trainable), opt_state, state.opt_state),
         skipped=state.skipped + jnp.where(applies, 0, 1),
         guard=guard,
         learning_rates=state.learning_rates,
@@ -104,6 +102,26 @@ def train_step(
     for name, metric in step_metrics(definition.objective, terms, weight).items():
         metrics[name] = divide(*metric) if isinstance(metric, Mean) else metric
     return state, StepMetrics(loss, metrics, grad_norm, finite, count_tokens(batch), terms.routers, spike, vanished)
+
+
+def _select(applies: Bool[Array, ""], new: Any, old: Any) -> Any:
+    """Return the arrays of `new` if the update applies, and those of `old` if not."""
+    # A select and not a branch: the decision stays on the device, and the host need not wait for it.
+    return jax.tree.map(lambda new, old: jnp.where(applies, new, old), new, old)
+
+
+def _known_after(applies: Bool[Array, ""], trainable: Parameters) -> Bool[Array, ""]:
+    """Return `applies` as a value that is known only when the new weights are computed, on a mesh of one CPU.
+
+    XLA:CPU computes weights and moments in separate loops. With this order the old moments have no other reader when they are
+    overwritten; without it XLA copies all of them first.
+    """
+    if platform() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+        return applies
+    for weights in jax.lax.optimization_barrier(trainable).values():
+        first = weights[(0,) * weights.ndim]
+        applies &= first == first  # true for every number, which XLA does not see
+    return applies
 
 
 def step_key(seed: int | None, step: Int[Array | np.ndarray | np.integer, ""], stream: int = 0) -> Key[Array, ""] | None:

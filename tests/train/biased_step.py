@@ -65,10 +65,13 @@ def started(mesh: Mesh, lora: config.Lora | None = None) -> tuple[Any, TrainStat
         return structure, jax.jit(lambda p: create_state(p, OPTIMIZER, lora))(params)
 
 
+def definition(mesh: Mesh, microbatches: int, lora: config.Lora | None = None) -> StepDefinition:
+    return StepDefinition(started(mesh, lora)[0], next_token(), OPTIMIZER, LOSS, microbatches)
+
+
 @cache
 def compiled(mesh: Mesh, microbatches: int, lora: config.Lora | None = None) -> Any:
-    structure, _ = started(mesh, lora)
-    return jax.jit(partial(train_step, StepDefinition(structure, next_token(), OPTIMIZER, LOSS, microbatches)))
+    return jax.jit(partial(train_step, definition(mesh, microbatches, lora)))
 
 
 def step(batch: Batch, mesh: Mesh = ONE, microbatches: int = 1, lora: config.Lora | None = None) -> tuple[TrainState, StepMetrics]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine
 from moe_train.model.paths import ParameterPath
-from tests.train.biased_step import FOUR, LORA, ONE, OPTIMIZER, POISON, B, T, V, batch, close, started, step
+from moe_train.train.step import compile_step
+from tests.train.biased_step import FOUR, LORA, ONE, OPTIMIZER, POISON, B, T, V, batch, close, definition, started, step
 
 
 def test_the_loss_is_that_of_the_whole_step() -> None:
@@ -90,6 +92,15 @@ def test_a_step_that_is_not_finite_changes_nothing(mesh: Mesh, microbatches: int
     moved, metrics = step(batch(), mesh, microbatches)
     assert metrics.finite and (moved.step, moved.skipped) == (1, 0)
     assert all((x != np.asarray(before.trainable[path])).any() for path, x in moved.trainable.items())
+
+
+def test_moments_are_overwritten_in_place() -> None:
+    """XLA:CPU copies what it overwrites while another loop may still read it."""
+    with jax.set_mesh(ONE):
+        program = compile_step(definition(ONE, 1), started(ONE)[1], put_batch(batch(), ONE)).as_text()
+    names = re.findall(r"%(state_opt_state\w+)\.\d+ = ", program)
+    assert any("__mu__" in name for name in names) and any("__nu__" in name for name in names)
+    assert not re.search(r"copy\(%state_opt_state\w*__[mn]u__", program)
 
 
 def test_a_step_without_any_loss_is_finite() -> None:

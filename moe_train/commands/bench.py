@@ -58,7 +58,7 @@ def bench(written: config.Config, begun: float | None = None, profile: Path | No
     mesh = make_mesh(run.mesh)
     with jax.set_mesh(mesh):
         run_self_tests(run, lambda line: None)  # `train` reports their errors; here they only take their time
-        state, structure, optimizer = _random_state(run)
+        state, structure, optimizer = random_state(run)
         definition = definition_of(run, structure, optimizer)
         objective = definition.objective
         # A reference model has no adapters, so only modules that are trained in full differ from the frozen weights.
@@ -136,7 +136,7 @@ def _trace_steps(folder: Path, step: _Step, state: TrainState) -> None:
         jax.block_until_ready(metrics)
 
 
-def _random_state(run: config.Run) -> tuple[TrainState, PyTreeDef, optax.GradientTransformation]:
+def random_state(run: config.Run) -> tuple[TrainState, PyTreeDef, optax.GradientTransformation]:
     """Return the state of a run with random weights, the structure of its model, and its optimizer."""
     model = partial(init_model, run.seed, run.model, run.compute, run.lora, run.model_encoder)
     structure, shapes = parameters(abstract_model(run.model, run.compute, run.lora, run.model_encoder))

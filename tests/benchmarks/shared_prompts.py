@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from moe_train import config
-from moe_train.commands.bench import _random_state
+from moe_train.commands.bench import random_state
 from moe_train.config import yaml_file
 from moe_train.data.batches.answer_batches import SHARED_POSITIONS
 from moe_train.data.batches.batch import BatchRows
@@ -66,7 +66,7 @@ class Layout:
         batch = self.loader.batch(0)
         self.pairs = int(np.sum(np.max(batch.answer_ids, axis=1)) // 2)
         self._batch = put_batch(batch, jax.sharding.get_mesh())
-        self._state, structure, optimizer = _random_state(run)
+        self._state, structure, optimizer = random_state(run)
         self._step: Callable[..., Any] = compile_step(definition_of(run, structure, optimizer), self._state, self._batch, {})
 
     def seconds(self) -> float:

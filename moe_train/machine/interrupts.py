@@ -40,7 +40,11 @@ class DroppedSignals:
 
     @contextlib.contextmanager
     def caught(self, handler: Handler) -> Iterator[None]:
-        """Collect the signals whose exception is dropped while the block runs, and install `handler` for them again."""
+        """Collect the signals whose exception is dropped while the block runs, and install `handler` for them again.
+
+        If the block fails after a handler has raised, what the handler raised comes out of it: C code that is interrupted, such as
+        the start of a module that is imported, may end with an error of its own (`ImportError: initialization failed`).
+        """
         previous_hook = sys.unraisablehook
 
         def collect(unraisable: sys.UnraisableHookArgs) -> None:
@@ -54,6 +58,10 @@ class DroppedSignals:
         sys.unraisablehook = collect
         try:
             yield
+        except Exception as error:
+            if self._raised:
+                raise self._raised[-1][0] from error
+            raise
         finally:
             sys.unraisablehook = previous_hook
 

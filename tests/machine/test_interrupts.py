@@ -42,6 +42,17 @@ def test_a_signal_in_a_callback_of_the_garbage_collector(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_error_that_c_code_makes_of_a_signal(number: signal.Signals, error: type[BaseException]) -> None:
+    with pytest.raises(error), ends_after_signals():
+        try:
+            signal.raise_signal(number)
+        except BaseException as interruption:
+            raise ImportError("initialization failed") from interruption  # as pybind11 does
+    with pytest.raises(ImportError), ends_after_signals():
+        raise ImportError
+
+
 IN_C_CODE = """
 import ctypes, os
 from moe_train.machine import interrupts

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moe_train.machine.interrupts import DroppedSignals
 from moe_train.machine.mesh import AXES
 from moe_train.machine.processes import UNFINISHED, announce_exit
 
@@ -70,12 +71,14 @@ def signals(stop_request: StopRequest | None = None) -> Iterator[StopRequest]:
         yield stop_request
         return
 
+    dropped = DroppedSignals()
+
     def record_signal(number: int, _: FrameType | None) -> None:
         stop_request.reason = signal.Signals(number).name
         # Restored at once, so that a second signal acts as usual.
         signal.signal(number, previous_handlers[number])
         if stop_request.starting is not None:
-            raise StopRequested(stop_request.reason)
+            raise dropped.note(StopRequested(stop_request.reason), number)
 
     previous_handlers: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     # Python's handlers wait until C code returns, but the number of the signal is written to this socket at once.
@@ -83,12 +86,13 @@ def signals(stop_request: StopRequest | None = None) -> Iterator[StopRequest]:
     # `set_wakeup_fd` demands it, so that a handler can never block.
     sender.setblocking(False)
     previous_descriptor = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    answering = threading.Thread(target=_answer, args=(receiver, stop_request, frozenset(previous_handlers)), daemon=True)
+    answering = threading.Thread(target=_answer, args=(receiver, stop_request, frozenset(previous_handlers), dropped), daemon=True)
     answering.start()
     for number in previous_handlers:
         signal.signal(number, record_signal)
     try:
-        yield stop_request
+        with dropped.caught(record_signal):
+            yield stop_request
     finally:
         stop_request.ended = True
         for number, handler in previous_handlers.items():
@@ -99,7 +103,7 @@ def signals(stop_request: StopRequest | None = None) -> Iterator[StopRequest]:
         receiver.close()
 
 
-def _answer(receiver: socket.socket, stop_request: StopRequest, numbers: frozenset[int]) -> None:
+def _answer(receiver: socket.socket, stop_request: StopRequest, numbers: frozenset[int], dropped: DroppedSignals) -> None:
     """Say what the process waits for when a signal arrives, also while its main thread is in C code.
 
     A process that does not leave its start is ended.
@@ -118,6 +122,7 @@ def _answer(receiver: socket.socket, stop_request: StopRequest, numbers: frozens
                 # sys.exit would only end this thread.
                 os._exit(UNFINISHED)
             time.sleep(0.05)
+            dropped.handle_again()
         return
 
 

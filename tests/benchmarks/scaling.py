@@ -4,10 +4,10 @@
                                                                     (needs libtpu; a plot needs matplotlib)
 
 Mixtral 8x7B, full training, or Mistral Small 4, LoRA on attention and shared experts, one sequence of 4096 tokens a chip, on
-v5p from 8 to 512 chips: expert 8, up to 8 along fsdp, the rest replicas along data. Adds to scaling.json (scaling_small4.json)
-beside this file, prints its table, and plots it where
-matplotlib is there; without CHIPS that is all. Time is that of a core, all of a process that imports, traces, compiles
-and reads the program: a busy machine does not lengthen it. Each size takes two to three minutes.
+v5p from 8 to 512 chips: expert 8, up to 8 along fsdp, the rest replicas along data. "Beside matrix products" are bytes of
+asynchronous collectives between whose start and end products run. Adds to scaling.json (scaling_small4.json) beside this file,
+prints its table, and plots it where matplotlib is there; without CHIPS that is all. Time is that of a core, all of a process
+that imports, traces, compiles and reads the program: a busy machine does not lengthen it. Each size takes two to three minutes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import argparse
 import importlib.util
 import json
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_train import config
 from moe_train.config import yaml_file
-from moe_train.plan.compile import compile_config
+from moe_train.plan.compile import Traffic, compile_config
 from moe_train.plan.topology import parse_topology
 
 SLICES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
@@ -67,9 +68,29 @@ def measure(workload: Workload, chips: int, layers: int) -> dict[str, Any]:
         "layers": layers,
         "memory_GiB": compiled.bytes_per_device / 2**30,
         "received_GB": compiled.network_bytes / 1e9,
+        "by_kind": by_kind(compiled.traffic),
         "compile_core_seconds": core_seconds() - before,
         "instructions": compiled.instructions,
     }
+
+
+def by_kind(traffic: Sequence[Traffic]) -> dict[str, dict[str, float]]:
+    """Return the gigabytes received by each kind of collective, and those of them received beside matrix products."""
+    sums: dict[str, dict[str, float]] = {}
+    for t in traffic:
+        kind = sums.setdefault(t.kind, {"received_GB": 0.0, "beside_products_GB": 0.0})
+        kind["received_GB"] += t.bytes / 1e9
+        kind["beside_products_GB"] += t.bytes_overlapped / 1e9
+    return sums
+
+
+def kinds_text(row: dict[str, Any]) -> str:
+    """Return two cells of the table: gathered or scattered bytes with the share beside products, and all-reduced bytes."""
+    kinds = row["by_kind"]
+    gathered = [kinds[kind] for kind in ("all-gather", "reduce-scatter")]
+    received = sum(kind["received_GB"] for kind in gathered)
+    beside = sum(kind["beside_products_GB"] for kind in gathered)
+    return f"{received:.2f}; {beside / received:.0%} | {kinds['all-reduce']['received_GB']:.2f}"
 
 
 def core_seconds() -> float:
@@ -79,9 +100,11 @@ def core_seconds() -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| chips | mesh | memory a chip, GiB | received a chip and step, GB | compile, s of a core |", "|---|---|---|---|---|"]
+    sizes = "memory per chip, GiB | received per chip and step, GB"
+    kinds = "gathered or scattered, GB; of it beside matrix products | all-reduced, GB"
+    lines = [f"| chips | mesh | {sizes} | {kinds} | compile time, s on one core |", "|---|---|---|---|---|---|---|"]
     for r in rows:
-        figures = f"{r['memory_GiB']:.2f} | {r['received_GB']:.2f} | {r['compile_core_seconds']:.0f}"
+        figures = f"{r['memory_GiB']:.2f} | {r['received_GB']:.2f} | {kinds_text(r)} | {r['compile_core_seconds']:.0f}"
         lines.append(f"| {r['chips']} | {r['mesh']} | {figures} |")
     return "\n".join(lines)
 
@@ -93,8 +116,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
-    shown = {"memory_GiB": "memory a chip, GiB", "received_GB": "received a chip and step, GB"}
-    shown |= {"compile_core_seconds": "compile, s of a core"}
+    shown = {"memory_GiB": "memory per chip, GiB", "received_GB": "received per chip and step, GB"}
+    shown |= {"compile_core_seconds": "compile time, s on one core"}
     for panel, (key, title) in zip(panels, shown.items(), strict=True):
         panel.plot([r["chips"] for r in rows], [r[key] for r in rows], marker="o")
         panel.set(title=title, xlabel="chips", ylim=(0, None))

@@ -53,6 +53,16 @@ def test_a_file_is_refused_as_a_file(tmp_path: Path) -> None:
         refuse_existing(tmp_path / "out.yaml")
 
 
+def test_an_error_of_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*page\.html'"):
+        write_text(tmp_path / "page.html", "x")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_brings_its_folder(tmp_path: Path) -> None:
     write_text(tmp_path / "new" / "page.html", "x")
     assert (tmp_path / "new" / "page.html").read_text() == "x"

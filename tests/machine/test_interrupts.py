@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -22,6 +23,34 @@ def test_a_signal_ends_python_code(number: signal.Signals, error: type[BaseExcep
         time.sleep(5)
     assert signal.getsignal(number) is before
     os.kill(os.getpid(), signal.SIGURG)  # reaches no closed socket
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_in_a_callback_of_the_garbage_collector(
+    number: signal.Signals, error: type[BaseException], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python drops what is raised there."""
+
+    def callback(*_: object) -> None:
+        gc.callbacks.remove(callback)
+        signal.raise_signal(number)
+
+    with pytest.raises(error), ends_after_signals():
+        gc.callbacks.append(callback)
+        gc.collect()
+        time.sleep(5)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_error_that_c_code_makes_of_a_signal(number: signal.Signals, error: type[BaseException]) -> None:
+    with pytest.raises(error), ends_after_signals():
+        try:
+            signal.raise_signal(number)
+        except BaseException as interruption:
+            raise ImportError("initialization failed") from interruption  # as pybind11 does
+    with pytest.raises(ImportError), ends_after_signals():
+        raise ImportError
 
 
 IN_C_CODE = """

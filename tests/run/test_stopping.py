@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from moe_train import config
 from moe_train.commands.train import train
 from moe_train.machine.mesh import make_mesh
 from moe_train.run import attempt, loop
-from moe_train.run.stopping import Votes, signals, vote
+from moe_train.run.stopping import StopRequested, Votes, signals, vote
 from moe_train.run.writer import Writer
 from tests.run_dir import events, lines, losses, steps_in
 
@@ -70,6 +71,19 @@ def test_a_signal_before_the_first_step_ends_the_start(tmp_path, small_run, monk
     assert "moe-train: stopped before the first step (SIGTERM); start again to continue" in said
     assert signal.getsignal(signal.SIGTERM) is before
     assert train(small_run(tmp_path, train__steps=2)) == loop.FINISHED
+
+
+def test_a_signal_in_a_callback_of_the_garbage_collector_ends_the_start():
+    """Python drops what is raised there."""
+
+    def interrupt(*_):
+        gc.callbacks.remove(interrupt)
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(StopRequested), signals():
+        gc.callbacks.append(interrupt)
+        gc.collect()
+        time.sleep(5)
 
 
 BUSY = """

@@ -33,6 +33,8 @@ def compiler_options(device_kind: str) -> dict[str, str | bool]:
             # Several collectives may wait for the SparseCores. Otherwise each starts when the one before has ended, and the
             # scheduler finds no product for 4.4 GB of the gradients and 2.9 GB of the weights.
             "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": True,
+            # Of 2.56 GB of gradients that 8 replicas sum along data (512 chips), 2.55 GB are overlapped, and none without it.
+            "xla_tpu_enable_sparse_core_collective_offload_all_reduce": True,
         }
     if device_kind.startswith("NVIDIA"):
         # Several collectives may be under way. Otherwise each starts when the one before has ended: of the gathered bytes of

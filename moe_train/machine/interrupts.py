@@ -22,16 +22,28 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class DroppedSignals:
-    """Signals whose exception Python has dropped, to be handled again a moment later.
+    """Signals whose exception Python has dropped or would mistreat, to be handled again a moment later.
 
     An exception in a callback of the garbage collector, of which JAX has one, or in a `__del__` does not reach the code that runs:
-    Python prints it and goes on. If a signal's handler runs there, so does what it raises.
+    Python prints it and goes on. So it is for what a signal's handler raises there.
     """
 
     def __init__(self) -> None:
         self._raised: list[tuple[BaseException, int]] = []
         self._numbers: list[int] = []
         self._main_thread = threading.get_ident()  # only the main thread can install handlers
+
+    def postpones(self, number: int, frame: FrameType | None) -> bool:
+        """Return whether a handler must not raise now, since a C extension is starting; it is then called again later.
+
+        Such a start ends with an ImportError, a crash or a module that is half there, where Python code that it runs raises.
+        """
+        while frame is not None:
+            if frame.f_code.co_qualname.startswith("ExtensionFileLoader."):
+                self._numbers.append(number)
+                return True
+            frame = frame.f_back
+        return False
 
     def note(self, error: BaseException, number: int) -> BaseException:
         """Remember that a handler raises `error` for the signal `number`; returns `error`."""
@@ -67,9 +79,11 @@ class DroppedSignals:
 
     def handle_again(self) -> None:
         """Have the main thread handle the collected signals; called by another thread, when the callback may be over."""
-        while self._numbers:
+        numbers = self._numbers.copy()
+        del self._numbers[: len(numbers)]
+        for number in numbers:
             # Unlike `_thread.interrupt_main` it ends a call in which the main thread waits.
-            signal.pthread_kill(self._main_thread, self._numbers.pop())
+            signal.pthread_kill(self._main_thread, number)
 
 
 @contextlib.contextmanager
@@ -86,7 +100,9 @@ def ends_after_signals() -> Iterator[None]:
 
     dropped = DroppedSignals()
 
-    def raise_exit(number: int, _: FrameType | None) -> None:
+    def raise_exit(number: int, frame: FrameType | None) -> None:
+        if dropped.postpones(number, frame):
+            return
         # A second signal ends the process at once.
         signal.signal(number, signal.SIG_DFL)
         raise dropped.note(KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number), number)

@@ -73,7 +73,9 @@ def signals(stop_request: StopRequest | None = None) -> Iterator[StopRequest]:
 
     dropped = DroppedSignals()
 
-    def record_signal(number: int, _: FrameType | None) -> None:
+    def record_signal(number: int, frame: FrameType | None) -> None:
+        if stop_request.starting is not None and dropped.postpones(number, frame):
+            return
         stop_request.reason = signal.Signals(number).name
         # Restored at once, so that a second signal acts as usual.
         signal.signal(number, previous_handlers[number])

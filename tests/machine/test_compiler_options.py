@@ -13,9 +13,10 @@ def test_only_what_was_compiled_for_is_asked_of(device_kind: str) -> None:
 
 
 @pytest.mark.parametrize("device_kind", ["TPU v5", "TPU v5p"])
-def test_scatters_and_gathers_run_on_the_sparse_cores_of_a_v5p(device_kind: str) -> None:
+def test_gathers_and_sums_run_on_the_sparse_cores_of_a_v5p(device_kind: str) -> None:
     options = compiler_options(device_kind)
-    assert all(options[f"xla_tpu_enable_sparse_core_collective_offload_{kind}"] for kind in ("reduce_scatter", "all_gather"))
+    kinds = ("reduce_scatter", "all_gather", "all_reduce")
+    assert all(options[f"xla_tpu_enable_sparse_core_collective_offload_{kind}"] for kind in kinds)
 
 
 def test_several_collectives_may_be_under_way_on_nvidia() -> None:

@@ -53,6 +53,26 @@ def test_an_error_that_c_code_makes_of_a_signal(number: signal.Signals, error: t
         raise ImportError
 
 
+class ExtensionFileLoader:
+    """Its method has the name of the one of `importlib` that starts a C extension."""
+
+    has_ended = False
+
+    def exec_module(self, number: signal.Signals) -> None:
+        signal.raise_signal(number)
+        time.sleep(0.2)
+        self.has_ended = True
+
+
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_waits_for_the_start_of_a_c_extension(number: signal.Signals, error: type[BaseException]) -> None:
+    loader = ExtensionFileLoader()
+    with pytest.raises(error), ends_after_signals():
+        loader.exec_module(number)
+        time.sleep(5)
+    assert loader.has_ended
+
+
 IN_C_CODE = """
 import ctypes, os
 from moe_train.machine import interrupts

@@ -17,7 +17,7 @@ from moe_train.data.batches.batch import Batch
 from moe_train.machine.mesh import put_batch
 from moe_train.model.parameters import combine
 from moe_train.model.paths import ParameterPath
-from moe_train.train.step import compile_step
+from moe_train.train.step import _known_after, compile_step
 from tests.train.biased_step import FOUR, LORA, ONE, OPTIMIZER, POISON, B, T, V, batch, close, definition, started, step
 
 
@@ -101,6 +101,13 @@ def test_moments_are_overwritten_in_place() -> None:
     names = re.findall(r"%(state_opt_state\w+)\.\d+ = ", program)
     assert any("__mu__" in name for name in names) and any("__nu__" in name for name in names)
     assert not re.search(r"copy\(%state_opt_state\w*__[mn]u__", program)
+
+
+@pytest.mark.parametrize("applies", [True, False])
+def test_moments_follow_the_decision_whatever_the_weights_are(applies: bool) -> None:
+    weights = {"w": jnp.array([[jnp.nan, 1.0]]), "v": jnp.array([jnp.inf]), "u": jnp.array(-jnp.inf, jnp.bfloat16)}
+    with jax.set_mesh(ONE):
+        assert jax.jit(_known_after)(jnp.array(applies), weights) == applies
 
 
 def test_a_step_without_any_loss_is_finite() -> None:

@@ -20,6 +20,7 @@ from moe_train import config
 from moe_train.machine.compiler_options import brief_options
 from moe_train.machine.devices import peak_flops
 from moe_train.machine.files import JsonObject
+from moe_train.machine.huge_pages import grant_huge_pages
 from moe_train.machine.mesh import make_mesh, platform, put_batch
 from moe_train.model.parameters import initial_parameters, parameters
 from moe_train.model.tower_flops import flops_of_run
@@ -77,6 +78,7 @@ def bench(written: config.Config, begun: float | None = None, profile: Path | No
         state, first = _time_step(next_step, state)
         first_step_seconds = time.time() - begun
         first_step_cpu_seconds = time.process_time()
+        grant_huge_pages()
         timed = []
         for _ in range(WARM_UP_STEPS + TIMED_STEPS):
             state, times = _time_step(next_step, state)

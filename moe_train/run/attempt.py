@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from moe_train import config
 from moe_train.checkpoint import manager
+from moe_train.machine.huge_pages import grant_huge_pages
 from moe_train.machine.mesh import put_batch
 from moe_train.run import introduction
 from moe_train.run.averaging import WeightAverage, open_average
@@ -133,6 +134,8 @@ class Attempt:
     def read(self, taken: UnreadStep, newest: StepMetrics, state: TrainState) -> Votes:
         """Read the metrics and votes of a step, and leave the attempt where an older checkpoint has to be used.
 
+        From then on steps may use huge pages.
+
         Args:
             taken: the step to read.
             newest: the metrics of the newest step that was dispatched.
@@ -146,6 +149,7 @@ class Attempt:
             self.figures.units_per_row = units_per_row(taken.batch)
             explain = partial(self.diagnosis.explain, taken.step, state, taken.batch)
             votes = self.figures.read(taken.step, taken.metrics, taken.voted, newest, self.writer, explain)
+            grant_huge_pages()
         finally:
             if taken.step == self.start + 1 and not self.figures.finite:
                 self.saving.fall_back()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -31,7 +32,38 @@ def started(arguments: list[str], **environment: str) -> tuple[bool, list[str]]:
     return int(number) == process.pid, words
 
 
-@pytest.mark.skipif(not huge_pages._is_supported(), reason="glibc or the kernel of this machine has no huge pages")
+needs_huge_pages = pytest.mark.skipif(
+    not huge_pages._is_supported(), reason="glibc or the kernel of this machine has no huge pages"
+)
+
+GRANTED = """
+import ctypes, mmap, sys
+from moe_train.machine.huge_pages import grant_huge_pages, restart_with_huge_pages
+
+def huge_kilobytes():
+    with mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        memory.write(bytes(8 << 20))
+        return sum(int(line.split()[1]) for line in open("/proc/self/smaps") if line.startswith("AnonHugePages"))
+
+restart_with_huge_pages(["train"])
+before = huge_kilobytes()
+grant_huge_pages()
+print(before, huge_kilobytes())
+"""
+
+
+@needs_huge_pages
+def test_huge_pages_are_granted_when_a_step_has_been_taken() -> None:
+    env = {name: value for name, value in os.environ.items() if name != TUNABLES} | {"JAX_PLATFORMS": "cpu"}
+    before, after = subprocess.run(
+        [sys.executable, "-c", GRANTED], env=env, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert int(before) == 0
+    assert int(after) >= 2048  # one page at least; the kernel may have no more that are whole
+
+
+@needs_huge_pages
 def test_it_starts_once_more_as_the_same_process() -> None:
     assert started(["--debug", "train", "a b.yaml"]) == (True, ["glibc.malloc.hugetlb=1", "--debug", "train", "a", "b.yaml"])
     other = "glibc.malloc.arena_max=2"
@@ -63,6 +95,7 @@ def test_a_start_that_fails_leaves_the_process_as_it_is(monkeypatch: pytest.Monk
     monkeypatch.delenv(TUNABLES, raising=False)
     restart_with_huge_pages(["train"])
     assert TUNABLES not in os.environ
+    assert ctypes.CDLL(None).prctl(huge_pages._PR_GET_THP_DISABLE, 0, 0, 0, 0) == 0
     # Nobody is granted huge pages.
     setting.write_text("always madvise [never]\n")
     monkeypatch.setattr(os, "execve", lambda *arguments: pytest.fail("it was started again"))

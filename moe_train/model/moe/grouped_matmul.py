@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_train.machine.mesh import platform
+from moe_train.model.outer_products import is_faster_transposed
 
 
 def grouped_matmul(
@@ -176,6 +177,8 @@ def _weight_gradient(
     E = group_sizes_E.shape[0]
     R, D = x_RD.shape
     F = dy_RF.shape[1]
+    if is_faster_transposed(D, F):
+        return jnp.swapaxes(_weight_gradient(dy_RF, x_RD, group_sizes_E, dtype), 1, 2)
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
 
     def block(

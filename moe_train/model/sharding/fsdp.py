@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Shaped
 
 from moe_train.machine.mesh import axis_size, batch_axes, global_axes
+from moe_train.model.outer_products import sum_of_outer_products
 from moe_train.model.quantize import Quantized, dequantize
 from moe_train.model.sharding.collectives import gather_axis, reduce_scatter_axis
 from moe_train.model.sharding.specs import ACTIVATION, TENSOR_AND_EXPERT, activation_spec, gathered_spec, place, spec_of
@@ -132,10 +133,9 @@ def _sum_of_outer_products(equation: str, x: Float[Array, "..."], dy: Float[Arra
     if x_letters[:count] != y_letters[:count] or w_letters not in (inputs + outputs, outputs + inputs):
         return jnp.einsum(equation, x, dy)
     rows = math.prod(x.shape[:count])
-    x_ri, dy_ro = x.reshape(rows, -1), dy.reshape(rows, -1)
-    if w_letters == inputs + outputs:
-        return jnp.einsum("ri,ro->io", x_ri, dy_ro).reshape(*x.shape[count:], *dy.shape[count:])
-    return jnp.einsum("ri,ro->oi", x_ri, dy_ro).reshape(*dy.shape[count:], *x.shape[count:])
+    first, last = (x, dy) if w_letters == inputs + outputs else (dy, x)
+    dw = sum_of_outer_products(first.reshape(rows, -1), last.reshape(rows, -1))
+    return dw.reshape(*first.shape[count:], *last.shape[count:])
 
 
 def _with_tensor(letter: str, entry: SpecEntry) -> SpecEntry:

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_train.model.moe import grouped_matmul as gm
+from moe_train.model.outer_products import NARROW
 
 KERNELS = ("reference", "blocked", "ragged_dot", "megablox")
 E, D, F = 5, 12, 20
@@ -44,9 +45,9 @@ def loop(x: np.ndarray, w: np.ndarray, dy: np.ndarray, sizes: tuple[int, ...]) -
     return y, dx, dw
 
 
-def operands(R: int, sizes: tuple[int, ...], dtype: Any, seed: int = 0) -> tuple[np.ndarray, ...]:
+def operands(R: int, sizes: tuple[int, ...], dtype: Any, seed: int = 0, outputs: int = F) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
-    x, w, dy = (rng.normal(size=shape).astype(dtype) for shape in ((R, D), (E, D, F), (R, F)))
+    x, w, dy = (rng.normal(size=shape).astype(dtype) for shape in ((R, D), (E, D, outputs), (R, outputs)))
     x[sum(sizes) :] = dy[sum(sizes) :] = TAIL
     return x, w, dy
 
@@ -61,8 +62,16 @@ def compiled(kernel: str) -> Any:
     return run
 
 
-def check(kernel: str, R: int, sizes: tuple[int, ...], dtype: Any = np.float32, tolerance: float = 1e-5, seed: int = 0) -> None:
-    arrays = operands(R, sizes, dtype, seed)
+def check(
+    kernel: str,
+    R: int,
+    sizes: tuple[int, ...],
+    dtype: Any = np.float32,
+    tolerance: float = 1e-5,
+    seed: int = 0,
+    outputs: int = F,
+) -> None:
+    arrays = operands(R, sizes, dtype, seed, outputs)
     found = jax.device_get(compiled(kernel)(*arrays, np.array(sizes, np.int32)))
     ends = np.cumsum(sizes)
     for what, a, b in zip(("y", "dx", "dw"), found, loop(*arrays, sizes), strict=True):
@@ -77,6 +86,13 @@ def check(kernel: str, R: int, sizes: tuple[int, ...], dtype: Any = np.float32, 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_loop(kernel: str, case: str) -> None:
     check(kernel, *CASES[case])
+
+
+@pytest.mark.parametrize("case", ["random", "empty groups", "rows past the sum", "fewer rows than a block", "no rows"])
+@pytest.mark.parametrize("outputs", [1, D // NARROW])
+def test_the_gradient_of_a_narrow_weight_equals_the_loop(case: str, outputs: int) -> None:
+    """As the first factor of an adapter, whose gradient is computed transposed on CPUs."""
+    check("blocked", *CASES[case], outputs=outputs)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

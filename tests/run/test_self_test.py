@@ -37,7 +37,7 @@ def test_passes_bfloat16():
     assert 1e-5 < check_grouped_matmul(config.Compute(dtype="bfloat16")) < 2e-2
 
 
-def wrong_weight_gradient(x, w, sizes):
+def wrong_weight_gradient(x, w, sizes, add_to):
     """Right, but for the gradient of experts without rows: those of the expert before."""
 
     @jax.custom_vjp
@@ -52,13 +52,13 @@ def wrong_weight_gradient(x, w, sizes):
     return f(x, w)
 
 
-def wrong_small_group(x, w, sizes):
+def wrong_small_group(x, w, sizes, add_to):
     """The rows of the smallest group get another expert's matrix."""
     smallest = jnp.argmin(jnp.where(sizes == 0, 10**6, sizes))
     return gm.reference_grouped_matmul(x, w.at[smallest].set(w[(smallest + 1) % len(w)]), sizes)
 
 
-def wrong_tail(x, w, sizes):
+def wrong_tail(x, w, sizes, add_to):
     """Rows that belong to nobody go to the last expert."""
     return gm.reference_grouped_matmul(x, w, sizes.at[-1].add(x.shape[0] - jnp.sum(sizes)))
 

@@ -264,7 +264,7 @@ def _swiglu(
         if m.lora_a is not None and m.lora_b is not None:
             dropped = x if drop is None else drop(x, first)
             low_rank = grouped_matmul(dropped, m.lora_a, group_sizes_e, kernel)
-            y += grouped_matmul(low_rank, m.lora_b, group_sizes_e, kernel)
+            y = grouped_matmul(low_rank, m.lora_b, group_sizes_e, kernel, add_to_RF=y)
         return checkpoint_name(y, "experts")
 
     # Each of the three inputs is dropped independently; only the input of `down` is split over `tensor`, along F.

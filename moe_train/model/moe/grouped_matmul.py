@@ -19,7 +19,11 @@ from moe_train.model.outer_products import is_faster_transposed
 
 
 def grouped_matmul(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"], kernel: str = "auto"
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, " E"],
+    kernel: str = "auto",
+    add_to_RF: Float[Array, "R F"] | None = None,
 ) -> Float[Array, "R F"]:
     """Compute y[r] = x[r] @ w[expert of r].
 
@@ -28,20 +32,23 @@ def grouped_matmul(
         w_EDF: one matrix per expert.
         group_sizes_E: number of rows of each expert, at most R in sum.
         kernel: as in `config.Compute.grouped_matmul`.
+        add_to_RF: what the products are added to; None for zeros.
 
     Returns:
-        The products (R, F), zero past the last group.
+        The products (R, F), zero past the last group, plus `add_to_RF`.
     """
     match choose_grouped_matmul_kernel(kernel):
         case "reference":
-            return reference_grouped_matmul(x_RD, w_EDF, group_sizes_E)
+            y_RF = reference_grouped_matmul(x_RD, w_EDF, group_sizes_E)
         case "blocked":
-            return blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E)
+            return blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E, add_to_RF)
         case "megablox":
-            return _megablox(x_RD, w_EDF, group_sizes_E)
+            y_RF = _megablox(x_RD, w_EDF, group_sizes_E)
         case "ragged_dot":
-            return _zero_tail(jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E), group_sizes_E)
-    raise AssertionError(kernel)
+            y_RF = _zero_tail(jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E), group_sizes_E)
+        case unknown:
+            raise AssertionError(unknown)
+    return y_RF if add_to_RF is None else add_to_RF + y_RF
 
 
 def choose_grouped_matmul_kernel(kernel: str) -> str:
@@ -98,14 +105,24 @@ SUM_BLOCKS = (512, 128, 32)
 
 @jax.custom_vjp
 def blocked_grouped_matmul(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"]
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, " E"],
+    add_to_RF: Float[Array, "R F"] | None = None,
 ) -> Float[Array, "R F"]:
-    """Compute the product by a loop over experts and blocks of their rows. XLA's own ragged_dot computes all E products per row."""
-    return _rows(x_RD, w_EDF, group_sizes_E, "RD,DF->RF")
+    """Compute the product by a loop over experts and blocks of their rows. XLA's own ragged_dot computes all E products per row.
+
+    `add_to_RF` is overwritten block by block, so that no second array of all rows is written and read.
+    """
+    return _rows(x_RD, w_EDF, group_sizes_E, "RD,DF->RF", add_to_RF)
 
 
 def _rows(
-    x_Ri: Float[Array, "R i"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"], equation: str
+    x_Ri: Float[Array, "R i"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, " E"],
+    equation: str,
+    add_to_Ro: Float[Array, "R o"] | None = None,
 ) -> Float[Array, "R o"]:
     """Multiply each row by its expert's matrix ("RD,DF->RF"), or by its transpose ("RF,DF->RD")."""
     R = x_Ri.shape[0]
@@ -120,9 +137,12 @@ def _rows(
             rows: int, start: Int[Array, ""], is_own: Bool[Array, "rows 1"] | None, y_Ro: Float[Array, "R o"]
         ) -> Float[Array, "R o"]:
             y = jnp.einsum(equation, jax.lax.dynamic_slice_in_dim(x_Ri, start, rows), w_DF)
+            before = jax.lax.dynamic_slice_in_dim(y_Ro, start, rows)
+            if add_to_Ro is not None:
+                y += before
             if is_own is not None:
-                # Rows of other groups keep what is there; rows past the last group keep the zeros of the start.
-                y = jnp.where(is_own, y, jax.lax.dynamic_slice_in_dim(y_Ro, start, rows))
+                # Rows of other groups, and those past the last group, keep what is there.
+                y = jnp.where(is_own, y, before)
             return jax.lax.dynamic_update_slice_in_dim(y_Ro, y, start, 0)
 
         return over_blocks(starts_E[e], group_sizes_E[e], R, row_blocks(R, E), block, y_Ro)
@@ -131,7 +151,8 @@ def _rows(
         # The slice of a weight is a copy, which is left out for experts without rows: most of them when a token is decoded.
         return jax.lax.cond(group_sizes_E[e] > 0, rows_of_expert, lambda _, y_Ro: y_Ro, e, y_Ro)
 
-    return jax.lax.fori_loop(0, E, expert, _zeros_like(x_Ri, (R, outputs), x_Ri.dtype))
+    start_Ro = _zeros_like(x_Ri, (R, outputs), x_Ri.dtype) if add_to_Ro is None else add_to_Ro
+    return jax.lax.fori_loop(0, E, expert, start_Ro)
 
 
 def _zeros_like(x: Float[Array, "..."], shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
@@ -201,19 +222,27 @@ def _weight_gradient(
 
 
 _Residuals = tuple[Float[Array, "R D"], Float[Array, "E D F"], Int[Array, " E"]]
-"""What the forward pass saves for the backward pass: its arguments."""
+"""What the forward pass saves for the backward pass: the factors of the products."""
+_Added = tuple[()] | None
+"""Whether the products were added to something: no array, but a structure that the backward pass sees, () or None."""
 
 
 def _blocked_forward(
-    x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"]
-) -> tuple[Float[Array, "R F"], _Residuals]:
-    return blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, " E"],
+    add_to_RF: Float[Array, "R F"] | None = None,
+) -> tuple[Float[Array, "R F"], tuple[_Residuals, _Added]]:
+    y_RF = blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E, add_to_RF)
+    return y_RF, ((x_RD, w_EDF, group_sizes_E), None if add_to_RF is None else ())
 
 
-def _blocked_backward(saved: _Residuals, dy_RF: Float[Array, "R F"]) -> tuple[Float[Array, "R D"], Float[Array, "E D F"], None]:
-    x_RD, w_EDF, group_sizes_E = saved
+def _blocked_backward(
+    saved: tuple[_Residuals, _Added], dy_RF: Float[Array, "R F"]
+) -> tuple[Float[Array, "R D"], Float[Array, "E D F"], None, Float[Array, "R F"] | None]:
+    (x_RD, w_EDF, group_sizes_E), added = saved
     dx_RD = _rows(dy_RF, w_EDF, group_sizes_E, "RF,DF->RD")
-    return dx_RD, _weight_gradient(x_RD, dy_RF, group_sizes_E, w_EDF.dtype), None
+    return dx_RD, _weight_gradient(x_RD, dy_RF, group_sizes_E, w_EDF.dtype), None, None if added is None else dy_RF
 
 
 blocked_grouped_matmul.defvjp(_blocked_forward, _blocked_backward)

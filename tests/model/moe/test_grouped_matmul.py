@@ -96,6 +96,24 @@ def test_the_gradient_of_a_narrow_weight_equals_the_loop(case: str, outputs: int
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("case", ["random", "rows past the sum", "fewer rows than a block", "no rows"])
+def test_products_are_added_to_what_is_given(kernel: str, case: str) -> None:
+    """Row by row, also past the last group, and with the gradient that a sum has."""
+    R, sizes = CASES[case]
+    x, w, dy = operands(R, sizes, np.float32)
+    x[sum(sizes) :] = dy[sum(sizes) :] = 1.0
+    before = np.random.default_rng(1).normal(size=(R, F)).astype(np.float32)
+
+    def added(before: jax.Array, x: jax.Array, w: jax.Array) -> jax.Array:
+        return gm.grouped_matmul(x, w, jnp.array(sizes), kernel, add_to_RF=before)
+
+    y, vjp = jax.vjp(added, *map(jnp.asarray, (before, x, w)))
+    expected_y, dx, dw = loop(x, w, dy, sizes)
+    for found, expected in zip((y, *vjp(jnp.asarray(dy))), (before + expected_y, dy, dx, dw), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("case", ["random", "rows past the sum"])
 def test_bfloat16_is_rounded_once(kernel: str, case: str) -> None:
     check(kernel, *CASES[case], dtype=jnp.bfloat16, tolerance=2**-7)

@@ -192,7 +192,7 @@ def step_time(work: Work, flows: list[Flow], run: config.Run, topology: Topology
     outside_seconds = {True: 0.0, False: 0.0}
     for flow in flows:
         outside_bytes = _bytes_between_slices(flow, sizes, topology.devices_per_slice)
-        hidden_share = _hidden_share(flow, sizes, device)
+        hidden_share = _hidden_share(flow, sizes, device, run.train.microbatches, outside_bytes > 0)
         inside = (flow.bytes - outside_bytes) / (_bandwidth(flow, sizes, topology, device) / share)
         outside = outside_bytes / (device.dcn_bandwidth / share)
         for hidden, part in ((True, hidden_share), (False, 1 - hidden_share)):
@@ -215,20 +215,25 @@ Such a gather has two stages (`collectives`), of which the first, and the second
 """
 
 
-def _hidden_share(flow: Flow, sizes: dict[str, int], device: Device) -> float:
+def _hidden_share(flow: Flow, sizes: dict[str, int], device: Device, microbatches: int, leaves_slice: bool) -> float:
     """Return the share of a collective's bytes that is received beside matrix products.
 
     On TPUs only what compiled programs show counts: XLA:TPU fuses an asynchronous collective with a product of its own, while
     ours are in Pallas kernels, so collectives are synchronous, and so is the sum of gradients after the last product. SparseCores
-    of a v5p gather weights and scatter gradients along fsdp meanwhile (98% and 99% of their bytes, `compiler_options`). On GPUs
-    whatever can overlap is counted: 83% to 99% of gathered bytes do in programs that take less than 80% of the memory
-    (docs/measurements.md), and almost none in others.
+    of a v5p gather weights and scatter gradients along fsdp meanwhile (98% and 99% of their bytes, `compiler_options`), and sum
+    gradients over the replicas of a slice (99%). Sums of several microbatches, which come after the last product, and those
+    between slices were not compiled, and count as waited for. On GPUs whatever can overlap is counted: 83% to 99% of gathered
+    bytes do in programs that take less than 80% of the memory (docs/measurements.md), and almost none in others.
     """
     if not flow.overlaps:
         return 0.0
     if device.torus_dims == 0:
         return 1.0
-    if flow.axis != "fsdp" or flow.kind not in ("all-gather", "reduce-scatter") or "v5p" not in device.kinds:
+    if "v5p" not in device.kinds:
+        return 0.0
+    if (flow.axis, flow.kind) == ("data", "all-reduce"):
+        return 1.0 if microbatches == 1 and not leaves_slice else 0.0
+    if flow.axis != "fsdp" or flow.kind not in ("all-gather", "reduce-scatter"):
         return 0.0
     is_only_axis = all(size == 1 for axis, size in sizes.items() if axis not in ("data", "fsdp"))
     return HIDDEN_IN_STAGES if is_only_axis and flow.kind == "all-gather" else 1.0

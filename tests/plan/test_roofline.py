@@ -52,7 +52,8 @@ def test_each_part_is_its_work_over_the_peak() -> None:
         ("v6e", "all-gather", "fsdp", False),
         ("v5p", "reduce-scatter", "fsdp", True),
         ("v5p", "reduce-scatter", "expert", False),
-        ("v5p", "all-reduce", "data", False),
+        ("v5p", "all-reduce", "data", True),
+        ("v6e", "all-reduce", "data", False),
         ("v6e", "reduce-scatter", "fsdp", False),
         ("h100", "all-gather", "fsdp", True),
     ],
@@ -64,6 +65,17 @@ def test_only_what_compiled_programs_start_early_is_hidden(chip: str, kind: str,
     assert (time.network > 0, time.waited > 0) == (hidden, not hidden)
     # What products wait for is never hidden.
     assert step_time(NOTHING, [flow._replace(overlaps=False)], small("mesh.fsdp=8"), topology, DEVICES[chip]).network == 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "overrides"),
+    [("v5p:2x2x4", ("train.microbatches=2", "train.batch_size=32")), ("2xv5p:2x2x2", ("train.batch_size=32",))],
+)
+def test_a_sum_after_the_last_product_or_between_slices_is_waited_for(topology: str, overrides: tuple[str, ...]) -> None:
+    flow = Flow("gradients", "all-reduce", "data", 1e9, True)
+    time = step_time(NOTHING, [flow], small("mesh.data=2", "mesh.fsdp=8", *overrides), parse_topology(topology), DEVICES["v5p"])
+    assert time.waited + time.dcn_waited > 0
+    assert time.network == time.dcn == 0
 
 
 def test_a_part_of_what_is_gathered_over_a_whole_slice_is_waited_for() -> None:

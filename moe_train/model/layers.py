@@ -40,7 +40,10 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (normed * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        # Along B and T in one operation, so that the gradient is one sum over both. JAX would leave out a B of 1, and XLA:CPU takes
+        # thirty times as long for a sum over T alone.
+        scale = jax.lax.broadcast_in_dim(self.scale[...].astype(jnp.float32), x.shape, (x.ndim - 1,), out_sharding=specs.spec_of(x))
+        return (normed * scale).astype(x.dtype)
 
 
 class Adapted(nnx.Module):

@@ -84,6 +84,11 @@ def train_step(
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable, learning_rates=state.learning_rates)
     rounding_key = step_key(definition.rounding_seed, state.step, ROUNDING_STREAM)
     trainable, vanished = apply_updates(definition.rounding, state.trainable, updates, opt_state, rounding_key)
+    if _is_one_cpu():
+        # Computed a second time, which the barrier hides from XLA: it would store the new moments for the loops of the weights, and
+        # copy them from there.
+        moments = jax.lax.optimization_barrier(state.opt_state)
+        _, opt_state = optimizer.update(gradients, moments, state.trainable, learning_rates=state.learning_rates)
     buffers = _updated_biases(state.buffers, terms.routers, definition.router_loss.bias_update_rate)
 
     trainable = _select(applies, trainable, state.trainable)
@@ -116,12 +121,16 @@ def _known_after(applies: Bool[Array, ""], trainable: Parameters) -> Bool[Array,
     XLA:CPU computes weights and moments in separate loops. With this order the old moments have no other reader when they are
     overwritten; without it XLA copies all of them first.
     """
-    if platform() != "cpu" or jax.sharding.get_abstract_mesh().size > 1:
+    if not _is_one_cpu():
         return applies
     for weights in jax.lax.optimization_barrier(trainable).values():
         first = weights[(0,) * weights.ndim]
         applies &= jnp.isnan(first) | (first <= jnp.inf)  # always true, which XLA does not see
     return applies
+
+
+def _is_one_cpu() -> bool:
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().size == 1
 
 
 def step_key(seed: int | None, step: Int[Array | np.ndarray | np.integer, ""], stream: int = 0) -> Key[Array, ""] | None:

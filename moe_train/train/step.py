@@ -136,6 +136,7 @@ def _known_after(applies: Bool[Array, ""], trainable: Parameters) -> Bool[Array,
 
 
 def _is_one_cpu() -> bool:
+    """Return whether the step runs on one CPU, where the order of its loops was measured."""
     return platform() == "cpu" and jax.sharding.get_abstract_mesh().size == 1
 
 

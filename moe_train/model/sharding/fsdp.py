@@ -103,7 +103,7 @@ def _weight_gradient(equation: str, x: Float[Array, "..."], dy: Float[Array, "..
     token_axes = (*batch_axes(), "context")
 
     def local(x: Float[Array, "..."], dy: Float[Array, "..."]) -> Float[Array, "..."]:
-        dw = _sum_of_outer_products(equation, x, dy)
+        dw = _einsum_over_tokens(equation, x, dy)
         # Axes that split the weight are scattered over; along the others devices share the weight, and the gradient is summed.
         to_sum = list(token_axes)
         for dim, entry in enumerate(spec):
@@ -120,7 +120,7 @@ def _weight_gradient(equation: str, x: Float[Array, "..."], dy: Float[Array, "..
     return jax.sharding.reshard(dw, spec)
 
 
-def _sum_of_outer_products(equation: str, x: Float[Array, "..."], dy: Float[Array, "..."]) -> Float[Array, "..."]:
+def _einsum_over_tokens(equation: str, x: Float[Array, "..."], dy: Float[Array, "..."]) -> Float[Array, "..."]:
     """Compute `einsum(equation, x, dy)`, which sums over the tokens of both. Local view.
 
     With tokens as one dim, since XLA:CPU transposes x in memory before a product that sums over several dims.

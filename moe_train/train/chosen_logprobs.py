@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train.machine.mesh import batch_axes
+from moe_train.model.sharding.local_view import index_along
 from moe_train.model.sharding.specs import plain_on_one_device
 from moe_train.train.logits import HeadFactors, LoraFactors, TokenFactors, map_chunks, on_each_device, scan_gradients, target_hits
 
@@ -188,6 +189,6 @@ class _Places(NamedTuple):
 
 
 def _places(chosen_rk: Int[Array, "r k"], vocabulary: int) -> _Places:
-    columns_rk = chosen_rk - jax.lax.axis_index("tensor") * vocabulary
+    columns_rk = chosen_rk - index_along("tensor") * vocabulary
     is_local_rk = (columns_rk >= 0) & (columns_rk < vocabulary)
     return _Places(jnp.where(is_local_rk, columns_rk, vocabulary), is_local_rk)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_train.machine.mesh import global_axes
+from moe_train.model.sharding.local_view import index_along, sum_along
 from moe_train.train.logits import HeadFactors, LoraFactors, TokenFactors, on_each_device, scan_gradients, target_hits
 
 
@@ -40,7 +41,7 @@ def cross_entropy_sum(
 
     def local(xs: TokenFactors, heads: HeadFactors, targets_bt: Int[Array, "b t"], mask_bt: Bool[Array, "b t"]) -> Float[Array, ""]:
         total = _chunked(xs, heads, targets_bt.reshape(-1), mask_bt.reshape(-1))
-        return jax.lax.psum(total, axes)
+        return sum_along(total, axes)
 
     return on_each_device(local, hidden_BTD, head_VD, lora_factors, (targets_BT, loss_mask_BT), P())
 
@@ -58,7 +59,7 @@ _Gradients = tuple[TokenFactors, HeadFactors]
 def _chunked_forward(
     xs: TokenFactors, heads: HeadFactors, targets_m: Int[Array, " m"], mask_m: Bool[Array, " m"]
 ) -> tuple[Float[Array, ""], _Gradients]:
-    is_first = jax.lax.axis_index("tensor") == 0
+    is_first = index_along("tensor") == 0
 
     def of_logits(
         total: Float[Array, ""], logits_rv: Float[Array, "r v"], chunk: tuple[Int[Array, " r"], Bool[Array, " r"]]
@@ -67,7 +68,7 @@ def _chunked_forward(
         # The maximum over all parts of V. It is a constant per row, so it needs no gradient.
         top_r1 = jax.lax.pmax(jnp.max(logits_rv, axis=-1, keepdims=True), "tensor")
         exps_rv = jnp.exp(logits_rv - top_r1)
-        sums_r1 = jax.lax.psum(jnp.sum(exps_rv, axis=-1, keepdims=True), "tensor")
+        sums_r1 = sum_along(jnp.sum(exps_rv, axis=-1, keepdims=True), "tensor")
         hit_rv = target_hits(targets_r, logits_rv.shape[1])
         target_logit_r = jnp.sum(jnp.where(hit_rv, logits_rv, 0), axis=-1)
         # Every part of V counts its own target logits; only part 0 counts the normalizer.

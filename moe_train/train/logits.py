@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_train.machine.mesh import batch_axes, global_axes
 from moe_train.model.sharding.fsdp import gather_rows
+from moe_train.model.sharding.local_view import in_local_view, index_along, vary
 from moe_train.model.sharding.specs import place, spec_of
 
 CHUNK_ELEMENTS = 2**23
@@ -81,12 +82,12 @@ def on_each_device(
     ) -> Any:
         dtype = inputs[0].dtype
         # Each device of `tensor` computes a part of the gradient of xs; the cast makes that gradient the sum of the parts.
-        xs = tuple(jax.lax.pcast(x.reshape(-1, x.shape[-1]), "tensor", to="varying") for x in inputs)
+        xs = tuple(vary(x.reshape(-1, x.shape[-1]), "tensor") for x in inputs)
         gathered = tuple(gather_rows(head.astype(dtype), spec, axes) for head, spec in zip(heads, head_specs, strict=True))
         return local(xs, gathered, *per_token_bt)
 
     in_specs = (tokens, head_specs, *(tokens for _ in per_token_BT))
-    return jax.shard_map(run_local, in_specs=in_specs, out_specs=out_specs)(inputs, heads, *per_token_BT)
+    return in_local_view(run_local, in_specs, out_specs)(inputs, heads, *per_token_BT)
 
 
 def map_chunks(
@@ -188,7 +189,7 @@ def chunk_logits(xs_rD: TokenFactors, heads_vD: HeadFactors) -> Float[Array, "m 
 def target_hits(targets_r: Int[Array, " r"], vocabulary: int) -> Bool[Array, "r {vocabulary}"]:
     """Return (r, v), true where this device's part of the vocabulary holds the token's target."""
     # A comparison and not an index, so that a target in another device's part of the vocabulary matches nothing.
-    first = jax.lax.axis_index("tensor") * vocabulary
+    first = index_along("tensor") * vocabulary
     return (targets_r - first)[:, None] == jnp.arange(vocabulary)
 
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
 from moe_train.machine.mesh import axis_size, batch_axes
+from moe_train.model.sharding.local_view import index_along
 from moe_train.model.sharding.specs import plain_on_one_device
 from moe_train.train.logits import HeadFactors, LoraFactors, TokenFactors, map_chunks, on_each_device
 
@@ -78,7 +79,7 @@ def _top_of_chunk(
     """Return (ids, log-probabilities, log of the tail's mass) for a chunk; equal on all devices along `tensor`."""
     logits_rv = logits_rv / settings.temperature
     r, v = logits_rv.shape
-    first = jax.lax.axis_index("tensor") * v
+    first = index_along("tensor") * v
     top_r = jax.lax.pmax(jnp.max(logits_rv, axis=-1), "tensor")
     shifted_rv = logits_rv - top_r[:, None]
     allowed_v = first + jnp.arange(v) < settings.vocab_size
@@ -101,7 +102,7 @@ def _top_of_chunk(
 def _from_all_parts(x_rk: Num[Array, "r k"]) -> Num[Array, "r n"]:
     """Concatenate the columns of all devices along `tensor`; the result is known to be equal on all of them."""
     parts = axis_size("tensor")
-    mine = jnp.arange(parts) == jax.lax.axis_index("tensor")
+    mine = jnp.arange(parts) == index_along("tensor")
     # A sum and not an all-gather, whose result counts as different on each device.
     spread = jnp.where(mine[:, None, None], x_rk[None], 0)
     gathered = jax.lax.psum(spread, "tensor")

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from moe_train.machine.mesh import axis_size
+from moe_train.model.sharding.local_view import index_along
 
 
 def capacity(capacity_factor: float, seq_len: int, experts_per_token: int, num_experts: int) -> int:
@@ -46,7 +47,7 @@ def within_capacity(ids_btA: Int[Array, "b t A"], num_experts: int, capacity_fac
     if axis_size("context") > 1:
         # A row may be split over `context`: assignments of earlier parts of the row come first.
         counts_xbE = jax.lax.all_gather(counts_bE, "context")
-        earlier_x = jnp.arange(counts_xbE.shape[0]) < jax.lax.axis_index("context")
+        earlier_x = jnp.arange(counts_xbE.shape[0]) < index_along("context")
         before_bE = jnp.sum(counts_xbE * earlier_x[:, None, None], axis=0)
     # argsort of a stable argsort gives each assignment's place in the order by expert, then by token.
     place_bn = jnp.argsort(jnp.argsort(ids_bn, axis=1, stable=True), axis=1)

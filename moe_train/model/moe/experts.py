@@ -37,6 +37,7 @@ from moe_train.model.moe.transport.transport import (
 from moe_train.model.quantize import Quantized, dequantize
 from moe_train.model.sharding.collectives import gather_axis
 from moe_train.model.sharding.fsdp import vary_with_spec
+from moe_train.model.sharding.local_view import in_local_view, index_along, sum_along, vary
 from moe_train.model.sharding.specs import replicas, spec_of
 
 
@@ -118,9 +119,9 @@ def run_experts(
         transport = choose_transport(settings.transport, sizes)
         y_mD, computed = transport.run_experts(assignments, LocalExperts(experts, unshard, apply, e), sizes)
         # Not summed over `tensor`, whose devices compute the same assignments, each for its part of F.
-        return y_mD.reshape(b, t, D), jax.lax.psum(computed, (*tokens[0], "context"))
+        return y_mD.reshape(b, t, D), sum_along(computed, (*tokens[0], "context"))
 
-    run = jax.shard_map(
+    run = in_local_view(
         local,
         in_specs=(tokens, tokens, specs, counter_specs),
         out_specs=(tokens, P()),
@@ -164,7 +165,7 @@ def _local_assignments(
         counters = DropoutCounters(counters.key, token_m1 * A + jnp.arange(A, dtype=jnp.uint32))
     weights_mA = jnp.where(ids_mA < E, weights_mA, 0)
     # F is split over `tensor`: the cast makes the gradients of x and of the router weights a sum over it.
-    x_mD, weights_mA = (jax.lax.pcast(x, "tensor", to="varying") for x in (x_mD, weights_mA))
+    x_mD, weights_mA = vary((x_mD, weights_mA), "tensor")
     return Assignments(x_mD, ids_mA, weights_mA, counters), peer_capacity
 
 
@@ -269,7 +270,7 @@ def _swiglu(
 
     # Each of the three inputs is dropped independently; only the input of `down` is split over `tensor`, along F.
     h_Rf = jax.nn.silu(matmul(x_RD, experts.gate, drops[0])) * matmul(x_RD, experts.up, drops[1])
-    return matmul(h_Rf, experts.down, drops[2], jax.lax.axis_index("tensor") * h_Rf.shape[1])
+    return matmul(h_Rf, experts.down, drops[2], index_along("tensor") * h_Rf.shape[1])
 
 
 def _drop(

@@ -20,7 +20,15 @@ from moe_train.machine.mesh import axis_size, batch_axes, global_axes
 from moe_train.model.outer_products import sum_of_outer_products
 from moe_train.model.quantize import Quantized, dequantize
 from moe_train.model.sharding.collectives import gather_axis, reduce_scatter_axis
-from moe_train.model.sharding.specs import ACTIVATION, TENSOR_AND_EXPERT, activation_spec, gathered_spec, place, spec_of
+from moe_train.model.sharding.local_view import in_local_view, index_along, sum_along, vary
+from moe_train.model.sharding.specs import (
+    ACTIVATION,
+    TENSOR_AND_EXPERT,
+    activation_spec,
+    gathered_spec,
+    place,
+    spec_of,
+)
 
 SpecEntry = str | tuple[str, ...] | None
 """Entry of a partition spec: the mesh axis or axes that split a dim; None if none does."""
@@ -111,11 +119,11 @@ def _weight_gradient(equation: str, x: Float[Array, "..."], dy: Float[Array, "..
                 if axis in to_sum and axis_size(axis) > 1:
                     dw = reduce_scatter_axis(dw, axis, dim)
                     to_sum.remove(axis)
-        return jax.lax.psum(dw, tuple(to_sum))
+        return sum_along(dw, tuple(to_sum))
 
     entries = (*spec, *(None,) * (len(w_letters) - len(spec)))
     local_spec = P(*(_with_tensor(letter, entry) for letter, entry in zip(w_letters, entries, strict=True)))
-    dw = jax.shard_map(local, in_specs=(activation_spec(x_letters), activation_spec(y_letters)), out_specs=local_spec)(x, dy)
+    dw = in_local_view(local, (activation_spec(x_letters), activation_spec(y_letters)), local_spec)(x, dy)
     # Gathers over `tensor` where only the activation was split by it (`_with_tensor`).
     return jax.sharding.reshard(dw, spec)
 
@@ -196,11 +204,11 @@ def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype: j
     def local(table_vd: Float[Array, "v d"], tokens_bt: Int[Array, "b t"]) -> Float[Array, "b t D"]:
         table_vD = gather_rows(table_vd.astype(dtype), spec, axes)
         # Each device looks up the tokens of its own rows and adds zeros for the others.
-        row_bt = tokens_bt - jax.lax.axis_index("tensor") * table_vD.shape[0]
+        row_bt = tokens_bt - index_along("tensor") * table_vD.shape[0]
         is_own_bt = (row_bt >= 0) & (row_bt < table_vD.shape[0])
-        return jax.lax.psum(jnp.where(is_own_bt[..., None], table_vD[jnp.where(is_own_bt, row_bt, 0)], 0), "tensor")
+        return sum_along(jnp.where(is_own_bt[..., None], table_vD[jnp.where(is_own_bt, row_bt, 0)], 0), "tensor")
 
-    run = jax.shard_map(local, in_specs=(spec, activation_spec("BT")), out_specs=activation_spec("BTD"))
+    run = in_local_view(local, (spec, activation_spec("BT")), activation_spec("BTD"))
     return run(table_VD, tokens_BT)
 
 
@@ -232,4 +240,4 @@ def vary_with_spec(w: Shaped[Array, "*dims"], spec: P, axes: tuple[str, ...]) ->
         axes: result of `global_axes()` outside the `shard_map`.
     """
     splits = set(itertools.chain.from_iterable(mesh_axes(entry) for entry in spec))
-    return jax.lax.pcast(w, tuple(axis for axis in axes if axis not in splits), to="varying")
+    return vary(w, tuple(axis for axis in axes if axis not in splits))

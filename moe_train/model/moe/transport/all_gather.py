@@ -22,6 +22,7 @@ from moe_train.model.moe.transport.transport import (
     TransportName,
 )
 from moe_train.model.sharding.collectives import gather_axis, reduce_scatter_axis
+from moe_train.model.sharding.local_view import index_along, sum_along
 
 NAME: Final[TransportName] = "all_gather"
 RECOMPUTES_EXPERTS: Final = False
@@ -33,7 +34,7 @@ def run_experts(assignments: Assignments, experts: LocalExperts, sizes: Exchange
     x_mD, ids_mA, weights_mA = (gather_axis(x, "expert", 0) for x in assignments[:3])
     e = experts.count
     A = ids_mA.shape[1]
-    own_mA = ids_mA - jax.lax.axis_index("expert") * e
+    own_mA = ids_mA - index_along("expert") * e
     # Local expert id e means an expert of another device, or none.
     own_mA = jnp.where((own_mA >= 0) & (own_mA < e), own_mA, e)
     # A stable sort keeps tokens in order within an expert; assignments with id e come last and belong to no group.
@@ -46,7 +47,7 @@ def run_experts(assignments: Assignments, experts: LocalExperts, sizes: Exchange
         dropout_R = DropoutCounters(key, gather_axis(counters_mA, "expert", 0).reshape(-1)[order_R])
     y_RD = experts.apply(dispatch_tokens(x_mD, order_R, inverse_mA), group_sizes_e, weights, dropout_R)
     y_mD = combine_rows(y_RD, jnp.where(own_mA < e, weights_mA, 0), order_R, inverse_mA).astype(x_mD.dtype)
-    return Combined(reduce_scatter_axis(jax.lax.psum(y_mD, "tensor"), "expert", 0), jnp.sum(group_sizes_e))
+    return Combined(reduce_scatter_axis(sum_along(y_mD, "tensor"), "expert", 0), jnp.sum(group_sizes_e))
 
 
 def received(sizes: ExchangeSizes) -> dict[str, int]:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_train.model.moe.transport.transport import DropoutCounters, ExchangeSizes
+from moe_train.model.sharding.local_view import sum_along
 
 SLACK = 1.25
 """Rows of a bucket, as a multiple of the rows that balanced routing fills."""
@@ -105,4 +106,4 @@ def sum_over_chunks(
 
     total.defvjp(forward, backward)
     # Every chunk is a partial sum over F, which `tensor` splits; they are all-reduced once, after the loop.
-    return jax.lax.psum(total(inputs, routing), "tensor").astype(inputs.x_mD.dtype)
+    return sum_along(total(inputs, routing), "tensor").astype(inputs.x_mD.dtype)

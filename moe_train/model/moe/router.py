@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_train.machine.mesh import batch_axes
 from moe_train.model.layers import Adapted, RandomSource, normal
+from moe_train.model.outer_products import is_faster_transposed
 from moe_train.model.sharding.specs import activation_spec, sum_over_replicas
 
 
@@ -113,8 +114,14 @@ class Router(Adapted):
 
 def _float32_product(equation: str, x: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
     """Compute a product in full float32 precision; by default a TPU would round the operands to bfloat16."""
-    spec = activation_spec(equation.split("->")[1])
-    return jnp.einsum(equation, x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST, out_sharding=spec)
+    operands, y_letters = equation.split("->")
+    w = w.astype(jnp.float32)
+    if is_faster_transposed(*w.shape):
+        # Its gradient is then computed as that of the transpose, too; the barrier keeps XLA from swapping the operands back.
+        x_letters, w_letters = operands.split(",")
+        equation = f"{x_letters},{w_letters[::-1]}->{y_letters}"
+        w = jax.lax.optimization_barrier(w.T)
+    return jnp.einsum(equation, x, w, precision=jax.lax.Precision.HIGHEST, out_sharding=activation_spec(y_letters))
 
 
 def next_bias(bias_E: Float[Array, "*L E"], chosen_E: Int[Array, "*L E"], rate: float) -> Float[Array, "*L E"]:

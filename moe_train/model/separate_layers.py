@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Shaped
 
 from moe_train.machine.mesh import axis_size
-from moe_train.model.moe.expert_weights import ExpertWeights, SeparateExperts
+from moe_train.model.moe.expert_weights import ExpertWeights, InStack, SeparateExperts
 from moe_train.model.moe.layer import MoE
 from moe_train.model.quantize import Quantized
 from moe_train.model.sharding.specs import spec_of
@@ -68,6 +68,7 @@ def _separate_experts(moe: MoE, release: bool) -> None:
     stacked = moe.experts()
     assert isinstance(stacked, ExpertWeights)
     gate = stacked.gate.weight
+    assert not isinstance(gate, InStack)  # outside of the loop over layers
     if any(isinstance(matrix.weight, Quantized) for matrix in stacked) or isinstance(gate, Quantized):
         return
     count = gate.shape[1]

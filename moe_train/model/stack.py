@@ -11,7 +11,7 @@ from typing import Any, assert_never
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from moe_train import config
 from moe_train.model.attention.kinds import Cache, apply_attention, attention_layer
@@ -140,17 +140,19 @@ class Stack(nnx.Module):
         """
 
         def period(
-            x_BTD: Float[Array, "B T D"], layers_and_key: tuple[Iterable[Layer], Key[Array, ""] | None]
+            x_BTD: Float[Array, "B T D"], one: tuple[Iterable[Layer], Int[Array, ""], Key[Array, ""] | None]
         ) -> tuple[Float[Array, "B T D"], list[RouterStats | None]]:
-            layers, key = layers_and_key
+            layers, repeat, key = one
             period_stats = []
-            for layer, layer_key in zip(layers, keys_of(key, len(self.layers)), strict=True):
+            for layer, stacked, layer_key in zip(layers, self.layers, keys_of(key, len(self.layers)), strict=True):
+                if isinstance(layer.ffn, MoE) and isinstance(stacked.ffn, MoE) and self.repeats > 1:
+                    layer.ffn.read_in_stack(stacked.ffn, repeat, x_BTD.dtype)
                 x_BTD, _, layer_stats = layer(x_BTD, places, rotation, None, layer_key)
                 period_stats.append(layer_stats)
             return x_BTD, period_stats
 
         # One iteration of the scan is one repeat of the period: the scan slices weights and keys on dim 0.
-        x_BTD, stats = jax.lax.scan(_rematerialized(period, self.remat), x_BTD, (self.layers, keys))
+        x_BTD, stats = jax.lax.scan(_rematerialized(period, self.remat), x_BTD, (self.layers, jnp.arange(self.repeats), keys))
         return x_BTD, _in_order_of_layers(stats)
 
     def decode(

@@ -209,6 +209,16 @@ def test_the_program_does_not_grow_with_depth(remat: str) -> None:
     assert shallow.count("\n") == deep.count("\n")
 
 
+@pytest.mark.parametrize(("kernel", "slices"), [("auto", False), ("reference", True)])
+def test_one_device_does_not_slice_all_experts_of_a_layer(kernel: str, slices: bool) -> None:
+    """The slice would be a copy, forward and backward, of each of the three matrices."""
+    with jax.set_mesh(ONE):
+        structure, like = abstract(MIXTRAL, grouped_matmul=kernel)
+        run = jax.jit(partial(all_gradients, structure=structure))
+        program = run.lower(placed(weights(MIXTRAL), like, ONE), put_batch(batch(), ONE)).compile().as_text()
+    assert bool(re.search(r"f32\[1,8,(16,24|24,16)\]\S* dynamic-slice\(", program)) == slices
+
+
 def unstacked(model: Any, batch: Batch) -> tuple[jax.Array, Any]:
     """The same layers, one after the other: layer i * period + j of stack s is entry i of stacks.s.layers.j."""
     x, stats = model.embed(batch.tokens, model.dtype), []
@@ -222,15 +232,21 @@ def unstacked(model: Any, batch: Batch) -> tuple[jax.Array, Any]:
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "kernel"),
     [
-        MISTRAL.model_copy(update={"family": "ministral", "num_layers": 4, "attention": windows(3, None)}),
-        MIXTRAL.model_copy(update={"num_layers": 4, "attention": windows(3, 3)}),
-        MIXTRAL.model_copy(update={"num_layers": 4, "ffn": DENSE_FIRST}),
+        (MISTRAL.model_copy(update={"family": "ministral", "num_layers": 4, "attention": windows(3, None)}), "reference"),
+        (MIXTRAL.model_copy(update={"num_layers": 4, "attention": windows(3, 3)}), "reference"),
+        (MIXTRAL.model_copy(update={"num_layers": 4, "attention": windows(3, 3)}), "blocked"),
+        (MIXTRAL.model_copy(update={"num_layers": 4, "ffn": DENSE_FIRST}), "reference"),
     ],
-    ids=["interleaved windows", "a period of two sparse layers", "two dense layers, then sparse ones"],
+    ids=[
+        "interleaved windows",
+        "a period of two sparse layers",
+        "a period of two sparse layers, whose experts are read in the stack",
+        "two dense layers, then sparse ones",
+    ],
 )
-def test_stacked_layers_equal_single_ones(model: config.Model) -> None:
+def test_stacked_layers_equal_single_ones(model: config.Model, kernel: str) -> None:
     def both(params: dict[str, jax.Array], batch: Batch) -> Any:
         def stacked(p: Any) -> Any:
             hidden, stats = combine(structure, p)(batch.tokens, batch.positions, batch.segment_ids)
@@ -243,7 +259,7 @@ def test_stacked_layers_equal_single_ones(model: config.Model) -> None:
         return tuple(jax.value_and_grad(f, has_aux=True)(params) for f in (stacked, single))
 
     with jax.set_mesh(ONE):
-        structure, like = abstract(model, grouped_matmul="reference")
+        structure, like = abstract(model, grouped_matmul=kernel)
         found, wanted = jax.device_get(jax.jit(both)(placed(weights(model), like, ONE), put_batch(batch(), ONE)))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.max(np.abs(b)))

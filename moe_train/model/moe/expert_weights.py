@@ -4,15 +4,45 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from moe_train.model.quantize import Quantized
+
+
+class InStack(NamedTuple):
+    """The weight (E, inputs, outputs) of one layer, read where it is: in the stacked weights of all layers.
+
+    A scan slices the stack, and for a layer with experts that copies most of the model in each pass. Here an expert's matrix is
+    sliced by itself, just before its products.
+    """
+
+    stack: Float[Array, "L E I O"]
+    """Weights of all layers; without a gradient."""
+    layer: Int[Array, ""]
+    """Index of the layer in the stack."""
+    own: Float[Array, "E I O"]
+    """The slice of the layer, which stands for its gradient; nothing reads its value, so XLA leaves the slice out."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the layer's weight."""
+        return self.own.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the weight."""
+        return self.own.dtype
+
+    def of_expert(self, expert: Int[Array, ""]) -> Float[Array, "I O"]:
+        """Return the matrix of an expert."""
+        return self.stack[self.layer, expert]
 
 
 class ExpertMatrix(NamedTuple):
     """One linear map of every expert: the weight (E, inputs, outputs) and the LoRA factors, None without an adapter."""
 
-    weight: Float[Array, "E I O"] | Quantized
+    weight: Float[Array, "E I O"] | Quantized | InStack
     lora_a: Float[Array, "E I J"] | None
     lora_b: Float[Array, "E J O"] | None
     """LoRA factor B, already multiplied by the adapter's scale."""

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 from moe_train.machine.mesh import axis_size, batch_axes, global_axes
 from moe_train.model.moe.capacity import capacity, within_capacity
-from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights, SeparateExperts
+from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights, InStack, SeparateExperts
 from moe_train.model.moe.grouped_matmul import choose_grouped_matmul_kernel, grouped_matmul
 from moe_train.model.moe.separate_experts import apply_separate_experts
 from moe_train.model.moe.transport.choose import check_transport, choose_transport
@@ -201,16 +201,18 @@ def cast_experts(experts: ExpertWeights, dtype: jnp.dtype, hidden_BTD: Float[Arr
     # True for any hidden states, NaN included, which XLA does not see.
     true = jnp.sign(jnp.max(jax.lax.stop_gradient(hidden_BTD))).astype(jnp.int32) != 7
 
-    def cast(w: Float[Array, "*dims"] | Quantized) -> Float[Array, "*dims"] | Quantized:
+    def cast(w: Float[Array, "*dims"] | Quantized | InStack) -> Float[Array, "*dims"] | Quantized | InStack:
         if isinstance(w, Quantized) or w.dtype == dtype:
             return w
+        assert not isinstance(w, InStack)  # read where it is, and so in its own dtype
         return (w * true.astype(w.dtype)).astype(dtype)
 
-    return jax.tree.map(cast, experts, is_leaf=_is_quantized)
+    return jax.tree.map(cast, experts, is_leaf=_is_weight)
 
 
-def _is_quantized(w: object) -> bool:
-    return isinstance(w, Quantized)
+def _is_weight(w: object) -> bool:
+    """Return whether a node of `ExpertWeights` is one weight, though of several arrays."""
+    return isinstance(w, Quantized | InStack)
 
 
 def _unshard_experts(
@@ -219,19 +221,21 @@ def _unshard_experts(
     """Return this device's experts as `_unshard` does; separate ones are whole, and are cast where they are applied."""
     if isinstance(experts, SeparateExperts):
         return experts
-    return jax.tree.map(lambda w, spec: _unshard(w, spec, dtype, axes), experts, specs, is_leaf=_is_quantized)
+    return jax.tree.map(lambda w, spec: _unshard(w, spec, dtype, axes), experts, specs, is_leaf=_is_weight)
 
 
 def _unshard(
-    w: Float[Array, "..."] | Quantized, spec: P | Quantized, dtype: jnp.dtype, axes: tuple[str, ...]
-) -> Float[Array, "..."]:
+    w: Float[Array, "..."] | Quantized | InStack, spec: P | Quantized | InStack, dtype: jnp.dtype, axes: tuple[str, ...]
+) -> Float[Array, "..."] | InStack:
     """Return this device's experts in the compute dtype, gathered over `fsdp`; the gradient is scattered back."""
+    if isinstance(w, InStack):
+        return w  # on one device, which has all experts
     if isinstance(w, Quantized):
         assert isinstance(spec, Quantized)
         codes = _gather_fsdp(w.codes, spec.codes, axes)
         scales = _gather_fsdp(w.scales, spec.scales, axes)
         return dequantize(Quantized(codes, scales), dtype)
-    assert not isinstance(spec, Quantized)
+    assert isinstance(spec, P)
     return _gather_fsdp(w, spec, axes)
 
 

@@ -8,19 +8,20 @@ proportional to the rows that exist, not to R. `reference_grouped_matmul` is the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from moe_train.machine.mesh import platform
+from moe_train.model.moe.expert_weights import InStack
 from moe_train.model.outer_products import is_faster_transposed
 
 
 def grouped_matmul(
     x_RD: Float[Array, "R D"],
-    w_EDF: Float[Array, "E D F"],
+    w_EDF: Float[Array, "E D F"] | InStack,
     group_sizes_E: Int[Array, " E"],
     kernel: str = "auto",
     add_to_RF: Float[Array, "R F"] | None = None,
@@ -29,7 +30,7 @@ def grouped_matmul(
 
     Args:
         x_RD: rows in the order of their experts.
-        w_EDF: one matrix per expert.
+        w_EDF: one matrix per expert; only the kernel `blocked` reads them in a stack.
         group_sizes_E: number of rows of each expert, at most R in sum.
         kernel: as in `config.Compute.grouped_matmul`.
         add_to_RF: what the products are added to; None for zeros.
@@ -37,11 +38,13 @@ def grouped_matmul(
     Returns:
         The products (R, F), zero past the last group, plus `add_to_RF`.
     """
-    match choose_grouped_matmul_kernel(kernel):
+    name = choose_grouped_matmul_kernel(kernel)
+    if name == "blocked":
+        return blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E, add_to_RF)
+    assert not isinstance(w_EDF, InStack)
+    match name:
         case "reference":
             y_RF = reference_grouped_matmul(x_RD, w_EDF, group_sizes_E)
-        case "blocked":
-            return blocked_grouped_matmul(x_RD, w_EDF, group_sizes_E, add_to_RF)
         case "megablox":
             y_RF = _megablox(x_RD, w_EDF, group_sizes_E)
         case "ragged_dot":
@@ -106,7 +109,7 @@ SUM_BLOCKS = (512, 128, 32)
 @jax.custom_vjp
 def blocked_grouped_matmul(
     x_RD: Float[Array, "R D"],
-    w_EDF: Float[Array, "E D F"],
+    w_EDF: Float[Array, "E D F"] | InStack,
     group_sizes_E: Int[Array, " E"],
     add_to_RF: Float[Array, "R F"] | None = None,
 ) -> Float[Array, "R F"]:
@@ -119,7 +122,7 @@ def blocked_grouped_matmul(
 
 def _rows(
     x_Ri: Float[Array, "R i"],
-    w_EDF: Float[Array, "E D F"],
+    w_EDF: Float[Array, "E D F"] | InStack,
     group_sizes_E: Int[Array, " E"],
     equation: str,
     add_to_Ro: Float[Array, "R o"] | None = None,
@@ -131,7 +134,7 @@ def _rows(
     starts_E = jnp.cumsum(group_sizes_E) - group_sizes_E
 
     def rows_of_expert(e: Int[Array, ""], y_Ro: Float[Array, "R o"]) -> Float[Array, "R o"]:
-        w_DF = w_EDF[e]
+        w_DF = w_EDF.of_expert(e) if isinstance(w_EDF, InStack) else w_EDF[e]
 
         def block(
             rows: int, start: Int[Array, ""], is_own: Bool[Array, "rows 1"] | None, y_Ro: Float[Array, "R o"]
@@ -221,7 +224,7 @@ def _weight_gradient(
     return jax.lax.fori_loop(0, E, expert, _zeros_like(x_RD, (E, D, F), dtype))
 
 
-_Residuals = tuple[Float[Array, "R D"], Float[Array, "E D F"], Int[Array, " E"]]
+_Residuals = tuple[Float[Array, "R D"], Float[Array, "E D F"] | InStack, Int[Array, " E"]]
 """What the forward pass saves for the backward pass: the factors of the products."""
 _Added = tuple[()] | None
 """Whether the products were added to something: no array, but a structure that the backward pass sees, () or None."""
@@ -229,7 +232,7 @@ _Added = tuple[()] | None
 
 def _blocked_forward(
     x_RD: Float[Array, "R D"],
-    w_EDF: Float[Array, "E D F"],
+    w_EDF: Float[Array, "E D F"] | InStack,
     group_sizes_E: Int[Array, " E"],
     add_to_RF: Float[Array, "R F"] | None = None,
 ) -> tuple[Float[Array, "R F"], tuple[_Residuals, _Added]]:
@@ -239,10 +242,13 @@ def _blocked_forward(
 
 def _blocked_backward(
     saved: tuple[_Residuals, _Added], dy_RF: Float[Array, "R F"]
-) -> tuple[Float[Array, "R D"], Float[Array, "E D F"], None, Float[Array, "R F"] | None]:
+) -> tuple[Float[Array, "R D"], Any, None, Float[Array, "R F"] | None]:
     (x_RD, w_EDF, group_sizes_E), added = saved
     dx_RD = _rows(dy_RF, w_EDF, group_sizes_E, "RF,DF->RD")
-    return dx_RD, _weight_gradient(x_RD, dy_RF, group_sizes_E, w_EDF.dtype), None, None if added is None else dy_RF
+    dw_EDF = _weight_gradient(x_RD, dy_RF, group_sizes_E, w_EDF.dtype)
+    # A weight in a stack has its gradient in `own`, and None in place of the others.
+    dw = InStack(None, None, dw_EDF) if isinstance(w_EDF, InStack) else dw_EDF  # type: ignore[arg-type]
+    return dx_RD, dw, None, None if added is None else dy_RF
 
 
 blocked_grouped_matmul.defvjp(_blocked_forward, _blocked_backward)
@@ -300,13 +306,18 @@ def _tile(dim: int, dtype: jnp.dtype) -> int:
     return next((t for t in range(limit, limit // 2, -128) if dim % t == 0), limit)
 
 
+_MegabloxResiduals = tuple[Float[Array, "R D"], Float[Array, "E D F"], Int[Array, " E"]]
+
+
 def _megablox_forward(
     x_RD: Float[Array, "R D"], w_EDF: Float[Array, "E D F"], group_sizes_E: Int[Array, " E"]
-) -> tuple[Float[Array, "R F"], _Residuals]:
+) -> tuple[Float[Array, "R F"], _MegabloxResiduals]:
     return _megablox(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
 
 
-def _megablox_backward(saved: _Residuals, dy_RF: Float[Array, "R F"]) -> tuple[Float[Array, "R D"], Float[Array, "E D F"], None]:
+def _megablox_backward(
+    saved: _MegabloxResiduals, dy_RF: Float[Array, "R F"]
+) -> tuple[Float[Array, "R D"], Float[Array, "E D F"], None]:
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     x_RD, w_EDF, group_sizes_E = saved

@@ -18,11 +18,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
 from moe_train import config
+from moe_train.machine.mesh import is_one_device
 from moe_train.model.ffn import DenseFfn
 from moe_train.model.layers import Adapted, RandomSource, keys_of, normal
-from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights, SeparateExperts
+from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights, InStack, SeparateExperts
 from moe_train.model.moe.experts import Dropout, ExpertSettings, Routing, cast_experts, run_experts
+from moe_train.model.moe.grouped_matmul import choose_grouped_matmul_kernel
 from moe_train.model.moe.router import Router, RouterStats, router_stats, top_k, within_groups
+from moe_train.model.quantize import QuantizedWeight
 
 
 class ExpertLinear(Adapted):
@@ -33,10 +36,12 @@ class ExpertLinear(Adapted):
 
     def __init__(self, rngs: RandomSource, shape: tuple[int, int, int], spec: P, stddev: float, dtype: jnp.dtype):
         super().__init__(normal(rngs, shape, spec, stddev, dtype))
+        self.in_stack: InStack | None = nnx.data(None)
+        """The weight where it is read in the stack of all layers (`MoE.read_in_stack`)."""
 
     def matrix(self) -> ExpertMatrix:
         """Return the weight and the LoRA factors, None without an adapter."""
-        return ExpertMatrix(self.weight[...], *(self.adapter() or (None, None)))
+        return ExpertMatrix(self.in_stack or self.weight[...], *(self.adapter() or (None, None)))
 
 
 class MoE(nnx.Module):
@@ -118,11 +123,31 @@ class MoE(nnx.Module):
         stats = router_stats(logits_BTE, log_scores_BTE, ids_BTA, valid_BT, computed, self.balances_rows)
         return y_BTD, stats._replace(expert_ids=ids_BTA) if self.keeps_expert_ids else stats
 
+    def read_in_stack(self, stacked: MoE, layer: Int[Array, ""], dtype: jnp.dtype) -> None:
+        """Read the weights of the experts in the stack of all layers, where that is possible, and not in this layer's slice.
+
+        It is on one device, whose kernel multiplies by one expert at a time, and for weights that have the compute dtype.
+
+        Args:
+            stacked: the layer whose weights are those of all layers.
+            layer: index in the stack.
+            dtype: compute dtype.
+        """
+        is_possible = is_one_device() and self.transport in ("auto", "all_gather")
+        if not is_possible or choose_grouped_matmul_kernel(self.kernel) != "blocked":
+            return
+        for own, of_all in zip(self._projections(), stacked._projections(), strict=True):
+            if not isinstance(own.weight, QuantizedWeight) and own.weight.dtype == dtype:
+                own.in_stack = nnx.data(InStack(jax.lax.stop_gradient(of_all.weight[...]), layer, own.weight[...]))
+
+    def _projections(self) -> tuple[ExpertLinear, ExpertLinear, ExpertLinear]:
+        return self.gate_proj, self.up_proj, self.down_proj
+
     def experts(self) -> ExpertWeights | SeparateExperts:
         """Return the weights of the routed experts."""
         if self.separate_experts is not None:
             return self.separate_experts
-        return ExpertWeights(self.gate_proj.matrix(), self.up_proj.matrix(), self.down_proj.matrix())
+        return ExpertWeights(*(projection.matrix() for projection in self._projections()))
 
     def _selection_scores(self, log_scores_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"] | None:
         """Selection scores for top-k (probabilities plus router bias, masked by expert group); None to select by router scores."""

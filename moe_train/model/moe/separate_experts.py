@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights, SeparateExperts
+from moe_train.model.moe.expert_weights import ExpertMatrix, ExpertWeights, InStack, SeparateExperts
 from moe_train.model.moe.grouped_matmul import ROW_BLOCKS, over_blocks
 from moe_train.model.moe.transport.transport import DropoutCounters
 from moe_train.model.quantize import Quantized
@@ -105,7 +105,7 @@ def _block(
 
 def _product(x: Float[Array, "r I"], matrix: ExpertMatrix) -> Float[Array, "r O"]:
     """Multiply rows by the matrix of an expert, and add the LoRA delta if there is one."""
-    assert not isinstance(matrix.weight, Quantized)
+    assert not isinstance(matrix.weight, Quantized | InStack)
     y = x @ matrix.weight.astype(x.dtype)
     if matrix.lora_a is not None and matrix.lora_b is not None:
         y += (x @ matrix.lora_a.astype(x.dtype)) @ matrix.lora_b.astype(x.dtype)

@@ -13,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_train.model.moe import grouped_matmul as gm
+from moe_train.model.moe.expert_weights import InStack
 from moe_train.model.outer_products import NARROW
 
 KERNELS = ("reference", "blocked", "ragged_dot", "megablox")
@@ -93,6 +94,21 @@ def test_equals_the_loop(kernel: str, case: str) -> None:
 def test_the_gradient_of_a_narrow_weight_equals_the_loop(case: str, outputs: int) -> None:
     """As the first factor of an adapter, whose gradient is computed transposed on CPUs."""
     check("blocked", *CASES[case], outputs=outputs)
+
+
+@pytest.mark.parametrize("case", ["random", "empty groups", "rows past the sum"])
+def test_a_weight_in_the_stack_of_all_layers_is_that_of_its_layer(case: str) -> None:
+    """Values and gradients are those of the slice, and only the stack is read: the slice holds something else here."""
+    R, sizes = CASES[case]
+    x, w, dy = operands(R, sizes, np.float32)
+    stack = np.stack([np.full_like(w, 7), w, np.full_like(w, 8)])
+
+    def product(x: jax.Array, own: jax.Array, layer: jax.Array) -> jax.Array:
+        return gm.grouped_matmul(x, InStack(jnp.asarray(stack), layer, own), jnp.array(sizes), "blocked")
+
+    y, vjp = jax.vjp(lambda x, own: product(x, own, jnp.array(1)), jnp.asarray(x), jnp.full_like(w, jnp.nan))
+    for found, expected in zip((y, *vjp(jnp.asarray(dy))), compiled("blocked")(x, w, dy, np.array(sizes, np.int32)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -28,9 +28,10 @@ def in_local_view(local: Callable[..., Any], in_specs: Any, out_specs: Any, chec
         out_specs: specs of the results.
         check_vma: as in `jax.shard_map`.
     """
-    if not is_one_device():
+    # Without the check gradients are summed over the axes that a spec does not name, which would be all of them.
+    if not is_one_device() or not check_vma:
         return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
-    run = jax.shard_map(local, in_specs=P(), out_specs=P(), check_vma=check_vma)
+    run = jax.shard_map(local, in_specs=P(), out_specs=P())
 
     def on_one_device(*arguments: Any) -> Any:
         results = run(*plain_on_one_device(arguments))

@@ -140,9 +140,9 @@ class Stack(nnx.Module):
         """
 
         def period(
-            x_BTD: Float[Array, "B T D"], one: tuple[Iterable[Layer], Int[Array, ""], Key[Array, ""] | None]
+            x_BTD: Float[Array, "B T D"], layers_of_repeat: tuple[Iterable[Layer], Int[Array, ""], Key[Array, ""] | None]
         ) -> tuple[Float[Array, "B T D"], list[RouterStats | None]]:
-            layers, repeat, key = one
+            layers, repeat, key = layers_of_repeat
             period_stats = []
             for layer, stacked, layer_key in zip(layers, self.layers, keys_of(key, len(self.layers)), strict=True):
                 if isinstance(layer.ffn, MoE) and isinstance(stacked.ffn, MoE) and self.repeats > 1:

@@ -307,6 +307,7 @@ def _tile(dim: int, dtype: jnp.dtype) -> int:
 
 
 _MegabloxResiduals = tuple[Float[Array, "R D"], Float[Array, "E D F"], Int[Array, " E"]]
+"""As `_Residuals`; these kernels read no weight in a stack."""
 
 
 def _megablox_forward(

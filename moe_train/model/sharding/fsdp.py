@@ -21,14 +21,7 @@ from moe_train.model.outer_products import sum_of_outer_products
 from moe_train.model.quantize import Quantized, dequantize
 from moe_train.model.sharding.collectives import gather_axis, reduce_scatter_axis
 from moe_train.model.sharding.local_view import in_local_view, index_along, sum_along, vary
-from moe_train.model.sharding.specs import (
-    ACTIVATION,
-    TENSOR_AND_EXPERT,
-    activation_spec,
-    gathered_spec,
-    place,
-    spec_of,
-)
+from moe_train.model.sharding.specs import ACTIVATION, TENSOR_AND_EXPERT, activation_spec, gathered_spec, place, spec_of
 
 SpecEntry = str | tuple[str, ...] | None
 """Entry of a partition spec: the mesh axis or axes that split a dim; None if none does."""

@@ -23,7 +23,8 @@ def in_local_view(local: Callable[..., Any], in_specs: Any, out_specs: Any, chec
     """Return a function of global arrays that applies `local` to each device's parts, as `jax.shard_map` does.
 
     Args:
-        local: function of the parts; it calls `vary` and `index_along` in place of JAX's `pcast` and `axis_index`.
+        local: function of the parts; it calls `vary`, `sum_along` and `index_along` in place of JAX's `pcast`, `psum` and
+            `axis_index`.
         in_specs: specs of the arguments.
         out_specs: specs of the results.
         check_vma: as in `jax.shard_map`.

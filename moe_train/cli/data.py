@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +27,7 @@ from moe_train.cli.data_options import (
 from moe_train.cli.data_search import search_commands
 from moe_train.cli.terminal import print_json, print_mapping, print_table, progress_line, stdout_console
 from moe_train.machine import progress
+from moe_train.machine.cores import cpu_cores
 
 if TYPE_CHECKING:
     from moe_train.config import FileSource
@@ -127,7 +127,7 @@ def check_command(
         sample=sample,
         personal_data=PersonalDataSearch(phone_region) if pii else None,
         # The cores that this process may use, which in a container can be fewer than the machine has.
-        num_proc=num_proc or len(os.sched_getaffinity(0)),
+        num_proc=num_proc or cpu_cores(),
         num_listed=show,
     )
     with progress_line("checking"):

@@ -34,6 +34,7 @@ from jax._src import compilation_cache  # JAX has no public way to replace its c
 from jax._src.compilation_cache_interface import CacheInterface
 
 from moe_train.machine import processes
+from moe_train.machine.cores import cpu_cores
 from moe_train.machine.files import write_bytes
 
 VARIABLE = "MOE_TRAIN_COMPILE_CACHE"
@@ -150,13 +151,12 @@ def _host_cpu() -> str:
     """
     if jax.default_backend() != "cpu":
         return ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Not the model's name alone: a virtual machine may hide instructions.
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith(("flags", "Features")):
-                return f"{platform.machine()} {line.partition(':')[2].strip()} {cores}"
-    return f"{platform.machine()} {platform.processor()} {platform.node()} {cores}"
+                return f"{platform.machine()} {line.partition(':')[2].strip()} {cpu_cores()}"
+    return f"{platform.machine()} {platform.processor()} {platform.node()} {cpu_cores()}"
 
 
 def use_compile_cache(run_dir: str | Path | None = None) -> ProgramCache | None:

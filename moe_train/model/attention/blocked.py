@@ -23,14 +23,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from moe_train.machine.cores import cpu_cores
+from moe_train.machine.mesh import platform
 from moe_train.model.attention.context_parallel import RunStarts
 
 NEG = -1e30
 """Score of a masked pair. It is finite, so that a row without any visible key stays finite."""
-QUERY_ROWS = 256
-"""Most rows R of a block: its queries times the query heads that share a key head."""
-KEY_ROWS = 128
-"""Most keys of a block."""
 VECTOR = 16
 """Blocks are multiples of this, the float32 numbers of the longest vectors of CPUs."""
 _NO_SEGMENT = np.iinfo(np.int32).max
@@ -125,9 +123,19 @@ class _Layout(NamedTuple):
 
 def _layout(t: int, T: int, runs: int, groups: int) -> _Layout:
     """Split t queries in `runs` runs, and T keys, into blocks of about equal size."""
-    run_blocks, queries = _equal_blocks(t // runs, max(VECTOR, QUERY_ROWS // groups))
-    key_blocks, keys = _equal_blocks(T, KEY_ROWS)
+    most_rows, most_keys = _largest_block()
+    run_blocks, queries = _equal_blocks(t // runs, max(VECTOR, most_rows // groups))
+    key_blocks, keys = _equal_blocks(T, most_keys)
     return _Layout(runs, run_blocks, queries, key_blocks, keys, groups)
+
+
+def _largest_block() -> tuple[int, int]:
+    """Return the most rows R of a block, its queries times the query heads that share a key head, and its most keys.
+
+    One core is fastest with blocks that fit its own cache. XLA:CPU divides products and elementwise work among cores only if they
+    have 256 x 256 numbers or more: with the larger blocks, attention takes 12 to 20% less time on two cores, and 15% more on one.
+    """
+    return (512, 256) if platform() == "cpu" and cpu_cores() > 1 else (256, 128)
 
 
 def _equal_blocks(length: int, most: int) -> tuple[int, int]:

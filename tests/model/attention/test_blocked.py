@@ -13,6 +13,12 @@ from tests.model.attention.against_reference import check, operands
 from tests.model.attention.shared_prompts import check_shared, random_rows
 
 
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smaller blocks, of which short sequences have several."""
+    monkeypatch.setattr(blocked, "cpu_cores", lambda: 1)
+
+
 @pytest.mark.parametrize(
     ("T", "window"),
     [(300, None), (300, 2), (300, 200), (128, 1000), (20, 7), (2100, 300)],
@@ -28,6 +34,15 @@ def test_blocked_equals_the_reference(T: int, window: int | None) -> None:
 )
 def test_blocked_with_other_heads(T: int, heads: tuple[int, int, int]) -> None:
     check("blocked", 50, operands(T, heads=heads), 1e-5)
+
+
+def test_the_larger_blocks_of_several_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = blocked._layout(1300, 1300, 1, 2)
+    monkeypatch.setattr(blocked, "cpu_cores", lambda: 2)
+    layout = blocked._layout(1300, 1300, 1, 2)
+    assert (layout.run_blocks, layout.key_blocks) == (small.run_blocks / 2 + 0.5, small.key_blocks / 2 + 0.5)
+    assert layout.queries * layout.groups >= 256 and layout.keys >= 192
+    check("blocked", 277, operands(1300), 1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 150])

@@ -18,9 +18,6 @@ from moe_train.model.moe.grouped_matmul import ROW_BLOCKS, over_blocks
 from moe_train.model.moe.transport.transport import DropoutCounters
 from moe_train.model.quantize import Quantized
 
-ONE_BLOCK = 32
-"""Mean number of rows of an expert up to which all its rows are one product, so that its matrix is read once."""
-
 
 def apply_separate_experts(
     x_RD: Float[Array, "R D"], group_sizes_e: Int[Array, " e"], experts: SeparateExperts, counters_R: DropoutCounters | None = None
@@ -44,7 +41,7 @@ def apply_separate_experts(
     mean = -(-R // experts.num_experts)
     for e, weights in enumerate(experts.experts):
         block = partial(_block, x_RD, weights)
-        if mean > ONE_BLOCK:
+        if mean > ROW_BLOCKS[-1]:
             y_RD = over_blocks(starts_e[e], group_sizes_e[e], R, ROW_BLOCKS, block, y_RD)
         else:
             y_RD = _in_one_block(block, starts_e[e], group_sizes_e[e], row_counts(R, experts.num_experts), y_RD)

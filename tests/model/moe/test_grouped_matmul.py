@@ -168,7 +168,7 @@ def test_the_cost_follows_the_rows_that_exist(size: int) -> None:
 
 
 def test_few_rows_are_multiplied_in_small_blocks() -> None:
-    assert [gm.row_blocks(rows, 8)[-1] for rows in (2, 16, 64, 128, 4096)] == [1, 2, 8, 16, 16]
+    assert [gm.row_blocks(rows, 8)[-1] for rows in (2, 16, 64, 128, 4096)] == [1, 2, 8, 16, 32]
     assert gm.row_blocks(4096, 8) == gm.ROW_BLOCKS
 
 

@@ -132,8 +132,8 @@ def _layout(t: int, T: int, runs: int, groups: int) -> _Layout:
 def _largest_block() -> tuple[int, int]:
     """Return the most rows R of a block, its queries times the query heads that share a key head, and its most keys.
 
-    One core is fastest with blocks that fit its own cache. XLA:CPU divides products and elementwise work among cores only if they
-    have 256 x 256 numbers or more: with the larger blocks, attention takes 12 to 20% less time on two cores, and 15% more on one.
+    One core is fastest with blocks that fit its own cache. XLA:CPU divides a product among cores only if it has 256 x 256 results
+    or more: with the larger blocks, attention takes 11 to 19% less time on two cores, and 15% more on one.
     """
     return (512, 256) if platform() == "cpu" and cpu_cores() > 1 else (256, 128)
 

@@ -40,7 +40,8 @@ def test_the_larger_blocks_of_several_cores(monkeypatch: pytest.MonkeyPatch) -> 
     small = blocked._layout(1300, 1300, 1, 2)
     monkeypatch.setattr(blocked, "cpu_cores", lambda: 2)
     layout = blocked._layout(1300, 1300, 1, 2)
-    assert (layout.run_blocks, layout.key_blocks) == (small.run_blocks / 2 + 0.5, small.key_blocks / 2 + 0.5)
+    assert (small.run_blocks, small.key_blocks) == (11, 11)
+    assert (layout.run_blocks, layout.key_blocks) == (6, 6)
     assert layout.queries * layout.groups >= 256 and layout.keys >= 192
     check("blocked", 277, operands(1300), 1e-5)
 
